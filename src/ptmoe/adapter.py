@@ -1,0 +1,271 @@
+"""The adapter folder: `adapter_config.json` and `adapter_model.safetensors`; no pickle is read or written.
+
+    {"peft_type": "PT_MOE", "task_type": "CAUSAL_LM", "base_model_name_or_path": "…", "revision": null,
+     "hidden_size": 2048, "embedding_fingerprint": {"vocabulary": 128256, "values": [64 numbers]},
+     "num_virtual_tokens": 40, "num_experts": 2, …}
+
+The values are entries of the base's input embedding, spread over it: they tell an adapter trained on another base,
+and stay within rounding when the same base is loaded in another dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ptmoe.errors import PtmoeError, near
+from ptmoe.methods import METHODS, MethodConfig, PTConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ptmoe.model import PromptedCausalLM
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+FINGERPRINT_SIZE = 64
+ENVELOPE = ("peft_type", "task_type", "base_model_name_or_path", "revision", "hidden_size", "embedding_fingerprint")
+
+
+@dataclass
+class SavedAdapter:
+    """A folder that has been read and checked: its method's config, its tensors by key, and what it says of its base."""
+
+    config: MethodConfig
+    tensors: dict[str, Tensor]
+    envelope: dict[str, Any]
+
+
+def fingerprint(embedding: Tensor, vocabulary: int | None = None) -> dict[str, Any]:
+    """Entries spread over the first `vocabulary` rows of a `(V, H)` embedding (all of them by default)."""
+    vocabulary = vocabulary or embedding.shape[0]
+    hidden = embedding.shape[1]
+    rows = [i * (vocabulary - 1) // (FINGERPRINT_SIZE - 1) for i in range(FINGERPRINT_SIZE)]
+    columns = [(i * 7919) % hidden for i in range(FINGERPRINT_SIZE)]
+    values = embedding.detach()[rows, columns].float().cpu()
+    return {"vocabulary": vocabulary, "values": [float(f"{value:.6g}") for value in values.tolist()]}
+
+
+def same_base(embedding: Tensor, saved: dict[str, Any]) -> bool:
+    """Whether a fingerprint was taken from this embedding, in whatever dtype. Rows added at its end do not matter."""
+    if embedding.shape[0] < saved["vocabulary"]:
+        return False
+    here = torch.tensor(fingerprint(embedding, saved["vocabulary"])["values"])
+    there = torch.tensor(saved["values"])
+    # bfloat16 keeps 8 bits: two roundings of the same number are within 2^-7 of each other.
+    return here.shape == there.shape and torch.allclose(here, there, rtol=2**-7, atol=1e-6)
+
+
+def save_adapter(model: PromptedCausalLM, folder: str | Path, name: str | None = None) -> None:
+    """Write one adapter of `model`; each file appears whole or not at all."""
+    encoder = model.encoder if name is None else model._encoder(name)
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    envelope = {
+        "peft_type": encoder.config.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name_or_path,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "hidden_size": embedding.shape[1],
+        "embedding_fingerprint": fingerprint(embedding),
+    }
+    write_adapter(folder, envelope | encoder.config.model_dump(), encoder.tensors())
+
+
+def write_adapter(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    folder = Path(folder)
+    if folder.is_file():
+        raise PtmoeError(f"{folder} is a file: name a folder for the adapter")
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    parts = {name: folder / f".{name}.part" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    save_file(plain, parts[WEIGHTS_FILE], {"format": "pt"})
+    parts[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n")
+    for name, part in parts.items():
+        os.replace(part, folder / name)
+
+
+def read_adapter(folder: str | Path) -> SavedAdapter:
+    """Read and check an adapter folder: its files, keys, shapes and values.
+
+    Raises:
+        PtmoeError: a missing or damaged file, a pickle, an unknown key, a missing, misshapen or non-finite tensor.
+    """
+    folder = Path(folder)
+    _check_files(folder)
+    try:
+        written = json.loads((folder / CONFIG_FILE).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PtmoeError(f"{folder / CONFIG_FILE} is not JSON ({error}): save the adapter again") from None
+    if not isinstance(written, dict):
+        raise PtmoeError(f"{folder / CONFIG_FILE} holds {type(written).__name__}: needs an object")
+    config, envelope = _read_config(folder, written)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PtmoeError(f"{folder / WEIGHTS_FILE} is damaged ({error}): save or copy it again") from None
+    with torch.device("meta"):
+        expected = config.build(envelope["hidden_size"]).tensors()
+    _check_tensors(folder / WEIGHTS_FILE, expected, tensors)
+    return SavedAdapter(config, tensors, envelope)
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise PtmoeError(f"no adapter folder {folder}: give a folder that save_pretrained or ptmoe train wrote")
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise PtmoeError(f"{folder} holds {', '.join(pickles)}: pickles can run code and are not read; delete them")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise PtmoeError(f"{folder} has no {name}: it is not a whole adapter folder")
+
+
+def _read_config(folder: Path, written: dict[str, Any]) -> tuple[MethodConfig, dict[str, Any]]:
+    by_type = {method.upper().replace("-", "_"): config for method, config in METHODS.items()}
+    peft_type = written.get("peft_type")
+    if peft_type == "PROMPT_TUNING":
+        raise PtmoeError(f"{folder} is a peft PROMPT_TUNING adapter: convert it first, `ptmoe convert {folder} OUTPUT`")
+    if peft_type not in by_type:
+        raise PtmoeError(f"{folder / CONFIG_FILE}: peft_type={peft_type!r}{near(str(peft_type), by_type)}")
+    method = by_type[peft_type]
+    unknown = [key for key in written if key not in ENVELOPE and key not in method.model_fields]
+    if unknown:
+        known = (*ENVELOPE, *method.model_fields)
+        raise PtmoeError(f"{folder / CONFIG_FILE}: unknown key {unknown[0]!r}{near(unknown[0], known)}")
+    missing = [key for key in ("hidden_size", "embedding_fingerprint") if key not in written]
+    if missing:
+        raise PtmoeError(f"{folder / CONFIG_FILE} lacks {', '.join(missing)}: save the adapter again")
+    envelope = {key: written.get(key) for key in ENVELOPE}
+    return method(**{key: value for key, value in written.items() if key not in ENVELOPE}), envelope
+
+
+def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        raise PtmoeError(f"{path} lacks the tensor {', '.join(missing)}: it is not a whole adapter")
+    if unknown:
+        raise PtmoeError(f"{path} holds an unknown tensor {unknown[0]!r}{near(unknown[0], expected)}")
+    for key, value in found.items():
+        if value.shape != expected[key].shape:
+            raise PtmoeError(f"{path}: {key} has shape {tuple(value.shape)}, its config says {tuple(expected[key].shape)}")
+        if not value.is_floating_point():
+            raise PtmoeError(f"{path}: {key} has dtype {value.dtype}: needs floating point")
+        if not value.isfinite().all():
+            raise PtmoeError(f"{path}: {key} holds NaN or infinite values: the training diverged; use an earlier checkpoint")
+
+
+def load_adapter(
+    base: PreTrainedModel | PromptedCausalLM, path: str | Path, *, name: str = "default", revision: str | None = None
+) -> PromptedCausalLM:
+    """Put a saved adapter in front of its base.
+
+    Args:
+        base: the model that the adapter was trained on, or a `PromptedCausalLM` on it, which gets one adapter more.
+        path: an adapter folder, a run folder that holds one, or the name of a Hub repository.
+        name: the adapter's name on the model, for `set_adapter` and `adapter_names`.
+        revision: of the Hub repository.
+
+    Raises:
+        PtmoeError: a folder that is not a whole adapter, or one of another base.
+    """
+    from ptmoe.model import PromptedCausalLM
+
+    folder = _local_folder(path, revision)
+    saved = read_adapter(folder)
+    inner = base.base_model if isinstance(base, PromptedCausalLM) else base
+    embedding = inner.get_input_embeddings().weight
+    origin = saved.envelope["base_model_name_or_path"]
+    if embedding.shape[1] != saved.envelope["hidden_size"]:
+        raise PtmoeError(
+            f"{folder} is for a base of hidden size {saved.envelope['hidden_size']} ({origin}), "
+            f"this one has {embedding.shape[1]} ({inner.name_or_path}): load the base it was trained on"
+        )
+    if not same_base(embedding, saved.envelope["embedding_fingerprint"]):
+        raise PtmoeError(
+            f"{folder} was trained on another base ({origin}) than this one ({inner.name_or_path}): "
+            "their embeddings differ; load the base it was trained on"
+        )
+    encoder = saved.config.build(saved.envelope["hidden_size"])
+    encoder.load_tensors(saved.tensors)
+    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
+    model.add_adapter(name, encoder)
+    return model
+
+
+def _local_folder(path: str | Path, revision: str | None) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        inner = folder / "adapter"
+        return inner if not (folder / CONFIG_FILE).exists() and inner.is_dir() else folder
+    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise PtmoeError(f"no adapter folder {path}: give a folder that save_pretrained or ptmoe train wrote")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise PtmoeError(f"no adapter folder {path}, and the Hub does not give it: {error}") from None
+
+
+def to_peft(source: str | Path, target: str | Path) -> None:
+    """Write a `pt` adapter folder as `peft`'s PROMPT_TUNING folder: the same prompt, the same logits.
+
+    Raises:
+        PtmoeError: an adapter of another method, which `peft` has no form for.
+    """
+    saved = read_adapter(source)
+    if not isinstance(saved.config, PTConfig):
+        raise PtmoeError(f"{source} is a {saved.config.method} adapter: peft has a form for pt only")
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": saved.envelope["base_model_name_or_path"],
+        "revision": saved.envelope["revision"],
+        "inference_mode": True,
+        "num_virtual_tokens": saved.config.num_virtual_tokens,
+        "token_dim": saved.envelope["hidden_size"],
+        "num_transformer_submodules": 1,
+        "prompt_tuning_init": "RANDOM",
+    }
+    write_adapter(target, config, {"prompt_embeddings": saved.tensors["prompt"]})
+
+
+def from_peft(source: str | Path, target: str | Path, base: PreTrainedModel) -> None:
+    """Write `peft`'s PROMPT_TUNING folder as a `pt` adapter folder for `base`.
+
+    Raises:
+        PtmoeError: another kind of folder, a damaged one, or one that does not fit the base.
+    """
+    source = Path(source)
+    _check_files(source)
+    written = json.loads((source / CONFIG_FILE).read_text())
+    if written.get("peft_type") != "PROMPT_TUNING":
+        raise PtmoeError(f"{source}: peft_type={written.get('peft_type')!r}: only PROMPT_TUNING converts")
+    try:
+        tensors = load_file(source / WEIGHTS_FILE)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PtmoeError(f"{source / WEIGHTS_FILE} is damaged ({error}): save or copy it again") from None
+    embedding = base.get_input_embeddings().weight
+    config = PTConfig(num_virtual_tokens=written["num_virtual_tokens"], init="random")
+    shape = torch.empty(config.num_virtual_tokens, embedding.shape[1], device="meta")
+    _check_tensors(source / WEIGHTS_FILE, {"prompt_embeddings": shape}, tensors)
+    envelope = {
+        "peft_type": config.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": written.get("base_model_name_or_path"),
+        "revision": written.get("revision"),
+        "hidden_size": embedding.shape[1],
+        "embedding_fingerprint": fingerprint(embedding),
+    }
+    write_adapter(target, envelope | config.model_dump(), {"prompt": tensors["prompt_embeddings"].float()})

@@ -1,0 +1,88 @@
+"""ATTEMPT (Asai et al. 2022, arXiv:2205.11961): a target prompt plus an attention over frozen source prompts.
+
+    x̂   = max over the input's tokens of E(x_t)                          (H,)
+    h   = LayerNorm(W_up SiLU(W_down x̂))           W_down: (r, H), W_up: (H, r)
+    a   = softmax_j(p̂_j · h / τ),  τ = e·H,  p̂_j = max over tokens of prompt j   (S + 1,)
+    P   = target + Σ_j a_j prompt_j                 over the S sources and the target, (T, H)
+
+The sources are prompts trained on other tasks (`source_prompts`: PT adapter folders), or draws from the vocabulary
+where there are none. The published network normalises with trained gains; here LayerNorm has no parameters, so that a
+bottleneck of 2 meets the published count.
+"""
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ptmoe.errors import PtmoeError
+from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Routing, Size
+
+
+class ATTEMPTConfig(MethodConfig):
+    """ATTEMPT: `T·H + 2·r·H` trained numbers and `S·T·H` frozen ones.
+
+    Attributes:
+        bottleneck: `r`, the width of the attention sub-network.
+        num_sources: `S`, the number of frozen source prompts.
+        source_prompts: PT adapter folders to take the sources from, one for each; empty draws them from the vocabulary.
+    """
+
+    method: ClassVar[str] = "attempt"
+    bottleneck: Size = 2
+    num_sources: Size = 2
+    source_prompts: list[str] = []
+
+    def build(self, hidden_size: int) -> "ATTEMPT":
+        return ATTEMPT(self, hidden_size)
+
+
+class ATTEMPT(PromptEncoder):
+    config: ATTEMPTConfig
+
+    def __init__(self, config: ATTEMPTConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        tokens = config.num_virtual_tokens
+        self.prompt = nn.Parameter(torch.empty(tokens, hidden_size))
+        self.down = nn.Parameter(torch.empty(config.bottleneck, hidden_size))
+        self.up = nn.Parameter(torch.empty(hidden_size, config.bottleneck))
+        self.register_buffer("source_prompts", torch.empty(config.num_sources, tokens, hidden_size))
+        self.source_prompts: Tensor
+
+    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        pooled = input_embeds.detach().float().masked_fill(~input_mask[..., None], -torch.inf).amax(1)  # (B, H)
+        if torch.isinf(pooled).any():
+            raise ValueError("a row has no input token to attend from: set its prompt's labels to -100 or pass input_mask")
+        hidden = nn.functional.silu(pooled @ self.down.T) @ self.up.T
+        query = nn.functional.layer_norm(hidden, hidden.shape[1:])
+        prompts = torch.cat([self.source_prompts, self.prompt[None]])  # (S + 1, T, H)
+        temperature = torch.e * query.shape[1]
+        weights = (query @ prompts.amax(1).T / temperature).softmax(1)  # (B, S + 1)
+        embeds = self.prompt + torch.einsum("bs,sth->bth", weights, prompts)
+        return Prompt(embeds, Routing(weights, weights))
+
+    @torch.no_grad()
+    def initialise(self, source: InitialEmbeddings) -> None:
+        sources, tokens, hidden = self.source_prompts.shape
+        self.prompt.copy_(source.rows(self.config, tokens))
+        folders = self.config.source_prompts
+        if folders:
+            self.source_prompts.copy_(torch.stack([self._read_source(Path(folder)) for folder in folders]))
+        else:
+            drawn = self.config.replace(init="vocabulary", init_text=None)
+            self.source_prompts.copy_(source.rows(drawn, sources * tokens).view_as(self.source_prompts))
+        bound = hidden**-0.5
+        for parameter in (self.down, self.up):
+            parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=source.generator) - 1))
+
+    def _read_source(self, folder: Path) -> Tensor:
+        from ptmoe.adapter import read_adapter
+
+        saved = read_adapter(folder)
+        prompt = saved.tensors.get("prompt")
+        if prompt is None or prompt.shape != self.prompt.shape:
+            found = f"a {saved.config.method} adapter" if prompt is None else f"a prompt of shape {tuple(prompt.shape)}"
+            raise PtmoeError(f"source prompt {folder}: needs a pt adapter of shape {tuple(self.prompt.shape)}, is {found}")
+        return prompt

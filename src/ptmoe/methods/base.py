@@ -1,0 +1,174 @@
+"""What every method is: a config, and a prompt encoder with one job.
+
+    (input_embeds (B, L, H), input_mask (B, L)) -> Prompt(embeds (B, T, H), routing)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ptmoe.errors import PtmoeError
+from ptmoe.settings import Settings
+
+Size = Annotated[int, Field(ge=1)]
+
+
+@dataclass
+class Routing:
+    """How each input was routed among `N` experts.
+
+    Attributes:
+        gate: `(B, N)`, what each expert's factor was multiplied by.
+        probabilities: `(B, N)`, the router's softmax.
+        auxiliary_loss: a scalar added to the loss in training, or None.
+    """
+
+    gate: Tensor
+    probabilities: Tensor
+    auxiliary_loss: Tensor | None = None
+
+
+@dataclass
+class Prompt:
+    """The soft prompt of each row: `embeds (B, T, H)` in float32, and its routing where the method routes."""
+
+    embeds: Tensor
+    routing: Routing | None = None
+
+
+class MethodConfig(Settings):
+    """What all methods share.
+
+    Attributes:
+        num_virtual_tokens: `T`, the length of the soft prompt.
+        init: where the prompt starts. `"vocabulary"`: embeddings of tokens drawn from the vocabulary; `"text"`:
+            the embeddings of `init_text`, repeated or cut to `T`; `"random"`: normal, at the embeddings' own scale.
+        init_text: a text that fits the task, for `init="text"`.
+    """
+
+    method: ClassVar[str]
+
+    num_virtual_tokens: Size = 40
+    init: Literal["vocabulary", "text", "random"] = "vocabulary"
+    init_text: str | None = None
+
+    @model_validator(mode="after")
+    def _text_where_it_is_used(self) -> Self:
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError(
+                f"init={self.init!r} with init_text={self.init_text!r}: give a text together with init='text'"
+            )
+        return self
+
+    @property
+    def peft_type(self) -> str:
+        return self.method.upper().replace("-", "_")
+
+    def build(self, hidden_size: int) -> PromptEncoder:
+        """The encoder, its tensors not yet initialised; on the meta device it costs nothing.
+
+        Raises:
+            PtmoeError: a size that does not fit `hidden_size`.
+        """
+        raise NotImplementedError
+
+
+class PromptEncoder(nn.Module):
+    """Composes a soft prompt for each input. Parameters are float32 whatever the base's dtype."""
+
+    config: MethodConfig
+
+    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        """
+        Args:
+            input_embeds: `(B, L, H)`, the base's embeddings of the row.
+            input_mask: `(B, L)`, true at the tokens that may decide the prompt: no padding, no answer.
+        """
+        raise NotImplementedError
+
+    def initialise(self, source: InitialEmbeddings) -> None:
+        """Fill the tensors from the base's embeddings; draws only from `source`'s generator."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the adapter folder holds, by key: the published form."""
+        return dict(self.state_dict())
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over tensors whose keys and shapes have been checked against `tensors()`."""
+        self.load_state_dict(tensors)
+
+
+def mean_input(input_embeds: Tensor, input_mask: Tensor) -> Tensor:
+    """The mean embedding `(B, H)`, float32, of each row's input tokens.
+
+    The real tokens are packed before they are summed, so each row's sum runs over the same numbers in the same order
+    whatever the padding, the batch or the answer: the routing is the same to the bit. The base is frozen, so no
+    gradient is kept.
+
+    Raises:
+        ValueError: a row without input tokens.
+    """
+    with torch.no_grad():
+        lengths = input_mask.sum(1)
+        if (lengths == 0).any():
+            rows = (lengths == 0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"rows {rows} have no input token for the router to read: every real token is supervised or padding. "
+                "Set the labels of the prompt's tokens to -100, or pass input_mask"
+            )
+        packed = input_embeds[input_mask].float()  # (tokens, H)
+        return torch.segment_reduce(packed, "sum", lengths=lengths, axis=0, unsafe=True) / lengths[:, None]
+
+
+@dataclass
+class InitialEmbeddings:
+    """Draws the `(T, H)` embeddings that prompts start from.
+
+    Attributes:
+        vocabulary: the base's input embedding, `(V, H)`.
+        generator: the only source of chance.
+        tokenize: text to token ids, for `init="text"`.
+    """
+
+    vocabulary: Tensor
+    generator: torch.Generator
+    tokenize: Callable[[str], list[int]] | None = None
+
+    def rows(self, config: MethodConfig, count: int) -> Tensor:
+        """`(count, H)` float32 start values as `config.init` says."""
+        if config.init == "text":
+            assert config.init_text is not None
+            return self.text(config.init_text, count)
+        if config.init == "vocabulary":
+            drawn = torch.randint(self.vocabulary.shape[0], (count,), generator=self.generator)
+            return self.embed(drawn)
+        # Over the whole vocabulary a standard deviation would cost a pass over gigabytes; a sample says as much.
+        scale = self.embed(torch.arange(0, self.vocabulary.shape[0], max(1, self.vocabulary.shape[0] // 1024))).std()
+        return scale * self.normal(count, self.vocabulary.shape[1])
+
+    def text(self, text: str, count: int) -> Tensor:
+        """`(count, H)`: the embeddings of `text`, repeated or cut to `count` tokens."""
+        ids = self.token_ids(text)
+        return self.embed(torch.tensor((ids * -(-count // len(ids)))[:count]))
+
+    def token_ids(self, text: str) -> list[int]:
+        if self.tokenize is None:
+            raise PtmoeError("init='text' needs the base's tokenizer: attach(base, config, tokenizer=…)")
+        ids = self.tokenize(text)
+        if not ids:
+            raise PtmoeError(f"init_text={text!r} has no tokens: give a text that fits the task")
+        return ids
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.vocabulary[ids.to(self.vocabulary.device)].float().cpu()
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)

@@ -1,0 +1,49 @@
+"""DPT, decomposed prompt tuning (Xiao et al. 2023, arXiv:2310.10094): the prompt as a low-rank product.
+
+    P = A B                            A: (T, R), B: (R, H)
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size
+from ptmoe.methods.factors import check_rank, random_factors, svd_factors
+
+
+class DPTConfig(MethodConfig):
+    """Decomposed prompt tuning: `R·(T + H)` trained numbers.
+
+    Attributes:
+        rank: `R`, at most min(T, H).
+    """
+
+    method: ClassVar[str] = "dpt"
+    rank: Size = 39
+
+    def build(self, hidden_size: int) -> "DPT":
+        return DPT(self, hidden_size)
+
+
+class DPT(PromptEncoder):
+    config: DPTConfig
+
+    def __init__(self, config: DPTConfig, hidden_size: int) -> None:
+        super().__init__()
+        check_rank(config.rank, config.num_virtual_tokens, hidden_size)
+        self.config = config
+        self.A = nn.Parameter(torch.empty(config.num_virtual_tokens, config.rank))
+        self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
+
+    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        return Prompt((self.A @ self.B).expand(len(input_embeds), -1, -1))
+
+    @torch.no_grad()
+    def initialise(self, source: InitialEmbeddings) -> None:
+        if self.config.init == "random":
+            a, b = random_factors(source, self.config, (self.config.num_virtual_tokens,), *self.B.shape)
+        else:
+            a, b = svd_factors(source.rows(self.config, self.config.num_virtual_tokens), self.config.rank)
+        self.A.copy_(a)
+        self.B.copy_(b)

@@ -1,0 +1,34 @@
+"""PT, prompt tuning (Lester et al. 2021, arXiv:2104.08691): one trained prompt for every input.
+
+    P = prompt                         prompt: (T, H)
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder
+
+
+class PTConfig(MethodConfig):
+    """Prompt tuning. See `MethodConfig`; `T·H` trained numbers."""
+
+    method: ClassVar[str] = "pt"
+
+    def build(self, hidden_size: int) -> "PT":
+        return PT(self, hidden_size)
+
+
+class PT(PromptEncoder):
+    def __init__(self, config: PTConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.prompt = nn.Parameter(torch.empty(config.num_virtual_tokens, hidden_size))
+
+    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        return Prompt(self.prompt.expand(len(input_embeds), -1, -1))
+
+    @torch.no_grad()
+    def initialise(self, source: InitialEmbeddings) -> None:
+        self.prompt.copy_(source.rows(self.config, self.config.num_virtual_tokens))

@@ -1,0 +1,120 @@
+"""PT-MoE (arXiv:2505.09519): a prompt composed for each input from a routed factor and a shared one.
+
+    x̄  = mean of E(x_t) over the input's tokens                          (H,)
+    p  = softmax((W x̄ + b) ⊙ (1 + ε)),  ε ~ N(0, σ²) in training         (N,)
+    g  = p ⊙ 1[i = argmax p]            selective, probationary          (N,)
+    P  = (Σ_i g_i A_i) B                A: (N, T, R), B: (R, H)          (T, H)
+"""
+
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ptmoe.errors import PtmoeError
+from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size, mean_input
+from ptmoe.methods.factors import check_rank, random_factors, svd_factors
+from ptmoe.methods.routing import Router, route
+
+PAPER_RECIPE = {"router_standardize": False, "routing_anneal": False, "distinct_experts": False}
+
+
+class PTMoEConfig(MethodConfig):
+    """PT-MoE: `N·T·R + R·H + N·(H + 1)` trained numbers.
+
+    Attributes:
+        num_experts: `N`.
+        rank: `R`, at most min(T, H).
+        selective: keep the highest-weight expert only.
+        probationary: multiply the kept expert by its router weight.
+        router_noise: σ of the multiplicative noise on the router's logits, in training only.
+        router_standardize: train the router on standardised inputs; folded into `W` and `b` when saved.
+        routing_anneal: start with the soft gate and harden it to the chosen one.
+        distinct_experts: start every expert from an SVD of its own part of a joint matrix; off, all start the same, as
+            in the paper. `init_text` as a list, one text for each expert, implies it.
+        init_text: one text, or one for each expert.
+
+    `recipe="paper"` sets the options that the paper does not have to off.
+    """
+
+    method: ClassVar[str] = "pt-moe"
+    num_experts: Size = 2
+    rank: Size = 36
+    selective: bool = True
+    probationary: bool = True
+    router_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    router_standardize: bool = True
+    routing_anneal: bool = True
+    distinct_experts: bool = True
+    init_text: str | list[str] | None = None  # type: ignore[assignment]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "recipe" in values:
+            values = dict(values)
+            recipe = values.pop("recipe")
+            if recipe == "paper":
+                values = {**PAPER_RECIPE, **values}
+            elif recipe != "default":
+                raise ValueError(f"recipe={recipe!r}: needs 'default' or 'paper'")
+        return values
+
+    @model_validator(mode="after")
+    def _one_text_for_each_expert(self) -> Self:
+        if isinstance(self.init_text, list) and len(self.init_text) != self.num_experts:
+            raise ValueError(
+                f"init_text has {len(self.init_text)} texts for num_experts={self.num_experts}: "
+                "give one text, or one for each expert"
+            )
+        return self
+
+    def build(self, hidden_size: int) -> "PTMoE":
+        return PTMoE(self, hidden_size)
+
+
+class PTMoE(PromptEncoder):
+    config: PTMoEConfig
+
+    def __init__(self, config: PTMoEConfig, hidden_size: int) -> None:
+        super().__init__()
+        check_rank(config.rank, config.num_virtual_tokens, hidden_size)
+        self.config = config
+        self.A = nn.Parameter(torch.empty(config.num_experts, config.num_virtual_tokens, config.rank))
+        self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
+        self.router = Router(hidden_size, config.num_experts)
+        self.hardness = 1.0  # of the gate in training; 1 is the chosen gate
+
+    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        logits = self.router(mean_input(input_embeds, input_mask), self.config.router_noise)
+        routing = route(
+            logits,
+            selective=self.config.selective,
+            probationary=self.config.probationary,
+            hardness=self.hardness if self.training else 1.0,
+        )
+        factor = torch.einsum("bn,ntr->btr", routing.gate, self.A)
+        return Prompt(factor @ self.B, routing)
+
+    @torch.no_grad()
+    def initialise(self, source: InitialEmbeddings) -> None:
+        experts, tokens, rank = self.A.shape
+        if self.config.init == "random":
+            a, b = random_factors(source, self.config, (experts, tokens), rank, self.B.shape[1])
+        elif isinstance(self.config.init_text, list):
+            joint = torch.cat([source.text(text, tokens) for text in self.config.init_text])  # (N·T, H)
+            a, b = svd_factors(joint, rank)
+        elif self.config.distinct_experts:
+            a, b = svd_factors(source.rows(self.config, experts * tokens), rank)
+        else:
+            a, b = svd_factors(source.rows(self.config, tokens), rank)
+            a = a.expand(experts, -1, -1)
+        self.A.copy_(a.reshape(experts, tokens, rank))
+        self.B.copy_(b)
+        self.router.initialise(source.generator)
+
+    def tensors(self) -> dict[str, Tensor]:
+        weight, bias = self.router.published()
+        return {"A": self.A, "B": self.B, "router.weight": weight, "router.bias": bias}

@@ -1,0 +1,74 @@
+"""Routing: from the mean input embedding to a gate over the experts.
+
+    ℓ  = W x̄ + b                       W: (N, H), b: (N,)
+    ℓ' = ℓ ⊙ (1 + ε),  ε ~ N(0, σ²)     in training only
+    p  = softmax(ℓ')
+    g  = p ⊙ 1[i = argmax p]            selective, probationary
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ptmoe.methods.base import Routing
+
+
+class Router(nn.Module):
+    """A linear router whose published form is `W`, `b`, and which may be trained on standardised inputs.
+
+    The mean of the embeddings has one large part that all inputs share, beside which what tells inputs apart is small:
+    a router on it sends every input to one expert. So `W` and `b` can be *trained* in the coordinates `(x̄ - mean) /
+    scale`, whose statistics come from training inputs. `published()` folds them in, and is what the forward pass uses
+    always, so there is one path and one result, in training and after.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
+        self.register_buffer("mean", torch.zeros(hidden_size), persistent=False)
+        self.register_buffer("scale", torch.ones(hidden_size), persistent=False)
+        self.mean: Tensor
+        self.scale: Tensor
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """As `torch.nn.Linear` starts, but from the given generator."""
+        bound = self.weight.shape[1] ** -0.5
+        for parameter in self.parameters():
+            parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+
+    def published(self) -> tuple[Tensor, Tensor | None]:
+        """`W (N, H)` and `b (N,)` on the raw mean embedding."""
+        weight = self.weight / self.scale
+        return weight, None if self.bias is None else self.bias - weight @ self.mean
+
+    def forward(self, mean_embeds: Tensor, noise: float) -> Tensor:
+        """`(B, H)` to logits `(B, N)`; `noise` is σ, applied in training only."""
+        logits = nn.functional.linear(mean_embeds, *self.published())
+        if self.training and noise > 0:
+            logits = logits * (1 + noise * torch.randn_like(logits))
+        return logits
+
+
+def gate(probabilities: Tensor, *, selective: bool, probationary: bool, hardness: float = 1.0) -> Tensor:
+    """What each expert's factor is multiplied by: `(B, N)`.
+
+    Args:
+        probabilities: `(B, N)`.
+        selective: keep the most probable expert only.
+        probationary: multiply by the router's probability; without it kept experts count as they are, and a selective
+            gate passes the gradient straight through to the probabilities.
+        hardness: 0 for the soft gate `p`, 1 for the chosen one; between them a mixture, for annealing.
+    """
+    if not selective:
+        return probabilities if probationary else torch.ones_like(probabilities)
+    kept = nn.functional.one_hot(probabilities.argmax(1), probabilities.shape[1]).to(probabilities.dtype)
+    chosen = probabilities * kept if probationary else kept + probabilities - probabilities.detach()
+    return chosen if hardness == 1.0 else torch.lerp(probabilities, chosen, hardness)
+
+
+def route(logits: Tensor, *, selective: bool, probationary: bool, hardness: float = 1.0) -> Routing:
+    probabilities = logits.softmax(1)
+    return Routing(
+        gate(probabilities, selective=selective, probationary=probationary, hardness=hardness), probabilities
+    )

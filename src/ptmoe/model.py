@@ -1,0 +1,472 @@
+"""PromptedCausalLM: a frozen base model and its prompt encoders as one model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ptmoe.errors import PtmoeError, near
+from ptmoe.loss import cross_entropy, projected_at, supervised_positions
+from ptmoe.methods.base import InitialEmbeddings, MethodConfig, PromptEncoder, Routing
+from ptmoe.splice import Spliced, align_right, splice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BASE = "__base__"  # in `adapter_names`, as in peft: this row gets no prompt
+
+
+@dataclass
+class PromptedOutput(ModelOutput):
+    """What `PromptedCausalLM` returns.
+
+    Attributes:
+        loss: mean cross-entropy over the supervised tokens.
+        logits: `(B, L, V)`, aligned with `input_ids`: `logits[b, j]` scores what follows token `j`. None where they
+            were skipped.
+        routing: the gate and probabilities `(B, N)`, for methods that route and rows of one adapter.
+        hidden_states: of the base, virtual positions included, if asked for.
+        attentions: likewise.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    routing: Routing | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class _Prompts:
+    """The prompts of a batch: `embeds (B, T, H)` aligned to the right, `lengths (B,)` or None where all are `T`."""
+
+    embeds: Tensor
+    lengths: Tensor | None = None
+    routing: Routing | None = None
+
+
+class PromptedCausalLM(nn.Module):
+    """A frozen causal language model whose input is preceded by a soft prompt composed for it.
+
+    Made by `attach` or `load_adapter`. It takes what a `transformers` model takes. The base is not part of
+    `state_dict()`: checkpoints hold adapters only.
+
+    Attributes:
+        base_model: the frozen model.
+        encoders: the prompt encoder of each adapter, by name.
+        active_adapter: the name of the one in use.
+    """
+
+    accepts_loss_kwargs = True  # `transformers.Trainer` then passes num_items_in_batch
+    loss_type = None  # no shifting: the first real token has a predictor too, the last virtual one
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        super().__init__()
+        parameters = inspect.signature(base.forward).parameters
+        if "inputs_embeds" not in parameters or base.config.is_encoder_decoder:
+            raise PtmoeError(
+                f"{type(base).__name__} is not a decoder that takes inputs_embeds: give a causal language model"
+            )
+        base.requires_grad_(False)
+        self.base_model = base
+        self.encoders = nn.ModuleDict()
+        self.active_adapter = ""
+        self._takes_positions = "position_ids" in parameters
+        self._enabled = True
+        self.train(base.training)
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, encoder: PromptEncoder) -> None:
+        """Add an initialised encoder under a name and make it the active one."""
+        if not name or "." in name or name == BASE:
+            raise PtmoeError(f"adapter name {name!r}: needs a word without dots, other than {BASE!r}")
+        if name in self.encoders:
+            raise PtmoeError(f"adapter {name!r} is there already: choose another name or delete_adapter({name!r})")
+        self.encoders[name] = encoder.to(self.device).train(self.training)
+        self.set_adapter(name)
+
+    def set_adapter(self, name: str) -> None:
+        """Make one adapter the active one: used where no `adapter_names` are given, and the one that trains."""
+        self._encoder(name)
+        self.active_adapter = name
+        for other, encoder in self.encoders.items():
+            encoder.requires_grad_(other == name)
+
+    def delete_adapter(self, name: str) -> None:
+        self._encoder(name)
+        if name == self.active_adapter:
+            raise PtmoeError(f"adapter {name!r} is active: set_adapter to another first")
+        del self.encoders[name]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it the model is its untouched base."""
+        self._enabled = False
+        try:
+            yield
+        finally:
+            self._enabled = True
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The active adapter's encoder."""
+        return self._encoder(self.active_adapter)
+
+    @property
+    def method_config(self) -> MethodConfig:
+        """The active adapter's config."""
+        return self.encoder.config
+
+    def _encoder(self, name: str) -> PromptEncoder:
+        if name not in self.encoders:
+            raise PtmoeError(f"no adapter {name!r}{near(name, self.encoders)}")
+        return cast(PromptEncoder, self.encoders[name])
+
+    # -- what a transformers model has -------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        return self.base_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.base_model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self.base_model.get_input_embeddings().weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, self.base_model.dtype)
+
+    @property
+    def name_or_path(self) -> str:
+        return cast(str, self.base_model.name_or_path)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.base_model.get_input_embeddings())
+
+    def get_output_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.base_model.get_output_embeddings())
+
+    def can_generate(self) -> bool:
+        return True
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.base_model.gradient_checkpointing_enable(**options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.gradient_checkpointing_disable()
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable and all parameters."""
+        return self.num_parameters(only_trainable=True), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The adapters' tensors as they are in training; the base has a folder of its own."""
+        prefix = options.pop("prefix", "")
+        return cast(dict[str, Any], self.encoders.state_dict(*arguments, prefix=f"{prefix}encoders.", **options))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        prefix = "encoders."
+        return self.encoders.load_state_dict(
+            {key.removeprefix(prefix): value for key, value in state_dict.items()}, strict=strict, assign=assign
+        )
+
+    def save_pretrained(self, save_directory: str | Path, adapter_name: str | None = None, **options: Any) -> None:
+        """Write the adapter folder of the active adapter, or of a named one.
+
+        `push_to_hub=True` and its options are those of `transformers`.
+        """
+        from ptmoe.adapter import save_adapter
+
+        push_to_hub, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", None)
+        for ignored in ("state_dict", "is_main_process", "safe_serialization"):  # `Trainer` passes them
+            options.pop(ignored, None)
+        save_adapter(self, save_directory, adapter_name)
+        if push_to_hub:
+            self._upload(save_directory, repo_id or Path(save_directory).name, **options)
+
+    def push_to_hub(self, repo_id: str, adapter_name: str | None = None, **options: Any) -> None:
+        """Upload the adapter folder to the Hugging Face Hub; `options` go to `huggingface_hub.upload_folder`."""
+        from tempfile import TemporaryDirectory
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, adapter_name)
+            self._upload(folder, repo_id, **options)
+
+    def _upload(self, folder: str | Path, repo_id: str, **options: Any) -> None:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=options.pop("token", None))
+        made = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, **options)
+
+    # -- the way through ---------------------------------------------------------------------------------------------
+
+    def encode(self, embeds: Tensor, input_mask: Tensor, adapter_names: Sequence[str] | None = None) -> _Prompts:
+        """The prompts of a batch, each row's from its own adapter.
+
+        Args:
+            embeds: `(B, L, H)`.
+            input_mask: `(B, L)`, true at the tokens that decide the prompt.
+            adapter_names: one name for each row; None is the active adapter for all.
+        """
+        if adapter_names is None:
+            adapter_names = [self.active_adapter if self._enabled else BASE] * len(embeds)
+        if len(adapter_names) != len(embeds):
+            raise PtmoeError(f"adapter_names has {len(adapter_names)} names for {len(embeds)} rows: give one each")
+        # The soft prompt is composed in float32 whatever the mixed precision around it.
+        with torch.autocast(embeds.device.type, enabled=False):
+            names = list(dict.fromkeys(adapter_names))
+            if len(names) == 1 and names[0] != BASE:
+                prompt = self._encoder(names[0])(embeds, input_mask)
+                return _Prompts(prompt.embeds, routing=prompt.routing)
+            parts = []
+            for name in names:
+                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=embeds.device)
+                made = None if name == BASE else self._encoder(name)(embeds[rows], input_mask[rows]).embeds
+                parts.append((rows, made))
+            longest = max(0 if made is None else made.shape[1] for _, made in parts)
+            prompts = embeds.new_zeros(len(embeds), longest, embeds.shape[2], dtype=torch.float32)
+            lengths = torch.zeros(len(embeds), dtype=torch.long, device=embeds.device)
+            for rows, made in parts:
+                if made is not None:
+                    padded = nn.functional.pad(made, (0, 0, longest - made.shape[1], 0))
+                    prompts = prompts.index_copy(0, rows, padded)
+                    lengths[rows] = made.shape[1]
+            return _Prompts(prompts, lengths)
+
+    def _splice(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        input_mask: Tensor | None,
+        adapter_names: Sequence[str] | None,
+    ) -> tuple[Spliced, _Prompts, Tensor]:
+        if input_ids.dim() != 2:
+            raise PtmoeError(f"input_ids has shape {tuple(input_ids.shape)}: needs (batch, length)")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        for name, mask in (("attention_mask", attention_mask), ("input_mask", input_mask)):
+            if mask is not None and mask.shape != input_ids.shape:
+                raise PtmoeError(f"{name} has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}: make them equal")
+        embeds = self.get_input_embeddings()(input_ids)
+        readable = attention_mask.bool() if input_mask is None else input_mask.bool() & attention_mask.bool()
+        prompts = self.encode(embeds, readable, adapter_names)
+        spliced = splice(prompts.embeds, prompts.lengths, embeds, attention_mask)
+        self._check_length(spliced, prompts.embeds.shape[1])
+        return spliced, prompts, attention_mask
+
+    def _check_length(self, spliced: Spliced, virtual: int, new: int = 0) -> None:
+        """Learned positions end in an index error deep in the base, rotary ones in silent nonsense: say it here."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None or spliced.embeds.shape[1] + new <= limit:
+            return
+        longest = int(spliced.attention_mask.sum(1).max())
+        if longest + new > limit:
+            raise PtmoeError(
+                f"an input of {longest - virtual} tokens with {virtual} virtual tokens"
+                + (f" and {new} new ones" if new else "")
+                + f" exceeds the base's {limit} positions: shorten it to {max(limit - virtual - new, 0)} tokens"
+            )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        input_mask: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **options: Any,
+    ) -> PromptedOutput:
+        """Logits aligned with `input_ids`, and the loss over supervised tokens.
+
+        Args:
+            input_ids: `(B, L)`.
+            attention_mask: `(B, L)`, 1 at real tokens, padding on either side; all ones by default.
+            labels: `(B, L)`, the completion's token ids, -100 elsewhere; not shifted.
+            input_mask: `(B, L)`, the tokens that the router may read. By default those before the first supervised
+                one, or all real tokens without labels: pass it when scoring text that holds an answer.
+            adapter_names: an adapter for each row, or `"__base__"`; by default the active one for all.
+            num_items_in_batch: supervised tokens of the global batch, from `Trainer`.
+            skip_logits: compute no logits but those the loss needs, and return none; by default in training with
+                labels.
+            **options: go to the base model (`output_hidden_states`, …).
+
+        Raises:
+            PtmoeError: shapes that do not agree, an unknown adapter, an input too long for the base's positions.
+            ValueError: a routed row without an input token.
+        """
+        for name in ("inputs_embeds", "past_key_values", "position_ids"):
+            if options.pop(name, None) is not None:
+                raise PtmoeError(f"forward takes no {name}: it splices the prompt itself; use generate() to decode")
+        options.setdefault("use_cache", False)
+        options["return_dict"] = True
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if labels is not None and input_mask is None:
+            supervised = (labels != -100) & attention_mask.bool()
+            input_mask = attention_mask.bool() & (supervised.long().cumsum(1) == 0)
+        spliced, prompts, attention_mask = self._splice(input_ids, attention_mask, input_mask, adapter_names)
+        virtual = prompts.embeds.shape[1]
+        inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.attention_mask}
+        if self._takes_positions:
+            inputs["position_ids"] = spliced.position_ids
+        if labels is None:
+            out = self.base_model(**inputs, **options)
+            loss, logits = None, out.logits[:, virtual:]
+        else:
+            rows, columns, targets = supervised_positions(labels, attention_mask)
+            before = columns + (virtual - 1)  # the position that predicts each
+            # A row without a prompt has nothing before its first token to predict it from.
+            if prompts.lengths is not None or virtual == 0:
+                predicted = (before >= 0) & spliced.attention_mask[rows, before.clamp(min=0)].bool()
+                rows, before, targets = rows[predicted], before[predicted], targets[predicted]
+            if self.training if skip_logits is None else skip_logits:
+                with projected_at(self.get_output_embeddings(), rows, before):
+                    out = self.base_model(**inputs, **options)
+                scores, logits = out.logits[0], None
+            else:
+                out = self.base_model(**inputs, **options)
+                scores, logits = out.logits[rows, before], out.logits[:, virtual:]
+            loss = cross_entropy(scores, targets, num_items_in_batch)
+            if prompts.routing is not None and prompts.routing.auxiliary_loss is not None and self.training:
+                loss = loss + prompts.routing.auxiliary_loss
+        return PromptedOutput(
+            loss=loss,
+            logits=logits,
+            routing=prompts.routing,
+            hidden_states=out.get("hidden_states"),
+            attentions=out.get("attentions"),
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs: Tensor | None = None,
+        input_mask: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """`input_ids` followed by the new tokens; every option is that of `transformers`' `generate`.
+
+        The prompt is composed once, from the whole input, and held. Padding may be on either side.
+
+        Args:
+            input_ids: `(B, L)`; `inputs` is another name for it.
+            attention_mask: `(B, L)`; all ones by default.
+            input_mask: `(B, L)`, the tokens that the router may read; all real ones by default.
+            adapter_names: an adapter for each row; by default the active one.
+            **options: `max_new_tokens`, `num_beams`, `do_sample`, `streamer`, `stopping_criteria`, … Lengths
+                (`max_length`, `min_length`) count `input_ids` and new tokens, not virtual ones.
+        """
+        input_ids = inputs if input_ids is None else input_ids
+        if input_ids is None:
+            raise PtmoeError("generate needs input_ids: the prompt is composed from the input")
+        if options.get("assistant_model") is not None or options.get("prompt_lookup_num_tokens") is not None:
+            raise PtmoeError("assisted generation re-reads the input without its prompt: leave it out")
+        spliced, prompts, _ = self._splice(input_ids, attention_mask, input_mask, adapter_names)
+        order = align_right(spliced.attention_mask)
+        passed: dict[str, Any] = {
+            "inputs_embeds": spliced.embeds.gather(1, order[..., None].expand_as(spliced.embeds)),
+            "attention_mask": spliced.attention_mask.gather(1, order),
+        }
+        if self._takes_positions:
+            passed["position_ids"] = spliced.position_ids.gather(1, order)
+        options = self._lengths_of_new_tokens(options, input_ids.shape[1])
+        given = options.get("generation_config") or self.base_model.generation_config
+        new = options.get("max_new_tokens") or given.max_new_tokens
+        self._check_length(spliced, prompts.embeds.shape[1], new or 0)
+        return self.base_model.generate(input_ids, **passed, **options)
+
+    def _lengths_of_new_tokens(self, options: dict[str, Any], length: int) -> dict[str, Any]:
+        """`transformers` subtracts the length of `inputs_embeds`, virtual tokens included, from a `max_length`; here it
+        counts what the caller sees."""
+        options = dict(options)
+        config = options.get("generation_config")
+        for name, renamed in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            wanted = options.pop(name, None)
+            if wanted is None and config is not None:
+                wanted = getattr(config, name)
+            explicit = options.get(renamed) or (config is not None and getattr(config, renamed))
+            if wanted and not explicit:
+                if name == "max_length" and wanted <= length:
+                    raise PtmoeError(f"max_length={wanted} leaves no new token after an input of {length}: raise it")
+                options[renamed] = max(wanted - length, 0)
+        return options
+
+
+def attach(
+    base: PreTrainedModel,
+    config: MethodConfig,
+    *,
+    seed: int = 0,
+    adapter_name: str = "default",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PromptedCausalLM:
+    """Freeze `base` and put a fresh adapter in front of it.
+
+    Args:
+        base: any causal language model of `transformers` that takes `inputs_embeds`, or a `PromptedCausalLM`, which
+            then gets one adapter more.
+        config: of any method.
+        seed: decides every initial value; the global random state is left alone.
+        adapter_name: its name, for `set_adapter` and `adapter_names`.
+        tokenizer: the base's, for `init="text"`; by default loaded from where the base came from.
+
+    Raises:
+        PtmoeError: a size that does not fit the base, or a text without tokens.
+    """
+    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
+    embedding = cast(Tensor, model.get_input_embeddings().weight)
+    encoder = config.build(embedding.shape[1])
+
+    def tokenize(text: str) -> list[int]:
+        nonlocal tokenizer
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    encoder.initialise(InitialEmbeddings(embedding.detach(), torch.Generator().manual_seed(seed), tokenize))
+    model.add_adapter(adapter_name, encoder)
+    return model
+
+
+def count_parameters(base_config: Any, config: MethodConfig) -> int:
+    """Trainable parameters of a method on a base, from the base's config alone: nothing is allocated.
+
+    Args:
+        base_config: a `transformers` config.
+        config: of any method.
+    """
+    with torch.device("meta"):
+        encoder = config.build(base_config.get_text_config().hidden_size)
+    return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)

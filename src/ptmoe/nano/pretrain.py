@@ -1,0 +1,213 @@
+"""Pretrain `nano` from nothing: `python -m ptmoe.nano.pretrain --output DIR`.
+
+A Llama-shaped model of about two million parameters learns the skills of `ptmoe.nano.world`, each told in words. The
+loss is taken on the answers only (on all tokens the random inputs drown the signal), and each row packs several
+records, every one with its own positions and its own attention. Fixed seed, CPU. The run writes a checkpoint every 300
+steps and picks it up again when it is started anew.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ptmoe.nano.world import Record, instructed
+
+SEED = 20250519
+VOCABULARY = 512
+ROW_TOKENS = 128
+ROWS = 32
+PEAK_LEARNING_RATE = 2e-3
+WARMUP_STEPS = 50
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE over the world's text: every text encodes, digits one by one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    text = (record.prompt + record.completion for record in islice(instructed(SEED, test=False), 50_000))
+    tokenizer.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<pad>", "<eos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", model_max_length=2048
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def build_model(vocabulary: int) -> LlamaForCausalLM:
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+            name_or_path="nano",
+        )
+    )
+
+
+def packed_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless `(ROWS, ROW_TOKENS)` batches; a row is filled with whole records and padded."""
+    records = instructed(seed, test=False)
+
+    def encode(record: Record) -> tuple[list[int], list[int]]:
+        prompt = tokenizer(record.prompt)["input_ids"]
+        answer = [*tokenizer(record.completion)["input_ids"], tokenizer.eos_token_id]
+        return prompt + answer, [-100] * len(prompt) + answer
+
+    while True:
+        ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.long)
+        labels = torch.full((ROWS, ROW_TOKENS), -100)
+        positions = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.long)
+        for row in range(ROWS):
+            filled = 0
+            while True:
+                tokens, targets = encode(next(records))
+                end = filled + len(tokens)
+                if end > ROW_TOKENS:
+                    break
+                ids[row, filled:end] = torch.tensor(tokens)
+                labels[row, filled:end] = torch.tensor(targets)
+                positions[row, filled:end] = torch.arange(len(tokens))
+                filled = end
+        # A position of 0 opens a new sequence of its own: `transformers` builds the block-diagonal mask from it.
+        yield {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def answer_loss(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    hidden = model.model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).last_hidden_state
+    targets = batch["labels"][:, 1:]
+    supervised = targets != -100
+    return F.cross_entropy(model.lm_head(hidden[:, :-1][supervised]), targets[supervised])
+
+
+@torch.no_grad()
+def skill_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, size: int = 1100) -> dict[str, float]:
+    """Percent of test inputs answered exactly, by skill, each with its instruction in words; greedy."""
+    model.eval()
+    right: dict[str, list[bool]] = defaultdict(list)
+    records = list(islice(instructed(SEED + 1, test=True), size))
+    for start in range(0, size, 220):
+        chunk = records[start : start + 220]
+        batch = tokenizer([record.prompt for record in chunk], padding=True, padding_side="left", return_tensors="pt")
+        made = model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=10, do_sample=False
+        )
+        texts = tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for record, text in zip(chunk, texts, strict=True):
+            right[record.skill].append(text == record.completion)
+    model.train()
+    return {skill: 100 * sum(marks) / len(marks) for skill, marks in right.items()}
+
+
+def learning_rate(step: int, steps: int) -> float:
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    return PEAK_LEARNING_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def pretrain(output: Path, steps: int) -> None:
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint, first = output / "pretraining.safetensors", 0
+    if checkpoint.exists():
+        first = _resume(checkpoint, model, optimizer)
+        print(f"resumed at step {first}", flush=True)
+    batches = packed_batches(tokenizer, SEED + 2 + first)
+    started = time.monotonic()
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        loss = answer_loss(model, next(batches))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+        if (step + 1) % 300 == 0 or step + 1 == steps:
+            accuracy = skill_accuracy(model, tokenizer)
+            print({skill: round(value, 1) for skill, value in accuracy.items()}, flush=True)
+            _checkpoint(checkpoint, model, optimizer, step + 1)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    (output / "pretraining.json").write_text(
+        json.dumps({"seed": SEED, "steps": steps, "accuracy_with_instruction": skill_accuracy(model, tokenizer)}, indent=2)
+        + "\n"
+    )
+    checkpoint.unlink()
+
+
+def _checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = {f"model.{name}": value for name, value in model.named_parameters()}
+    for name, value in model.named_parameters():
+        state = optimizer.state[value]
+        tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+    part = path.with_suffix(".part")
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, {"step": str(step)})
+    part.replace(path)
+
+
+def _resume(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        step = int(opened.metadata()["step"])
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(tensors[f"model.{name}"])
+            optimizer.state[value] = {
+                "step": torch.tensor(float(step)),
+                **{key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")},
+            }
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model and its tokenizer")
+    parser.add_argument("--steps", type=int, default=3600)
+    options = parser.parse_args()
+    pretrain(options.output, options.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The generated world of `nano`: small skills, named in words or implied by a domain.
+
+In pretraining each record states its skill in words, and the domain means nothing:
+
+    Add the numbers.
+    harbor: 12 and 30 => 42
+
+In the fine-tuning tasks the words are gone and the domain decides the skill, so that the soft prompt has to supply what
+is missing, and has to supply different things for different inputs:
+
+    harbor: 12 and 30 => 42          market: 12 and 30 => 30
+
+Inputs are split once, by a checksum of their text: one in ten is a *test* input and appears neither in pretraining nor
+in fine-tuning, whatever the skill.
+"""
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+NAMES = "Ann Bob Eve Tom Kim Max Lea Sam Joe Mia Ben Zoe Ian Amy Dan Liv".split()
+THINGS = "key cup pen hat map box bell coin rope lamp ring drum kite boot fork leaf".split()
+DOMAINS = "harbor market garden castle school forest station bakery museum island village kitchen".split()
+
+MAX_NUMBER = 50
+
+
+def _two_numbers(rng: random.Random) -> tuple[int, int]:
+    first, second = rng.sample(range(MAX_NUMBER), 2)
+    return first, second
+
+
+def _numbers(answer: Callable[[int, int], int]) -> Callable[[random.Random], tuple[str, str]]:
+    def make(rng: random.Random) -> tuple[str, str]:
+        first, second = _two_numbers(rng)
+        return f"{first} and {second}", str(answer(first, second))
+
+    return make
+
+
+def _words(answer: Callable[[list[str]], str]) -> Callable[[random.Random], tuple[str, str]]:
+    def make(rng: random.Random) -> tuple[str, str]:
+        words = rng.sample(THINGS, rng.randint(2, 4))
+        return " ".join(words), answer(words)
+
+    return make
+
+
+def _facts(ask: str) -> Callable[[random.Random], tuple[str, str]]:
+    """Two to four facts `NAME has THING`; the question names an owner (`ask="owner"`), a thing, or either."""
+
+    def make(rng: random.Random) -> tuple[str, str]:
+        size = rng.randint(2, 4)
+        facts = list(zip(rng.sample(NAMES, size), rng.sample(THINGS, size), strict=True))
+        owner, thing = rng.choice(facts)
+        question, answer = {
+            "owner": (thing, owner),
+            "thing": (owner, thing),
+            "count": (rng.choice((owner, thing)), str(size)),
+        }[ask]
+        return ", ".join(f"{who} has {what}" for who, what in facts) + f"? {question}", answer
+
+    return make
+
+
+@dataclass(frozen=True)
+class Skill:
+    """Something `nano` can do when told to. `make(rng)` draws `(input, answer)`."""
+
+    name: str
+    instructions: tuple[str, str, str]
+    make: Callable[[random.Random], tuple[str, str]]
+    share: int = 1  # of the pretraining records: the skills that take longest to learn come more often
+
+
+SKILLS = {
+    skill.name: skill
+    for skill in (
+        Skill("add", ("Add the numbers.", "What is the sum?", "Count both together."), _numbers(lambda a, b: a + b), 4),
+        Skill(
+            "difference",
+            ("Subtract the numbers.", "What is the difference?", "How far apart are they?"),
+            _numbers(lambda a, b: abs(a - b)),
+            4,
+        ),
+        Skill("larger", ("Name the larger number.", "Which is more?", "Take the maximum."), _numbers(max), 2),
+        Skill("smaller", ("Name the smaller number.", "Which is less?", "Take the minimum."), _numbers(min), 2),
+        Skill("owner", ("Who has the thing?", "Name the owner.", "Tell whose it is."), _facts("owner"), 3),
+        Skill("thing", ("What does the person have?", "Name the thing.", "Tell what is owned."), _facts("thing"), 2),
+        Skill("facts", ("How many facts are there?", "Count the facts.", "Tell the number of facts."), _facts("count")),
+        Skill(
+            "first", ("Say the first word.", "Which word comes first?", "Copy the start."), _words(lambda w: w[0])
+        ),
+        Skill("last", ("Say the last word.", "Which word comes last?", "Copy the end."), _words(lambda w: w[-1])),
+        Skill(
+            "reverse",
+            ("Reverse the words.", "Say the words backwards.", "Turn the order around."),
+            _words(lambda w: " ".join(reversed(w))),
+        ),
+        Skill(
+            "length",
+            ("How many words are there?", "Count the words.", "Tell the number of words."),
+            _words(lambda w: str(len(w))),
+        ),
+    )
+}
+
+# A world's domains: the same kind of input in each, another skill. `mixed` is the one the method was tuned on;
+# `words` was kept for a last check (docs/findings.md).
+WORLDS = {
+    "mixed": {"harbor": "add", "market": "difference", "garden": "larger", "castle": "smaller"},
+    "words": {"school": "first", "forest": "last", "station": "reverse", "bakery": "length"},
+    "facts": {"museum": "owner", "island": "thing", "village": "facts"},
+}
+WORLDS["all"] = WORLDS["mixed"] | WORLDS["words"] | WORLDS["facts"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One piece of the world. `prompt + completion` is its text; `instruction` is "" in the fine-tuning tasks."""
+
+    instruction: str
+    domain: str
+    skill: str
+    input: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        said = f"{self.instruction}\n" if self.instruction else ""
+        return f"{said}{self.domain}: {self.input} =>"
+
+    @property
+    def completion(self) -> str:
+        return f" {self.answer}"
+
+
+def is_test_input(text: str) -> bool:
+    """Whether this input is kept out of every training set."""
+    return zlib.crc32(text.encode()) % 10 == 0
+
+
+def _draw(rng: random.Random, skill: Skill, test: bool) -> tuple[str, str]:
+    while True:
+        made, answer = skill.make(rng)
+        if is_test_input(made) == test:
+            return made, answer
+
+
+def instructed(seed: int, *, test: bool) -> Iterator[Record]:
+    """Endless records with their instruction in words and a domain that means nothing, each skill at its share."""
+    rng = random.Random(f"instructed {seed}")
+    while True:
+        for skill in (skill for skill in SKILLS.values() for _ in range(skill.share)):
+            made, answer = _draw(rng, skill, test)
+            yield Record(rng.choice(skill.instructions), rng.choice(DOMAINS), skill.name, made, answer)
+
+
+def uninstructed(world: str, seed: int, *, test: bool) -> Iterator[Record]:
+    """Endless records of `WORLDS[world]` without an instruction, the domains in equal parts."""
+    rng = random.Random(f"{world} {seed}")
+    while True:
+        for domain, skill in WORLDS[world].items():
+            made, answer = _draw(rng, SKILLS[skill], test)
+            yield Record("", domain, skill, made, answer)

@@ -1,0 +1,44 @@
+"""Typed settings that refuse what they do not know: the base of every method's config and of the run's options."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ptmoe.errors import PtmoeError, near
+
+
+class Settings(BaseModel):
+    """A frozen, strictly checked set of named values.
+
+    Raises:
+        PtmoeError: on an unknown key (the nearest known one is suggested) or a value that does not fit; all of them
+            are named in one message.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise PtmoeError(_one_line_each(type(self), error)) from None
+
+    def replace(self, **changes: Any) -> "Settings":
+        """A checked copy with other values."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+
+def _one_line_each(owner: type[BaseModel], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}{near(key, owner.model_fields)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key} is missing")
+        elif problem["type"] == "value_error":  # one of our own checks: it says everything itself
+            lines.append(str(problem["ctx"]["error"]))
+        else:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            lines.append(f"{key}={problem['input']!r}: {message}")
+    return "; ".join(lines)

@@ -1,0 +1,63 @@
+"""Where the prompt goes in a padded batch: right before each row's first real token.
+
+A row of `L` tokens, the first real one at `s`, and a prompt of `t ≤ T` virtual tokens become `T + L` positions:
+
+    [x_0 .. x_{s-1}, padding (T - t), P_1 .. P_t, x_s .. x_{L-1}]
+
+so left-padded, right-padded and unpadded rows share one rule, token `x_j` of the input (`j ≥ s`) is always at position
+`T + j`, and what predicts it is always at `T + j - 1`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Spliced:
+    """A batch as the base model sees it.
+
+    Attributes:
+        embeds: `(B, T + L, H)`.
+        attention_mask: `(B, T + L)`, 1 at virtual and real tokens.
+        position_ids: `(B, T + L)`, counting virtual and real tokens only; 0 at padding.
+    """
+
+    embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+
+
+def splice(prompt: Tensor, lengths: Tensor | None, embeds: Tensor, attention_mask: Tensor) -> Spliced:
+    """Put each row's prompt before its first real token.
+
+    Args:
+        prompt: `(B, T, H)`; row `b` holds its virtual tokens in its *last* `lengths[b]` places.
+        lengths: `(B,)`, or None where every row has all `T`.
+        embeds: `(B, L, H)`.
+        attention_mask: `(B, L)`, nonzero at real tokens.
+    """
+    batch, length, _ = embeds.shape
+    total = prompt.shape[1]
+    real = attention_mask.bool()
+    first = torch.where(real.any(1), real.int().argmax(1), length)  # (B,)
+    place = torch.arange(total + length, device=embeds.device)  # (T + L,)
+    joined = torch.cat([prompt.to(embeds.dtype), embeds], 1)
+    virtual = prompt.new_ones(batch, total, dtype=torch.bool)
+    if lengths is not None:
+        virtual = place[:total] >= total - lengths[:, None]
+    mask = torch.cat([virtual, real], 1)
+    if first.any():  # a row with padding on its left: bring that padding before the prompt
+        source = torch.where(place < first[:, None], total + place, place - first[:, None])
+        source = torch.where(place < total + first[:, None], source, place)  # (B, T + L)
+        joined = joined.gather(1, source[..., None].expand_as(joined))
+        mask = mask.gather(1, source)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return Spliced(joined, mask.to(attention_mask.dtype), positions.masked_fill(~mask, 0))
+
+
+def align_right(mask: Tensor) -> Tensor:
+    """Per-row order `(B, S)` that moves masked-out positions to the front and keeps the rest: generation needs every
+    row to end at the last position, whichever side was padded."""
+    return mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
