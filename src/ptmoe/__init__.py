@@ -17,6 +17,7 @@ _HOMES = {
     "attach": "model",
     "count_parameters": "model",
     "load_adapter": "adapter",
+    "RoutingCallback": "train.routing",
     "Example": "tasks",
     "load_task": "tasks",
     "score": "tasks",

@@ -38,7 +38,7 @@ ENVELOPE = ("peft_type", "task_type", "base_model_name_or_path", "revision", "hi
 
 @dataclass
 class SavedAdapter:
-    """A folder that has been read and checked: its method's config, its tensors by key, and what it says of its base."""
+    """A folder that has been read and checked: its config, its tensors by key, and what it says of its base."""
 
     config: MethodConfig
     tensors: dict[str, Tensor]
@@ -157,11 +157,15 @@ def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Ten
         raise PtmoeError(f"{path} holds an unknown tensor {unknown[0]!r}{near(unknown[0], expected)}")
     for key, value in found.items():
         if value.shape != expected[key].shape:
-            raise PtmoeError(f"{path}: {key} has shape {tuple(value.shape)}, its config says {tuple(expected[key].shape)}")
+            raise PtmoeError(
+                f"{path}: {key} has shape {tuple(value.shape)}, its config says {tuple(expected[key].shape)}"
+            )
         if not value.is_floating_point():
             raise PtmoeError(f"{path}: {key} has dtype {value.dtype}: needs floating point")
         if not value.isfinite().all():
-            raise PtmoeError(f"{path}: {key} holds NaN or infinite values: the training diverged; use an earlier checkpoint")
+            raise PtmoeError(
+                f"{path}: {key} holds NaN or infinite values: the training diverged; use an earlier checkpoint"
+            )
 
 
 def load_adapter(
@@ -180,7 +184,7 @@ def load_adapter(
     """
     from ptmoe.model import PromptedCausalLM
 
-    folder = _local_folder(path, revision)
+    folder = local_folder(path, revision)
     saved = read_adapter(folder)
     inner = base.base_model if isinstance(base, PromptedCausalLM) else base
     embedding = inner.get_input_embeddings().weight
@@ -202,7 +206,8 @@ def load_adapter(
     return model
 
 
-def _local_folder(path: str | Path, revision: str | None) -> Path:
+def local_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The adapter folder that a path, a run folder or a Hub repository means; the last is downloaded."""
     folder = Path(path)
     if folder.is_dir():
         inner = folder / "adapter"

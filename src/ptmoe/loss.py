@@ -7,7 +7,6 @@ label asks for it and nowhere else.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

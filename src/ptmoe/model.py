@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.loss import cross_entropy, projected_at, supervised_positions
+from ptmoe.loss import IGNORED, cross_entropy, projected_at, supervised_positions
 from ptmoe.methods.base import InitialEmbeddings, MethodConfig, PromptEncoder, Routing
 from ptmoe.splice import Spliced, align_right, splice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DEFAULT_NEW_TOKENS = 20  # of transformers, where neither the caller nor the base sets a length
 BASE = "__base__"  # in `adapter_names`, as in peft: this row gets no prompt
 
 
@@ -32,6 +34,8 @@ class PromptedOutput(ModelOutput):
         loss: mean cross-entropy over the supervised tokens.
         logits: `(B, L, V)`, aligned with `input_ids`: `logits[b, j]` scores what follows token `j`. None where they
             were skipped.
+        supervised_logits: `(S, V)`, those that the loss was computed from, where `logits` were skipped for it.
+        supervised_labels: `(S,)`, what they were to predict.
         routing: the gate and probabilities `(B, N)`, for methods that route and rows of one adapter.
         hidden_states: of the base, virtual positions included, if asked for.
         attentions: likewise.
@@ -39,6 +43,8 @@ class PromptedOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    supervised_logits: Tensor | None = None
+    supervised_labels: Tensor | None = None
     routing: Routing | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -51,6 +57,22 @@ class _Prompts:
     embeds: Tensor
     lengths: Tensor | None = None
     routing: Routing | None = None
+
+
+def readable_tokens(attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """`(B, L)`, true at the real tokens before each row's first supervised one: what the router may read."""
+    supervised = (labels != IGNORED) & attention_mask.bool()
+    return attention_mask.bool() & (supervised.long().cumsum(1) == 0)
+
+
+def _check_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
+    if input_ids.dim() != 2:
+        raise PtmoeError(f"input_ids has shape {tuple(input_ids.shape)}: needs (batch, length)")
+    for name, other in others.items():
+        if other is not None and other.shape != input_ids.shape:
+            raise PtmoeError(
+                f"{name} has shape {tuple(other.shape)}, input_ids {tuple(input_ids.shape)}: make them equal"
+            )
 
 
 class PromptedCausalLM(nn.Module):
@@ -89,8 +111,9 @@ class PromptedCausalLM(nn.Module):
 
     def add_adapter(self, name: str, encoder: PromptEncoder) -> None:
         """Add an initialised encoder under a name and make it the active one."""
-        if not name or "." in name or name == BASE:
-            raise PtmoeError(f"adapter name {name!r}: needs a word without dots, other than {BASE!r}")
+        # An nn.ModuleDict holds no key that is one of its own attributes, "train" or "keys".
+        if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name):
+            raise PtmoeError(f"adapter name {name!r} cannot be used: choose another word, without dots")
         if name in self.encoders:
             raise PtmoeError(f"adapter {name!r} is there already: choose another name or delete_adapter({name!r})")
         self.encoders[name] = encoder.to(self.device).train(self.training)
@@ -112,11 +135,11 @@ class PromptedCausalLM(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within it the model is its untouched base."""
-        self._enabled = False
+        before, self._enabled = self._enabled, False
         try:
             yield
         finally:
-            self._enabled = True
+            self._enabled = before
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -161,6 +184,20 @@ class PromptedCausalLM(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return cast(nn.Module, self.base_model.get_output_embeddings())
 
+    def add_model_tags(self, tags: Sequence[str] | str) -> None:
+        """`trl`'s trainers call it at the end of their construction: all but the bridge, which adds `"ptmoe"`, are
+        refused here, before anything is trained.
+
+        Raises:
+            PtmoeError: `trl` without the bridge.
+        """
+        if "trl" in tags and "ptmoe" not in tags:
+            raise PtmoeError(
+                "this trainer of trl cannot train a prompted model: its fused head replaces forward, runs the base model "
+                "without its prompt and keeps the labels to itself, so a router would average the answers too. For "
+                "supervised fine-tuning use SFTTrainer from ptmoe.train.trl"
+            )
+
     def can_generate(self) -> bool:
         return True
 
@@ -170,8 +207,11 @@ class PromptedCausalLM(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.gradient_checkpointing_disable()
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        left_out = {id(p) for p in self.get_input_embeddings().parameters()} if exclude_embeddings else set()
+        return sum(
+            p.numel() for p in self.parameters() if (p.requires_grad or not only_trainable) and id(p) not in left_out
+        )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable and all parameters."""
@@ -181,7 +221,7 @@ class PromptedCausalLM(nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
-    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapters' tensors as they are in training; the base has a folder of its own."""
         prefix = options.pop("prefix", "")
         return cast(dict[str, Any], self.encoders.state_dict(*arguments, prefix=f"{prefix}encoders.", **options))
@@ -263,13 +303,9 @@ class PromptedCausalLM(nn.Module):
         input_mask: Tensor | None,
         adapter_names: Sequence[str] | None,
     ) -> tuple[Spliced, _Prompts, Tensor]:
-        if input_ids.dim() != 2:
-            raise PtmoeError(f"input_ids has shape {tuple(input_ids.shape)}: needs (batch, length)")
+        _check_shapes(input_ids, attention_mask=attention_mask, input_mask=input_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        for name, mask in (("attention_mask", attention_mask), ("input_mask", input_mask)):
-            if mask is not None and mask.shape != input_ids.shape:
-                raise PtmoeError(f"{name} has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}: make them equal")
         embeds = self.get_input_embeddings()(input_ids)
         readable = attention_mask.bool() if input_mask is None else input_mask.bool() & attention_mask.bool()
         prompts = self.encode(embeds, readable, adapter_names)
@@ -277,9 +313,14 @@ class PromptedCausalLM(nn.Module):
         self._check_length(spliced, prompts.embeds.shape[1])
         return spliced, prompts, attention_mask
 
+    @property
+    def _positions(self) -> int | None:
+        """How many positions the base has; None where it sets no limit."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
     def _check_length(self, spliced: Spliced, virtual: int, new: int = 0) -> None:
         """Learned positions end in an index error deep in the base, rotary ones in silent nonsense: say it here."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limit = self._positions
         if limit is None or spliced.embeds.shape[1] + new <= limit:
             return
         longest = int(spliced.attention_mask.sum(1).max())
@@ -317,7 +358,8 @@ class PromptedCausalLM(nn.Module):
             **options: go to the base model (`output_hidden_states`, …).
 
         Raises:
-            PtmoeError: shapes that do not agree, an unknown adapter, an input too long for the base's positions.
+            PtmoeError: shapes that do not agree, an unknown adapter, an input too long for the base's positions, or
+                training a routed adapter with neither labels nor input_mask.
             ValueError: a routed row without an input token.
         """
         for name in ("inputs_embeds", "past_key_values", "position_ids"):
@@ -325,16 +367,25 @@ class PromptedCausalLM(nn.Module):
                 raise PtmoeError(f"forward takes no {name}: it splices the prompt itself; use generate() to decode")
         options.setdefault("use_cache", False)
         options["return_dict"] = True
+        kept = options.pop("logits_to_keep", 0)  # counts tokens of the input, as in transformers
+        _check_shapes(input_ids, attention_mask=attention_mask, labels=labels)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if labels is not None and input_mask is None:
-            supervised = (labels != -100) & attention_mask.bool()
-            input_mask = attention_mask.bool() & (supervised.long().cumsum(1) == 0)
+            input_mask = readable_tokens(attention_mask, labels)
         spliced, prompts, attention_mask = self._splice(input_ids, attention_mask, input_mask, adapter_names)
+        if self.training and input_mask is None and prompts.routing is not None and prompts.embeds.requires_grad:
+            raise PtmoeError(
+                "training with neither labels nor input_mask: the router would average the answers in input_ids too, "
+                "which it never sees in generation. Pass labels, or input_mask with the tokens that it may read; where "
+                "a trainer keeps the labels (label smoothing, a loss function of its own, trl), use SFTTrainer from "
+                "ptmoe.train.trl"
+            )
         virtual = prompts.embeds.shape[1]
         inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.attention_mask}
         if self._takes_positions:
             inputs["position_ids"] = spliced.position_ids
+        scored: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
         if labels is None:
             out = self.base_model(**inputs, **options)
             loss, logits = None, out.logits[:, virtual:]
@@ -349,19 +400,31 @@ class PromptedCausalLM(nn.Module):
                 with projected_at(self.get_output_embeddings(), rows, before):
                     out = self.base_model(**inputs, **options)
                 scores, logits = out.logits[0], None
+                scored = (scores.detach(), targets)
             else:
                 out = self.base_model(**inputs, **options)
                 scores, logits = out.logits[rows, before], out.logits[:, virtual:]
             loss = cross_entropy(scores, targets, num_items_in_batch)
             if prompts.routing is not None and prompts.routing.auxiliary_loss is not None and self.training:
                 loss = loss + prompts.routing.auxiliary_loss
+        if logits is not None:
+            logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
         return PromptedOutput(
             loss=loss,
             logits=logits,
+            supervised_logits=scored[0],
+            supervised_labels=scored[1],
             routing=prompts.routing,
             hidden_states=out.get("hidden_states"),
             attentions=out.get("attentions"),
         )
+
+    @torch.no_grad()
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing | None:
+        """How the active adapter routes these inputs `(B, L)`; None for a method that does not route."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        return self.encode(self.get_input_embeddings()(input_ids), attention_mask.bool()).routing
 
     @torch.no_grad()
     def generate(
@@ -389,8 +452,9 @@ class PromptedCausalLM(nn.Module):
         input_ids = inputs if input_ids is None else input_ids
         if input_ids is None:
             raise PtmoeError("generate needs input_ids: the prompt is composed from the input")
-        if options.get("assistant_model") is not None or options.get("prompt_lookup_num_tokens") is not None:
-            raise PtmoeError("assisted generation re-reads the input without its prompt: leave it out")
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+            if any(source.get(name) is not None for source in self._generation_settings(options)):
+                raise PtmoeError(f"{name} re-reads the input without its prompt: leave it out")
         spliced, prompts, _ = self._splice(input_ids, attention_mask, input_mask, adapter_names)
         order = align_right(spliced.attention_mask)
         passed: dict[str, Any] = {
@@ -399,27 +463,62 @@ class PromptedCausalLM(nn.Module):
         }
         if self._takes_positions:
             passed["position_ids"] = spliced.position_ids.gather(1, order)
-        options = self._lengths_of_new_tokens(options, input_ids.shape[1])
-        given = options.get("generation_config") or self.base_model.generation_config
-        new = options.get("max_new_tokens") or given.max_new_tokens
-        self._check_length(spliced, prompts.embeds.shape[1], new or 0)
+        limit = self._positions
+        room = None if limit is None else limit - int(spliced.attention_mask.sum(1).max())
+        options, new = self._with_new_tokens(options, input_ids.shape[1], room)
+        self._check_length(spliced, prompts.embeds.shape[1], new)
         return self.base_model.generate(input_ids, **passed, **options)
 
-    def _lengths_of_new_tokens(self, options: dict[str, Any], length: int) -> dict[str, Any]:
-        """`transformers` subtracts the length of `inputs_embeds`, virtual tokens included, from a `max_length`; here it
-        counts what the caller sees."""
-        options = dict(options)
-        config = options.get("generation_config")
-        for name, renamed in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            wanted = options.pop(name, None)
-            if wanted is None and config is not None:
-                wanted = getattr(config, name)
-            explicit = options.get(renamed) or (config is not None and getattr(config, renamed))
-            if wanted and not explicit:
-                if name == "max_length" and wanted <= length:
-                    raise PtmoeError(f"max_length={wanted} leaves no new token after an input of {length}: raise it")
-                options[renamed] = max(wanted - length, 0)
-        return options
+    def _generation_settings(self, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """Where `generate` reads its settings, the first that has one first: the options, a config given, the base's."""
+        given = options.get("generation_config")
+        return [options, *([] if given is None else [vars(given)]), vars(self.base_model.generation_config)]
+
+    def _with_new_tokens(
+        self, options: dict[str, Any], length: int, room: int | None
+    ) -> tuple[dict[str, Any], int]:
+        """The options with lengths as numbers of new tokens, and their highest number. `transformers` would subtract
+        the length of `inputs_embeds`, virtual tokens included, from a `max_length`; here it counts what the caller sees.
+        """
+        *asked, own = self._generation_settings(options)
+        most = _new_tokens("max", asked, length)
+        if most is None:  # the base's default, or that of transformers, as far as the base's positions go
+            most = _new_tokens("max", [own], length)
+            most = DEFAULT_NEW_TOKENS if most is None else most
+            most = most if room is None else min(most, max(room, 1))
+        if most < 1:
+            raise PtmoeError(f"{most} new tokens after an input of {length}: raise max_length or max_new_tokens")
+        least = _new_tokens("min", [*asked, own], length)
+        lengths = {"max_length": None, "min_length": None, "max_new_tokens": most}
+        lengths["min_new_tokens"] = None if least is None else max(least, 0)
+        rest = {name: value for name, value in options.items() if name not in lengths}
+        if options.get("generation_config") is None:
+            return rest | {name: value for name, value in lengths.items() if value is not None}, most
+        rest["generation_config"] = copy(options["generation_config"])
+        for name, value in lengths.items():
+            setattr(rest["generation_config"], name, value)
+        return rest, most
+
+
+def _new_tokens(bound: str, sources: list[dict[str, Any]], length: int) -> int | None:
+    """The `"max"` or `"min"` of new tokens after an input of `length`, from the first source that has one."""
+    for source in sources:
+        if source.get(f"{bound}_new_tokens") is not None:
+            return cast(int, source[f"{bound}_new_tokens"])
+        if source.get(f"{bound}_length") is not None:
+            return cast(int, source[f"{bound}_length"]) - length
+    return None
+
+
+@dataclass
+class _LookedUp(InitialEmbeddings):
+    """Embeddings as the base reads them, which need not be rows of its weight: Gemma scales them by √H."""
+
+    lookup: nn.Module | None = None
+
+    def embed(self, ids: Tensor) -> Tensor:
+        assert self.lookup is not None
+        return cast(Tensor, self.lookup(ids.to(self.vocabulary.device))).detach().float().cpu()
 
 
 def attach(
@@ -455,7 +554,9 @@ def attach(
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
         return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    encoder.initialise(InitialEmbeddings(embedding.detach(), torch.Generator().manual_seed(seed), tokenize))
+    encoder.initialise(
+        _LookedUp(embedding.detach(), torch.Generator().manual_seed(seed), tokenize, model.get_input_embeddings())
+    )
     model.add_adapter(adapter_name, encoder)
     return model
 

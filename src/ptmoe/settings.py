@@ -3,6 +3,7 @@
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near
 
@@ -23,7 +24,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise PtmoeError(_one_line_each(type(self), error)) from None
 
-    def replace(self, **changes: Any) -> "Settings":
+    def replace(self, **changes: Any) -> Self:
         """A checked copy with other values."""
         return type(self)(**{**self.model_dump(), **changes})
 

@@ -54,7 +54,9 @@ class ATTEMPT(PromptEncoder):
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         pooled = input_embeds.detach().float().masked_fill(~input_mask[..., None], -torch.inf).amax(1)  # (B, H)
         if torch.isinf(pooled).any():
-            raise ValueError("a row has no input token to attend from: set its prompt's labels to -100 or pass input_mask")
+            raise ValueError(
+                "a row has no input token to attend from: set its prompt's labels to -100 or pass input_mask"
+            )
         hidden = nn.functional.silu(pooled @ self.down.T) @ self.up.T
         query = nn.functional.layer_norm(hidden, hidden.shape[1:])
         prompts = torch.cat([self.source_prompts, self.prompt[None]])  # (S + 1, T, H)
@@ -77,6 +79,9 @@ class ATTEMPT(PromptEncoder):
         for parameter in (self.down, self.up):
             parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=source.generator) - 1))
 
+    def expert_prompts(self) -> Tensor:
+        return torch.cat([self.source_prompts, self.prompt[None]])
+
     def _read_source(self, folder: Path) -> Tensor:
         from ptmoe.adapter import read_adapter
 
@@ -84,5 +89,7 @@ class ATTEMPT(PromptEncoder):
         prompt = saved.tensors.get("prompt")
         if prompt is None or prompt.shape != self.prompt.shape:
             found = f"a {saved.config.method} adapter" if prompt is None else f"a prompt of shape {tuple(prompt.shape)}"
-            raise PtmoeError(f"source prompt {folder}: needs a pt adapter of shape {tuple(self.prompt.shape)}, is {found}")
+            raise PtmoeError(
+                f"source prompt {folder}: needs a pt adapter of shape {tuple(self.prompt.shape)}, is {found}"
+            )
         return prompt

@@ -1,6 +1,6 @@
 """What every method is: a config, and a prompt encoder with one job.
 
-    (input_embeds (B, L, H), input_mask (B, L)) -> Prompt(embeds (B, T, H), routing)
+(input_embeds (B, L, H), input_mask (B, L)) -> Prompt(embeds (B, T, H), routing)
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class MethodConfig(Settings):
     """
 
     method: ClassVar[str]
+    default_learning_rate: ClassVar[float] = 0.03
 
     num_virtual_tokens: Size = 40
     init: Literal["vocabulary", "text", "random"] = "vocabulary"
@@ -97,9 +98,20 @@ class PromptEncoder(nn.Module):
         """Fill the tensors from the base's embeddings; draws only from `source`'s generator."""
         raise NotImplementedError
 
+    def expert_prompts(self) -> Tensor | None:
+        """The `N` prompts that the gate chooses from, `(N, T, H)`; None where there is nothing to choose."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """What the adapter folder holds, by key: the published form."""
         return dict(self.state_dict())
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside `tensors()` to go on exactly where it stopped."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what `training_state()` gave."""
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take over tensors whose keys and shapes have been checked against `tensors()`."""

@@ -1,6 +1,6 @@
 """DPT, decomposed prompt tuning (Xiao et al. 2023, arXiv:2310.10094): the prompt as a low-rank product.
 
-    P = A B                            A: (T, R), B: (R, H)
+P = A B                            A: (T, R), B: (R, H)
 """
 
 from typing import ClassVar

@@ -27,8 +27,10 @@ def svd_factors(embeds: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (left[:, :rank] * root).float(), (root[:, None] * right[:rank]).float()
 
 
-def random_factors(source: InitialEmbeddings, config: MethodConfig, shape: tuple[int, ...], rank: int, hidden: int) -> tuple[Tensor, Tensor]:
+def random_factors(
+    source: InitialEmbeddings, config: MethodConfig, shape: tuple[int, ...], rank: int, hidden: int
+) -> tuple[Tensor, Tensor]:
     """Normal `A (*shape, R)` and `B (R, H)` whose product has the scale of the base's embeddings."""
-    scale = source.rows(config.replace(init="random"), 64).std()  # type: ignore[arg-type]
+    scale = source.rows(config.replace(init="random"), 64).std()
     each = (scale / rank**0.5) ** 0.5
     return each * source.normal(*shape, rank), each * source.normal(rank, hidden)

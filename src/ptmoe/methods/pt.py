@@ -1,6 +1,6 @@
 """PT, prompt tuning (Lester et al. 2021, arXiv:2104.08691): one trained prompt for every input.
 
-    P = prompt                         prompt: (T, H)
+P = prompt                         prompt: (T, H)
 """
 
 from typing import ClassVar

@@ -1,11 +1,12 @@
 """PT-MoE (arXiv:2505.09519): a prompt composed for each input from a routed factor and a shared one.
 
-    x̄  = mean of E(x_t) over the input's tokens                          (H,)
-    p  = softmax((W x̄ + b) ⊙ (1 + ε)),  ε ~ N(0, σ²) in training         (N,)
-    g  = p ⊙ 1[i = argmax p]            selective, probationary          (N,)
-    P  = (Σ_i g_i A_i) B                A: (N, T, R), B: (R, H)          (T, H)
+x̄  = mean of E(x_t) over the input's tokens                          (H,)
+p  = softmax((W x̄ + b) ⊙ (1 + ε)),  ε ~ N(0, σ²) in training         (N,)
+g  = p ⊙ 1[i = argmax p]            selective, probationary          (N,)
+P  = (Σ_i g_i A_i) B                A: (N, T, R), B: (R, H)          (T, H)
 """
 
+import warnings
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -13,7 +14,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size, mean_input
 from ptmoe.methods.factors import check_rank, random_factors, svd_factors
 from ptmoe.methods.routing import Router, route
@@ -86,8 +86,16 @@ class PTMoE(PromptEncoder):
         self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
         self.router = Router(hidden_size, config.num_experts)
         self.hardness = 1.0  # of the gate in training; 1 is the chosen gate
+        self.guided = False  # by a RoutingCallback
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        if self.training and not self.guided and (self.config.router_standardize or self.config.routing_anneal):
+            self.guided = True  # say it once
+            warnings.warn(
+                "training without ptmoe.RoutingCallback: the router is trained as recipe='paper' has it, and may "
+                "collapse; give the trainer callbacks=[ptmoe.RoutingCallback()]",
+                stacklevel=2,
+            )
         logits = self.router(mean_input(input_embeds, input_mask), self.config.router_noise)
         routing = route(
             logits,
@@ -115,6 +123,34 @@ class PTMoE(PromptEncoder):
         self.B.copy_(b)
         self.router.initialise(source.generator)
 
+    def finish_training(self) -> None:
+        """From training's coordinates and soft gate to the published form."""
+        self.router.fold()
+        self.hardness = 1.0
+
+    def training_state(self) -> dict[str, Tensor]:
+        assert self.router.bias is not None
+        return {
+            "router.weight": self.router.weight,
+            "router.bias": self.router.bias,
+            "mean": self.router.mean,
+            "scale": self.router.scale,
+            "hardness": torch.tensor(self.hardness),
+        }
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        assert self.router.bias is not None
+        with torch.no_grad():
+            self.router.weight.copy_(state["router.weight"])
+            self.router.bias.copy_(state["router.bias"])
+            self.router.mean.copy_(state["mean"])
+            self.router.scale.copy_(state["scale"])
+        self.hardness = float(state["hardness"])
+
+    def expert_prompts(self) -> Tensor:
+        return self.A @ self.B
+
     def tensors(self) -> dict[str, Tensor]:
         weight, bias = self.router.published()
+        assert bias is not None
         return {"A": self.A, "B": self.B, "router.weight": weight, "router.bias": bias}

@@ -1,9 +1,9 @@
 """Routing: from the mean input embedding to a gate over the experts.
 
-    ℓ  = W x̄ + b                       W: (N, H), b: (N,)
-    ℓ' = ℓ ⊙ (1 + ε),  ε ~ N(0, σ²)     in training only
-    p  = softmax(ℓ')
-    g  = p ⊙ 1[i = argmax p]            selective, probationary
+ℓ  = W x̄ + b                       W: (N, H), b: (N,)
+ℓ' = ℓ ⊙ (1 + ε),  ε ~ N(0, σ²)     in training only
+p  = softmax(ℓ')
+g  = p ⊙ 1[i = argmax p]            selective, probationary
 """
 
 import torch
@@ -36,6 +36,24 @@ class Router(nn.Module):
         bound = self.weight.shape[1] ** -0.5
         for parameter in self.parameters():
             parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+
+    @torch.no_grad()
+    def standardize(self, means: Tensor) -> None:
+        """Train in the coordinates of these mean embeddings `(examples, H)`; the router's output changes with it."""
+        self.mean.copy_(means.mean(0))
+        deviation = means.std(0, correction=0)
+        # A feature that never varies tells nothing; dividing by its rounding error would make it decide.
+        self.scale.copy_(torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.ones_like(deviation)))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put the statistics into `W` and `b`: the same function, bit for bit, in the published coordinates."""
+        weight, bias = self.published()
+        self.weight.copy_(weight)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+        self.mean.zero_()
+        self.scale.fill_(1.0)
 
     def published(self) -> tuple[Tensor, Tensor | None]:
         """`W (N, H)` and `b (N,)` on the raw mean embedding."""

@@ -1,7 +1,7 @@
 """SMoP, sparse mixture of prompts (Choi et al. 2023, EMNLP): one of several short prompts for each input.
 
-    p = softmax(W x̄ ⊙ (1 + ε)),  ε ~ N(0, σ²) in training               W: (N, H), no bias
-    P = p_k prompts_k,  k = argmax p                                     prompts: (N, T, H)
+p = softmax(W x̄ ⊙ (1 + ε)),  ε ~ N(0, σ²) in training               W: (N, H), no bias
+P = p_k prompts_k,  k = argmax p                                     prompts: (N, T, H)
 """
 
 from typing import Annotated, ClassVar
@@ -47,9 +47,12 @@ class SMoP(PromptEncoder):
 
     @torch.no_grad()
     def initialise(self, source: InitialEmbeddings) -> None:
-        experts, tokens, hidden = self.prompts.shape
+        experts, tokens, _ = self.prompts.shape
         if self.config.init == "text":  # one text: every prompt starts the same
             self.prompts.copy_(source.rows(self.config, tokens).expand_as(self.prompts))
         else:
             self.prompts.copy_(source.rows(self.config, experts * tokens).view_as(self.prompts))
         self.router.initialise(source.generator)
+
+    def expert_prompts(self) -> Tensor:
+        return self.prompts

@@ -26,9 +26,11 @@ from ptmoe.nano.world import Record, instructed
 SEED = 20250519
 VOCABULARY = 512
 ROW_TOKENS = 128
-ROWS = 32
+ROWS = 48
 PEAK_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 50
+# Copying is learned first, with all skills in equal parts; then what takes longer, at a larger share.
+PHASES = (0, 400)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -80,9 +82,11 @@ def build_model(vocabulary: int) -> LlamaForCausalLM:
     )
 
 
-def packed_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def packed_batches(
+    tokenizer: PreTrainedTokenizerFast, phase: int, seed: int = SEED + 2
+) -> Iterator[dict[str, torch.Tensor]]:
     """Endless `(ROWS, ROW_TOKENS)` batches; a row is filled with whole records and padded."""
-    records = instructed(seed, test=False)
+    records = instructed(seed + phase, test=False, phase=phase)
 
     def encode(record: Record) -> tuple[list[int], list[int]]:
         prompt = tokenizer(record.prompt)["input_ids"]
@@ -150,9 +154,14 @@ def pretrain(output: Path, steps: int) -> None:
     if checkpoint.exists():
         first = _resume(checkpoint, model, optimizer)
         print(f"resumed at step {first}", flush=True)
-    batches = packed_batches(tokenizer, SEED + 2 + first)
+    phase = sum(start <= first for start in PHASES) - 1
+    # A run resumed inside a phase draws new records, as many runs with another seed would.
+    batches = packed_batches(tokenizer, phase, SEED + 2 + first - PHASES[phase])
     started = time.monotonic()
     for step in range(first, steps):
+        if step in PHASES[1:] and step > first:
+            phase += 1
+            batches = packed_batches(tokenizer, phase)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         loss = answer_loss(model, next(batches))
@@ -169,7 +178,9 @@ def pretrain(output: Path, steps: int) -> None:
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     (output / "pretraining.json").write_text(
-        json.dumps({"seed": SEED, "steps": steps, "accuracy_with_instruction": skill_accuracy(model, tokenizer)}, indent=2)
+        json.dumps(
+            {"seed": SEED, "steps": steps, "accuracy_with_instruction": skill_accuracy(model, tokenizer)}, indent=2
+        )
         + "\n"
     )
     checkpoint.unlink()
@@ -204,7 +215,7 @@ def _resume(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and its tokenizer")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=1600)
     options = parser.parse_args()
     pretrain(options.output, options.steps)
 

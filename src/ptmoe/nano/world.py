@@ -8,7 +8,7 @@ In pretraining each record states its skill in words, and the domain means nothi
 In the fine-tuning tasks the words are gone and the domain decides the skill, so that the soft prompt has to supply what
 is missing, and has to supply different things for different inputs:
 
-    harbor: 12 and 30 => 42          market: 12 and 30 => 30
+    harbor: 12 and 30 => 42          market: 12 and 30 => 30 and 12
 
 Inputs are split once, by a checksum of their text: one in ten is a *test* input and appears neither in pretraining nor
 in fine-tuning, whatever the skill.
@@ -31,10 +31,10 @@ def _two_numbers(rng: random.Random) -> tuple[int, int]:
     return first, second
 
 
-def _numbers(answer: Callable[[int, int], int]) -> Callable[[random.Random], tuple[str, str]]:
+def _numbers(answer: Callable[[int, int], str]) -> Callable[[random.Random], tuple[str, str]]:
     def make(rng: random.Random) -> tuple[str, str]:
         first, second = _two_numbers(rng)
-        return f"{first} and {second}", str(answer(first, second))
+        return f"{first} and {second}", answer(first, second)
 
     return make
 
@@ -47,19 +47,12 @@ def _words(answer: Callable[[list[str]], str]) -> Callable[[random.Random], tupl
     return make
 
 
-def _facts(ask: str) -> Callable[[random.Random], tuple[str, str]]:
-    """Two to four facts `NAME has THING`; the question names an owner (`ask="owner"`), a thing, or either."""
-
+def _facts(answer: Callable[[list[str], list[str]], str]) -> Callable[[random.Random], tuple[str, str]]:
     def make(rng: random.Random) -> tuple[str, str]:
         size = rng.randint(2, 4)
-        facts = list(zip(rng.sample(NAMES, size), rng.sample(THINGS, size), strict=True))
-        owner, thing = rng.choice(facts)
-        question, answer = {
-            "owner": (thing, owner),
-            "thing": (owner, thing),
-            "count": (rng.choice((owner, thing)), str(size)),
-        }[ask]
-        return ", ".join(f"{who} has {what}" for who, what in facts) + f"? {question}", answer
+        people, things = rng.sample(NAMES, size), rng.sample(THINGS, size)
+        facts = ", ".join(f"{who} has {what}" for who, what in zip(people, things, strict=True))
+        return facts, answer(people, things)
 
     return make
 
@@ -71,37 +64,63 @@ class Skill:
     name: str
     instructions: tuple[str, str, str]
     make: Callable[[random.Random], tuple[str, str]]
-    share: int = 1  # of the pretraining records: the skills that take longest to learn come more often
+    shares: tuple[int, int] = (1, 1)  # of the records in the two phases of pretraining
 
 
 SKILLS = {
     skill.name: skill
     for skill in (
-        Skill("add", ("Add the numbers.", "What is the sum?", "Count both together."), _numbers(lambda a, b: a + b), 4),
         Skill(
-            "difference",
-            ("Subtract the numbers.", "What is the difference?", "How far apart are they?"),
-            _numbers(lambda a, b: abs(a - b)),
-            4,
+            "add",
+            ("Add the numbers.", "What is the sum?", "Count both together."),
+            _numbers(lambda a, b: str(a + b)),
+            (1, 4),
         ),
-        Skill("larger", ("Name the larger number.", "Which is more?", "Take the maximum."), _numbers(max), 2),
-        Skill("smaller", ("Name the smaller number.", "Which is less?", "Take the minimum."), _numbers(min), 2),
-        Skill("owner", ("Who has the thing?", "Name the owner.", "Tell whose it is."), _facts("owner"), 3),
-        Skill("thing", ("What does the person have?", "Name the thing.", "Tell what is owned."), _facts("thing"), 2),
-        Skill("facts", ("How many facts are there?", "Count the facts.", "Tell the number of facts."), _facts("count")),
         Skill(
-            "first", ("Say the first word.", "Which word comes first?", "Copy the start."), _words(lambda w: w[0])
+            "swap",
+            ("Swap the numbers.", "Say the second number first.", "Exchange the two."),
+            _numbers(lambda a, b: f"{b} and {a}"),
         ),
+        Skill(
+            "larger",
+            ("Name the larger number.", "Which is more?", "Take the maximum."),
+            _numbers(lambda a, b: str(max(a, b))),
+            (1, 4),
+        ),
+        Skill(
+            "smaller",
+            ("Name the smaller number.", "Which is less?", "Take the minimum."),
+            _numbers(lambda a, b: str(min(a, b))),
+            (1, 4),
+        ),
+        Skill("first", ("Say the first word.", "Which word comes first?", "Copy the start."), _words(lambda w: w[0])),
         Skill("last", ("Say the last word.", "Which word comes last?", "Copy the end."), _words(lambda w: w[-1])),
         Skill(
             "reverse",
             ("Reverse the words.", "Say the words backwards.", "Turn the order around."),
             _words(lambda w: " ".join(reversed(w))),
+            (1, 2),
         ),
         Skill(
             "length",
             ("How many words are there?", "Count the words.", "Tell the number of words."),
             _words(lambda w: str(len(w))),
+        ),
+        Skill(
+            "owner",
+            ("Who is named first?", "Name the first person.", "Tell who comes first."),
+            _facts(lambda people, things: people[0]),
+            (1, 2),
+        ),
+        Skill(
+            "thing",
+            ("What is owned last?", "Name the last thing.", "Tell which thing comes last."),
+            _facts(lambda people, things: things[-1]),
+        ),
+        Skill(
+            "facts",
+            ("How many facts are there?", "Count the facts.", "Tell the number of facts."),
+            _facts(lambda people, things: str(len(people))),
         ),
     )
 }
@@ -109,7 +128,7 @@ SKILLS = {
 # A world's domains: the same kind of input in each, another skill. `mixed` is the one the method was tuned on;
 # `words` was kept for a last check (docs/findings.md).
 WORLDS = {
-    "mixed": {"harbor": "add", "market": "difference", "garden": "larger", "castle": "smaller"},
+    "mixed": {"harbor": "add", "market": "swap", "garden": "larger", "castle": "smaller"},
     "words": {"school": "first", "forest": "last", "station": "reverse", "bakery": "length"},
     "facts": {"museum": "owner", "island": "thing", "village": "facts"},
 }
@@ -148,11 +167,14 @@ def _draw(rng: random.Random, skill: Skill, test: bool) -> tuple[str, str]:
             return made, answer
 
 
-def instructed(seed: int, *, test: bool) -> Iterator[Record]:
-    """Endless records with their instruction in words and a domain that means nothing, each skill at its share."""
-    rng = random.Random(f"instructed {seed}")
+def instructed(seed: int, *, test: bool, phase: int = 0) -> Iterator[Record]:
+    """Endless records with their instruction in words and a domain that means nothing.
+
+    The skills come at their shares of a phase of pretraining: in the first, which evaluation uses, in equal parts.
+    """
+    rng = random.Random(f"instructed {seed} {phase}")
     while True:
-        for skill in (skill for skill in SKILLS.values() for _ in range(skill.share)):
+        for skill in [each for each in SKILLS.values() for _ in range(each.shares[phase])]:
             made, answer = _draw(rng, skill, test)
             yield Record(rng.choice(skill.instructions), rng.choice(DOMAINS), skill.name, made, answer)
 

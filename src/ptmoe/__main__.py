@@ -1,0 +1,3 @@
+from ptmoe.cli import main
+
+main()

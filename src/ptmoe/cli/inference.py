@@ -1,0 +1,129 @@
+"""`ptmoe generate`, `inspect` and `convert`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ptmoe.errors import PtmoeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ptmoe.model import PromptedCausalLM
+
+
+def load(adapter: Path, base: dict[str, Any]) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase]:
+    """An adapter on its base: the one it names, or another in `base["name"]`."""
+    from ptmoe.adapter import load_adapter, local_folder, read_adapter
+    from ptmoe.base_models import load_base, quiet
+
+    quiet()
+    envelope = read_adapter(local_folder(adapter)).envelope
+    chosen = {"name": envelope["base_model_name_or_path"], "revision": envelope["revision"], **base}
+    model, tokenizer = load_base(**chosen)
+    return load_adapter(model, adapter).eval(), tokenizer
+
+
+def generate(
+    adapter: Path,
+    prompts: list[str] | None,
+    base: dict[str, Any],
+    options: dict[str, Any],
+    *,
+    seed: int | None,
+    chat: bool,
+    show_routing: bool,
+) -> None:
+    prompts = prompts or [line.rstrip("\n") for line in sys.stdin]
+    if not any(prompt.strip() for prompt in prompts):
+        raise PtmoeError("no prompt: give one as an argument, or lines on standard input")
+    model, tokenizer = load(adapter, base)
+
+    import torch
+
+    from ptmoe.tasks.base import Example
+    from ptmoe.train.data import prompt_ids
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    for prompt in prompts:
+        if not prompt.strip():
+            print()
+            continue
+        messages = ({"role": "user", "content": prompt},) if chat else ()
+        example = Example("", prompt, "", (), "", messages=messages)
+        ids = torch.tensor([prompt_ids(example, tokenizer)], device=model.device)
+        made = model.generate(input_ids=ids, pad_token_id=tokenizer.pad_token_id, **options)
+        print(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+        routing = model.route(ids) if show_routing else None
+        if routing is not None:
+            gate = ", ".join(f"{value:.3f}" for value in routing.gate[0].tolist())
+            print(f"expert {int(routing.gate[0].argmax())}, gate [{gate}]", file=sys.stderr)
+
+
+def inspect(adapter: Path, task: str, split: str, count: int, base: dict[str, Any], output_dir: Path | None) -> None:
+    from ptmoe.tasks import load_task
+
+    examples = load_task(task, split)[:count]
+    model, tokenizer = load(adapter, base)
+
+    from ptmoe.evaluate.routing import expert_similarity, route_examples, summarise_routing
+    from ptmoe.report.figures import routing_figures
+
+    gates = route_examples(model, tokenizer, examples)
+    routing = summarise_routing(gates, [example.domain for example in examples], expert_similarity(model.encoder))
+    if routing is None:
+        raise PtmoeError(
+            f"{adapter} is a {model.method_config.method} adapter: it does not route, there is nothing to show"
+        )
+    console = Console()
+    console.print(f"{model.method_config.method} on {task}, {len(examples):,} inputs")
+    table = Table("domain", *(f"expert {i}" for i in range(routing["num_experts"])))
+    for domain, use in routing["use"].items():
+        table.add_row(domain or "all", *(f"{100 * share:.1f} %" for share in use))
+    console.print(table)
+    console.print(
+        f"entropy of the use {routing['entropy']:.3f} nats (even: {_even(routing['num_experts']):.3f}), "
+        f"mutual information of expert and domain {routing['mutual_information']:.3f} nats"
+    )
+    similarity = Table("cosine of the prompts", *(f"expert {i}" for i in range(routing["num_experts"])))
+    for index, row in enumerate(routing["prompt_similarity"]):
+        similarity.add_row(f"expert {index}", *(f"{value:.3f}" for value in row))
+    console.print(similarity)
+    folder = output_dir or adapter / "inspect"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "routing.json").write_text(json.dumps(routing, indent=2) + "\n")
+    for name, figure in routing_figures(routing).items():
+        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    console.print(f"figures and numbers: {folder}")
+
+
+def _even(experts: int) -> float:
+    import math
+
+    return math.log(experts)
+
+
+def convert(source: Path, target: Path, model: str | None) -> None:
+    from ptmoe.adapter import CONFIG_FILE, from_peft, to_peft
+    from ptmoe.base_models import load_base, quiet
+
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PtmoeError(f"{target} is there already: name a new folder")
+    if not (source / CONFIG_FILE).is_file():
+        raise PtmoeError(f"{source} has no {CONFIG_FILE}: give an adapter folder")
+    written = json.loads((source / CONFIG_FILE).read_text())
+    if written.get("peft_type") != "PROMPT_TUNING":
+        to_peft(source, target)
+        print(f"peft PROMPT_TUNING folder: {target}")
+        return
+    quiet()
+    base, _ = load_base(model or str(written.get("base_model_name_or_path")))
+    from_peft(source, target, base)
+    print(f"pt adapter folder: {target}")

@@ -1,0 +1,277 @@
+"""`ptmoe`: every command's typed signature is its options; nothing heavy is imported before a command runs."""
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="ptmoe",
+    help="Tune a frozen language model with a soft prompt composed for each input.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Recipe(str, Enum):
+    default = "default"
+    paper = "paper"
+
+
+# Options that several commands share.
+Model = Annotated[str, typer.Option(help="nano, a folder, or a Hugging Face Hub repository")]
+Revision = Annotated[str | None, typer.Option(help="of a Hub repository")]
+Dtype = Annotated[str | None, typer.Option(help="of the frozen base: auto, float32, bfloat16 or float16")]
+Adapter = Annotated[Path, typer.Argument(help="adapter folder, or a run folder that holds one")]
+NumVirtualTokens = Annotated[int | None, typer.Option(help="T, length of the soft prompt")]
+NumExperts = Annotated[int | None, typer.Option(help="N, number of expert factors or prompts")]
+Rank = Annotated[int | None, typer.Option(help="R, of the prompt's factors")]
+Selective = Annotated[bool | None, typer.Option(help="keep the highest-weight expert only")]
+Probationary = Annotated[bool | None, typer.Option(help="multiply the kept expert by its router weight")]
+Given = dict[str, Any]
+
+
+def given(**options: Any) -> Given:
+    """The options that were given, without those left at None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@app.command()
+def quickstart(
+    output_dir: Annotated[Path | None, typer.Option(help="run folder; a new one under runs/ by default")] = None,
+    task: Annotated[str, typer.Option(help="a task of nano's world")] = "nano/mixed",
+    seed: Annotated[int, typer.Option(help="of the initial prompts, the order of the data and the noise")] = 0,
+    recipe: Annotated[Recipe, typer.Option(help="routing options of PT-MoE: ours, or as published")] = Recipe.default,
+    steps: Annotated[int | None, typer.Option(help="training steps of each method")] = None,
+) -> None:
+    """See it learn: tune pt and pt-moe at one parameter budget on nano's mixed world, and compare."""
+    from ptmoe.quickstart import run
+
+    run(output_dir, task=task, seed=seed, recipe=recipe.value, **given(steps=steps))
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file; options given beside it take precedence")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="nano (default), a folder, or a Hugging Face Hub repository")
+    ] = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    task: Annotated[str | None, typer.Option(help="a named task (`ptmoe tasks`)")] = None,
+    data: Annotated[str | None, typer.Option(help="a JSON-lines file, or a folder of them")] = None,
+    prompt_key: Annotated[str | None, typer.Option(help="the data's key that holds the prompt")] = None,
+    completion_key: Annotated[str | None, typer.Option(help="the data's key that holds the completion")] = None,
+    separator: Annotated[str | None, typer.Option(help="put between mapped prompt and completion")] = None,
+    truncation: Annotated[str | None, typer.Option(help="of too long examples: left_out or cut")] = None,
+    max_examples: Annotated[int | None, typer.Option(help="train on the first so many")] = None,
+    eval_task: Annotated[str | None, typer.Option(help="a task to evaluate on when trained")] = None,
+    eval_examples: Annotated[int | None, typer.Option(help="how many of them")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="of an evaluated answer")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="run folder; a new one under runs/ by default")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
+    method: Annotated[str | None, typer.Option(help="pt-moe (default), pt, dpt, smop or attempt")] = None,
+    num_virtual_tokens: NumVirtualTokens = None,
+    num_experts: NumExperts = None,
+    rank: Rank = None,
+    selective: Selective = None,
+    probationary: Probationary = None,
+    router_noise: Annotated[float | None, typer.Option(help="σ of the router's noise in training")] = None,
+    recipe: Annotated[Recipe | None, typer.Option(help="routing options of PT-MoE: ours, or as published")] = None,
+    init: Annotated[str | None, typer.Option(help="of the prompt: vocabulary, text or random")] = None,
+    init_text: Annotated[
+        list[str] | None, typer.Option(help="for --init text; given once, or once for each expert of pt-moe")
+    ] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="by default the method's own")] = None,
+    lr_scheduler_type: Annotated[str | None, typer.Option(help="linear, cosine, constant, …")] = None,
+    warmup_steps: Annotated[float | None, typer.Option()] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    max_grad_norm: Annotated[float | None, typer.Option()] = None,
+    max_steps: Annotated[int | None, typer.Option(help="instead of --num-train-epochs")] = None,
+    num_train_epochs: Annotated[float | None, typer.Option()] = None,
+    per_device_train_batch_size: Annotated[int | None, typer.Option()] = None,
+    gradient_accumulation_steps: Annotated[int | None, typer.Option()] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option()] = None,
+    bf16: Annotated[bool | None, typer.Option(help="mixed precision")] = None,
+    fp16: Annotated[bool | None, typer.Option(help="mixed precision")] = None,
+    logging_steps: Annotated[int | None, typer.Option()] = None,
+    save_steps: Annotated[int | None, typer.Option()] = None,
+    save_total_limit: Annotated[int | None, typer.Option()] = None,
+    report_to: Annotated[str | None, typer.Option(help="none (default), wandb, tensorboard, …")] = None,
+) -> None:
+    """Train an adapter and write its run folder; `ptmoe train RUN/config.yaml` repeats one."""
+    from ptmoe.cli.training import run
+
+    chosen = given(
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        task=task,
+        data=data,
+        prompt_key=prompt_key,
+        completion_key=completion_key,
+        separator=separator,
+        truncation=truncation,
+        max_examples=max_examples,
+        eval_task=eval_task,
+        eval_examples=eval_examples,
+        max_new_tokens=max_new_tokens,
+        output_dir=None if output_dir is None else str(output_dir),
+        seed=seed,
+        learning_rate=learning_rate,
+        lr_scheduler_type=lr_scheduler_type,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        max_steps=max_steps,
+        num_train_epochs=num_train_epochs,
+        per_device_train_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        gradient_checkpointing=gradient_checkpointing,
+        bf16=bf16,
+        fp16=fp16,
+        logging_steps=logging_steps,
+        save_steps=save_steps,
+        save_total_limit=save_total_limit,
+        report_to=report_to,
+    )
+    fields = given(
+        name=method,
+        num_virtual_tokens=num_virtual_tokens,
+        num_experts=num_experts,
+        rank=rank,
+        selective=selective,
+        probationary=probationary,
+        router_noise=router_noise,
+        recipe=None if recipe is None else recipe.value,
+        init=init,
+        init_text=init_text[0] if init_text and len(init_text) == 1 else init_text or None,
+    )
+    run(config, chosen, fields, resume=resume)
+
+
+@app.command()
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="prompts; none reads one a line from standard input")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="by default the base that the adapter names")] = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    num_beams: Annotated[int, typer.Option(min=1)] = 1,
+    do_sample: Annotated[bool, typer.Option("--do-sample")] = False,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(help="for --do-sample")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="put each prompt in the tokenizer's chat template")] = False,
+    show_routing: Annotated[bool, typer.Option("--show-routing", help="say which expert each prompt went to")] = False,
+) -> None:
+    """Complete prompts with an adapter."""
+    from ptmoe.cli.inference import generate as run
+
+    sampling = given(temperature=temperature, top_p=top_p)
+    run(
+        adapter,
+        prompt,
+        given(name=model, revision=revision, dtype=dtype),
+        {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": do_sample, **sampling},
+        seed=seed,
+        chat=chat,
+        show_routing=show_routing,
+    )
+
+
+@app.command()
+def inspect(
+    adapter: Adapter,
+    task: Annotated[str, typer.Option(help="a named task or a JSON-lines file whose inputs are routed")],
+    split: Annotated[str, typer.Option(help="of a named task")] = "test",
+    examples: Annotated[int, typer.Option(min=1, help="the first so many")] = 1000,
+    model: Annotated[str | None, typer.Option(help="by default the base that the adapter names")] = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    output_dir: Annotated[Path | None, typer.Option(help="where figures go; ADAPTER/inspect by default")] = None,
+) -> None:
+    """Print and draw an adapter's routing on a task: expert use by domain, entropy, the prompts' similarity."""
+    from ptmoe.cli.inference import inspect as run
+
+    run(adapter, task, split, examples, given(name=model, revision=revision, dtype=dtype), output_dir)
+
+
+@app.command()
+def params(
+    model: Model = "nano",
+    revision: Revision = None,
+    method: Annotated[str | None, typer.Option(help="one method; all by default")] = None,
+    num_virtual_tokens: NumVirtualTokens = None,
+    num_experts: NumExperts = None,
+    rank: Rank = None,
+) -> None:
+    """Count each method's trainable parameters on a base, from its config alone."""
+    from ptmoe.cli.tables import params as run
+
+    fields = given(num_virtual_tokens=num_virtual_tokens, num_experts=num_experts, rank=rank)
+    run(model, revision, method, fields)
+
+
+tasks_app = typer.Typer(help="List the tasks, or show one's examples.", invoke_without_command=True)
+app.add_typer(tasks_app, name="tasks")
+
+
+@tasks_app.callback()
+def tasks(context: typer.Context) -> None:
+    """List the named tasks and their splits."""
+    if context.invoked_subcommand is None:
+        from ptmoe.cli.tables import tasks as run
+
+        run()
+
+
+@tasks_app.command("show")
+def tasks_show(
+    name: Annotated[str, typer.Argument(help="a named task or a JSON-lines file")],
+    split: Annotated[str, typer.Option()] = "train",
+    examples: Annotated[int, typer.Option(min=1)] = 4,
+) -> None:
+    """Print examples as the model sees them."""
+    from ptmoe.cli.tables import tasks_show as run
+
+    run(name, split, examples)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="adapter folder: ours of method pt, or peft's PROMPT_TUNING")],
+    target: Annotated[Path, typer.Argument(help="folder to write; must be new or empty")],
+    model: Annotated[
+        str | None, typer.Option(help="the base, for a folder of peft's; by default the one it names")
+    ] = None,
+) -> None:
+    """Convert a pt adapter to peft's PROMPT_TUNING folder, or back; the logits stay the same."""
+    from ptmoe.cli.inference import convert as run
+
+    run(source, target, model)
+
+
+def main() -> None:
+    """Run a command; what the user can mend ends with one message and status 2."""
+    try:
+        app()
+    except Exception as error:
+        # Imported here: `ptmoe --help` needs none of it.
+        from ptmoe.errors import PtmoeError
+
+        if not isinstance(error, PtmoeError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

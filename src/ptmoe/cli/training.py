@@ -1,0 +1,43 @@
+"""`ptmoe train`."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ptmoe.train.options import TrainOptions, method_config
+
+
+def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, resume: bool) -> None:
+    """Train as a YAML file and the options beside it say."""
+    if config is not None:
+        options = TrainOptions.read(config, **chosen, **({"method": fields} if fields else {}))
+    else:
+        options = TrainOptions(**chosen, method={"name": "pt-moe", **fields})
+    method_config(options.method)  # a misspelt method should not wait for torch and the data
+
+    from ptmoe.base_models import quiet
+    from ptmoe.cli.progress import ProgressBar, progress_bar
+    from ptmoe.train import train
+
+    quiet()
+    console = Console()
+    with progress_bar() as progress:
+        trained = train(
+            options,
+            resume=resume,
+            callbacks=[ProgressBar(progress, options.method["name"])],
+            say=progress.console.print,
+        )
+    result = trained.result
+    console.print(
+        f"{result.method}: {result.trainable_parameters:,} trained parameters, {result.steps:,} steps on "
+        f"{result.examples:,} examples in {result.train_seconds:.0f} s"
+    )
+    if trained.evaluation is not None:
+        low, high = trained.evaluation.summary()["interval"]["accuracy"]
+        console.print(
+            f"{trained.evaluation.task}: accuracy {trained.evaluation.accuracy:.1f} % [{low:.1f}, {high:.1f}] on "
+            f"{len(trained.evaluation.predictions):,} examples"
+        )
+    console.print(f"run folder: {trained.folder}")

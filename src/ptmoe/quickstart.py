@@ -1,0 +1,99 @@
+"""`ptmoe quickstart`: see the method learn, on nano, in under three minutes.
+
+The untouched base, one soft prompt for every input (pt), and a prompt composed for each input (pt-moe, with no more
+trained numbers than pt), on a world where each domain needs something else of the same kind of input. The settings
+below are what docs/findings.md measured over ten seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ptmoe.errors import PtmoeError, near
+from ptmoe.tasks import TASKS, load_task
+from ptmoe.train.options import TrainOptions
+
+STEPS = 400
+EXAMPLES = 1000
+METHODS: dict[str, dict[str, Any]] = {
+    "pt": {"num_virtual_tokens": 20},
+    "pt-moe": {"num_virtual_tokens": 20, "num_experts": 4, "rank": 11},
+}
+
+
+def options(method: str, *, task: str, seed: int, recipe: str = "default", steps: int = STEPS) -> TrainOptions:
+    """How the quickstart trains a method; `benchmarks/seeds.py` trains the same over many seeds."""
+    fields = {"name": method, **METHODS[method]}
+    if method == "pt-moe":
+        fields["recipe"] = recipe
+    return TrainOptions(
+        task=task,
+        method=fields,
+        seed=seed,
+        max_steps=steps,
+        per_device_train_batch_size=64,
+        eval_examples=EXAMPLES,
+        save_steps=steps,
+    )
+
+
+def run(
+    output_dir: Path | None, *, task: str, seed: int, recipe: str, steps: int = STEPS, console: Console | None = None
+) -> Path:
+    """Tune, evaluate, print the table and write the report; returns the folder.
+
+    Raises:
+        PtmoeError: a task that is not of nano's world, or a folder that holds something.
+    """
+    if task not in TASKS or task == "nano/skills":
+        raise PtmoeError(f"unknown task {task!r}{near(task, [name for name in TASKS if name != 'nano/skills'])}")
+    folder = output_dir or Path("runs") / f"quickstart-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PtmoeError(f"{folder} already holds a run: choose another --output-dir")
+    plans = {method: options(method, task=task, seed=seed, recipe=recipe, steps=steps) for method in METHODS}
+
+    from ptmoe.base_models import quiet
+    from ptmoe.cli.progress import ProgressBar, progress_bar
+    from ptmoe.report import comparison_table, read_run, write_report
+    from ptmoe.train import train
+
+    quiet()
+    console = console or Console()
+    console.print(f"nano on {task}: each domain asks for something else, and no instruction says what")
+    untouched(folder / "base", task, seed)
+    with progress_bar() as progress:
+        for method, plan in plans.items():
+            placed = plan.replace(output_dir=str(folder / method))
+            train(placed, callbacks=[ProgressBar(progress, method)], say=progress.console.print)
+    runs = [read_run(folder / name) for name in ("base", *METHODS)]
+    console.print(comparison_table(runs))
+    command = f"ptmoe quickstart --task {task} --seed {seed} --recipe {recipe} --steps {steps}"
+    report = write_report(folder, runs, f"quickstart: {task}", command)
+    console.print(f"report: {report}")
+    return folder
+
+
+def untouched(folder: Path, task: str, seed: int) -> None:
+    """Evaluate the base without any prompt, as a run folder of its own."""
+    from ptmoe.base_models import load_base
+    from ptmoe.evaluate import evaluate
+    from ptmoe.methods import PTConfig
+    from ptmoe.model import attach
+    from ptmoe.train.environment import environment
+    from ptmoe.train.recipe import Result
+
+    base, tokenizer = load_base("nano")
+    model = attach(base, PTConfig(num_virtual_tokens=1))
+    with model.disable_adapter():
+        evaluation = evaluate(model, tokenizer, load_task(task, "test")[:EXAMPLES], batch_size=200)
+    evaluation.write(folder)
+    result = Result("base", "base", 0, 0.0, 0, 0, 0, 0)
+    (folder / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+    (folder / "environment.json").write_text(json.dumps(environment(seed), indent=2) + "\n")
+    (folder / "config.yaml").write_text(f"model: nano\nmethod: {{name: base}}\nseed: {seed}\n")

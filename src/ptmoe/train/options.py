@@ -1,0 +1,122 @@
+"""Everything that decides a training run: one typed object, from flags or a YAML file.
+
+Names are those of `transformers.TrainingArguments` where it has them; any other of its arguments goes under `trainer`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from ptmoe.errors import PtmoeError, near
+from ptmoe.settings import Settings
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class TrainOptions(Settings):
+    """
+    Attributes:
+        model: `nano`, a folder, or a Hub repository; `revision` of the latter.
+        dtype: of the frozen base.
+        method: `{"name": "pt-moe", …}` with the fields of that method's config.
+        task: a named task; or `data`: a JSON-lines file or folder.
+        prompt_key, completion_key, separator: map the data's own keys (`ptmoe.tasks.local`).
+        truncation: what happens to a longer example than the base has positions for: `left_out`, or `cut` at the
+            beginning of its prompt.
+        eval_task: a task to evaluate greedily when trained; a named task is evaluated on its own test split by default.
+        output_dir: the run folder; it must not hold a run, unless that is resumed. By default a new one under `runs/`.
+            It is not written to `config.yaml`, so that `ptmoe train RUN/config.yaml` repeats a run beside it.
+        learning_rate: by default the method's (docs/findings.md has the search).
+        max_steps: or `num_train_epochs`.
+    """
+
+    model: str = "nano"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    method: dict[str, Any] = {"name": "pt-moe"}
+    task: str | None = None
+    data: str | None = None
+    prompt_key: str | None = None
+    completion_key: str | None = None
+    separator: str = ""
+    truncation: Literal["left_out", "cut"] = "left_out"
+    max_examples: Count | None = None
+    eval_task: str | None = None
+    eval_examples: Count = 1000
+    eval_batch_size: Count = 200
+    max_new_tokens: Count = 16
+    output_dir: str | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    lr_scheduler_type: str = "linear"
+    warmup_steps: Annotated[float, Field(ge=0)] = 20
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_steps: int = -1
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    per_device_train_batch_size: Count = 32
+    gradient_accumulation_steps: Count = 1
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    logging_steps: Count = 10
+    save_steps: Count = 500
+    save_total_limit: Count = 2
+    report_to: str = "none"
+    trainer: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_source_of_data(self) -> Self:
+        if (self.task is None) == (self.data is None):
+            raise ValueError(f"task={self.task!r}, data={self.data!r}: give one of the two")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps={self.max_steps}: needs at least 1, or -1 for num_train_epochs")
+        return self
+
+    @classmethod
+    def read(cls, path: str | Path, **changes: Any) -> TrainOptions:
+        """From a YAML file, with flags given beside it taking precedence.
+
+        Raises:
+            PtmoeError: no such file, not YAML, or an unknown or unfit value.
+        """
+        import yaml
+
+        path = Path(path)
+        if not path.is_file():
+            raise PtmoeError(f"no config file {path}")
+        try:
+            written = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise PtmoeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(written, dict):
+            raise PtmoeError(f"{path} holds {type(written).__name__}: needs keys and values")
+        method = {**written.get("method", {}), **changes.pop("method", {})}
+        try:
+            return cls(**{**written, **({"method": method} if method else {}), **changes})
+        except PtmoeError as error:
+            raise PtmoeError(f"{path}: {error}") from None
+
+    def write(self, path: Path) -> None:
+        import yaml
+
+        path.write_text(yaml.safe_dump(self.model_dump(exclude={"output_dir"}), sort_keys=False, allow_unicode=True))
+
+
+def method_config(method: dict[str, Any]) -> Any:
+    """The config that `{"name": …, …}` describes.
+
+    Raises:
+        PtmoeError: an unknown method, or a field it does not have.
+    """
+    from ptmoe.methods import METHODS
+
+    fields = dict(method)
+    name = fields.pop("name", "pt-moe")
+    if name not in METHODS:
+        raise PtmoeError(f"unknown method {name!r}{near(str(name), METHODS)}")
+    return METHODS[name](**fields)

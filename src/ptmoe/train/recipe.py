@@ -1,0 +1,237 @@
+"""A training run from options to a run folder, in one straight line.
+
+RUN/config.yaml  environment.json  metrics.jsonl  checkpoints/  adapter/  result.json  eval/  predictions/
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptmoe.errors import PtmoeError, near
+from ptmoe.tasks import load_task
+from ptmoe.tasks import local as local_task
+from ptmoe.train.options import TrainOptions, method_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+    from ptmoe.evaluate import Evaluation
+    from ptmoe.model import PromptedCausalLM
+    from ptmoe.tasks.base import Example
+
+RUN_FILES = ("config.yaml", "result.json", "adapter", "metrics.jsonl", "checkpoints")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run was and took; `result.json`."""
+
+    name: str
+    method: str
+    trainable_parameters: int
+    train_seconds: float
+    steps: int
+    examples: int
+    examples_cut: int
+    examples_left_out: int
+
+
+@dataclass
+class Trained:
+    """A finished run: its folder, its result, the model with its adapter, and its evaluation if there was one."""
+
+    folder: Path
+    result: Result
+    model: PromptedCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    evaluation: Evaluation | None
+
+
+def training_examples(options: TrainOptions) -> list[Example]:
+    if options.task is not None:
+        examples = load_task(options.task, "train")
+    else:
+        assert options.data is not None
+        keys = local_task.Keys(options.prompt_key, options.completion_key, options.separator)
+        examples = local_task.load(options.data, keys)
+    return examples[: options.max_examples]
+
+
+def evaluation_examples(options: TrainOptions) -> list[Example]:
+    """Of `eval_task`, by default the test split of a named task; none for a local file."""
+    name = options.eval_task or options.task
+    return [] if name is None else load_task(name, "test")[: options.eval_examples]
+
+
+def train(
+    options: TrainOptions,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    say: Callable[[str], None] = print,
+) -> Trained:
+    """Train an adapter and write its run folder.
+
+    Args:
+        options: everything that decides the run.
+        resume: go on from the last checkpoint in `output_dir`.
+        callbacks: of `transformers`, for progress.
+        say: told in a line what a user should know: examples left out or cut.
+
+    Raises:
+        PtmoeError: unfit options or data, before anything is written.
+        DivergedError: the loss became NaN; the last good adapter is saved.
+    """
+    config = method_config(options.method)
+    folder = run_folder(options, resume)
+    examples, held_out = training_examples(options), evaluation_examples(options)
+    _check_trainer_arguments(options)
+
+    from ptmoe.base_models import load_base
+    from ptmoe.evaluate import evaluate
+    from ptmoe.evaluate.routing import expert_similarity
+    from ptmoe.model import attach
+    from ptmoe.train.data import fit
+    from ptmoe.train.environment import environment
+
+    base, tokenizer = load_base(options.model, revision=options.revision, dtype=options.dtype)
+    model = attach(base, config, seed=options.seed, tokenizer=tokenizer)
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    fitted = fit(examples, tokenizer, positions - config.num_virtual_tokens, options.truncation)
+    if fitted.cut or fitted.left_out:
+        say(
+            f"{fitted.left_out:,} of {len(examples):,} examples left out and {fitted.cut:,} cut: longer than the "
+            f"base's {positions} positions less {config.num_virtual_tokens} virtual tokens"
+        )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = {
+        "method": {"name": config.method, **config.model_dump()},
+        "learning_rate": options.learning_rate or config.default_learning_rate,
+    }
+    options = options.replace(**resolved)
+    options.write(folder / "config.yaml")
+    (folder / "environment.json").write_text(json.dumps(environment(options.seed), indent=2) + "\n")
+    started = time.monotonic()
+    steps = _fit_adapter(model, fitted.rows, options, folder, resume, callbacks)
+    result = Result(
+        name=config.method,
+        method=config.method,
+        trainable_parameters=model.num_parameters(only_trainable=True),
+        train_seconds=round(time.monotonic() - started, 3),
+        steps=steps,
+        examples=len(fitted.rows),
+        examples_cut=fitted.cut,
+        examples_left_out=fitted.left_out,
+    )
+    (folder / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+    evaluation = None
+    if held_out:
+        evaluation = evaluate(
+            model,
+            tokenizer,
+            held_out,
+            batch_size=options.eval_batch_size,
+            max_new_tokens=options.max_new_tokens,
+        )
+        evaluation.write(folder, expert_similarity(model.encoder))
+    return Trained(folder, result, model, tokenizer, evaluation)
+
+
+def run_folder(options: TrainOptions, resume: bool) -> Path:
+    """The run's folder, checked but not made: by default a new one under `runs/`.
+
+    Raises:
+        PtmoeError: it holds a run already, or none to resume.
+    """
+    if options.output_dir is None:
+        if resume:
+            raise PtmoeError("--resume needs the run: give its --output-dir")
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        return Path("runs") / f"{options.method.get('name', 'pt-moe')}-{stamp}"
+    folder = Path(options.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise PtmoeError(f"{folder} is a file: name a folder for the run")
+    held = [name for name in RUN_FILES if (folder / name).exists()]
+    if resume and not (folder / "checkpoints").is_dir():
+        raise PtmoeError(f"{folder} holds no checkpoint to resume from")
+    if held and not resume:
+        raise PtmoeError(
+            f"{folder} already holds a run ({', '.join(held)}): choose another --output-dir, or go on with --resume"
+        )
+    return folder
+
+
+def _fit_adapter(
+    model: PromptedCausalLM,
+    rows: list[dict[str, list[int]]],
+    options: TrainOptions,
+    folder: Path,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> int:
+    """Run the trainer; the adapter is in `folder/adapter` when it returns, or when the loss diverges."""
+    import torch
+    from transformers import TrainingArguments
+
+    from ptmoe.train.data import collate
+    from ptmoe.train.routing import RoutingCallback
+    from ptmoe.train.trainer import DivergedError, MetricsFile, PromptTrainer
+
+    chosen = {
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "save_strategy": "steps",
+        **{name: getattr(options, name) for name in TrainOptions.model_fields if name in TRAINER_FIELDS},
+        **options.trainer,
+    }
+    if options.gradient_checkpointing:
+        chosen["activation_checkpointing"] = True
+    trainer = PromptTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder / "checkpoints"), **chosen),
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=[RoutingCallback(), MetricsFile(folder / "metrics.jsonl"), *callbacks],
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ == "PrinterCallback":  # the metrics go to the file and to `callbacks`
+            trainer.remove_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=resume or None)
+    except DivergedError:
+        model.save_pretrained(folder / "adapter")
+        raise
+    model.eval()
+    model.save_pretrained(folder / "adapter")
+    return int(trainer.state.global_step)
+
+
+TRAINER_FIELDS = frozenset(
+    "seed learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm max_steps num_train_epochs "
+    "per_device_train_batch_size gradient_accumulation_steps bf16 fp16 logging_steps save_steps save_total_limit "
+    "report_to".split()
+)
+
+
+def _check_trainer_arguments(options: TrainOptions) -> None:
+    if not options.trainer:
+        return
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    for name in options.trainer:
+        if name not in known:
+            raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
+        if name in TRAINER_FIELDS or name == "output_dir":
+            raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")

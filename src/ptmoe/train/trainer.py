@@ -1,0 +1,187 @@
+"""`transformers.Trainer` for prompts: checkpoints without pickles, and a stop when the loss diverges."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ptmoe.adapter import read_adapter
+from ptmoe.errors import PtmoeError
+from ptmoe.model import PromptedCausalLM
+
+TRAINING_STATE = "training_state.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+RANDOM_STATE = "random_state.json"
+SCHEDULER = "scheduler.json"
+
+
+class DivergedError(PtmoeError):
+    """The loss became NaN or infinite. The model holds the adapter of the last finite loss."""
+
+    def __init__(self, loss: float, step: int) -> None:
+        super().__init__(
+            f"the loss became {loss} at step {step}; stopped with the adapter as it was before: "
+            "lower --learning-rate, or train in float32"
+        )
+        self.step = step
+
+
+class PromptTrainer(Trainer):
+    """`transformers.Trainer` as it is, with checkpoints of its own: the adapter folder, the optimizer's, scheduler's
+    and random states, in safetensors and JSON.
+
+    Sharded training (DeepSpeed, FSDP) keeps `Trainer`'s files.
+    """
+
+    model: PromptedCausalLM
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._last_good: dict[str, Tensor] = {}
+
+    # -- divergence --------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
+        trained = self.model.encoder.state_dict()
+        if loss.isfinite():
+            self._last_good = {name: value.clone() for name, value in trained.items()}
+            return loss
+        if self._last_good:
+            self.model.encoder.load_state_dict(self._last_good)
+        raise DivergedError(loss.item(), self.state.global_step + 1)
+
+    # -- checkpoints without pickles ---------------------------------------------------------------------------------
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._sharded:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder)
+        # What the published form does not keep: the coordinates that the router is trained in.
+        state = self.model.encoder.training_state()
+        if state:
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / TRAINING_STATE
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint)
+        encoder = self.model.encoder
+        encoder.load_tensors(
+            {name: value.to(self.model.device) for name, value in read_adapter(folder).tensors.items()}
+        )
+        if (folder / TRAINING_STATE).exists():
+            encoder.load_training_state(load_file(folder / TRAINING_STATE, device=str(self.model.device)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharded or self.optimizer is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if not self.args.should_save:
+            return
+        saved = self.optimizer.state_dict()
+        tensors, numbers = {}, {}
+        for index, entries in saved["state"].items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                else:
+                    numbers[f"{index}.{name}"] = value
+        metadata = {"param_groups": json.dumps(saved["param_groups"]), "numbers": json.dumps(numbers)}
+        save_file(tensors, Path(output_dir) / OPTIMIZER, metadata)
+        (Path(output_dir) / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._sharded or not (Path(checkpoint) / OPTIMIZER).exists():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        from safetensors import safe_open
+
+        state: dict[int, dict[str, Any]] = {}
+        with safe_open(Path(checkpoint) / OPTIMIZER, "pt", device=str(self.args.device)) as opened:
+            metadata = opened.metadata()
+            entries = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        for key, value in (entries | json.loads(metadata["numbers"])).items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": json.loads(metadata["param_groups"])})
+        self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULER).read_text()))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        state = {"python": random.getstate(), "numpy": _numpy_state(), "torch": torch.get_rng_state().tolist()}
+        if torch.cuda.is_available():
+            state["cuda"] = [one.tolist() for one in torch.cuda.get_rng_state_all()]
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        self._random_state_file(output_dir).write_text(json.dumps(state))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._random_state_file(checkpoint).exists():
+            super()._load_rng_state(checkpoint)
+            return
+        state = json.loads(self._random_state_file(checkpoint).read_text())
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([torch.tensor(one, dtype=torch.uint8) for one in state["cuda"]])
+
+    def _random_state_file(self, folder: str) -> Path:
+        rank = f".{self.args.process_index}" if self.args.world_size > 1 else ""
+        return Path(folder) / RANDOM_STATE.replace(".json", f"{rank}.json")
+
+
+def _numpy_state() -> list[Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return [name, keys.tolist(), *rest]  # type: ignore[union-attr]
+
+
+class MetricsFile(TrainerCallback):
+    """Writes each log as a line of `metrics.jsonl`: `step`, `seconds` since the start, and what was logged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = 0.0  # seconds of the runs that this one resumes
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        kept = []
+        if state.global_step and self.path.exists():
+            kept = [
+                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
+            ]
+            self.before = json.loads(kept[-1])["seconds"] if kept else 0.0
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.started = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        line = {"step": state.global_step, "seconds": round(self.before + time.monotonic() - self.started, 3), **logs}
+        with self.path.open("a") as opened:
+            opened.write(json.dumps(line) + "\n")

@@ -1,0 +1,145 @@
+"""The bridge to `trl`: its `SFTTrainer`, for prompted models.
+
+```python
+import ptmoe
+from ptmoe.train.trl import SFTTrainer
+from trl import SFTConfig
+
+model = ptmoe.attach(base, ptmoe.PTMoEConfig())
+SFTTrainer(
+    model=model,
+    args=SFTConfig("run", learning_rate=0.03),
+    train_dataset=dataset,  # columns "prompt" and "completion", as `trl` has them
+    processing_class=tokenizer,
+).train()
+model.save_pretrained("adapter")
+```
+
+Data sets, chat templates, truncation, metrics (`entropy`, `mean_token_accuracy`, `num_tokens`), callbacks and evaluation
+are `trl`'s. Three things are not:
+
+- **The loss.** `trl` replaces the model's `forward` by a fused output head: it runs the base model past its prompt and
+  keeps the labels to itself, so a model that it did leave the prompt to would route on the answers too. Here the
+  model's own `forward` computes the loss, as under `transformers.Trainer`: from the labels, over the supervised tokens
+  of the global batch, and with `input_mask (B, L)`, the real tokens before the first supervised one, which are all that
+  the router may read. A batch that has an `input_mask` already keeps it.
+- **Checkpoints** are those of `PromptTrainer`: the adapter folder and the states to go on from, no base weights and no
+  pickle.
+- **Routing** of a PT-MoE adapter is trained with `RoutingCallback`, which is added where it is missing.
+
+`trl`'s own `SFTTrainer` refuses a prompted model. What cannot be right is refused here: packing and padding-free
+batches (several examples in a row, and one prompt for all), label smoothing and `loss_type="dft"` (they need the fused
+head), `peft_config` and a `chat_template_path` that is a model (they change the base).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ptmoe.errors import PtmoeError
+from ptmoe.loss import supervised_positions
+from ptmoe.model import PromptedCausalLM, PromptedOutput, readable_tokens
+from ptmoe.train.routing import RoutingCallback
+from ptmoe.train.trainer import PromptTrainer
+
+try:
+    import trl
+except ImportError as missing:
+    raise ImportError("ptmoe.train.trl needs trl: pip install 'ptmoe[trl]'") from missing
+
+ROWS_AT_ONCE = 256  # of the vocabulary's size each, for the entropy
+
+
+class SFTTrainer(PromptTrainer, trl.SFTTrainer):
+    """`trl.SFTTrainer` for a prompted model.
+
+    Args:
+        model: from `attach` or `load_adapter`; its active adapter is trained.
+        args: `trl.SFTConfig`.
+        **options: every other argument of `trl.SFTTrainer`, by name.
+
+    Raises:
+        PtmoeError: a model without a prompt, or an option that prompted models cannot be trained with.
+    """
+
+    _tag_names = [*trl.SFTTrainer._tag_names, "ptmoe"]  # of the model card; and by it the model knows its bridge
+
+    def __init__(self, model: PromptedCausalLM, args: trl.SFTConfig | None = None, **options: Any) -> None:
+        _refuse_unfit(model, args, options)
+        super().__init__(model=model, args=args, **options)
+        # trl has put its fused head over the model's forward, and has no switch for it.
+        vars(model).pop("forward", None)
+        if not any(isinstance(callback, RoutingCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(RoutingCallback())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss, over the supervised tokens of the global batch; `trl` computes it from its fused head."""
+        labels, mask = inputs["labels"], inputs["attention_mask"]
+        # The model finds it from the labels, but a `compute_loss_func` takes those away from it.
+        inputs = {"input_mask": readable_tokens(mask, labels), **inputs, "skip_logits": not return_outputs}
+        loss, outputs = super(trl.SFTTrainer, self).compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        self._add_token_metrics(outputs, labels, mask)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _add_token_metrics(self, outputs: PromptedOutput, labels: Tensor, mask: Tensor) -> None:
+        """What `trl` logs of each batch, where its `log` looks for it."""
+        logits, targets = outputs.supervised_logits, outputs.supervised_labels
+        if logits is None or targets is None:
+            rows, columns, targets = supervised_positions(labels, mask)
+            seen = columns > 0  # what predicts a row's first token is a virtual one, not among the logits
+            logits = cast(Tensor, outputs.logits)[rows[seen], columns[seen] - 1]
+            targets = targets[seen]
+        entropy = sum(
+            (torch.special.entr(some.float().softmax(1)).sum() for some in logits.split(ROWS_AT_ONCE)),
+            start=torch.zeros((), device=logits.device),
+        )
+        correct = (logits.argmax(1) == targets).sum()
+        local = torch.stack([entropy, correct, logits.new_tensor(len(targets), dtype=torch.float), mask.sum()])
+        total_entropy, total_correct, supervised, tokens = self.accelerator.reduce(local).tolist()
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            self._total_train_tokens += int(tokens)
+        metrics = self._metrics[mode]
+        metrics["entropy"].append(total_entropy / max(supervised, 1))
+        metrics["mean_token_accuracy"].append(total_correct / max(supervised, 1))
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+
+def _refuse_unfit(model: Any, args: trl.SFTConfig | None, options: dict[str, Any]) -> None:
+    if not isinstance(model, PromptedCausalLM):
+        raise PtmoeError(
+            f"model is {model!r:.60}: give one from ptmoe.attach or ptmoe.load_adapter, or use trl's own SFTTrainer"
+        )
+    if options.get("peft_config") is not None:
+        raise PtmoeError("peft_config on a prompted model: its base stays frozen; leave one of the two out")
+    for name in ("packing", "eval_packing", "padding_free"):
+        if getattr(args, name, None):
+            raise PtmoeError(
+                f"{name}=True puts several examples in one row, which has one prompt, composed from the first: set it "
+                "to False"
+            )
+    if getattr(args, "loss_type", "nll") != "nll":
+        raise PtmoeError(f"loss_type={args.loss_type!r} needs trl's fused head, which knows no prompt: use 'nll'")
+    if args is not None and args.label_smoothing_factor:
+        raise PtmoeError(
+            f"label_smoothing_factor={args.label_smoothing_factor} needs trl's fused head, which knows no prompt: set 0"
+        )
+    template = getattr(args, "chat_template_path", None)
+    if template is not None and not Path(template).is_file():
+        raise PtmoeError(
+            f"chat_template_path={template!r} may add tokens to the frozen base: give a template file, or set "
+            "tokenizer.chat_template"
+        )

@@ -1,0 +1,178 @@
+"""The command as a user meets it: exit codes, messages, start-up."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import ptmoe
+from ptmoe.cli import main
+
+TRAIN = [
+    "train",
+    "--task",
+    "nano/mixed",
+    "--num-virtual-tokens",
+    "6",
+    "--rank",
+    "4",
+    "--num-experts",
+    "3",
+    "--max-steps",
+    "4",
+    "--eval-examples",
+    "8",
+]
+
+
+def command(*arguments, monkeypatch, capsys):
+    """Exit status, standard output and error of one command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["ptmoe", *map(str, arguments)])
+    try:
+        main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: command(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    subprocess.run(
+        [sys.executable, "-m", "ptmoe", *TRAIN, "--output-dir", str(folder)], check=True, capture_output=True
+    )
+    return folder
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, ptmoe, ptmoe.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['ptmoe', '--help']\n"
+        "try:\n    from ptmoe.cli import main; main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'pydantic', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_command_explains_itself(run):
+    for name in ("quickstart", "train", "generate", "inspect", "params", "tasks", "convert"):
+        status, out, _ = run(name, "--help")
+        assert status == 0
+        assert "Usage" in out
+
+
+def test_a_run_trains_generates_and_repeats(run, run_folder, tmp_path):
+    status, out, err = run("generate", run_folder, "harbor: 3 and 4 =>", "--max-new-tokens", 4, "--show-routing")
+    assert status == 0
+    assert out.endswith("\n")
+    assert "expert" in err
+    status, out, _ = run("train", run_folder / "config.yaml", "--output-dir", tmp_path / "again")
+    assert status == 0
+    assert "trained parameters, 4 steps" in out
+    first, again = (folder / "adapter" / "adapter_model.safetensors" for folder in (run_folder, tmp_path / "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_inspect_prints_and_draws_the_routing(run, run_folder):
+    pytest.importorskip("matplotlib")
+    status, out, _ = run("inspect", run_folder, "--task", "nano/mixed", "--examples", 40)
+    assert status == 0
+    for word in ("harbor", "castle", "expert 2", "entropy", "mutual information", "cosine"):
+        assert word in out
+    assert list((run_folder / "inspect").glob("*.png"))
+    assert json.loads((run_folder / "inspect" / "routing.json").read_text())["num_experts"] == 3
+
+
+def test_inspect_of_a_method_that_does_not_route_says_so(run, tmp_path):
+    from ptmoe.base_models import load_base
+
+    ptmoe.attach(load_base("nano")[0], ptmoe.PTConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "pt")
+    status, _, err = run("inspect", tmp_path / "pt", "--task", "nano/mixed", "--examples", 4)
+    assert status == 2
+    assert "is a pt adapter: it does not route" in err
+
+
+def test_params_counts_without_weights(run):
+    status, out, _ = run("params", "--num-virtual-tokens", 20, "--rank", 11, "--num-experts", 4)
+    assert status == 0
+    assert "3,764" in out
+    assert "3,840" in out
+
+
+def test_tasks_are_listed_and_shown(run):
+    status, out, _ = run("tasks")
+    assert status == 0
+    assert "nano/mixed" in out
+    status, out, _ = run("tasks", "show", "nano/mixed", "--examples", 1)
+    assert status == 0
+    assert out.startswith("[train-0, harbor]\n[P_1 … P_T]harbor: ")
+
+
+def test_convert_goes_to_peft_and_back(run, tmp_path):
+    from ptmoe.base_models import load_base
+
+    ptmoe.attach(load_base("nano")[0], ptmoe.PTConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "pt")
+    assert run("convert", tmp_path / "pt", tmp_path / "peft")[0] == 0
+    assert run("convert", tmp_path / "peft", tmp_path / "back", "--model", "nano")[0] == 0
+    first, back = (folder / "adapter_model.safetensors" for folder in (tmp_path / "pt", tmp_path / "back"))
+    assert first.read_bytes() == back.read_bytes()
+
+
+MISTAKES = {
+    ("train", "--task", "nano/mixd"): "did you mean 'nano/mixed'",
+    ("train", "--task", "nano/mixed", "--method", "ptmoe"): "unknown method 'ptmoe'; did you mean 'pt-moe'",
+    ("train", "--task", "nano/mixed", "--rank", "0"): "rank=0",
+    ("train", "--task", "nano/mixed", "--rank", "50"): "rank 50 exceeds min(T, H) = 40",
+    ("train", "--task", "nano/mixed", "--model", "./nowhere"): "no model folder './nowhere'",
+    ("train",): "give one of the two",
+    ("train", "nowhere.yaml"): "no config file nowhere.yaml",
+    ("train", "--data", "nowhere.jsonl"): "no data file nowhere.jsonl",
+    ("train", "--task", "nano/mixed", "--resume"): "give its --output-dir",
+    ("train", "--task", "nano/mixed", "--leerning-rate", "1"): "No such option",
+    ("generate", "nowhere", "x"): "no adapter folder nowhere",
+    ("inspect", "nowhere", "--task", "nano/mixed"): "no adapter folder nowhere",
+    ("convert", "nowhere", "out"): "has no adapter_config.json",
+    ("params", "--method", "dtp"): "unknown method 'dtp'; did you mean 'dpt'",
+    ("quickstart", "--task", "nano/mixd"): "did you mean 'nano/mixed'",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_mistake_gets_an_answer_that_helps_and_status_2(arguments, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert MISTAKES[arguments] in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_misspelt_key_in_a_yaml_is_named_with_its_file(run, tmp_path):
+    (tmp_path / "c.yaml").write_text("task: nano/mixed\nlearning_rat: 0.1\n")
+    status, _, err = run("train", tmp_path / "c.yaml")
+    assert status == 2
+    assert f"{tmp_path / 'c.yaml'}: unknown key 'learning_rat'; did you mean 'learning_rate'" in err
+
+
+def test_help_answers_in_under_half_a_second():
+    def seconds():
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "ptmoe", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.5

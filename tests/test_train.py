@@ -1,0 +1,236 @@
+"""Training: what a run writes, that it learns, resumes and stops, and that unfit options write nothing."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import ptmoe
+from ptmoe.base_models import load_base
+from ptmoe.tasks import load_task
+from ptmoe.train import TrainOptions, train
+from ptmoe.train.data import collate, completion_ids, fit, prompt_ids
+from ptmoe.train.trainer import DivergedError
+
+SMALL = {"name": "pt-moe", "num_virtual_tokens": 6, "rank": 4, "num_experts": 3}
+
+
+def options(folder, **changes):
+    chosen = {
+        "task": "nano/mixed",
+        "method": SMALL,
+        "max_steps": 12,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 2,
+        "save_steps": 6,
+        "eval_examples": 20,
+        "output_dir": str(folder),
+    }
+    return TrainOptions(**(chosen | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(options(tmp_path_factory.mktemp("train") / "run"))
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_holds_what_the_design_says(trained):
+    names = {path.name for path in trained.folder.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+        "eval",
+        "predictions",
+    }
+    assert [line["step"] for line in logged(trained.folder)] == [2, 4, 6, 8, 10, 12]
+    assert len((trained.folder / "predictions" / "nano__mixed.jsonl").read_text().splitlines()) == 20
+    assert json.loads((trained.folder / "eval" / "nano__mixed.json").read_text())["examples"] == 20
+    assert (
+        json.loads((trained.folder / "result.json").read_text())["trainable_parameters"]
+        == 6 * 4 * 3 + 4 * 192 + 3 * 193
+    )
+
+
+def test_the_loss_falls(trained):
+    losses = [line["loss"] for line in logged(trained.folder)]
+    assert losses[-1] < losses[0]
+
+
+def test_the_base_is_unchanged_to_the_bit(trained):
+    fresh = load_base("nano")[0].state_dict()
+    after = trained.model.base_model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in fresh.items())
+
+
+def test_the_saved_adapter_is_the_trained_one(trained):
+    again = ptmoe.load_adapter(load_base("nano")[0], trained.folder).eval()
+    ids = torch.tensor([prompt_ids(load_task("nano/mixed")[0], trained.tokenizer)])
+    assert torch.equal(again(ids).logits, trained.model(ids).logits)
+
+
+def test_the_resolved_config_repeats_the_run(trained, tmp_path):
+    written = yaml.safe_load((trained.folder / "config.yaml").read_text())
+    assert written["learning_rate"] > 0
+    assert written["method"]["router_noise"] == 0.1
+    again = train(TrainOptions.read(trained.folder / "config.yaml", output_dir=str(tmp_path / "again")))
+    for name, value in load_file(trained.folder / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(again.folder / "adapter" / "adapter_model.safetensors")[name], value)
+
+
+def test_a_run_resumed_from_its_checkpoint_ends_the_same(trained, tmp_path):
+    part = train(options(tmp_path / "run", max_steps=12, trainer={"ignore_data_skip": False}))
+    for path in (part.folder / "checkpoints" / "checkpoint-12").iterdir():
+        path.unlink()
+    (part.folder / "checkpoints" / "checkpoint-12").rmdir()
+    resumed = train(options(tmp_path / "run"), resume=True)
+    assert [line["step"] for line in logged(resumed.folder)] == [2, 4, 6, 8, 10, 12]
+    for name, value in load_file(trained.folder / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(resumed.folder / "adapter" / "adapter_model.safetensors")[name], value)
+
+
+def test_checkpoints_hold_the_adapter_its_states_and_no_pickle(trained):
+    for checkpoint in (trained.folder / "checkpoints").iterdir():
+        assert {path.name for path in checkpoint.iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "training_state.safetensors",
+            "optimizer.safetensors",
+            "scheduler.json",
+            "random_state.json",
+            "trainer_state.json",
+        }
+
+
+@pytest.mark.parametrize("method", ["pt-moe", "pt", "dpt", "smop", "attempt"])
+def test_a_checkpoint_at_the_papers_sizes_is_under_2_mb(method, tmp_path):
+    """On a base of Llama-3.2-1B's hidden size, with little else of it."""
+    from bases import tiny_llama
+    from transformers import TrainingArguments
+
+    from ptmoe.methods import METHODS
+    from ptmoe.train import PromptTrainer, RoutingCallback
+
+    model = ptmoe.attach(tiny_llama(hidden_size=2048, intermediate_size=32, num_hidden_layers=1), METHODS[method]())
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 2
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, save_steps=1, report_to="none", disable_tqdm=True)
+    PromptTrainer(
+        model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[RoutingCallback()]
+    ).train()
+    assert sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir()) < 2_000_000
+
+
+def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_adapter(tmp_path, monkeypatch):
+    from ptmoe import model as model_module
+
+    real, calls = model_module.cross_entropy, []
+
+    def failing(*arguments):
+        calls.append(None)
+        return real(*arguments) * (math.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(model_module, "cross_entropy", failing)
+    with pytest.raises(DivergedError, match="nan at step 5"):
+        train(options(tmp_path / "run"))
+    monkeypatch.undo()
+    kept = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(value.isfinite().all() for value in kept.values())
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+UNFIT = {
+    "an unknown key": ({"learning_rat": 1.0}, "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+    "an unknown method": ({"method": {"name": "pt-mo"}}, "unknown method 'pt-mo'; did you mean 'pt-moe'"),
+    "an unknown field": ({"method": {"name": "pt", "rank": 3}}, "unknown key 'rank'"),
+    "a zero size": (
+        {"method": {**SMALL, "num_experts": 0}},
+        "num_experts=0: input should be greater than or equal to 1",
+    ),
+    "a negative size": ({"method": {**SMALL, "rank": -2}}, "rank=-2"),
+    "a rank above its limit": (
+        {"method": {**SMALL, "rank": 7}},
+        r"rank 7 exceeds min\(T, H\) = 6: lower rank or raise",
+    ),
+    "an unknown task": ({"task": "nano/mixd"}, "unknown task 'nano/mixd'; did you mean 'nano/mixed'"),
+    "an unknown model": ({"model": "./nowhere"}, "no model folder './nowhere'"),
+    "no data": ({"task": None}, "task=None, data=None: give one of the two"),
+    "no steps": ({"max_steps": 0}, "max_steps=0"),
+    "a negative rate": ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+    "an unknown trainer argument": ({"trainer": {"optm": "x"}}, "trainer: unknown key 'optm'; did you mean 'optim'"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_unfit_options_are_refused_by_name_and_write_nothing(case, tmp_path):
+    changes, message = UNFIT[case]
+    with pytest.raises(ptmoe.PtmoeError, match=message):
+        train(options(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_starts_no_training(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(ptmoe.PtmoeError, match=r"1 bad line\(s\)"):
+        train(options(tmp_path / "run", task=None, data=str(tmp_path / "d.jsonl")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused(trained):
+    before = sorted(path.stat().st_mtime_ns for path in trained.folder.rglob("*"))
+    with pytest.raises(ptmoe.PtmoeError, match="already holds a run"):
+        train(options(trained.folder))
+    assert sorted(path.stat().st_mtime_ns for path in trained.folder.rglob("*")) == before
+
+
+def test_long_examples_are_left_out_or_cut_and_counted(tmp_path):
+    lines = [{"prompt": "x " * length, "completion": " y"} for length in (5, 3000, 7, 4000)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = []
+    plain = {"task": None, "data": str(tmp_path / "d.jsonl"), "max_steps": 1, "per_device_train_batch_size": 1}
+    result = train(options(tmp_path / "out", **plain), say=said.append).result
+    assert (result.examples, result.examples_left_out, result.examples_cut) == (2, 2, 0)
+    assert "2 of 4 examples left out and 0 cut" in said[0]
+    result = train(options(tmp_path / "cut", **plain, truncation="cut"), say=said.append).result
+    assert (result.examples, result.examples_left_out, result.examples_cut) == (4, 0, 2)
+    (tmp_path / "long.jsonl").write_text(json.dumps(lines[1]) + "\n")
+    with pytest.raises(ptmoe.PtmoeError, match="none of the 1 examples fits"):
+        train(options(tmp_path / "none", **(plain | {"data": str(tmp_path / "long.jsonl")})))
+
+
+def test_cutting_keeps_the_completion_and_the_end_of_the_prompt():
+    _, tokenizer = load_base("nano")
+    (example,) = load_task("nano/words", "test")[:1]
+    whole = prompt_ids(example, tokenizer) + completion_ids(example, tokenizer)
+    row = fit([example], tokenizer, len(whole) - 2, "cut").rows[0]
+    assert row["input_ids"] == whole[2:]
+    assert [label for label in row["labels"] if label != -100] == completion_ids(example, tokenizer)
+    assert completion_ids(example, tokenizer)[-1] == tokenizer.eos_token_id
+
+
+def test_a_conversation_trains_on_the_prompt_that_generation_gives():
+    from ptmoe.tasks.base import Example
+
+    _, tokenizer = load_base("nano")
+    asked = ({"role": "user", "content": "2 and 3"},)
+    example = Example("1", "", "5", ("5",), "chat", messages=asked)
+    prompt = tokenizer.apply_chat_template(list(asked), tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(
+        [*asked, {"role": "assistant", "content": "5"}], tokenize=False, add_generation_prompt=False
+    )
+    assert tokenizer.decode(prompt_ids(example, tokenizer)) == prompt
+    assert tokenizer.decode(completion_ids(example, tokenizer)) == whole.removeprefix(prompt) + tokenizer.eos_token
+
+
+def test_batches_are_padded_on_the_right_and_pads_are_not_supervised():
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
