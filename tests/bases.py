@@ -96,7 +96,7 @@ def pad(row: Tensor, left: int, right: int, value: int = PAD) -> Tensor:
 
 
 def batch(rows: list[Tensor], lefts: list[int], width: int | None = None) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `attention_mask (B, L)`: each row after its own number of padding tokens, the rest to its right."""
+    """`input_ids` and `attention_mask (B, L)`: each row after its own number of padding tokens, more to its right."""
     width = width or max(len(row) + left for row, left in zip(rows, lefts, strict=True))
     ids = [pad(row, left, width - left - len(row)) for row, left in zip(rows, lefts, strict=True)]
     mask = [pad(torch.ones_like(row), left, width - left - len(row)) for row, left in zip(rows, lefts, strict=True)]

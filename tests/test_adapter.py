@@ -119,7 +119,7 @@ DAMAGE = {
         r"lacks the tensor router\.bias",
     ),
     "an unknown tensor": (
-        lambda f: rewrite_tensors(f, lambda t: t.update({"router.wieght": t["B"]})),
+        lambda f: rewrite_tensors(f, lambda t: t.update({"router.wieght": t["B"].clone()})),
         r"unknown tensor 'router.wieght'; did you mean 'router.weight'",
     ),
     "a NaN": (lambda f: rewrite_tensors(f, nan), "B holds NaN"),

@@ -44,11 +44,13 @@ def supervised(prompts, answers, lefts, width=None):
 
 
 MIXED = supervised(  # no padding, both sides, left, right
-    [tokens(5, 1), tokens(3, 2), tokens(4, 3), tokens(1, 4)], [tokens(4, 5), tokens(2, 6), tokens(1, 7), tokens(3, 8)], [0, 2, 4, 0]
+    [tokens(5, 1), tokens(3, 2), tokens(4, 3), tokens(1, 4)],
+    [tokens(4, 5), tokens(2, 6), tokens(1, 7), tokens(3, 8)],
+    [0, 2, 4, 0],
 )
 
 
-# -- an independent formula ----------------------------------------------------------------------------------------------
+# -- an independent formula --------------------------------------------------------------------------------------------
 
 
 def softmax(values):
@@ -88,7 +90,7 @@ def own_prompt(model, embeds):
 
 
 def own_logits(model, ids, readable=None):
-    """`(T + n, V)` of one unpadded row `ids (n,)`, whose router reads the first `readable` tokens: by hand on the base."""
+    """`(T + n, V)` of one unpadded row `ids (n,)` whose router reads the first `readable` tokens, by hand."""
     embeds = model.base_model.get_input_embeddings()(ids)
     prompt = torch.from_numpy(own_prompt(model, embeds[:readable])).to(embeds.dtype)
     spliced = torch.cat([prompt, embeds])[None]
@@ -100,8 +102,8 @@ def own_loss(model, inputs):
     """The mean cross-entropy over all supervised tokens of a batch, row by row and token by token."""
     losses = []
     virtual = model.method_config.num_virtual_tokens
-    for ids, mask, labels in zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True):
-        ids, labels = ids[mask == 1], labels[mask == 1]
+    for row, mask, targets in zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True):
+        ids, labels = row[mask == 1], targets[mask == 1]
         places = [place for place, label in enumerate(labels) if label != -100]
         logits = own_logits(model, ids, readable=places[0]).double()
         losses += [logits[virtual + j - 1].logsumexp(0) - logits[virtual + j - 1, labels[j]] for j in places]
@@ -119,7 +121,7 @@ def test_the_logits_are_those_of_the_formula_spliced_by_hand(base, config):
         assert_close(logits[i, left : left + len(row)], expected, atol=1e-5, rtol=0)
 
 
-# -- padding -------------------------------------------------------------------------------------------------------------
+# -- padding -----------------------------------------------------------------------------------------------------------
 
 
 @all_methods
@@ -152,7 +154,7 @@ def test_labels_at_padding_count_for_nothing(base):
     assert torch.equal(model(**MIXED).loss, model(**(MIXED | {"labels": labels})).loss)
 
 
-# -- the answer and the routing ------------------------------------------------------------------------------------------
+# -- the answer and the routing ----------------------------------------------------------------------------------------
 
 
 @all_gates
@@ -202,7 +204,7 @@ def test_padding_in_input_mask_is_not_read():
     assert torch.equal(model(ids, mask, input_mask=everywhere).routing.gate, model(ids, mask).routing.gate)
 
 
-# -- the loss ------------------------------------------------------------------------------------------------------------
+# -- the loss ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -271,7 +273,7 @@ def test_the_first_token_can_be_supervised_where_nothing_is_routed():
     assert_close(model(ids[None], labels=ids[None]).loss, expected, atol=1e-6, rtol=0)
 
 
-# -- gradients -----------------------------------------------------------------------------------------------------------
+# -- gradients ---------------------------------------------------------------------------------------------------------
 
 
 @all_methods
@@ -282,7 +284,7 @@ def test_gradients_reach_every_part_of_the_adapter_and_nothing_of_the_base(base,
     if config.method == "pt-moe" and not config.selective and not config.probationary:
         without = {"router.weight", "router.bias"}  # every expert counts one, whatever the router says
     for key, parameter in model.encoder.named_parameters():
-        reached = parameter.grad is not None and parameter.grad.abs().max() > 1e-7
+        reached = parameter.grad is not None and bool(parameter.grad.any())
         assert reached == (key not in without), key
     assert all(parameter.grad is None for parameter in model.base_model.parameters())
 
@@ -325,7 +327,7 @@ def test_selective_without_probationary_trains_the_router_straight_through():
     assert_close(model.encoder.router.weight.grad, torch.outer(of_logits, mean), atol=1e-6, rtol=1e-4)
 
 
-# -- dtypes --------------------------------------------------------------------------------------------------------------
+# -- dtypes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -333,7 +335,7 @@ def test_the_adapter_and_its_routing_stay_float32_on_a_bfloat16_base(base, autoc
     model = prompted(base.to(torch.bfloat16), CONFIGS["PT-MoE selective probationary"]).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = model(**MIXED)
-        logits = model(MIXED["input_ids"], MIXED["attention_mask"]).logits
+        logits = model.eval()(MIXED["input_ids"], MIXED["attention_mask"]).logits
     out.loss.backward()
     assert {parameter.dtype for parameter in model.encoder.parameters()} == {torch.float32}
     assert out.routing.gate.dtype == out.routing.probabilities.dtype == out.loss.dtype == torch.float32
@@ -359,7 +361,7 @@ def test_routing_on_a_bfloat16_base_is_computed_in_float32():
     assert_close(model.route(ids[None]).probabilities[0].double(), expected, atol=1e-6, rtol=0)
 
 
-# -- several adapters ----------------------------------------------------------------------------------------------------
+# -- several adapters --------------------------------------------------------------------------------------------------
 
 
 def with_three_adapters(base) -> PromptedCausalLM:
@@ -439,7 +441,8 @@ def test_disable_adapter_gives_the_untouched_base_and_ends(base):
         assert torch.equal(out.logits, base(ids).logits)
         assert_close(out.loss, base(ids, labels=ids).loss)
         assert torch.equal(
-            model.generate(ids, max_new_tokens=3), base.generate(ids, max_new_tokens=3, attention_mask=torch.ones_like(ids))
+            model.generate(ids, max_new_tokens=3),
+            base.generate(ids, max_new_tokens=3, attention_mask=torch.ones_like(ids)),
         )
     assert torch.equal(model(ids).logits, prompted_logits)
 
@@ -476,7 +479,7 @@ def test_a_wrong_adapter_name_is_answered_with_the_nearest():
         model(ids, adapter_names=["moe", "pt"])
 
 
-# -- errors --------------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argument", ["attention_mask", "input_mask", "labels"])
@@ -503,7 +506,7 @@ def test_an_input_fits_if_its_virtual_tokens_do_too(base):
     longest = tokens(POSITIONS - virtual)
     ids, mask = batch([longest, tokens(3)], [9, 0], POSITIONS + 11)  # padding takes no position
     assert model(ids, mask).logits.isfinite().all()
-    with pytest.raises(PtmoeError, match=f"{POSITIONS - virtual + 1} tokens with {virtual} virtual tokens exceeds .* {POSITIONS}"):
+    with pytest.raises(PtmoeError, match=f"60 tokens with {virtual} virtual tokens exceeds .* {POSITIONS} positions"):
         model(tokens(POSITIONS - virtual + 1)[None])
     with pytest.raises(PtmoeError, match="3 new ones exceeds"):
         model.generate(tokens(POSITIONS - virtual - 2)[None], max_new_tokens=3)
@@ -528,6 +531,14 @@ def test_a_routed_row_without_input_tokens_is_an_error(config):
         model(ids, torch.tensor([[1] * 6, [0] * 6]))
 
 
+def test_training_without_labels_needs_to_know_what_the_router_may_read():
+    model = prompted(tiny_llama(), CONFIGS["PT-MoE selective probationary"]).train()
+    ids = tokens(5)[None]
+    with pytest.raises(PtmoeError, match="neither labels nor input_mask"):
+        model(ids)
+    assert model(ids, input_mask=torch.tensor([[1, 1, 1, 0, 0]])).logits.requires_grad
+
+
 def test_a_model_without_a_decoders_embeddings_is_refused():
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -536,7 +547,7 @@ def test_a_model_without_a_decoders_embeddings_is_refused():
         attach(T5ForConditionalGeneration(T5Config(**sizes)), PTConfig())
 
 
-# -- as a transformers model -----------------------------------------------------------------------------------------------
+# -- as a transformers model -------------------------------------------------------------------------------------------
 
 
 def test_it_has_what_a_transformers_model_has(base, capsys):
@@ -569,7 +580,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert_close(*gradients, atol=1e-7, rtol=1e-5)
 
 
-# -- transformers.Trainer --------------------------------------------------------------------------------------------------
+# -- transformers.Trainer ----------------------------------------------------------------------------------------------
 
 
 def collate(examples):
@@ -601,7 +612,9 @@ def trained(folder, *, size=4, accumulate=1, resume=None, noise=0.0, **arguments
         logging_steps=1,
         **({"max_steps": 3, "save_strategy": "no", "learning_rate": 0.05} | arguments),
     )
-    trainer = Trainer(model=model, args=options, train_dataset=dataset(), eval_dataset=dataset()[:4], data_collator=collate)
+    trainer = Trainer(
+        model=model, args=options, train_dataset=dataset(), eval_dataset=dataset()[:4], data_collator=collate
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -636,4 +649,3 @@ def test_trainer_evaluates_with_the_loss_of_the_model(tmp_path):
     trainer = trained(tmp_path)
     expected = trainer.model.eval()(**collate(dataset()[:4])).loss.item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
-

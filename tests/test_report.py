@@ -1,5 +1,6 @@
 """Reports: every number comes from the run folders, the page needs nothing else, and what is missing is named."""
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -122,7 +123,7 @@ class Page(HTMLParser):
 
 
 def printed(table, width=80):
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
 
@@ -404,3 +405,11 @@ def test_several_tasks_are_compared_by_their_overall_accuracies(tmp_path):
     assert ["dpt", "3,764", "–", "42.5", "61"] in lines
     with pytest.raises(PtmoeError, match="no run was evaluated on nano/facts"):
         comparison_table(runs, "nano/facts")
+
+
+@pytest.mark.parametrize("name", ["_private", "$\\frac{$ and $", "pt-moe"])
+def test_a_legend_shows_any_name_as_it_is(tmp_path, name):
+    figure = learning_curves([read_run(write_run(tmp_path / "a", name=name))])
+    figure.savefig(tmp_path / "a.png")
+    (entry,) = figure.axes[0].get_legend().get_texts()
+    assert entry.get_text().strip().replace(r"\$", "$") == name

@@ -47,7 +47,7 @@ def test_all_bad_lines_are_counted_and_the_first_are_named(tmp_path):
         '{"text": "a"}': "has the keys 'text': needs prompt and completion",
         '{"question": "a"}': "lacks the key 'answers'",
         '{"question": "a", "answers": []}': "'answers' needs a list of one text or more",
-        '{"messages": [{"role": "user", "content": "a"}]}': "must end with the assistant's answer",
+        '{"messages": [{"role": "user", "content": "a"}]}': "'messages' must end with the assistant's answer",
         '{"messages": "hello"}': "'messages' needs a list",
     }
     for number, (line, reason) in enumerate(bad.items()):
@@ -77,8 +77,9 @@ def test_missing_and_empty_data_are_said(tmp_path):
         load(tmp_path / "none.jsonl")
     with pytest.raises(ptmoe.PtmoeError, match="holds no example"):
         load(written(tmp_path / "empty.jsonl"))
+    (tmp_path / "folder").mkdir()
     with pytest.raises(ptmoe.PtmoeError, match=r"no \*\.jsonl file"):
-        load(tmp_path / "..", Keys()) if not list((tmp_path / "..").glob("*.jsonl")) else load(tmp_path / ".")
+        load(tmp_path / "folder")
     with pytest.raises(ptmoe.PtmoeError, match="give both or neither"):
         load(tmp_path / "empty.jsonl", Keys(prompt="a"))
 

@@ -193,8 +193,8 @@ class PromptedCausalLM(nn.Module):
         """
         if "trl" in tags and "ptmoe" not in tags:
             raise PtmoeError(
-                "this trainer of trl cannot train a prompted model: its fused head replaces forward, runs the base model "
-                "without its prompt and keeps the labels to itself, so a router would average the answers too. For "
+                "trl cannot train a prompted model by itself: its fused head replaces forward, runs the base model "
+                "without the prompt and keeps the labels to itself, so a router would average the answers too. For "
                 "supervised fine-tuning use SFTTrainer from ptmoe.train.trl"
             )
 
@@ -470,15 +470,15 @@ class PromptedCausalLM(nn.Module):
         return self.base_model.generate(input_ids, **passed, **options)
 
     def _generation_settings(self, options: dict[str, Any]) -> list[dict[str, Any]]:
-        """Where `generate` reads its settings, the first that has one first: the options, a config given, the base's."""
+        """Where `generate` reads a setting, in the order it looks: the options, a config given, the base's config."""
         given = options.get("generation_config")
         return [options, *([] if given is None else [vars(given)]), vars(self.base_model.generation_config)]
 
-    def _with_new_tokens(
-        self, options: dict[str, Any], length: int, room: int | None
-    ) -> tuple[dict[str, Any], int]:
-        """The options with lengths as numbers of new tokens, and their highest number. `transformers` would subtract
-        the length of `inputs_embeds`, virtual tokens included, from a `max_length`; here it counts what the caller sees.
+    def _with_new_tokens(self, options: dict[str, Any], length: int, room: int | None) -> tuple[dict[str, Any], int]:
+        """The options with their lengths as numbers of new tokens, and the highest number of them.
+
+        `transformers` would subtract the length of `inputs_embeds`, virtual tokens included, from a `max_length`; here
+        it counts what the caller sees. `room` is the number of positions that the base has left, if it has a limit.
         """
         *asked, own = self._generation_settings(options)
         most = _new_tokens("max", asked, length)

@@ -106,6 +106,10 @@ class PromptEncoder(nn.Module):
         """What the adapter folder holds, by key: the published form."""
         return dict(self.state_dict())
 
+    def training_log(self) -> dict[str, float | list[float]]:
+        """What training has to say of the encoder since it was last asked, for the logs."""
+        return {}
+
     def training_state(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside `tensors()` to go on exactly where it stopped."""
         return {}

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size, mean_input
 from ptmoe.methods.factors import check_rank, random_factors, svd_factors
-from ptmoe.methods.routing import Router, route
+from ptmoe.methods.routing import Router, RoutingStatistics, route
 
 PAPER_RECIPE = {"router_standardize": False, "routing_anneal": False, "distinct_experts": False}
 
@@ -86,6 +86,7 @@ class PTMoE(PromptEncoder):
         self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
         self.router = Router(hidden_size, config.num_experts)
         self.hardness = 1.0  # of the gate in training; 1 is the chosen gate
+        self.statistics = RoutingStatistics()
         self.guided = False  # by a RoutingCallback
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
@@ -103,6 +104,8 @@ class PTMoE(PromptEncoder):
             probationary=self.config.probationary,
             hardness=self.hardness if self.training else 1.0,
         )
+        if self.training:
+            self.statistics.observe(routing.probabilities)
         factor = torch.einsum("bn,ntr->btr", routing.gate, self.A)
         return Prompt(factor @ self.B, routing)
 
@@ -122,6 +125,9 @@ class PTMoE(PromptEncoder):
         self.A.copy_(a.reshape(experts, tokens, rank))
         self.B.copy_(b)
         self.router.initialise(source.generator)
+
+    def training_log(self) -> dict[str, float | list[float]]:
+        return {**self.statistics.read(), "hardness": self.hardness}
 
     def finish_training(self) -> None:
         """From training's coordinates and soft gate to the published form."""

@@ -68,6 +68,39 @@ class Router(nn.Module):
         return logits
 
 
+class RoutingStatistics:
+    """How the inputs of training were routed since it was last read."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self.inputs = 0
+        self.chosen: Tensor | float = 0.0  # (N,)
+        self.confidence: Tensor | float = 0.0
+
+    @torch.no_grad()
+    def observe(self, probabilities: Tensor) -> None:
+        """Count a batch `(B, N)`; nothing waits for the device."""
+        largest, expert = probabilities.max(1)
+        self.inputs += len(probabilities)
+        self.chosen = self.chosen + nn.functional.one_hot(expert, probabilities.shape[1]).sum(0)
+        self.confidence = self.confidence + largest.sum()
+
+    def read(self) -> dict[str, float | list[float]]:
+        """`expert_use` (each expert's share of the inputs) and `routing_confidence` (mean of the largest probability);
+        nothing where nothing was routed. Starts anew."""
+        if not self.inputs:
+            return {}
+        chosen, confidence = torch.as_tensor(self.chosen), torch.as_tensor(self.confidence)
+        said = {
+            "expert_use": [round(share, 4) for share in (chosen / self.inputs).tolist()],
+            "routing_confidence": round(float(confidence) / self.inputs, 4),
+        }
+        self._start()
+        return said
+
+
 def gate(probabilities: Tensor, *, selective: bool, probationary: bool, hardness: float = 1.0) -> Tensor:
     """What each expert's factor is multiplied by: `(B, N)`.
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size, mean_input
-from ptmoe.methods.routing import Router, route
+from ptmoe.methods.routing import Router, RoutingStatistics, route
 
 
 class SMoPConfig(MethodConfig):
@@ -39,10 +39,13 @@ class SMoP(PromptEncoder):
         self.config = config
         self.prompts = nn.Parameter(torch.empty(config.num_experts, config.num_virtual_tokens, hidden_size))
         self.router = Router(hidden_size, config.num_experts, bias=False)
+        self.statistics = RoutingStatistics()
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         logits = self.router(mean_input(input_embeds, input_mask), self.config.router_noise)
         routing = route(logits, selective=True, probationary=True)
+        if self.training:
+            self.statistics.observe(routing.probabilities)
         return Prompt(torch.einsum("bn,nth->bth", routing.gate, self.prompts), routing)
 
     @torch.no_grad()
@@ -53,6 +56,9 @@ class SMoP(PromptEncoder):
         else:
             self.prompts.copy_(source.rows(self.config, experts * tokens).view_as(self.prompts))
         self.router.initialise(source.generator)
+
+    def training_log(self) -> dict[str, float | list[float]]:
+        return self.statistics.read()
 
     def expert_prompts(self) -> Tensor:
         return self.prompts

@@ -255,14 +255,14 @@ def routing_over_training(run: Run, theme: Theme = LIGHT) -> Figure:
     experts = len(used[0][1])
     columns = [[use[expert] for _, use in used] for expert in range(experts)]
     colors = [theme.experts[expert % len(theme.experts)] for expert in range(experts)]
-    names = [f"expert {expert}" for expert in range(experts)]
+    names = [str(expert) for expert in range(experts)]
     top.stackplot(steps, columns, labels=names, colors=colors, edgecolor=theme.surface, linewidth=0.8)
-    top.set_ylabel("share of inputs")
+    top.set_ylabel("share of inputs by expert")
     top.set_xlim(min(steps), max(steps) if len(steps) > 1 else min(steps) + 1)
-    _legend(top, theme, columns=4)
+    _legend(top, theme)
     for name, key, method, dash in (
-        ("routing confidence", "routing_confidence", "pt-moe", "-"),
-        ("hardness of the gate", "hardness", "pt", "--"),
+        ("confidence", "routing_confidence", "pt-moe", "-"),
+        ("gate hardness", "hardness", "pt", "--"),
     ):
         points = [
             (log.step, value) for log in run.logs if log.step is not None and (value := getattr(log, key)) is not None
@@ -334,11 +334,11 @@ def _plain_axes(axes: Axes, theme: Theme) -> None:
         spine.set_linewidth(0.8)
 
 
-def _legend(axes: Axes, theme: Theme, columns: int | None = None) -> None:
-    """Above the axes, so that it hides no data."""
+def _legend(axes: Axes, theme: Theme) -> None:
+    """Above the axes, so that it hides no data, in as many columns as fit."""
     names = [str(name) for name in axes.get_legend_handles_labels()[1]]
-    widest = max(map(len, names))
-    fitting = max(1, min(columns or len(names), len(names), int(58 / (widest + 6))))
+    entry = 38 + 0.58 * FONT_SIZE * max(map(len, names))  # points: the handle and its space, and the longest text
+    fitting = max(1, min(len(names), int(270 / entry)))
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),

@@ -260,8 +260,8 @@ def _sections(
     if logged:
         yield (
             "Routing over training",
-            "Top: the share of the training inputs that each expert took. Bottom: the mean of the router’s largest "
-            "probability, and how far the gate has hardened from all experts to the chosen one.",
+            "Top: the share of the training inputs that each expert took. Bottom: the router’s confidence, the mean of "
+            "its largest probability, and how far the gate has hardened from all experts to the chosen one.",
             [
                 picture(
                     f"routing of {label} over training",

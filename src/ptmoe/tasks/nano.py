@@ -14,7 +14,7 @@ Scored by exact match of the answer.
 from collections.abc import Iterator
 from itertools import islice
 
-from ptmoe.nano.world import WORLDS, instructed, uninstructed
+from ptmoe.nano.world import TASK_LONGEST, WORLDS, instructed, uninstructed
 from ptmoe.tasks.base import Example
 
 SPLITS = {"train": 8000, "validation": 400, "test": 1000}
@@ -26,7 +26,10 @@ def load(name: str, split: str) -> Iterator[Example]:
     """The same examples every time. Inputs of `validation` and `test` are in no training set, nor in pretraining."""
     world = name.removeprefix("nano/")
     seed, held_out = _SEEDS[split], split != "train"
-    records = instructed(seed, test=held_out) if world == "skills" else uninstructed(world, seed, test=held_out)
+    if world == "skills":
+        records = instructed(seed, test=held_out, longest=TASK_LONGEST)
+    else:
+        records = uninstructed(world, seed, test=held_out)
     for number, record in enumerate(islice(records, SPLITS[split])):
         yield Example(
             id=f"{split}-{number}",

@@ -23,11 +23,7 @@ SOFT_UNTIL, HARD_FROM = 0.6, 0.8  # of the training steps
 
 
 class RoutingCallback(TrainerCallback):
-    """Add it to any `transformers.Trainer` that trains a PT-MoE adapter; `ptmoe train` does.
-
-    It also logs how the training inputs are routed: `expert_use` (share of each expert), `routing_confidence` (mean of
-    the largest probability) and `hardness`.
-    """
+    """Add it to any `transformers.Trainer` that trains a PT-MoE adapter; `ptmoe train` does."""
 
     def on_train_begin(
         self,

@@ -48,6 +48,11 @@ class PromptTrainer(Trainer):
         super().__init__(*arguments, **options)
         self._last_good: dict[str, Tensor] = {}
 
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = logs | self.model.encoder.training_log()
+        super().log(logs, start_time)
+
     # -- divergence --------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -15,8 +15,8 @@ SFTTrainer(
 model.save_pretrained("adapter")
 ```
 
-Data sets, chat templates, truncation, metrics (`entropy`, `mean_token_accuracy`, `num_tokens`), callbacks and evaluation
-are `trl`'s. Three things are not:
+Data sets, chat templates, truncation, metrics (`entropy`, `mean_token_accuracy`, `num_tokens`), callbacks and
+evaluation are `trl`'s. Three things are not:
 
 - **The loss.** `trl` replaces the model's `forward` by a fused output head: it runs the base model past its prompt and
   keeps the labels to itself, so a model that it did leave the prompt to would route on the answers too. Here the
@@ -83,7 +83,7 @@ class SFTTrainer(PromptTrainer, trl.SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss, over the supervised tokens of the global batch; `trl` computes it from its fused head."""
+        """The model's own loss, over the supervised tokens of the global batch, instead of the fused head's."""
         labels, mask = inputs["labels"], inputs["attention_mask"]
         # The model finds it from the labels, but a `compute_loss_func` takes those away from it.
         inputs = {"input_mask": readable_tokens(mask, labels), **inputs, "skip_logits": not return_outputs}
@@ -102,13 +102,11 @@ class SFTTrainer(PromptTrainer, trl.SFTTrainer):
             seen = columns > 0  # what predicts a row's first token is a virtual one, not among the logits
             logits = cast(Tensor, outputs.logits)[rows[seen], columns[seen] - 1]
             targets = targets[seen]
-        entropy = sum(
-            (torch.special.entr(some.float().softmax(1)).sum() for some in logits.split(ROWS_AT_ONCE)),
-            start=torch.zeros((), device=logits.device),
-        )
+        parts = torch.split(logits, ROWS_AT_ONCE)
+        entropy = torch.stack([torch.special.entr(part.float().softmax(1)).sum() for part in parts]).sum()
         correct = (logits.argmax(1) == targets).sum()
         local = torch.stack([entropy, correct, logits.new_tensor(len(targets), dtype=torch.float), mask.sum()])
-        total_entropy, total_correct, supervised, tokens = self.accelerator.reduce(local).tolist()
+        total_entropy, total_correct, supervised, tokens = self.accelerator.reduce(local, "sum").tolist()
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             self._total_train_tokens += int(tokens)
@@ -131,8 +129,9 @@ def _refuse_unfit(model: Any, args: trl.SFTConfig | None, options: dict[str, Any
                 f"{name}=True puts several examples in one row, which has one prompt, composed from the first: set it "
                 "to False"
             )
-    if getattr(args, "loss_type", "nll") != "nll":
-        raise PtmoeError(f"loss_type={args.loss_type!r} needs trl's fused head, which knows no prompt: use 'nll'")
+    loss_type = getattr(args, "loss_type", "nll")
+    if loss_type != "nll":
+        raise PtmoeError(f"loss_type={loss_type!r} needs trl's fused head, which knows no prompt: use 'nll'")
     if args is not None and args.label_smoothing_factor:
         raise PtmoeError(
             f"label_smoothing_factor={args.label_smoothing_factor} needs trl's fused head, which knows no prompt: set 0"
