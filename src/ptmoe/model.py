@@ -510,17 +510,6 @@ def _new_tokens(bound: str, sources: list[dict[str, Any]], length: int) -> int |
     return None
 
 
-@dataclass
-class _LookedUp(InitialEmbeddings):
-    """Embeddings as the base reads them, which need not be rows of its weight: Gemma scales them by √H."""
-
-    lookup: nn.Module | None = None
-
-    def embed(self, ids: Tensor) -> Tensor:
-        assert self.lookup is not None
-        return cast(Tensor, self.lookup(ids.to(self.vocabulary.device))).detach().float().cpu()
-
-
 def attach(
     base: PreTrainedModel,
     config: MethodConfig,
@@ -554,9 +543,7 @@ def attach(
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
         return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    encoder.initialise(
-        _LookedUp(embedding.detach(), torch.Generator().manual_seed(seed), tokenize, model.get_input_embeddings())
-    )
+    encoder.initialise(InitialEmbeddings(model.get_input_embeddings(), torch.Generator().manual_seed(seed), tokenize))
     model.add_adapter(adapter_name, encoder)
     return model
 
@@ -569,5 +556,7 @@ def count_parameters(base_config: Any, config: MethodConfig) -> int:
         config: of any method.
     """
     with torch.device("meta"):
-        encoder = config.build(base_config.get_text_config().hidden_size)
+        text = base_config.get_text_config()
+        # OPT's smallest models embed narrower than they compute.
+        encoder = config.build(getattr(text, "word_embed_proj_dim", text.hidden_size))
     return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)

@@ -149,14 +149,20 @@ class InitialEmbeddings:
     """Draws the `(T, H)` embeddings that prompts start from.
 
     Attributes:
-        vocabulary: the base's input embedding, `(V, H)`.
+        embedding: the base's input embedding, called rather than read: Gemma's scales its rows by √H.
         generator: the only source of chance.
         tokenize: text to token ids, for `init="text"`.
     """
 
-    vocabulary: Tensor
+    embedding: nn.Module
     generator: torch.Generator
     tokenize: Callable[[str], list[int]] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def rows(self, config: MethodConfig, count: int) -> Tensor:
         """`(count, H)` float32 start values as `config.init` says."""
@@ -164,11 +170,10 @@ class InitialEmbeddings:
             assert config.init_text is not None
             return self.text(config.init_text, count)
         if config.init == "vocabulary":
-            drawn = torch.randint(self.vocabulary.shape[0], (count,), generator=self.generator)
-            return self.embed(drawn)
+            return self.embed(torch.randint(len(self.weight), (count,), generator=self.generator))
         # Over the whole vocabulary a standard deviation would cost a pass over gigabytes; a sample says as much.
-        scale = self.embed(torch.arange(0, self.vocabulary.shape[0], max(1, self.vocabulary.shape[0] // 1024))).std()
-        return scale * self.normal(count, self.vocabulary.shape[1])
+        scale = self.embed(torch.arange(0, len(self.weight), max(1, len(self.weight) // 1024))).std()
+        return scale * self.normal(count, self.weight.shape[1])
 
     def text(self, text: str, count: int) -> Tensor:
         """`(count, H)`: the embeddings of `text`, repeated or cut to `count` tokens."""
@@ -184,7 +189,8 @@ class InitialEmbeddings:
         return ids
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.vocabulary[ids.to(self.vocabulary.device)].float().cpu()
+        embeds: Tensor = self.embedding(ids.to(self.weight.device))
+        return embeds.detach().float().cpu()
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)

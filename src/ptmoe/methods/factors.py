@@ -18,10 +18,7 @@ def check_rank(rank: int, num_virtual_tokens: int, hidden_size: int) -> None:
 
 
 def svd_factors(embeds: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`E (M, H)` into `U_R Σ_R^½ (M, R)` and `Σ_R^½ V_Rᵀ (R, H)`: the best rank-R product, evenly scaled.
-
-    `M` below `rank` (an SVD has no more than min(M, H) directions) pads with zero columns and rows.
-    """
+    """`E (M, H)` into `U_R Σ_R^½ (M, R)` and `Σ_R^½ V_Rᵀ (R, H)`: the best rank-R product, evenly scaled."""
     left, values, right = torch.linalg.svd(embeds.double(), full_matrices=False)
     root = values[:rank].sqrt()
     return (left[:, :rank] * root).float(), (root[:, None] * right[:rank]).float()

@@ -32,9 +32,10 @@ class PTMoEConfig(MethodConfig):
         router_noise: σ of the multiplicative noise on the router's logits, in training only.
         router_standardize: train the router on standardised inputs; folded into `W` and `b` when saved.
         routing_anneal: start with the soft gate and harden it to the chosen one.
-        distinct_experts: start every expert from an SVD of its own part of a joint matrix; off, all start the same, as
-            in the paper. `init_text` as a list, one text for each expert, implies it.
-        init_text: one text, or one for each expert.
+        distinct_experts: start every expert from its own part of one joint SVD, of other tokens of the vocabulary; off,
+            all start the same.
+        init_text: one text, from which all experts start the same, as in the paper; or one for each expert, and a
+            joint SVD.
 
     `recipe="paper"` sets the options that the paper does not have to off.
     """
@@ -117,7 +118,7 @@ class PTMoE(PromptEncoder):
         elif isinstance(self.config.init_text, list):
             joint = torch.cat([source.text(text, tokens) for text in self.config.init_text])  # (N·T, H)
             a, b = svd_factors(joint, rank)
-        elif self.config.distinct_experts:
+        elif self.config.distinct_experts and self.config.init != "text":  # one text gives every expert the same start
             a, b = svd_factors(source.rows(self.config, experts * tokens), rank)
         else:
             a, b = svd_factors(source.rows(self.config, tokens), rank)
