@@ -1,77 +1,120 @@
-"""The README's table: the quickstart's methods on one of nano's worlds, over many seeds.
+"""The tables of README and docs/findings.md: ways to train, on one of nano's worlds, over many seeds.
 
     python benchmarks/seeds.py --task nano/mixed --output docs/results/mixed.jsonl
+    python benchmarks/seeds.py --task nano/mixed --cells all --seeds 3 --output docs/results/tried.jsonl
 
-Each cell (method, recipe, seed) is a line that is written when it is finished; a run that is started again goes on
-where it stopped. Each training is exactly that of `ptmoe quickstart --task … --seed … --recipe …`.
+Each finished cell (way, seed) is a line, written as it comes; a run that is started again goes on where it stopped.
+A training is that of `ptmoe quickstart --task … --seed …`, but for what its cell changes.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from ptmoe.base_models import quiet
 from ptmoe.quickstart import options
 from ptmoe.train import train
 
-CELLS = (("pt", "default"), ("pt-moe", "default"), ("pt-moe", "paper"))
+MOE: dict[str, Any] = {"method": "pt-moe"}
+TABLE: dict[str, dict[str, Any]] = {
+    "pt-moe": MOE,
+    "pt": {"method": "pt"},
+    "pt-moe, recipe paper": MOE | {"fields": {"recipe": "paper"}},
+}
+# What was tried beside it. `constants` are module constants of the training recipe.
+TRIED: dict[str, dict[str, Any]] = {
+    "router inputs of standard deviation 1": MOE | {"constants": {"ptmoe.methods.routing.SPREAD": 1.0}},
+    "router inputs of standard deviation 1/6": MOE | {"constants": {"ptmoe.methods.routing.SPREAD": 1 / 6}},
+    "router started at random": MOE | {"fields": {"router_init": "random"}},
+    "no standardisation": MOE | {"fields": {"router_standardize": False}},
+    "no annealing": MOE | {"fields": {"routing_anneal": False}},
+    "hardened at 60 % of the steps, settled or not": MOE | {"constants": {"ptmoe.train.routing.EARLIEST": 0.6}},
+    "all experts start alike": MOE | {"fields": {"distinct_experts": False}},
+    "eight experts of rank 8": MOE | {"fields": {"num_experts": 8, "rank": 8}},
+    "two experts of rank 10": MOE | {"fields": {"num_experts": 2}},
+    "pt-moe, learning rate 0.01": MOE | {"options": {"learning_rate": 0.01}},
+    "pt-moe, learning rate 0.1": MOE | {"options": {"learning_rate": 0.1}},
+    "pt, learning rate 0.01": {"method": "pt", "options": {"learning_rate": 0.01}},
+    "pt, learning rate 0.1": {"method": "pt", "options": {"learning_rate": 0.1}},
+    "smop, four prompts of four tokens": {
+        "method": "pt",
+        "fields": {"name": "smop", "num_experts": 4, "num_virtual_tokens": 4},
+    },
+}
+CELLS = TABLE | TRIED
 
 
-def finished(path: Path) -> list[dict]:
+@contextmanager
+def constants(values: dict[str, float]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, value in values.items():
+            stack.enter_context(mock.patch(name, value))
+        yield
+
+
+def finished(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(lines: list[dict]) -> str:
-    """Markdown: a row for each method, mean and range over seeds."""
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each cell, over its seeds."""
     rows = [
-        "| method | trained parameters | accuracy %, mean | lowest | highest | seeds | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| | trained numbers | accuracy %, mean | lowest | highest | seeds |",
+        "|---|---|---|---|---|---|",
     ]
-    for method, recipe in CELLS:
-        cell = [line for line in lines if (line["method"], line["recipe"]) == (method, recipe)]
-        if cell:
-            scores = [line["accuracy"] for line in cell]
-            name = method if method == "pt" else f"{method}, recipe {recipe}"
+    for name in CELLS:
+        of = [line for line in lines if line["cell"] == name]
+        if of:
+            scores = [line["accuracy"] for line in of]
             rows.append(
-                f"| {name} | {cell[0]['trainable_parameters']:,} | {statistics.mean(scores):.1f} | {min(scores):.1f} | "
-                f"{max(scores):.1f} | {len(cell)} | {statistics.mean(line['seconds'] for line in cell):.0f} |"
+                f"| {name} | {of[0]['trainable_parameters']:,} | {statistics.mean(scores):.1f} | {min(scores):.1f} | "
+                f"{max(scores):.1f} | {len(of)} |"
             )
     return "\n".join(rows)
+
+
+def measure(task: str, name: str, seed: int) -> dict[str, Any]:
+    cell = CELLS[name]
+    plan = options(cell["method"], task=task, seed=seed)
+    method = plan.method | cell.get("fields", {})
+    with tempfile.TemporaryDirectory() as folder, constants(cell.get("constants", {})):
+        trained = train(plan.replace(method=method, output_dir=f"{folder}/run", **cell.get("options", {})))
+    assert trained.evaluation is not None
+    summary = trained.evaluation.summary()
+    return {
+        "task": task,
+        "cell": name,
+        "seed": seed,
+        "accuracy": round(trained.evaluation.accuracy, 2),
+        "trainable_parameters": trained.result.trainable_parameters,
+        "by_domain": {domain: part["accuracy"] for domain, part in summary["by_domain"].items()},
+        "use": summary["routing"] and summary["routing"]["use"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="nano/mixed")
+    parser.add_argument("--cells", default="table", choices=("table", "tried", "all"))
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, one a finished cell")
     chosen = parser.parse_args()
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     quiet()
-    for seed in range(chosen.seeds):
-        for method, recipe in CELLS:
-            done = {(line["method"], line["recipe"], line["seed"]) for line in finished(chosen.output)}
-            if (method, recipe, seed) in done:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                plan = options(method, task=chosen.task, seed=seed, recipe=recipe)
-                trained = train(plan.replace(output_dir=f"{folder}/run"))
-                summary = trained.evaluation.summary()
-            line = {
-                "task": chosen.task,
-                "method": method,
-                "recipe": recipe,
-                "seed": seed,
-                "accuracy": round(trained.evaluation.accuracy, 2),
-                "trainable_parameters": trained.result.trainable_parameters,
-                "seconds": round(trained.result.train_seconds, 1),
-                "by_domain": {name: part["accuracy"] for name, part in summary["by_domain"].items()},
-                "use": summary["routing"] and summary["routing"]["use"],
-            }
-            with chosen.output.open("a") as opened:
-                opened.write(json.dumps(line) + "\n")
-            print(method, recipe, seed, line["accuracy"], flush=True)
+    for name in {"table": TABLE, "tried": TRIED, "all": CELLS}[chosen.cells]:
+        for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
+            if (name, seed) not in {(line["cell"], line["seed"]) for line in finished(chosen.output)}:
+                line = measure(chosen.task, name, seed)
+                with chosen.output.open("a") as opened:
+                    opened.write(json.dumps(line) + "\n")
+                print(name, seed, line["accuracy"], flush=True)
     print(table(finished(chosen.output)))
 
 

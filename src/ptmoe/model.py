@@ -34,20 +34,21 @@ class PromptedOutput(ModelOutput):
         loss: mean cross-entropy over the supervised tokens.
         logits: `(B, L, V)`, aligned with `input_ids`: `logits[b, j]` scores what follows token `j`. None where they
             were skipped.
-        supervised_logits: `(S, V)`, those that the loss was computed from, where `logits` were skipped for it.
-        supervised_labels: `(S,)`, what they were to predict.
-        routing: the gate and probabilities `(B, N)`, for methods that route and rows of one adapter.
         hidden_states: of the base, virtual positions included, if asked for.
         attentions: likewise.
+        routing: the gate and probabilities `(B, N)`, for methods that route and rows of one adapter.
+        supervised_logits: `(S, V)`, those that the loss was computed from, where `logits` were skipped for it.
+        supervised_labels: `(S,)`, what they were to predict.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    supervised_logits: Tensor | None = None
-    supervised_labels: Tensor | None = None
-    routing: Routing | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    # Attributes but not items: `Trainer` pads and joins every item over the batches of an evaluation.
+    routing = cast("Routing | None", None)
+    supervised_logits = cast("Tensor | None", None)
+    supervised_labels = cast("Tensor | None", None)
 
 
 @dataclass
@@ -385,10 +386,11 @@ class PromptedCausalLM(nn.Module):
         inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.attention_mask}
         if self._takes_positions:
             inputs["position_ids"] = spliced.position_ids
-        scored: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+        result = PromptedOutput()
+        result.routing = prompts.routing
         if labels is None:
             out = self.base_model(**inputs, **options)
-            loss, logits = None, out.logits[:, virtual:]
+            logits = out.logits[:, virtual:]
         else:
             rows, columns, targets = supervised_positions(labels, attention_mask)
             before = columns + (virtual - 1)  # the position that predicts each
@@ -400,24 +402,17 @@ class PromptedCausalLM(nn.Module):
                 with projected_at(self.get_output_embeddings(), rows, before):
                     out = self.base_model(**inputs, **options)
                 scores, logits = out.logits[0], None
-                scored = (scores.detach(), targets)
+                result.supervised_logits, result.supervised_labels = scores.detach(), targets
             else:
                 out = self.base_model(**inputs, **options)
                 scores, logits = out.logits[rows, before], out.logits[:, virtual:]
-            loss = cross_entropy(scores, targets, num_items_in_batch)
+            result.loss = cross_entropy(scores, targets, num_items_in_batch)
             if prompts.routing is not None and prompts.routing.auxiliary_loss is not None and self.training:
-                loss = loss + prompts.routing.auxiliary_loss
+                result.loss = result.loss + prompts.routing.auxiliary_loss
         if logits is not None:
-            logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
-        return PromptedOutput(
-            loss=loss,
-            logits=logits,
-            supervised_logits=scored[0],
-            supervised_labels=scored[1],
-            routing=prompts.routing,
-            hidden_states=out.get("hidden_states"),
-            attentions=out.get("attentions"),
-        )
+            result.logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
+        result.hidden_states, result.attentions = out.get("hidden_states"), out.get("attentions")
+        return result
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing | None:

@@ -23,7 +23,7 @@ STEPS = 400
 EXAMPLES = 1000
 METHODS: dict[str, dict[str, Any]] = {
     "pt": {"num_virtual_tokens": 20},
-    "pt-moe": {"num_virtual_tokens": 20, "num_experts": 4, "rank": 11},
+    "pt-moe": {"num_virtual_tokens": 10, "num_experts": 4, "rank": 10},
 }
 
 
@@ -37,7 +37,7 @@ def options(method: str, *, task: str, seed: int, recipe: str = "default", steps
         method=fields,
         seed=seed,
         max_steps=steps,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=32,
         eval_examples=EXAMPLES,
         save_steps=steps,
     )
@@ -58,6 +58,7 @@ def run(
         raise PtmoeError(f"{folder} already holds a run: choose another --output-dir")
     plans = {method: options(method, task=task, seed=seed, recipe=recipe, steps=steps) for method in METHODS}
 
+    # The report's libraries are optional: a missing one should show before the training, not after.
     from ptmoe.base_models import quiet
     from ptmoe.cli.progress import ProgressBar, progress_bar
     from ptmoe.report import comparison_table, read_run, write_report

@@ -7,7 +7,7 @@ P  = (Σ_i g_i A_i) B                A: (N, T, R), B: (R, H)          (T, H)
 """
 
 import warnings
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,7 +18,13 @@ from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEn
 from ptmoe.methods.factors import check_rank, random_factors, svd_factors
 from ptmoe.methods.routing import Router, RoutingStatistics, route
 
-PAPER_RECIPE = {"router_standardize": False, "routing_anneal": False, "distinct_experts": False}
+CONFIDENCE_PACE = 0.05
+PAPER_RECIPE = {
+    "router_init": "random",
+    "router_standardize": False,
+    "routing_anneal": False,
+    "distinct_experts": False,
+}
 
 
 class PTMoEConfig(MethodConfig):
@@ -30,6 +36,8 @@ class PTMoEConfig(MethodConfig):
         selective: keep the highest-weight expert only.
         probationary: multiply the kept expert by its router weight.
         router_noise: σ of the multiplicative noise on the router's logits, in training only.
+        router_init: `"gradient"` starts the router so that inputs which want the prompt to change in the same direction
+            share an expert; `"random"`, as a linear layer starts.
         router_standardize: train the router on standardised inputs; folded into `W` and `b` when saved.
         routing_anneal: start with the soft gate and harden it to the chosen one.
         distinct_experts: start every expert from its own part of one joint SVD, of other tokens of the vocabulary; off,
@@ -46,6 +54,7 @@ class PTMoEConfig(MethodConfig):
     selective: bool = True
     probationary: bool = True
     router_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    router_init: Literal["gradient", "random"] = "gradient"
     router_standardize: bool = True
     routing_anneal: bool = True
     distinct_experts: bool = True
@@ -72,6 +81,11 @@ class PTMoEConfig(MethodConfig):
             )
         return self
 
+    @property
+    def needs_guidance(self) -> bool:
+        """Whether an option is on that a `RoutingCallback` carries out."""
+        return self.router_init == "gradient" or self.router_standardize or self.routing_anneal
+
     def build(self, hidden_size: int) -> "PTMoE":
         return PTMoE(self, hidden_size)
 
@@ -87,11 +101,13 @@ class PTMoE(PromptEncoder):
         self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
         self.router = Router(hidden_size, config.num_experts)
         self.hardness = 1.0  # of the gate in training; 1 is the chosen gate
+        self.register_buffer("confidence", torch.zeros(()), persistent=False)
+        self.confidence: Tensor  # running mean of the largest probability, over training steps
         self.statistics = RoutingStatistics()
         self.guided = False  # by a RoutingCallback
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        if self.training and not self.guided and (self.config.router_standardize or self.config.routing_anneal):
+        if self.training and not self.guided and self.config.needs_guidance:
             self.guided = True  # say it once
             warnings.warn(
                 "training without ptmoe.RoutingCallback: the router is trained as recipe='paper' has it, and may "
@@ -107,6 +123,8 @@ class PTMoE(PromptEncoder):
         )
         if self.training:
             self.statistics.observe(routing.probabilities)
+            with torch.no_grad():
+                self.confidence.lerp_(routing.probabilities.max(1).values.mean(), CONFIDENCE_PACE)
         factor = torch.einsum("bn,ntr->btr", routing.gate, self.A)
         return Prompt(factor @ self.B, routing)
 
@@ -142,7 +160,8 @@ class PTMoE(PromptEncoder):
             "router.bias": self.router.bias,
             "mean": self.router.mean,
             "scale": self.router.scale,
-            "hardness": torch.tensor(self.hardness),
+            "hardness": torch.tensor(self.hardness, dtype=torch.float64),
+            "confidence": self.confidence,
         }
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
@@ -152,6 +171,7 @@ class PTMoE(PromptEncoder):
             self.router.bias.copy_(state["router.bias"])
             self.router.mean.copy_(state["mean"])
             self.router.scale.copy_(state["scale"])
+            self.confidence.copy_(state["confidence"])
         self.hardness = float(state["hardness"])
 
     def expert_prompts(self) -> Tensor:

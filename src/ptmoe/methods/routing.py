@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from ptmoe.methods.base import Routing
 
+# The standard deviation of a standardised input. An adaptive optimizer moves every number at the same pace whatever its
+# gradient, so inputs below 1 let the router decide more slowly than the experts learn: at 1 it commits before they
+# differ, and two kinds of input end up with one expert; at 1/6 it has not decided in time (docs/findings.md).
+SPREAD = 1 / 3
+
 
 class Router(nn.Module):
     """A linear router whose published form is `W`, `b`, and which may be trained on standardised inputs.
@@ -43,7 +48,8 @@ class Router(nn.Module):
         self.mean.copy_(means.mean(0))
         deviation = means.std(0, correction=0)
         # A feature that never varies tells nothing; dividing by its rounding error would make it decide.
-        self.scale.copy_(torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.ones_like(deviation)))
+        varies = deviation > 1e-6 * deviation.max()
+        self.scale.copy_(torch.where(varies, deviation / SPREAD, torch.ones_like(deviation)))
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -1,25 +1,37 @@
 """Routing that does not collapse: what training, and only training, does for the router.
 
-Two things, each an option of the method's config:
+Three things, each an option of the method's config:
 
 - `router_standardize`: before the first step the mean input embeddings of some training examples give the router's
   coordinates; when training ends they are folded into `W` and `b`.
-- `routing_anneal`: the gate starts soft, so that every expert learns from every input, and hardens to the chosen one.
+- `router_init="gradient"`: the router starts by sending inputs that want the prompt to change in the same direction to
+  the same expert.
+- `routing_anneal`: the gate starts soft, so that every expert learns from every input, and hardens to the chosen one
+  when the routing has settled: when the router's largest probability is near 1, the soft gate nearly is the hard one.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ptmoe.methods.base import mean_input
+from ptmoe.methods.base import Prompt, mean_input
 from ptmoe.methods.pt_moe import PTMoE
 from ptmoe.model import PromptedCausalLM, readable_tokens
 
-STATISTICS_EXAMPLES = 512
-SOFT_UNTIL, HARD_FROM = 0.6, 0.8  # of the training steps
+EXAMPLES = 512  # that the statistics and the first routing are taken from
+BATCH = 32
+SETTLED = 0.95  # mean of the largest probability, from which on the gate hardens,
+EARLIEST, LATEST = 0.3, 0.6  # but within these parts of the training steps,
+HARDENING = 0.2  # and over this part of them
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+CONFIDENCE = 0.9  # of the first routing
+RESTARTS, ROUNDS = 10, 50  # of k-means
 
 
 class RoutingCallback(TrainerCallback):
@@ -35,18 +47,31 @@ class RoutingCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         encoder = model.encoder
-        if isinstance(encoder, PTMoE):
-            encoder.guided = True
-            if encoder.config.router_standardize and state.global_step == 0:
-                encoder.router.standardize(sample_means(model, train_dataloader))
+        if not isinstance(encoder, PTMoE):
+            return
+        encoder.guided = True
+        if state.global_step > 0:  # resumed: all of it is in the checkpoint
+            return
+        config = encoder.config
+        by_gradient = config.router_init == "gradient" and config.num_experts > 1
+        if config.router_standardize or by_gradient:
+            sample = Sample.draw(model, train_dataloader, gradients=by_gradient)
+            if config.router_standardize:
+                encoder.router.standardize(sample.means)
+            if by_gradient:
+                start_router(encoder, sample, torch.Generator().manual_seed(args.seed))
+        if config.routing_anneal:
+            encoder.hardness = 0.0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PromptedCausalLM, **_: Any
     ) -> None:
         encoder = model.encoder
         if isinstance(encoder, PTMoE) and encoder.config.routing_anneal:
-            progress = state.global_step / max(state.max_steps, 1)
-            encoder.hardness = min(1.0, max(0.0, (progress - SOFT_UNTIL) / (HARD_FROM - SOFT_UNTIL)))
+            progress = state.global_step / state.max_steps
+            settled = progress >= EARLIEST and float(encoder.confidence) >= SETTLED
+            if encoder.hardness > 0 or settled or progress >= LATEST:
+                encoder.hardness = min(1.0, encoder.hardness + 1 / (HARDENING * state.max_steps))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PromptedCausalLM, **_: Any
@@ -55,17 +80,141 @@ class RoutingCallback(TrainerCallback):
             model.encoder.finish_training()
 
 
+@dataclass
+class Sample:
+    """Some training examples as the router meets them.
+
+    Attributes:
+        means: `(examples, H)`, mean input embeddings.
+        gradients: `(examples, T·H)`, each example's loss by its own copy of one prompt, at unit length; or None.
+    """
+
+    means: Tensor
+    gradients: Tensor | None
+
+    @classmethod
+    def draw(cls, model: PromptedCausalLM, loader: Any, *, gradients: bool) -> Sample:
+        """Examples spread over the data set of a loader, or the first of a stream; draws no random number."""
+        data = loader.dataset
+        if hasattr(data, "__getitem__"):
+            count = min(EXAMPLES, len(data))
+            rows = [data[i * len(data) // count] for i in range(count)]
+        else:
+            rows = list(islice(data, EXAMPLES))
+        means, found = [], []
+        for start in range(0, len(rows), BATCH):
+            batch = loader.collate_fn(rows[start : start + BATCH])
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            mask = batch.get("input_mask")
+            if mask is None:
+                mask = readable_tokens(batch["attention_mask"], batch["labels"])
+            means.append(mean_input(model.get_input_embeddings()(batch["input_ids"]), mask.bool()))
+            if gradients:
+                found.append(prompt_gradients(model, batch))
+        return cls(torch.cat(means), torch.cat(found) if gradients else None)
+
+
+def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
+    """`(B, T·H)`, the direction in which each row's loss changes with its prompt, at the mean of the expert prompts.
+
+    One prompt for all rows, or they would differ by where a router that knows nothing has sent them.
+    """
+    prompts = model.encoder.expert_prompts()
+    assert prompts is not None
+    copies = prompts.detach().mean(0).expand(len(batch["input_ids"]), -1, -1).clone().requires_grad_()  # (B, T, H)
+    hook = model.encoder.register_forward_hook(lambda *_: Prompt(copies))
+    was_training = model.training
+    model.eval()  # no dropout
+    try:
+        loss = model(**batch, skip_logits=True).loss
+        assert loss is not None
+        (gradient,) = torch.autograd.grad(loss, copies)
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return nn.functional.normalize(gradient.flatten(1).float(), dim=1)
+
+
 @torch.no_grad()
-def sample_means(model: PromptedCausalLM, loader: Any) -> torch.Tensor:
-    """Mean input embeddings `(examples, H)` of training examples spread over the data set; draws no random number."""
-    data = loader.dataset
-    count = min(STATISTICS_EXAMPLES, len(data))
-    rows = [data[i * len(data) // count] for i in range(count)]
-    means = []
-    for start in range(0, count, 64):
-        batch = {k: v.to(model.device) for k, v in loader.collate_fn(rows[start : start + 64]).items()}
-        mask = batch.get("input_mask")
-        if mask is None:
-            mask = readable_tokens(batch["attention_mask"], batch["labels"])
-        means.append(mean_input(model.get_input_embeddings()(batch["input_ids"]), mask.bool()))
-    return torch.cat(means)
+def start_router(encoder: PTMoE, sample: Sample, generator: torch.Generator) -> bool:
+    """Set the router to send inputs that want the same change of the prompt to the same expert.
+
+    An example's own gradient is mostly about its answer. What the *input* says about it is its ridge regression on the
+    router's input; in the leading directions of that prediction k-means finds the groups, and because prediction,
+    projection and distance are linear in the router's input (up to a term that all experts share), so is the router:
+
+        ẑ = x M V_q,    ℓ_k = (ẑ · c_k - |c_k|²/2) / τ
+
+    Returns:
+        Whether it did: where the input says nothing about the gradient, the router is left as it is.
+    """
+    assert sample.gradients is not None
+    inputs = (sample.means - encoder.router.mean) / encoder.router.scale  # (n, H)
+    shift = inputs.mean(0)
+    centred, wanted = inputs - shift, sample.gradients - sample.gradients.mean(0)
+    weights = _ridge(centred, wanted)  # (n, n): the regression's coefficients are centredᵀ · weights · wanted
+    if weights is None:
+        return False
+    predicted = centred @ (centred.T @ weights) @ wanted  # (n, T·H)
+    experts = encoder.config.num_experts
+    directions = torch.linalg.svd(predicted, full_matrices=False).Vh[: experts - 1]  # (q, T·H)
+    project = centred.T @ weights @ (wanted @ directions.T)  # (H, q): x - shift to ẑ
+    points = centred @ project
+    centres = _k_means(points, experts, generator)  # (N, q)
+    slope, offset = centres @ project.T, -centres.square().sum(1) / 2
+    temperature = _temperature(centred @ slope.T + offset)
+    encoder.router.weight.copy_(slope / temperature)
+    assert encoder.router.bias is not None
+    # Router.published() takes the raw mean away itself; what is left of the inputs' mean goes into the bias.
+    encoder.router.bias.copy_((offset - slope @ shift) / temperature)
+    return True
+
+
+def _ridge(inputs: Tensor, wanted: Tensor) -> Tensor | None:
+    """`(K + λI)⁻¹` of the ridge with the least leave-one-out error; None where none is better than the mean.
+
+    Args:
+        inputs: `(n, H)`, centred.
+        wanted: `(n, D)`, centred.
+    """
+    kernel = inputs @ inputs.T
+    identity = torch.eye(len(kernel), device=kernel.device)
+    scale = kernel.diagonal().mean()
+    best, least = None, wanted.square().sum()
+    for ridge in RIDGES:
+        inverse = torch.linalg.inv(kernel + ridge * scale * identity)
+        # The residual of an example that is left out, in closed form.
+        error = (inverse @ wanted / inverse.diagonal()[:, None]).square().sum()
+        if error < least:
+            best, least = inverse, error
+    return best
+
+
+def _k_means(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    """The centres `(clusters, q)` of the best of several k-means, each started as k-means++ has it."""
+    best, least = points[:clusters], torch.inf
+    for _ in range(RESTARTS):
+        chosen = [int(torch.randint(len(points), (), generator=generator))]
+        for _ in range(clusters - 1):
+            distance = torch.cdist(points, points[chosen]).amin(1).square().cpu() + 1e-12
+            chosen.append(int(torch.multinomial(distance, 1, generator=generator)))
+        centres = points[chosen]
+        for _ in range(ROUNDS):
+            nearest = torch.cdist(points, centres).argmin(1)
+            members = nn.functional.one_hot(nearest, clusters).to(points.dtype)  # (n, clusters)
+            sizes = members.sum(0)[:, None]
+            centres = torch.where(sizes > 0, members.T @ points / sizes.clamp(min=1), centres)
+        error = float(torch.cdist(points, centres).amin(1).square().sum())
+        if error < least:
+            best, least = centres, error
+    return best
+
+
+def _temperature(logits: Tensor) -> float:
+    """At which the mean of the largest probability is `CONFIDENCE`, by bisection."""
+    low, high = -30.0, 30.0  # of its logarithm
+    for _ in range(60):
+        middle = (low + high) / 2
+        confident = (logits / torch.e**middle).softmax(1).amax(1).mean() > CONFIDENCE
+        low, high = (middle, high) if confident else (low, middle)
+    return float(torch.e**high)

@@ -1,0 +1,42 @@
+"""README and docs say what was measured, and name what is there."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+seeds = pytest.importorskip("seeds")
+
+
+@pytest.mark.parametrize(
+    ("page", "results"),
+    [("README.md", "mixed"), ("docs/findings.md", "words"), ("docs/findings.md", "tried")],
+)
+def test_a_table_is_the_one_its_command_prints(page, results):
+    lines = seeds.finished(ROOT / "docs" / "results" / f"{results}.jsonl")
+    assert lines
+    assert seeds.table(lines) in (ROOT / page).read_text()
+
+
+def test_pt_moe_beats_pt_by_40_points_on_every_seed():
+    lines = seeds.finished(ROOT / "docs" / "results" / "mixed.jsonl")
+    scores = {(line["cell"], line["seed"]): line["accuracy"] for line in lines}
+    sizes = {line["cell"]: line["trainable_parameters"] for line in lines}
+    assert sizes["pt-moe"] <= sizes["pt"]
+    assert all(scores["pt-moe", seed] - scores["pt", seed] >= 40 for seed in range(10))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/findings.md"])
+def test_every_linked_file_is_there(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_readme_holds_the_two_commands_that_ci_runs():
+    readme = (ROOT / "README.md").read_text()
+    for name in ("quickstart", "test"):
+        assert re.search(rf"<!-- ci: {name} -->\n```bash\n.+\n```", readme)
