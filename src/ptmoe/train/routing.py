@@ -146,9 +146,12 @@ def start_router(encoder: PTMoE, sample: Sample, generator: torch.Generator) -> 
         ẑ = x M V_q,    ℓ_k = (ẑ · c_k - |c_k|²/2) / τ
 
     Returns:
-        Whether it did: where the input says nothing about the gradient, the router is left as it is.
+        Whether it did: where the input says nothing about the gradient, or examples are too few to tell, the router
+        is left as it is.
     """
     assert sample.gradients is not None
+    if len(sample.means) < 2 * encoder.config.num_experts:
+        return False
     inputs = (sample.means - encoder.router.mean) / encoder.router.scale  # (n, H)
     shift = inputs.mean(0)
     centred, wanted = inputs - shift, sample.gradients - sample.gradients.mean(0)
@@ -181,6 +184,8 @@ def _ridge(inputs: Tensor, wanted: Tensor) -> Tensor | None:
     identity = torch.eye(len(kernel), device=kernel.device)
     scale = kernel.diagonal().mean()
     best, least = None, wanted.square().sum()
+    if scale == 0 or least == 0:  # all examples are the same
+        return None
     for ridge in RIDGES:
         inverse = torch.linalg.inv(kernel + ridge * scale * identity)
         # The residual of an example that is left out, in closed form.
