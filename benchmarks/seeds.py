@@ -1,7 +1,7 @@
 """The tables of README and docs/findings.md: ways to train, on one of nano's worlds, over many seeds.
 
     python benchmarks/seeds.py --task nano/mixed --output docs/results/mixed.jsonl
-    python benchmarks/seeds.py --task nano/mixed --cells all --seeds 3 --output docs/results/tried.jsonl
+    python benchmarks/seeds.py --task nano/mixed --cells table tried --seeds 2 --output docs/results/tried.jsonl
 
 Each finished cell (way, seed) is a line, written as it comes; a run that is started again goes on where it stopped.
 A training is that of `ptmoe quickstart --task … --seed …`, but for what its cell changes.
@@ -101,14 +101,15 @@ def measure(task: str, name: str, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="nano/mixed")
-    parser.add_argument("--cells", default="table", choices=("table", "tried", "all"))
+    parser.add_argument("--cells", nargs="+", default=["table"], help="table, tried, or names of cells")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, one a finished cell")
     chosen = parser.parse_args()
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     quiet()
-    for name in {"table": TABLE, "tried": TRIED, "all": CELLS}[chosen.cells]:
+    groups = {"table": tuple(TABLE), "tried": tuple(TRIED)}
+    for name in [name for cell in chosen.cells for name in groups.get(cell, (cell,))]:
         for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
             if (name, seed) not in {(line["cell"], line["seed"]) for line in finished(chosen.output)}:
                 line = measure(chosen.task, name, seed)

@@ -99,7 +99,7 @@ class RoutingStatistics:
         if not self.inputs:
             return {}
         chosen, confidence = torch.as_tensor(self.chosen), torch.as_tensor(self.confidence)
-        said = {
+        said: dict[str, float | list[float]] = {
             "expert_use": [round(share, 4) for share in (chosen / self.inputs).tolist()],
             "routing_confidence": round(float(confidence) / self.inputs, 4),
         }
