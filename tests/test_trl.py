@@ -98,11 +98,14 @@ def trained(model):
 
 
 def record(model):
-    """Every batch that `model` is called on from here, with its routing."""
+    """Every batch that `model` is trained on from here, with its routing; the router's start evaluates."""
     calls = []
-    model.register_forward_hook(
-        lambda _, arguments, given, output: calls.append((given, output.routing)), with_kwargs=True
-    )
+
+    def note(_, arguments, given, output):
+        if model.training:
+            calls.append((given, output.routing))
+
+    model.register_forward_hook(note, with_kwargs=True)
     return calls
 
 

@@ -25,7 +25,6 @@ from ptmoe.methods.pt_moe import PTMoE
 from ptmoe.model import PromptedCausalLM, readable_tokens
 
 EXAMPLES = 512  # that the statistics and the first routing are taken from
-BATCH = 32
 SETTLED = 0.95  # mean of the largest probability, from which on the gate hardens,
 EARLIEST, LATEST = 0.3, 0.6  # but within these parts of the training steps,
 HARDENING = 0.2  # and over this part of them
@@ -55,7 +54,8 @@ class RoutingCallback(TrainerCallback):
         config = encoder.config
         by_gradient = config.router_init == "gradient" and config.num_experts > 1
         if config.router_standardize or by_gradient:
-            sample = Sample.draw(model, train_dataloader, gradients=by_gradient)
+            # As many rows at once as training has: more might not fit.
+            sample = Sample.draw(model, train_dataloader, args.per_device_train_batch_size, gradients=by_gradient)
             if config.router_standardize:
                 encoder.router.standardize(sample.means)
             if by_gradient:
@@ -93,7 +93,7 @@ class Sample:
     gradients: Tensor | None
 
     @classmethod
-    def draw(cls, model: PromptedCausalLM, loader: Any, *, gradients: bool) -> Sample:
+    def draw(cls, model: PromptedCausalLM, loader: Any, batch_size: int, *, gradients: bool) -> Sample:
         """Examples spread over the data set of a loader, or the first of a stream; draws no random number."""
         data = loader.dataset
         if hasattr(data, "__getitem__"):
@@ -102,8 +102,8 @@ class Sample:
         else:
             rows = list(islice(data, EXAMPLES))
         means, found = [], []
-        for start in range(0, len(rows), BATCH):
-            batch = loader.collate_fn(rows[start : start + BATCH])
+        for start in range(0, len(rows), batch_size):
+            batch = loader.collate_fn(rows[start : start + batch_size])
             batch = {key: value.to(model.device) for key, value in batch.items()}
             mask = batch.get("input_mask")
             if mask is None:
