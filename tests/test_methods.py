@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, DPTConfig, PTConfig, PTMoEConfig
-from ptmoe.methods.routing import Router, gate
+from ptmoe.methods.routing import SPREAD, Router, gate
 from ptmoe.model import attach, count_parameters
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_standardised_training_coordinates_fold_into_the_same_function():
     means[:, 4] = 1.5  # a feature that never varies
     router.initialise(torch.Generator().manual_seed(1))
     router.standardize(means)
-    standard = (means - means.mean(0)) / means.std(0, correction=0)
+    standard = SPREAD * (means - means.mean(0)) / means.std(0, correction=0)
     standard[:, 4] = 0
     in_training = router(means, noise=0).detach()
     assert_close(in_training, (standard @ router.weight.T + router.bias).detach(), atol=1e-4, rtol=1e-4)
