@@ -120,7 +120,7 @@ def gate(probabilities: Tensor, *, selective: bool, probationary: bool, hardness
     if not selective:
         return probabilities if probationary else torch.ones_like(probabilities)
     kept = nn.functional.one_hot(probabilities.argmax(1), probabilities.shape[1]).to(probabilities.dtype)
-    chosen = probabilities * kept if probationary else kept + probabilities - probabilities.detach()
+    chosen = probabilities * kept if probationary else kept + (probabilities - probabilities.detach())
     return chosen if hardness == 1.0 else torch.lerp(probabilities, chosen, hardness)
 
 
