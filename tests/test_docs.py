@@ -36,6 +36,18 @@ def test_every_linked_file_is_there(page):
         assert (path.parent / target).exists(), target
 
 
+def test_the_readmes_first_python_block_runs(tmp_path, monkeypatch):
+    from ptmoe import nano
+
+    block = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block.replace("meta-llama/Llama-3.2-1B-Instruct", str(nano.FOLDER)), names)
+    assert names["out"].loss.isfinite()
+    assert names["out"].routing.gate.shape == (1, 2)
+    assert set(names["model"].encoders) == {"default", "b"}
+
+
 def test_the_readme_holds_the_two_commands_that_ci_runs():
     readme = (ROOT / "README.md").read_text()
     for name in ("quickstart", "test"):
