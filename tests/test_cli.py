@@ -1,6 +1,7 @@
 """The command as a user meets it: exit codes, messages, start-up."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -47,8 +48,12 @@ def run(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
+    # One thread, as in this process: another number of threads adds up in another order.
     subprocess.run(
-        [sys.executable, "-m", "ptmoe", *TRAIN, "--output-dir", str(folder)], check=True, capture_output=True
+        [sys.executable, "-m", "ptmoe", *TRAIN, "--output-dir", str(folder)],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     return folder
 
