@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from bases import tiny_llama
+from bases import ARCHITECTURES, tiny, tiny_llama
 from safetensors.torch import load_file, save_file
 
 import ptmoe
@@ -47,11 +47,12 @@ def inputs():
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_saved_and_reloaded_adapter_gives_bit_identical_logits(method, tmp_path, inputs):
-    model = attached(method)
+def test_a_saved_and_reloaded_adapter_gives_bit_identical_logits(method, architecture, tmp_path, inputs):
+    model = ptmoe.attach(tiny(architecture), METHODS[method](**SIZES[method]), seed=1)
     model.save_pretrained(tmp_path)
-    again = ptmoe.load_adapter(tiny_llama(), tmp_path)
+    again = ptmoe.load_adapter(tiny(architecture), tmp_path)
     assert torch.equal(model(**inputs).logits, again(**inputs).logits)
 
 
@@ -149,20 +150,21 @@ def test_a_damaged_folder_is_refused_by_name(damage, folder):
         ptmoe.load_adapter(tiny_llama(), folder)
 
 
-def test_a_pt_adapter_becomes_pefts_prompt_tuning_and_back(tmp_path, inputs):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pt_adapter_becomes_pefts_prompt_tuning_and_back(architecture, tmp_path, inputs):
     peft = pytest.importorskip("peft")
     ids = inputs["input_ids"]
-    model = attached("pt")
+    model = ptmoe.attach(tiny(architecture), ptmoe.PTConfig(**SIZES["pt"]), seed=1)
     model.save_pretrained(tmp_path / "ours")
     to_peft(tmp_path / "ours", tmp_path / "peft")
-    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "peft").eval()
+    theirs = peft.PeftModel.from_pretrained(tiny(architecture), tmp_path / "peft").eval()
     tokens = model.method_config.num_virtual_tokens
     expected = theirs(input_ids=ids).logits[:, tokens:]
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=0)
 
     theirs.save_pretrained(tmp_path / "saved by peft")
-    from_peft(tmp_path / "saved by peft", tmp_path / "back", tiny_llama())
-    back = ptmoe.load_adapter(tiny_llama(), tmp_path / "back")
+    from_peft(tmp_path / "saved by peft", tmp_path / "back", tiny(architecture))
+    back = ptmoe.load_adapter(tiny(architecture), tmp_path / "back")
     torch.testing.assert_close(back(ids).logits, expected, atol=1e-5, rtol=0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ptmoe.train import TrainOptions, train
 from ptmoe.train.data import collate, completion_ids, fit, prompt_ids
 from ptmoe.train.trainer import DivergedError
 
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
 SMALL = {"name": "pt-moe", "num_virtual_tokens": 6, "rank": 4, "num_experts": 3}
 
 
@@ -234,6 +236,30 @@ def test_a_conversation_trains_on_the_prompt_that_generation_gives():
     )
     assert tokenizer.decode(prompt_ids(example, tokenizer)) == prompt
     assert tokenizer.decode(completion_ids(example, tokenizer)) == whole.removeprefix(prompt) + tokenizer.eos_token
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K's own file")
+def test_gsm8k_trains_with_a_falling_loss_saves_reloads_and_generates(tmp_path):
+    trained = train(
+        options(
+            tmp_path / "run",
+            task=None,
+            data=str(GSM8K),
+            prompt_key="question",
+            completion_key="answer",
+            separator=" ",
+            max_examples=24,
+            warmup_steps=2,
+            per_device_train_batch_size=3,
+        )
+    )
+    losses = [line["loss"] for line in logged(trained.folder)]
+    assert losses[-1] < 0.9 * losses[0]
+    again = ptmoe.load_adapter(load_base("nano")[0], trained.folder).eval()
+    ids = trained.tokenizer("How many legs do three cats have? ", return_tensors="pt")["input_ids"]
+    made = again.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(made[:, : ids.shape[1]], ids)
+    assert torch.equal(made, trained.model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
 
 
 def test_batches_are_padded_on_the_right_and_pads_are_not_supervised():
