@@ -130,6 +130,7 @@ DAMAGE = {
         "unknown key 'num_expert'; did you mean 'num_experts'",
     ),
     "an unknown type": (lambda f: rewrite_config(f, peft_type="PT_MEO"), "peft_type='PT_MEO'; did you mean 'PT_MOE'"),
+    "a hidden size that is none": (lambda f: rewrite_config(f, hidden_size="32"), "hidden_size='32'"),
     "a truncated file": (
         lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-40]),
         "adapter_model.safetensors is damaged",
@@ -187,3 +188,8 @@ def test_attempt_takes_its_sources_from_pt_adapters(tmp_path):
     model = ptmoe.attach(tiny_llama(), ptmoe.ATTEMPTConfig(num_virtual_tokens=4, num_sources=2, source_prompts=sources))
     for index, source in enumerate(sources):
         assert torch.equal(model.encoder.source_prompts[index], read_adapter(source).tensors["prompt"])
+
+
+def test_attempt_needs_a_folder_for_each_source():
+    with pytest.raises(ptmoe.PtmoeError, match="names 1 folders for num_sources=2"):
+        ptmoe.ATTEMPTConfig(source_prompts=["a"])

@@ -146,6 +146,11 @@ def _read_config(folder: Path, written: dict[str, Any]) -> tuple[MethodConfig, d
     if missing:
         raise PtmoeError(f"{folder / CONFIG_FILE} lacks {', '.join(missing)}: save the adapter again")
     envelope = {key: written.get(key) for key in ENVELOPE}
+    hidden, mark = envelope["hidden_size"], envelope["embedding_fingerprint"]
+    if not (
+        isinstance(hidden, int) and hidden > 0 and isinstance(mark, dict) and {"vocabulary", "values"} <= set(mark)
+    ):
+        raise PtmoeError(f"{folder / CONFIG_FILE}: hidden_size={hidden!r} or its fingerprint is unfit: save it again")
     return method(**{key: value for key, value in written.items() if key not in ENVELOPE}), envelope
 
 

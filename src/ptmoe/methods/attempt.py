@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Routing, Size
@@ -33,6 +35,15 @@ class ATTEMPTConfig(MethodConfig):
     bottleneck: Size = 2
     num_sources: Size = 2
     source_prompts: list[str] = []
+
+    @model_validator(mode="after")
+    def _one_folder_for_each_source(self) -> Self:
+        if self.source_prompts and len(self.source_prompts) != self.num_sources:
+            raise ValueError(
+                f"source_prompts names {len(self.source_prompts)} folders for num_sources={self.num_sources}: "
+                "give one for each"
+            )
+        return self
 
     def build(self, hidden_size: int) -> "ATTEMPT":
         return ATTEMPT(self, hidden_size)

@@ -159,7 +159,7 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise PtmoeError(f"{folder} is a file: name a folder for the run")
     held = [name for name in RUN_FILES if (folder / name).exists()]
-    if resume and not (folder / "checkpoints").is_dir():
+    if resume and not any((folder / "checkpoints").glob("checkpoint-*")):
         raise PtmoeError(f"{folder} holds no checkpoint to resume from")
     if held and not resume:
         raise PtmoeError(
@@ -207,8 +207,9 @@ def _fit_adapter(
             trainer.remove_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=resume or None)
-    except DivergedError:
+    except DivergedError as error:
         model.save_pretrained(folder / "adapter")
+        error.args = (f"{error}; it is in {folder / 'adapter'}",)
         raise
     model.eval()
     model.save_pretrained(folder / "adapter")
