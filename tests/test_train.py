@@ -173,6 +173,8 @@ UNFIT = {
     "no data": ({"task": None}, "task=None, data=None: give one of the two"),
     "no steps": ({"max_steps": 0}, "max_steps=0"),
     "a negative rate": ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+    "an unknown scheduler": ({"lr_scheduler_type": "linaer"}, "transformers refuses these options: .*linaer"),
+    "a logger that is not there": ({"report_to": "nologger"}, "transformers refuses these options: .*nologger"),
     "an unknown trainer argument": ({"trainer": {"optm": "x"}}, "trainer: unknown key 'optm'; did you mean 'optim'"),
 }
 

@@ -6,6 +6,7 @@ RUN/config.yaml  environment.json  metrics.jsonl  checkpoints/  adapter/  result
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ptmoe.evaluate import Evaluation
     from ptmoe.model import PromptedCausalLM
     from ptmoe.tasks.base import Example
+    from ptmoe.train.trainer import PromptTrainer
 
 RUN_FILES = ("config.yaml", "result.json", "adapter", "metrics.jsonl", "checkpoints")
 
@@ -110,22 +112,23 @@ def train(
             f"base's {positions} positions less {config.num_virtual_tokens} virtual tokens"
         )
 
-    folder.mkdir(parents=True, exist_ok=True)
     resolved = {
         "method": {"name": config.method, **config.model_dump()},
         "learning_rate": options.learning_rate or config.default_learning_rate,
     }
     options = options.replace(**resolved)
+    trainer = _trainer(model, fitted.rows, options, folder, callbacks)
+    folder.mkdir(parents=True, exist_ok=True)
     options.write(folder / "config.yaml")
     (folder / "environment.json").write_text(json.dumps(environment(options.seed), indent=2) + "\n")
     started = time.monotonic()
-    steps = _fit_adapter(model, fitted.rows, options, folder, resume, callbacks)
+    _fit(trainer, folder, resume)
     result = Result(
         name=config.method,
         method=config.method,
         trainable_parameters=model.num_parameters(only_trainable=True),
         train_seconds=round(time.monotonic() - started, 3),
-        steps=steps,
+        steps=trainer.state.global_step,
         examples=len(fitted.rows),
         examples_cut=fitted.cut,
         examples_left_out=fitted.left_out,
@@ -168,21 +171,24 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
     return folder
 
 
-def _fit_adapter(
+def _trainer(
     model: PromptedCausalLM,
     rows: list[dict[str, list[int]]],
     options: TrainOptions,
     folder: Path,
-    resume: bool,
     callbacks: Sequence[TrainerCallback],
-) -> int:
-    """Run the trainer; the adapter is in `folder/adapter` when it returns, or when the loss diverges."""
+) -> PromptTrainer:
+    """The trainer of a run.
+
+    Raises:
+        PtmoeError: what `transformers` refuses: a scheduler that it does not know, a logger that is not installed, …
+    """
     import torch
     from transformers import TrainingArguments
 
     from ptmoe.train.data import collate
     from ptmoe.train.routing import RoutingCallback
-    from ptmoe.train.trainer import DivergedError, MetricsFile, PromptTrainer
+    from ptmoe.train.trainer import MetricsFile, PromptTrainer
 
     chosen = {
         "disable_tqdm": True,
@@ -195,16 +201,30 @@ def _fit_adapter(
     }
     if options.gradient_checkpointing:
         chosen["activation_checkpointing"] = True
-    trainer = PromptTrainer(
-        model=model,
-        args=TrainingArguments(output_dir=str(folder / "checkpoints"), **chosen),
-        train_dataset=rows,
-        data_collator=collate,
-        callbacks=[RoutingCallback(), MetricsFile(folder / "metrics.jsonl"), *callbacks],
-    )
+    made = not folder.exists()
+    try:
+        trainer = PromptTrainer(
+            model=model,
+            args=TrainingArguments(output_dir=str(folder / "checkpoints"), **chosen),
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=[RoutingCallback(), MetricsFile(folder / "metrics.jsonl"), *callbacks],
+        )
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        if made and folder.exists():  # the trainer makes its folder first
+            shutil.rmtree(folder)
+        raise PtmoeError(f"transformers refuses these options: {' '.join(str(error).split())}") from None
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":  # the metrics go to the file and to `callbacks`
             trainer.remove_callback(callback)
+    return trainer
+
+
+def _fit(trainer: PromptTrainer, folder: Path, resume: bool) -> None:
+    """Train; the adapter is in `folder/adapter` afterwards, also where the loss diverges."""
+    from ptmoe.train.trainer import DivergedError
+
+    model = trainer.model
     try:
         trainer.train(resume_from_checkpoint=resume or None)
     except DivergedError as error:
@@ -213,7 +233,6 @@ def _fit_adapter(
         raise
     model.eval()
     model.save_pretrained(folder / "adapter")
-    return int(trainer.state.global_step)
 
 
 TRAINER_FIELDS = frozenset(
