@@ -174,6 +174,18 @@ def test_only_pt_has_a_form_in_peft(folder, tmp_path):
         to_peft(folder, tmp_path / "peft")
 
 
+def test_a_damaged_folder_of_pefts_is_refused_by_name(tmp_path):
+    attached("pt").save_pretrained(tmp_path / "ours")
+    to_peft(tmp_path / "ours", tmp_path / "peft")
+    rewrite_config(tmp_path / "peft", num_virtual_tokens=None)
+    with pytest.raises(ptmoe.PtmoeError, match="num_virtual_tokens=None"):
+        from_peft(tmp_path / "peft", tmp_path / "back", tiny_llama())
+    (tmp_path / "peft" / "adapter_config.json").write_text("{")
+    with pytest.raises(ptmoe.PtmoeError, match="is not JSON"):
+        from_peft(tmp_path / "peft", tmp_path / "back", tiny_llama())
+    assert not (tmp_path / "back").exists()
+
+
 def test_pefts_folder_is_pointed_to_convert(tmp_path):
     attached("pt").save_pretrained(tmp_path / "ours")
     to_peft(tmp_path / "ours", tmp_path / "peft")

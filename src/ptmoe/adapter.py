@@ -14,7 +14,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -70,15 +70,21 @@ def save_adapter(model: PromptedCausalLM, folder: str | Path, name: str | None =
     encoder = model.encoder if name is None else model._encoder(name)
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
+    revision = getattr(model.config, "_commit_hash", None)
+    write_adapter(folder, _config(encoder.config, embedding, model.name_or_path, revision), encoder.tensors())
+
+
+def _config(config: MethodConfig, embedding: Tensor, base: str | None, revision: str | None) -> dict[str, Any]:
+    """What `adapter_config.json` holds."""
     envelope = {
-        "peft_type": encoder.config.peft_type,
+        "peft_type": config.peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name_or_path,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "base_model_name_or_path": base,
+        "revision": revision,
         "hidden_size": embedding.shape[1],
         "embedding_fingerprint": fingerprint(embedding),
     }
-    write_adapter(folder, envelope | encoder.config.model_dump(), encoder.tensors())
+    return envelope | config.model_dump()
 
 
 def write_adapter(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -101,6 +107,20 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         PtmoeError: a missing or damaged file, a pickle, an unknown key, a missing, misshapen or non-finite tensor.
     """
     folder = Path(folder)
+    config, envelope = _read_config(folder, read_config_file(folder))
+    tensors = _read_tensors(folder)
+    with torch.device("meta"):
+        expected = config.build(envelope["hidden_size"]).tensors()
+    _check_tensors(folder / WEIGHTS_FILE, expected, tensors)
+    return SavedAdapter(config, tensors, envelope)
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """The `adapter_config.json` of a whole adapter folder, ours or `peft`'s, its keys not yet checked.
+
+    Raises:
+        PtmoeError: a missing file, a pickle, or a config that is not a JSON object.
+    """
     _check_files(folder)
     try:
         written = json.loads((folder / CONFIG_FILE).read_text())
@@ -108,15 +128,14 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         raise PtmoeError(f"{folder / CONFIG_FILE} is not JSON ({error}): save the adapter again") from None
     if not isinstance(written, dict):
         raise PtmoeError(f"{folder / CONFIG_FILE} holds {type(written).__name__}: needs an object")
-    config, envelope = _read_config(folder, written)
+    return written
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
+        return cast(dict[str, Tensor], load_file(folder / WEIGHTS_FILE))
     except (SafetensorError, OSError, ValueError) as error:
         raise PtmoeError(f"{folder / WEIGHTS_FILE} is damaged ({error}): save or copy it again") from None
-    with torch.device("meta"):
-        expected = config.build(envelope["hidden_size"]).tensors()
-    _check_tensors(folder / WEIGHTS_FILE, expected, tensors)
-    return SavedAdapter(config, tensors, envelope)
 
 
 def _check_files(folder: Path) -> None:
@@ -258,24 +277,14 @@ def from_peft(source: str | Path, target: str | Path, base: PreTrainedModel) -> 
         PtmoeError: another kind of folder, a damaged one, or one that does not fit the base.
     """
     source = Path(source)
-    _check_files(source)
-    written = json.loads((source / CONFIG_FILE).read_text())
+    written = read_config_file(source)
     if written.get("peft_type") != "PROMPT_TUNING":
         raise PtmoeError(f"{source}: peft_type={written.get('peft_type')!r}: only PROMPT_TUNING converts")
-    try:
-        tensors = load_file(source / WEIGHTS_FILE)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise PtmoeError(f"{source / WEIGHTS_FILE} is damaged ({error}): save or copy it again") from None
+    tensors = _read_tensors(source)
     embedding = base.get_input_embeddings().weight
-    config = PTConfig(num_virtual_tokens=written["num_virtual_tokens"], init="random")
+    size: Any = written.get("num_virtual_tokens")  # PTConfig checks it
+    config = PTConfig(num_virtual_tokens=size, init="random")
     shape = torch.empty(config.num_virtual_tokens, embedding.shape[1], device="meta")
     _check_tensors(source / WEIGHTS_FILE, {"prompt_embeddings": shape}, tensors)
-    envelope = {
-        "peft_type": config.peft_type,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": written.get("base_model_name_or_path"),
-        "revision": written.get("revision"),
-        "hidden_size": embedding.shape[1],
-        "embedding_fingerprint": fingerprint(embedding),
-    }
-    write_adapter(target, envelope | config.model_dump(), {"prompt": tensors["prompt_embeddings"].float()})
+    made = _config(config, embedding, written.get("base_model_name_or_path"), written.get("revision"))
+    write_adapter(target, made, {"prompt": tensors["prompt_embeddings"].float()})

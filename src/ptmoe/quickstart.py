@@ -84,17 +84,16 @@ def untouched(folder: Path, task: str, seed: int) -> None:
     """Evaluate the base without any prompt, as a run folder of its own."""
     from ptmoe.base_models import load_base
     from ptmoe.evaluate import evaluate
-    from ptmoe.methods import PTConfig
-    from ptmoe.model import attach
+    from ptmoe.model import PromptedCausalLM
     from ptmoe.train.environment import environment
     from ptmoe.train.recipe import Result
 
     base, tokenizer = load_base("nano")
-    model = attach(base, PTConfig(num_virtual_tokens=1))
+    model = PromptedCausalLM(base)
     with model.disable_adapter():
         evaluation = evaluate(model, tokenizer, load_task(task, "test")[:EXAMPLES], batch_size=200)
     evaluation.write(folder)
-    result = Result("base", "base", 0, 0.0, 0, 0, 0, 0)
+    result = Result("base", "base", 0, 0.0, 0)
     (folder / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(seed), indent=2) + "\n")
     (folder / "config.yaml").write_text(f"model: nano\nmethod: {{name: base}}\nseed: {seed}\n")

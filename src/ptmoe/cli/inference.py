@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,7 @@ def inspect(adapter: Path, task: str, split: str, count: int, base: dict[str, An
         table.add_row(domain or "all", *(f"{100 * share:.1f} %" for share in use))
     console.print(table)
     console.print(
-        f"entropy of the use {routing['entropy']:.3f} nats (even: {_even(routing['num_experts']):.3f}), "
+        f"entropy of the use {routing['entropy']:.3f} nats (even: {math.log(routing['num_experts']):.3f}), "
         f"mutual information of expert and domain {routing['mutual_information']:.3f} nats"
     )
     similarity = Table("cosine of the prompts", *(f"expert {i}" for i in range(routing["num_experts"])))
@@ -104,21 +105,15 @@ def inspect(adapter: Path, task: str, split: str, count: int, base: dict[str, An
     console.print(f"figures and numbers: {folder}")
 
 
-def _even(experts: int) -> float:
-    import math
-
-    return math.log(experts)
-
-
 def convert(source: Path, target: Path, model: str | None) -> None:
-    from ptmoe.adapter import CONFIG_FILE, from_peft, to_peft
+    from ptmoe.adapter import CONFIG_FILE, from_peft, read_config_file, to_peft
     from ptmoe.base_models import load_base, quiet
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PtmoeError(f"{target} is there already: name a new folder")
     if not (source / CONFIG_FILE).is_file():
         raise PtmoeError(f"{source} has no {CONFIG_FILE}: give an adapter folder")
-    written = json.loads((source / CONFIG_FILE).read_text())
+    written = read_config_file(source)
     if written.get("peft_type") != "PROMPT_TUNING":
         to_peft(source, target)
         print(f"peft PROMPT_TUNING folder: {target}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -197,8 +198,6 @@ def _checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Opti
 
 
 def _resume(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as opened:
         step = int(opened.metadata()["step"])
     tensors = load_file(path)

@@ -29,18 +29,13 @@ MAX_NUMBER = 50
 PRETRAINING_LONGEST, TASK_LONGEST = 4, 3
 
 
-def _two_numbers(rng: random.Random) -> tuple[int, int]:
-    first, second = rng.sample(range(MAX_NUMBER), 2)
-    return first, second
-
-
 # Draws an input, with lists of at most so many things, and its answer.
 Make = Callable[[random.Random, int], tuple[str, str]]
 
 
 def _numbers(answer: Callable[[int, int], str]) -> Make:
     def make(rng: random.Random, longest: int) -> tuple[str, str]:
-        first, second = _two_numbers(rng)
+        first, second = rng.sample(range(MAX_NUMBER), 2)
         return f"{first} and {second}", answer(first, second)
 
     return make

@@ -16,21 +16,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ptmoe.errors import PtmoeError
+from ptmoe.train.recipe import Result
 
 COLLAPSED_SHARE = 0.95  # of the inputs on one expert
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Result:
-    """`result.json`: what the run was and took."""
-
-    name: str
-    method: str
-    trainable_parameters: int
-    train_seconds: float
-    steps: int
 
 
 @dataclass(frozen=True)

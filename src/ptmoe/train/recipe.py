@@ -39,9 +39,9 @@ class Result:
     trainable_parameters: int
     train_seconds: float
     steps: int
-    examples: int
-    examples_cut: int
-    examples_left_out: int
+    examples: int = 0
+    examples_cut: int = 0
+    examples_left_out: int = 0
 
 
 @dataclass

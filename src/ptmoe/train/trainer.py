@@ -169,6 +169,8 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         kept = []
+        if not state.is_world_process_zero:
+            return
         if state.global_step and self.path.exists():
             kept = [
                 line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
