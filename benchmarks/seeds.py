@@ -85,13 +85,12 @@ def measure(task: str, name: str, seed: int) -> dict[str, Any]:
     method = plan.method | cell.get("fields", {})
     with tempfile.TemporaryDirectory() as folder, constants(cell.get("constants", {})):
         trained = train(plan.replace(method=method, output_dir=f"{folder}/run", **cell.get("options", {})))
-    assert trained.evaluation is not None
-    summary = trained.evaluation.summary()
+    summary = trained.evaluations[0].summary()
     return {
         "task": task,
         "cell": name,
         "seed": seed,
-        "accuracy": round(trained.evaluation.accuracy, 2),
+        "accuracy": round(summary["metrics"]["accuracy"], 2),
         "trainable_parameters": trained.result.trainable_parameters,
         "by_domain": {domain: part["accuracy"] for domain, part in summary["by_domain"].items()},
         "use": summary["routing"] and summary["routing"]["use"],

@@ -124,7 +124,7 @@ def test_tasks_are_listed_and_shown(run):
     assert "nano/mixed" in out
     status, out, _ = run("tasks", "show", "nano/mixed", "--examples", 1)
     assert status == 0
-    assert out.startswith("[train-0, harbor]\n[P_1 … P_T]harbor: ")
+    assert "[test-0, harbor: 9 + 4 tokens]\n[P_1 … P_40]harbor: 7 and 24 =>⟦ 31<eos>⟧\nright: 31\n" in out
 
 
 def test_convert_goes_to_peft_and_back(run, tmp_path):

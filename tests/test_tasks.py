@@ -7,7 +7,7 @@ import pytest
 
 import ptmoe
 from ptmoe.nano.world import DOMAINS, SKILLS, WORLDS, is_test_input
-from ptmoe.tasks import TASKS, load_task
+from ptmoe.tasks import load_task, nano
 from ptmoe.tasks.local import Keys, load
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -41,8 +41,8 @@ def test_all_bad_lines_are_counted_and_the_first_are_named(tmp_path):
         '{"prompt": ': "not JSON",
         '["a"]': "a JSON list, needs an object",
         '{"prompt": "a"}': "lacks the key 'completion'",
-        '{"prompt": "a", "completion": " "}': "the completion is empty",
-        '{"prompt": "", "completion": "b"}': "the prompt is empty",
+        '{"prompt": "a", "completion": " "}': "'completion' is empty",
+        '{"prompt": "", "completion": "b"}': "'prompt' is empty",
         '{"prompt": "a", "completion": ["b"]}': "'completion' is list, needs text",
         '{"text": "a"}': "has the keys 'text': needs prompt and completion",
         '{"question": "a"}': "lacks the key 'answers'",
@@ -56,7 +56,7 @@ def test_all_bad_lines_are_counted_and_the_first_are_named(tmp_path):
             load(path)
         assert f"{path}:2: {reason}" in str(error.value)
     path = written(tmp_path / "all.jsonl", good, *bad)
-    with pytest.raises(ptmoe.PtmoeError, match=rf"{len(bad)} bad line\(s\)[\s\S]*and {len(bad) - 5} more"):
+    with pytest.raises(ptmoe.PtmoeError, match=rf"{len(bad)} bad record\(s\)[\s\S]*and {len(bad) - 5} more"):
         load(path)
 
 
@@ -91,7 +91,7 @@ def test_an_unknown_task_or_split_gets_the_near_one():
         load_task("nano/mixed", "tset")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", nano.NAMES)
 def test_test_inputs_of_nano_are_in_no_training_set(task):
     def inputs(split):
         return {e.input.split(": ", 1)[1].removesuffix(" =>") for e in load_task(task, split)}

@@ -13,7 +13,8 @@ import ptmoe
 from ptmoe.base_models import load_base
 from ptmoe.tasks import load_task
 from ptmoe.train import TrainOptions, train
-from ptmoe.train.data import collate, completion_ids, fit, prompt_ids
+from ptmoe.tokens import encode_completion, encode_prompt
+from ptmoe.train.data import collate, fit
 from ptmoe.train.trainer import DivergedError
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -76,7 +77,7 @@ def test_the_base_is_unchanged_to_the_bit(trained):
 
 def test_the_saved_adapter_is_the_trained_one(trained):
     again = ptmoe.load_adapter(load_base("nano")[0], trained.folder).eval()
-    ids = torch.tensor([prompt_ids(load_task("nano/mixed")[0], trained.tokenizer)])
+    ids = torch.tensor([encode_prompt(load_task("nano/mixed")[0], trained.tokenizer).ids])
     assert torch.equal(again(ids).logits, trained.model(ids).logits)
 
 
@@ -189,7 +190,7 @@ def test_unfit_options_are_refused_by_name_and_write_nothing(case, tmp_path):
 
 def test_bad_data_starts_no_training(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    with pytest.raises(ptmoe.PtmoeError, match=r"1 bad line\(s\)"):
+    with pytest.raises(ptmoe.PtmoeError, match=r"1 bad record\(s\)"):
         train(options(tmp_path / "run", task=None, data=str(tmp_path / "d.jsonl")))
     assert not (tmp_path / "run").exists()
 
@@ -219,11 +220,11 @@ def test_long_examples_are_left_out_or_cut_and_counted(tmp_path):
 def test_cutting_keeps_the_completion_and_the_end_of_the_prompt():
     _, tokenizer = load_base("nano")
     (example,) = load_task("nano/words", "test")[:1]
-    whole = prompt_ids(example, tokenizer) + completion_ids(example, tokenizer)
+    whole = encode_prompt(example, tokenizer).ids + encode_completion(example, tokenizer)
     row = fit([example], tokenizer, len(whole) - 2, "cut").rows[0]
-    assert row["input_ids"] == whole[2:]
-    assert [label for label in row["labels"] if label != -100] == completion_ids(example, tokenizer)
-    assert completion_ids(example, tokenizer)[-1] == tokenizer.eos_token_id
+    assert row["input_ids"].tolist() == whole[2:]
+    assert [label for label in row["labels"] if label != -100] == encode_completion(example, tokenizer)
+    assert encode_completion(example, tokenizer)[-1] == tokenizer.eos_token_id
 
 
 def test_a_conversation_trains_on_the_prompt_that_generation_gives():
@@ -236,8 +237,8 @@ def test_a_conversation_trains_on_the_prompt_that_generation_gives():
     whole = tokenizer.apply_chat_template(
         [*asked, {"role": "assistant", "content": "5"}], tokenize=False, add_generation_prompt=False
     )
-    assert tokenizer.decode(prompt_ids(example, tokenizer)) == prompt
-    assert tokenizer.decode(completion_ids(example, tokenizer)) == whole.removeprefix(prompt) + tokenizer.eos_token
+    assert tokenizer.decode(encode_prompt(example, tokenizer).ids) == prompt
+    assert tokenizer.decode(encode_completion(example, tokenizer)) == whole.removeprefix(prompt) + tokenizer.eos_token
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K's own file")

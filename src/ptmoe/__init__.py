@@ -21,6 +21,7 @@ _HOMES = {
     "Example": "tasks",
     "load_task": "tasks",
     "score": "tasks",
+    "stream_task": "tasks",
     "PtmoeError": "errors",
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,24 +29,51 @@ def load_base(
     Raises:
         PtmoeError: no such model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    where = str(nano.FOLDER) if name == nano.NAME else name
+    with _found(name) as where:
+        tokenizer = _tokenizer(where, revision)
+        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)
+    model.name_or_path = name
+    model.config.name_or_path = name
+    return cast("PreTrainedModel", model), tokenizer
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """A base's tokenizer and how many positions it has, without its weights.
+
+    Raises:
+        PtmoeError: no such model.
+    """
+    from transformers import AutoConfig
+
+    with _found(name) as where:
+        config = AutoConfig.from_pretrained(where, revision=revision)
+        tokenizer = _tokenizer(where, revision)
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+@contextmanager
+def _found(name: str) -> Iterator[str]:
+    """Where a named model is loaded from; what loading raises is said in one message."""
     if name != nano.NAME and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise PtmoeError(f"no model folder {name!r}: give nano, a folder, or the name of a Hub repository")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)
+        yield str(nano.FOLDER) if name == nano.NAME else name
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise PtmoeError(
             f"unknown model {name!r}: it is not nano, not a folder, and the Hub does not give it ({reason})"
         ) from None
-    model.name_or_path = name
-    model.config.name_or_path = name
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return cast("PreTrainedModel", model), cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def quiet() -> None:

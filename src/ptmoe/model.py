@@ -152,6 +152,11 @@ class PromptedCausalLM(nn.Module):
         """The active adapter's config."""
         return self.encoder.config
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """How many positions the active adapter's prompt takes; 0 without one."""
+        return self.method_config.num_virtual_tokens if self._enabled and self.active_adapter else 0
+
     def _encoder(self, name: str) -> PromptEncoder:
         if name not in self.encoders:
             raise PtmoeError(f"no adapter {name!r}{near(name, self.encoders)}")
@@ -270,10 +275,10 @@ class PromptedCausalLM(nn.Module):
         Args:
             embeds: `(B, L, H)`.
             input_mask: `(B, L)`, true at the tokens that decide the prompt.
-            adapter_names: one name for each row; None is the active adapter for all.
+            adapter_names: one name for each row; None is the active adapter for all, or no prompt where there is none.
         """
         if adapter_names is None:
-            adapter_names = [self.active_adapter if self._enabled else BASE] * len(embeds)
+            adapter_names = [self.active_adapter if self._enabled and self.active_adapter else BASE] * len(embeds)
         if len(adapter_names) != len(embeds):
             raise PtmoeError(f"adapter_names has {len(adapter_names)} names for {len(embeds)} rows: give one each")
         # The soft prompt is composed in float32 whatever the mixed precision around it.
@@ -315,13 +320,13 @@ class PromptedCausalLM(nn.Module):
         return spliced, prompts, attention_mask
 
     @property
-    def _positions(self) -> int | None:
+    def max_positions(self) -> int | None:
         """How many positions the base has; None where it sets no limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def _check_length(self, spliced: Spliced, virtual: int, new: int = 0) -> None:
         """Learned positions end in an index error deep in the base, rotary ones in silent nonsense: say it here."""
-        limit = self._positions
+        limit = self.max_positions
         if limit is None or spliced.embeds.shape[1] + new <= limit:
             return
         longest = int(spliced.attention_mask.sum(1).max())
@@ -458,7 +463,7 @@ class PromptedCausalLM(nn.Module):
         }
         if self._takes_positions:
             passed["position_ids"] = spliced.position_ids.gather(1, order)
-        limit = self._positions
+        limit = self.max_positions
         room = None if limit is None else limit - int(spliced.attention_mask.sum(1).max())
         options, new = self._with_new_tokens(options, input_ids.shape[1], room)
         self._check_length(spliced, prompts.embeds.shape[1], new)

@@ -51,8 +51,9 @@ def run(
     Raises:
         PtmoeError: a task that is not of nano's world, or a folder that holds something.
     """
-    if task not in TASKS or task == "nano/skills":
-        raise PtmoeError(f"unknown task {task!r}{near(task, [name for name in TASKS if name != 'nano/skills'])}")
+    worlds = [name for name in TASKS if name.startswith("nano/") and name != "nano/skills"]
+    if task not in worlds:
+        raise PtmoeError(f"unknown task {task!r}{near(task, worlds)}")
     folder = output_dir or Path("runs") / f"quickstart-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PtmoeError(f"{folder} already holds a run: choose another --output-dir")
@@ -91,8 +92,7 @@ def untouched(folder: Path, task: str, seed: int) -> None:
     base, tokenizer = load_base("nano")
     model = PromptedCausalLM(base)
     with model.disable_adapter():
-        evaluation = evaluate(model, tokenizer, load_task(task, "test")[:EXAMPLES], batch_size=200)
-    evaluation.write(folder)
+        evaluate(model, tokenizer, load_task(task, max_examples=EXAMPLES), batch_size=200, folder=folder)
     result = Result("base", "base", 0, 0.0, 0)
     (folder / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(seed), indent=2) + "\n")

@@ -49,7 +49,7 @@ def generate(
     import torch
 
     from ptmoe.tasks.base import Example
-    from ptmoe.train.data import prompt_ids
+    from ptmoe.tokens import encode_prompt
 
     if seed is not None:
         torch.manual_seed(seed)
@@ -57,9 +57,9 @@ def generate(
         if not prompt.strip():
             print()
             continue
-        messages = ({"role": "user", "content": prompt},) if chat else ()
-        example = Example("", prompt, "", (), "", messages=messages)
-        ids = torch.tensor([prompt_ids(example, tokenizer)], device=model.device)
+        encoded = encode_prompt(Example("", prompt, "", (), ""), tokenizer, chat=chat)
+        assert encoded is not None
+        ids = torch.tensor([encoded.ids], device=model.device)
         made = model.generate(input_ids=ids, pad_token_id=tokenizer.pad_token_id, **options)
         print(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
         routing = model.route(ids) if show_routing else None
@@ -68,16 +68,21 @@ def generate(
             print(f"expert {int(routing.gate[0].argmax())}, gate [{gate}]", file=sys.stderr)
 
 
-def inspect(adapter: Path, task: str, split: str, count: int, base: dict[str, Any], output_dir: Path | None) -> None:
-    from ptmoe.tasks import load_task
+def inspect(
+    adapter: Path, task: str, split: str, data: dict[str, Any], base: dict[str, Any], output_dir: Path | None
+) -> None:
+    from ptmoe.cli.evaluation import chat_of
+    from ptmoe.tasks import load_task, task_named
+    from ptmoe.tokens import uses_chat
 
-    examples = load_task(task, split)[:count]
+    examples = load_task(task, split, **data)
     model, tokenizer = load(adapter, base)
 
     from ptmoe.evaluate.routing import expert_similarity, route_examples, summarise_routing
     from ptmoe.report.figures import routing_figures
 
-    gates = route_examples(model, tokenizer, examples)
+    chat = uses_chat(task_named(task), tokenizer, chat_of(adapter))
+    gates = route_examples(model, tokenizer, examples, chat=chat)
     routing = summarise_routing(gates, [example.domain for example in examples], expert_similarity(model.encoder))
     if routing is None:
         raise PtmoeError(

@@ -31,6 +31,12 @@ NumExperts = Annotated[int | None, typer.Option(help="N, number of expert factor
 Rank = Annotated[int | None, typer.Option(help="R, of the prompt's factors")]
 Selective = Annotated[bool | None, typer.Option(help="keep the highest-weight expert only")]
 Probationary = Annotated[bool | None, typer.Option(help="multiply the kept expert by its router weight")]
+DataDir = Annotated[
+    str | None, typer.Option(help="a folder or file of the data set's own; by default it is downloaded")
+]
+SkipBad = Annotated[bool | None, typer.Option("--skip-bad", help="count and list bad records, and go on without them")]
+Chat = Annotated[bool | None, typer.Option(help="the tokenizer's chat template; by default for named tasks")]
+Ids = Annotated[Path | None, typer.Option(help="a file of example ids, one a line or a JSON list: only these")]
 Given = dict[str, Any]
 
 
@@ -61,15 +67,22 @@ def train(
     ] = None,
     revision: Revision = None,
     dtype: Dtype = None,
-    task: Annotated[str | None, typer.Option(help="a named task (`ptmoe tasks`)")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="a named task (`ptmoe tasks`), a group, or a mixture: gsm8k=2,mawps=1")
+    ] = None,
+    data_dir: DataDir = None,
+    skip_bad: SkipBad = None,
     data: Annotated[str | None, typer.Option(help="a JSON-lines file, or a folder of them")] = None,
     prompt_key: Annotated[str | None, typer.Option(help="the data's key that holds the prompt")] = None,
     completion_key: Annotated[str | None, typer.Option(help="the data's key that holds the completion")] = None,
     separator: Annotated[str | None, typer.Option(help="put between mapped prompt and completion")] = None,
-    truncation: Annotated[str | None, typer.Option(help="of too long examples: left_out or cut")] = None,
+    chat: Chat = None,
+    max_length: Annotated[int | None, typer.Option(help="real tokens of an example; contexts are cut to fit")] = None,
+    truncation: Annotated[str | None, typer.Option(help="of too long texts without context: left_out or cut")] = None,
     max_examples: Annotated[int | None, typer.Option(help="train on the first so many")] = None,
-    eval_task: Annotated[str | None, typer.Option(help="a task to evaluate on when trained")] = None,
-    eval_examples: Annotated[int | None, typer.Option(help="how many of them")] = None,
+    eval_task: Annotated[str | None, typer.Option(help="tasks to evaluate on when trained: a,b or a group")] = None,
+    eval_data_dir: Annotated[str | None, typer.Option(help="where they lie; --data-dir by default")] = None,
+    eval_examples: Annotated[int | None, typer.Option(help="the first so many of each")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="of an evaluated answer")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="run folder; a new one under runs/ by default")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
@@ -111,6 +124,10 @@ def train(
         revision=revision,
         dtype=dtype,
         task=task,
+        data_dir=data_dir,
+        skip_bad=skip_bad,
+        chat=chat,
+        max_length=max_length,
         data=data,
         prompt_key=prompt_key,
         completion_key=completion_key,
@@ -118,6 +135,7 @@ def train(
         truncation=truncation,
         max_examples=max_examples,
         eval_task=eval_task,
+        eval_data_dir=eval_data_dir,
         eval_examples=eval_examples,
         max_new_tokens=max_new_tokens,
         output_dir=None if output_dir is None else str(output_dir),
@@ -187,11 +205,88 @@ def generate(
     )
 
 
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[
+        str | None, typer.Argument(help="run folder, or adapter folder; none evaluates --model alone")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="a named task, a group (mrqa-in, …) or a JSON-lines file; several times")
+    ] = None,
+    split: Annotated[str, typer.Option(help="of named tasks")] = "test",
+    data_dir: DataDir = None,
+    ids: Ids = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="the first so many")] = None,
+    skip_bad: SkipBad = None,
+    model: Annotated[str | None, typer.Option(help="by default the base that the adapter names")] = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows at once; changes no answer in float32")] = 32,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="of an answer; by default the task's")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="real tokens of a prompt; contexts are cut from their end")
+    ] = None,
+    chat: Annotated[bool | None, typer.Option(help="the chat template; by default as the run was trained")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="where eval/ and predictions/ go; RUN by default")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="start over instead of going on")] = False,
+) -> None:
+    """Answer tasks greedily and grade the answers; a killed evaluation goes on where it stopped."""
+    from ptmoe.cli.evaluation import evaluate as go
+    from ptmoe.errors import PtmoeError
+
+    if not task:
+        raise PtmoeError("nothing to answer: give a task with --task (`ptmoe tasks` lists them)")
+    go(
+        run,
+        task,
+        split,
+        given(data_dir=data_dir, ids=ids, max_examples=examples),
+        given(name=model, revision=revision, dtype=dtype),
+        {
+            "batch_size": batch_size,
+            "overwrite": overwrite,
+            **given(max_new_tokens=max_new_tokens, max_length=max_length),
+        },
+        chat=chat,
+        output_dir=output_dir,
+        skip_bad=bool(skip_bad),
+    )
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(help="a named task or a JSON-lines file")],
+    predictions: Annotated[Path, typer.Argument(help="{id: text} as JSON, or JSON lines with an id and a text")],
+    split: Annotated[str, typer.Option(help="of a named task")] = "test",
+    data_dir: DataDir = None,
+    ids: Ids = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="the first so many")] = None,
+    skip_bad: SkipBad = None,
+    missing_as_wrong: Annotated[
+        bool, typer.Option("--missing-as-wrong", help="an unanswered example scores 0, as in MRQA's evaluator")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="write the result as JSON")] = None,
+) -> None:
+    """Grade any system's predictions, without a model."""
+    from ptmoe.cli.evaluation import score as run
+
+    run(
+        task,
+        predictions,
+        split,
+        given(data_dir=data_dir, ids=ids, max_examples=examples),
+        missing_as_wrong=missing_as_wrong,
+        skip_bad=bool(skip_bad),
+        output=output,
+    )
+
+
 @app.command()
 def inspect(
     adapter: Adapter,
     task: Annotated[str, typer.Option(help="a named task or a JSON-lines file whose inputs are routed")],
     split: Annotated[str, typer.Option(help="of a named task")] = "test",
+    data_dir: DataDir = None,
     examples: Annotated[int, typer.Option(min=1, help="the first so many")] = 1000,
     model: Annotated[str | None, typer.Option(help="by default the base that the adapter names")] = None,
     revision: Revision = None,
@@ -201,7 +296,8 @@ def inspect(
     """Print and draw an adapter's routing on a task: expert use by domain, entropy, the prompts' similarity."""
     from ptmoe.cli.inference import inspect as run
 
-    run(adapter, task, split, examples, given(name=model, revision=revision, dtype=dtype), output_dir)
+    data = given(data_dir=data_dir, max_examples=examples)
+    run(adapter, task, split, data, given(name=model, revision=revision, dtype=dtype), output_dir)
 
 
 @app.command()
@@ -225,24 +321,32 @@ app.add_typer(tasks_app, name="tasks")
 
 
 @tasks_app.callback()
-def tasks(context: typer.Context) -> None:
-    """List the named tasks and their splits."""
+def tasks(context: typer.Context, data_dir: DataDir = None) -> None:
+    """List the named tasks: their splits, licence and source, and what of them is here."""
     if context.invoked_subcommand is None:
         from ptmoe.cli.tables import tasks as run
 
-        run()
+        run(data_dir)
 
 
 @tasks_app.command("show")
 def tasks_show(
-    name: Annotated[str, typer.Argument(help="a named task or a JSON-lines file")],
-    split: Annotated[str, typer.Option()] = "train",
+    name: Annotated[str, typer.Argument(help="a named task, a group, a mixture or a JSON-lines file")],
+    split: Annotated[str, typer.Option()] = "test",
+    data_dir: DataDir = None,
     examples: Annotated[int, typer.Option(min=1)] = 4,
+    skip_bad: SkipBad = None,
+    model: Model = "nano",
+    revision: Revision = None,
+    chat: Chat = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="real tokens of an example; contexts are cut")] = None,
+    num_virtual_tokens: Annotated[int, typer.Option(min=0, help="T, length of the soft prompt")] = 40,
 ) -> None:
-    """Print examples as the model sees them."""
+    """Print examples as the model sees them: the virtual tokens' place, what is cut, what is supervised."""
     from ptmoe.cli.tables import tasks_show as run
 
-    run(name, split, examples)
+    base = given(name=model, revision=revision)
+    run(name, split, data_dir, examples, base, chat, max_length, num_virtual_tokens, skip_bad=bool(skip_bad))
 
 
 @app.command()

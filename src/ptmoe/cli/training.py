@@ -17,6 +17,7 @@ def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, 
     method_config(options.method)  # a misspelt method should not wait for torch and the data
 
     from ptmoe.base_models import quiet
+    from ptmoe.cli.evaluation import evaluation_table
     from ptmoe.cli.progress import ProgressBar, progress_bar
     from ptmoe.train import train
 
@@ -34,10 +35,6 @@ def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, 
         f"{result.method}: {result.trainable_parameters:,} trained parameters, {result.steps:,} steps on "
         f"{result.examples:,} examples in {result.train_seconds:.0f} s"
     )
-    if trained.evaluation is not None:
-        low, high = trained.evaluation.summary()["interval"]["accuracy"]
-        console.print(
-            f"{trained.evaluation.task}: accuracy {trained.evaluation.accuracy:.1f} % [{low:.1f}, {high:.1f}] on "
-            f"{len(trained.evaluation.predictions):,} examples"
-        )
+    if trained.evaluations:
+        console.print(evaluation_table([evaluation.summary() for evaluation in trained.evaluations]))
     console.print(f"run folder: {trained.folder}")

@@ -1,5 +1,6 @@
 """Greedy evaluation of a model on a task."""
 
-from ptmoe.evaluate.generation import Evaluation, Prediction, evaluate
+from ptmoe.evaluate.evaluation import Evaluation, evaluate
+from ptmoe.evaluate.predictions import Prediction
 
 __all__ = ["Evaluation", "Prediction", "evaluate"]

@@ -1,168 +1,167 @@
-"""Answer every example greedily, grade it, and say which expert it was routed to."""
+"""Greedy completions of many prompts, the same in whatever batches they are computed.
+
+A batch rounds otherwise than a row alone, by its shape and its padding, and a token whose score is within that rounding
+of the next one's could be either. Such a row is completed once more, alone, and that is its completion. This holds in
+float32; in half precision rounding is as large as real differences, and a completion may depend on the batch.
+"""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-
-from ptmoe.errors import PtmoeError
-from ptmoe.evaluate.routing import summarise_routing
-from ptmoe.tasks.metrics import exact_match
-from ptmoe.train.data import prompt_ids
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ptmoe.model import PromptedCausalLM
-    from ptmoe.tasks.base import Example
 
-BOOTSTRAP_SAMPLES = 2000
+# Scores of a row alone and in a batch were never more than a tenth of this apart in float32 (tests/test_evaluate.py).
+NEAR_TIE = 1e-3
+NEAR_TIE_OF_EXPERTS = 1e-4  # of two probabilities
+# Greedy whatever the base's own generation config asks for: some ship a repetition penalty.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "renormalize_logits": False,
+}
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """One answered example; `gate` is None for a method that does not route."""
+class Completion:
+    """A completed prompt; `gate` is None for a method that does not route."""
 
-    id: str
-    prompt: str
-    completion: str
-    references: list[str]
-    right: bool
-    domain: str
+    text: str
     gate: list[float] | None
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """All of a task's predictions, in the examples' order, and the seconds they took."""
-
-    task: str
-    predictions: list[Prediction]
-    seconds: float
-
-    @property
-    def accuracy(self) -> float:
-        """In percent."""
-        return _percent(self.predictions)
-
-    def summary(self, expert_similarity: list[list[float]] | None = None) -> dict[str, Any]:
-        """What `eval/TASK.json` holds."""
-        domains = sorted({prediction.domain for prediction in self.predictions})
-        parts = {domain: [p for p in self.predictions if p.domain == domain] for domain in domains}
-        return {
-            "task": self.task,
-            "examples": len(self.predictions),
-            "metrics": {"accuracy": self.accuracy},
-            "interval": {"accuracy": bootstrap_interval([p.right for p in self.predictions])},
-            "by_domain": {
-                domain: {"examples": len(part), "accuracy": _percent(part)} for domain, part in parts.items() if domain
-            },
-            "routing": summarise_routing(
-                [p.gate for p in self.predictions], [p.domain for p in self.predictions], expert_similarity
-            ),
-            "seconds": round(self.seconds, 3),
-        }
-
-    def write(self, folder: Path, expert_similarity: list[list[float]] | None = None) -> None:
-        """`eval/TASK.json` and `predictions/TASK.jsonl` in a run folder; a task that is a file goes by its name."""
-        name = Path(self.task).stem if self.task.endswith(".jsonl") else self.task.replace("/", "__")
-        for part in ("eval", "predictions"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        with (folder / "predictions" / f"{name}.jsonl").open("w") as opened:
-            for prediction in self.predictions:
-                opened.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-        (folder / "eval" / f"{name}.json").write_text(json.dumps(self.summary(expert_similarity), indent=2) + "\n")
-
-
-def _percent(predictions: Sequence[Prediction]) -> float:
-    return 100 * sum(prediction.right for prediction in predictions) / len(predictions)
-
-
-def bootstrap_interval(marks: Sequence[bool]) -> list[float]:
-    """The 95 % percentile interval of a mean, in percent, over resampled examples; the same for the same marks."""
-    drawn = np.random.default_rng(0).binomial(len(marks), sum(marks) / len(marks), BOOTSTRAP_SAMPLES) / len(marks)
-    return [float(100 * edge) for edge in np.quantile(drawn, (0.025, 0.975))]
-
-
-def evaluate(
+@torch.no_grad()
+def complete(
     model: PromptedCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    prompts: Sequence[list[int]],
     *,
-    batch_size: int = 64,
-    max_new_tokens: int = 16,
-    progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
-    """Greedy answers to `examples`, graded by exact match.
+    max_new_tokens: int,
+    until: Sequence[str] = (),
+) -> list[Completion]:
+    """Greedy completions of a batch of prompts.
 
     Args:
-        model: with its active adapter.
+        model: in evaluation mode, with its active adapter.
         tokenizer: the base's.
-        examples: at least one.
-        batch_size: rows at once; the longest inputs come first.
-        max_new_tokens: of each answer.
-        progress: called with the examples done and all of them, after each batch.
+        prompts: token ids, at least one each.
+        max_new_tokens: of each completion.
+        until: a completion ends before the first of these texts.
     """
-    if not examples:
-        raise PtmoeError("no examples to evaluate")
-    started = time.monotonic()
-    was_training = model.training
-    model.eval()
-    answered: dict[int, Prediction] = {}
-    try:
-        for index, prediction in _answers(model, tokenizer, examples, batch_size, max_new_tokens):
-            answered[index] = prediction
-            if progress is not None and (len(answered) % batch_size == 0 or len(answered) == len(examples)):
-                progress(len(answered), len(examples))
-    finally:
-        model.train(was_training)
-    in_order = [answered[index] for index in range(len(examples))]
-    return Evaluation(examples[0].task, in_order, time.monotonic() - started)
+    gates = [_gate(model, prompt) for prompt in prompts]
+    rows, unsure = _generate(model, tokenizer, prompts, max_new_tokens, until)
+    if len(prompts) > 1 and model.dtype == torch.float32:
+        for index, gate in enumerate(gates):
+            first, second = sorted(gate, reverse=True)[:2] if gate and len(gate) > 1 else (1.0, 0.0)
+            if unsure[index] or first - second < NEAR_TIE_OF_EXPERTS:
+                rows[index] = _generate(model, tokenizer, [prompts[index]], max_new_tokens, until)[0][0]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [
+        Completion(_before(text, until), None if gate is None else [round(value, 6) for value in gate])
+        for text, gate in zip(texts, gates, strict=True)
+    ]
 
 
-@torch.no_grad()
-def _answers(
+def _gate(model: PromptedCausalLM, prompt: list[int]) -> list[float] | None:
+    """Of a row alone: the same bits in every batch."""
+    if not model.num_virtual_tokens:
+        return None
+    routing = model.route(torch.tensor([prompt], device=model.device))
+    return None if routing is None else routing.gate[0].tolist()
+
+
+def _generate(
     model: PromptedCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
+    prompts: Sequence[list[int]],
     max_new_tokens: int,
-) -> Iterator[tuple[int, Prediction]]:
-    prompts = [prompt_ids(example, tokenizer) for example in examples]
-    order = sorted(range(len(examples)), key=lambda index: -len(prompts[index]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        longest = len(prompts[chunk[0]])
-        rows = [[pad] * (longest - len(prompts[i])) + prompts[i] for i in chunk]
-        ids = torch.tensor(rows, device=model.device)
-        mask = torch.tensor(
-            [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=ids.device
-        )
-        routing = model.route(ids, mask)
-        gates = None if routing is None else routing.gate.tolist()
-        made = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-        )
-        texts = tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
-        for row, (index, text) in enumerate(zip(chunk, texts, strict=True)):
-            example = examples[index]
-            yield (
-                index,
-                Prediction(
-                    id=example.id,
-                    prompt=example.input,
-                    completion=text,
-                    references=list(example.references),
-                    right=exact_match(text, example.references),
-                    domain=example.domain,
-                    gate=None if gates is None else [round(value, 6) for value in gates[row]],
-                ),
-            )
+    until: Sequence[str],
+) -> tuple[list[list[int]], list[bool]]:
+    """Each row's new tokens, and whether any of them was nearly another."""
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    margins = _Margins(longest, ends)
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        logits_processor=[margins],
+        stopping_criteria=[_Until(tokenizer, longest, until)] if until else [],
+        **GREEDY,
+    )
+    return made[:, longest:].tolist(), margins.near_tie()
+
+
+def _end_tokens(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return [token for token in dict.fromkeys([*listed, tokenizer.eos_token_id]) if token is not None]
+
+
+def _before(text: str, until: Sequence[str]) -> str:
+    """What comes before the first of `until`; white space that a completion begins with does not end it."""
+    start = len(text) - len(text.lstrip())
+    places = [place for stop in until if (place := text.find(stop, start)) >= 0]
+    return text[: min(places)] if places else text
+
+
+class _Margins(LogitsProcessor):  # type: ignore[misc]
+    """Watches how far each row's best token is ahead of the next, until the row has ended."""
+
+    def __init__(self, length: int, ends: list[int]) -> None:
+        self.length = length
+        self.ends = ends
+        self.least: Tensor | None = None  # (B,)
+        self.ended: Tensor | None = None  # (B,)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        best = scores.float().topk(min(2, scores.shape[1]), dim=1).values
+        margin = best[:, 0] - best[:, -1]
+        if self.least is None or self.ended is None:
+            self.least, self.ended = margin, torch.zeros_like(margin, dtype=torch.bool)
+            return scores
+        for end in self.ends:
+            self.ended = self.ended | (input_ids[:, -1] == end)
+        self.least = torch.where(self.ended, self.least, torch.minimum(self.least, margin))
+        return scores
+
+    def near_tie(self) -> list[bool]:
+        assert self.least is not None
+        return (~(self.least >= NEAR_TIE)).tolist()  # a NaN is unsure, too
+
+
+class _Until(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row where its text holds one of the given ones: no later step can change what stands before it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, until: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.length = length
+        self.until = until
+        self.window = max(map(len, until)) + 8  # tokens; each is at least a byte, so the text is within
+        self.ended: list[bool] | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        if self.ended is None:
+            self.ended = [False] * len(input_ids)
+        new = input_ids[:, self.length :]
+        for index, text in enumerate(self.tokenizer.batch_decode(new[:, -self.window :], skip_special_tokens=True)):
+            if not self.ended[index] and any(stop in text for stop in self.until):
+                whole = self.tokenizer.decode(new[index], skip_special_tokens=True)
+                self.ended[index] = _before(whole, self.until) != whole
+        return torch.tensor(self.ended, device=input_ids.device)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ptmoe.train.data import prompt_ids
+from ptmoe.tokens import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,12 +59,18 @@ def _entropy(distribution: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
 
 def route_examples(
-    model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int = 256
+    model: PromptedCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int = 256,
+    *,
+    chat: bool = False,
 ) -> list[list[float] | None]:
     """Each example's gate over the experts, without generating; None for a method that does not route."""
     gates: list[list[float] | None] = []
     for start in range(0, len(examples), batch_size):
-        rows = [prompt_ids(example, tokenizer) for example in examples[start : start + batch_size]]
+        chunk = examples[start : start + batch_size]
+        rows = [prompt.ids for one in chunk if (prompt := encode_prompt(one, tokenizer, chat=chat))]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)

@@ -1,62 +1,203 @@
 """The tasks, one file for each family: read, prompt, score."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.tasks import local, nano
-from ptmoe.tasks.base import Example
-from ptmoe.tasks.metrics import exact_match
+from ptmoe.tasks import asdiv, gsm8k, local, math_problems, mawps, mixture, mrqa, nano, sources, svamp
+from ptmoe.tasks.base import Example, Origin, Task
+from ptmoe.tasks.records import BadRecordError, Format, Problems, Record, head
 
-TASKS: dict[str, tuple[str, ...]] = {name: tuple(nano.SPLITS) for name in nano.NAMES}
+FAMILIES = (nano, mrqa, gsm8k, svamp, asdiv, mawps, math_problems)
+TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}
+GROUPS: dict[str, tuple[str, ...]] = {**mrqa.GROUPS, "math-out": ("svamp", "asdiv", "mawps", "math_problems")}
 
-__all__ = ["TASKS", "Example", "load_task", "score"]
+__all__ = [
+    "GROUPS",
+    "TASKS",
+    "Example",
+    "Problems",
+    "Task",
+    "is_file",
+    "load_task",
+    "score",
+    "stream_task",
+    "task_named",
+    "task_names",
+]
 
 
-def load_task(name: str, split: str = "test", data_dir: str | Path | None = None) -> list[Example]:
+def task_names(name: str) -> list[str]:
+    """The tasks that a name means: itself, those of a group, or those of a list with commas.
+
+    Raises:
+        PtmoeError: an unknown one.
+    """
+    return [name] if is_file(name) else [part.task for part in mixture.parse(name, TASKS, GROUPS)]
+
+
+def is_file(name: str) -> bool:
+    """Whether a task's name is a file or folder of JSON lines."""
+    return name not in TASKS and name not in GROUPS and (name.endswith((".jsonl", ".jsonl.gz")) or Path(name).exists())
+
+
+def task_named(name: str) -> Task:
+    """A named task, or what a file of JSON lines is graded by."""
+    return local.task(name) if is_file(name) else TASKS[task_names(name)[0]]
+
+
+def load_task(
+    name: str,
+    split: str = "test",
+    data_dir: str | Path | None = None,
+    *,
+    ids: str | Path | None = None,
+    max_examples: int | None = None,
+    problems: Problems | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Example]:
     """The examples of a task.
 
     Args:
-        name: a key of `TASKS`, or a JSON-lines file (`ptmoe.tasks.local` says what its lines hold).
+        name: a key of `TASKS` or `GROUPS`, a mixture (`"gsm8k=2,mawps=1"`), or a JSON-lines file (`ptmoe.tasks.local`
+            says what its lines hold).
         split: of a named task.
-        data_dir: where the data set lies; nano's world is generated and needs none.
+        data_dir: where the data set lies: a folder, or one file in the data set's own format. By default it is
+            downloaded, once (`ptmoe.tasks.sources`); nano's world is generated.
+        ids: a file of example ids, one a line or a JSON list: only these.
+        max_examples: only the first so many.
+        problems: `Problems(skip=True)` counts and lists bad records, instead of refusing them.
+        say: told what is downloaded.
 
     Raises:
-        PtmoeError: an unknown task or split, or bad data.
+        PtmoeError: an unknown task or split, missing or bad data, ids that repeat, or no example at all.
     """
-    if name not in TASKS:
-        if name.endswith(".jsonl") or Path(name).exists():
-            return local.load(name)
-        raise PtmoeError(f"unknown task {name!r}{near(name, TASKS)}; or give a JSON-lines file")
-    if split not in TASKS[name]:
-        raise PtmoeError(f"task {name!r} has no split {split!r}{near(split, TASKS[name])}")
-    return list(nano.load(name, split))
-
-
-def score(name: str, predictions: Sequence[str] | Mapping[str, str], examples: Iterable[Example]) -> dict[str, float]:
-    """Grade predictions, in percent.
-
-    Args:
-        name: a task, as for `load_task`.
-        predictions: in the examples' order, or by example id.
-        examples: what was asked.
-
-    Raises:
-        PtmoeError: no examples, or predictions that do not cover exactly these examples.
-    """
-    examples = list(examples)
+    problems = problems if problems is not None else Problems()
+    seen: dict[str, str] = {}
+    examples: list[Example] = []
+    for place, example in islice(_examples(name, split, data_dir, problems, say), None if ids else max_examples):
+        if example.id in seen:
+            problems.add(place, f"id {example.id!r} was used before, at {seen[example.id]}")
+        else:
+            seen[example.id] = place
+            examples.append(example)
+    problems.refuse()
     if not examples:
-        raise PtmoeError(f"no examples of {name!r} to score")
-    if isinstance(predictions, Mapping):
-        ids = [example.id for example in examples]
-        missing, strange = set(ids) - set(predictions), set(predictions) - set(ids)
-        if missing or strange:
-            raise PtmoeError(
-                f"predictions lack {len(missing)} id(s) {sorted(missing)[:3]} and hold {len(strange)} strange one(s) "
-                f"{sorted(strange)[:3]}: give one for each example"
-            )
-        predictions = [predictions[key] for key in ids]
-    if len(predictions) != len(examples):
-        raise PtmoeError(f"{len(predictions)} predictions for {len(examples)} examples: give one for each")
-    right = [exact_match(text, example.references) for text, example in zip(predictions, examples, strict=True)]
-    return {"accuracy": 100 * sum(right) / len(right)}
+        bad = f"; {problems.listed()}" if problems.count else ""
+        raise PtmoeError(f"{name} ({data_dir or split}) holds no example: needs at least one{bad}")
+    if ids is not None:
+        wanted = _ids(Path(ids))
+        if strange := sorted(wanted - seen.keys()):
+            raise PtmoeError(f"{ids} names {len(strange)} id(s) that {name} lacks: {', '.join(strange[:3])}")
+        examples = [example for example in examples if example.id in wanted]
+    return examples[:max_examples]
+
+
+def stream_task(
+    name: str,
+    split: str = "test",
+    data_dir: str | Path | None = None,
+    *,
+    problems: Problems | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[Example]:
+    """The same examples one after another, in memory that does not grow: ids that repeat are not looked for, and the
+    first bad record raises unless `problems` skips them."""
+    for _, example in _examples(name, split, data_dir, problems or Problems(at_once=True), say):
+        yield example
+
+
+def _examples(
+    name: str, split: str, data_dir: str | Path | None, problems: Problems, say: Callable[[str], None]
+) -> Iterator[tuple[str, Example]]:
+    """Each example with the place it stands at."""
+    if is_file(name):
+        yield from local.read(Path(name), problems)
+        return
+    parts = mixture.parse(name, TASKS, GROUPS)
+    if len(parts) == 1:
+        yield from _of_task(TASKS[parts[0].task], split, data_dir, problems, say)
+        return
+    if data_dir is not None and Path(data_dir).is_file():
+        raise PtmoeError(f"{name} is several tasks, {data_dir} one file: give the folder that holds them all")
+    streams = [(example for _, example in _of_task(TASKS[part.task], split, data_dir, problems, say)) for part in parts]
+    for example in mixture.mixed(parts, streams):
+        yield example.id, example
+
+
+def _of_task(
+    task: Task, split: str, data_dir: str | Path | None, problems: Problems, say: Callable[[str], None]
+) -> Iterator[tuple[str, Example]]:
+    if split not in task.splits:
+        raise PtmoeError(f"task {task.name!r} has no split {split!r}{near(split, task.splits)}")
+    if task.generate is not None:
+        yield from ((example.id, example) for example in task.generate(task.name, split))
+        return
+    source = sources.locate(task, split, data_dir, say)
+    if source.path is None:
+        assert task.hub is not None
+        yield from read(sources.hub_rows(source), task.hub.example, task.name, split, problems)
+    else:
+        chosen = format_of(source.path, task)
+        yield from read(chosen.records(source.path, problems), chosen.example, task.name, split, problems)
+
+
+def read(
+    records: Iterable[Record],
+    example: Callable[[dict[str, object], Origin], Example],
+    task: str,
+    split: str,
+    problems: Problems,
+) -> Iterator[tuple[str, Example]]:
+    """Examples from records; what is wrong with a record is noted in `problems`."""
+    for number, (place, record) in enumerate(records):
+        try:
+            yield place, example(record, Origin(task, split, number))
+        except BadRecordError as problem:
+            problems.add(place, str(problem))
+
+
+def format_of(path: Path, task: Task) -> Format:
+    """The task's format that a file is in.
+
+    Raises:
+        PtmoeError: it looks like another data set's, which is named.
+    """
+    shown = head(path)
+    for known in task.formats:
+        if known.kind == shown.kind and known.recognise(shown.keys):
+            return known
+    needed = ", ".join(known.name for known in task.formats)
+    for other in (*TASKS.values(), local.task("FILE")):
+        for known in other.formats:
+            if known.kind == shown.kind and known.recognise(shown.keys):
+                raise PtmoeError(
+                    f"{path} looks like {known.name}, and {task.name} needs {needed}: give it to --task {other.name}"
+                )
+    alike = [known for known in task.formats if known.kind == shown.kind or not shown.kind]
+    if not alike:
+        raise PtmoeError(f"{path} is in no format of {task.name}: needs {needed}")
+    return alike[0]  # its first record is damaged or lacks a key; reading says where
+
+
+def _ids(path: Path) -> set[str]:
+    """The ids in a file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        listed = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PtmoeError(f"{path} holds no ids ({error}): needs one a line, or a JSON list") from None
+    ids = [str(one).strip() for one in listed if str(one).strip()]
+    if not ids:
+        raise PtmoeError(f"{path} holds no id: needs at least one")
+    if len(set(ids)) < len(ids):
+        repeated = sorted({one for one in ids if ids.count(one) > 1})[:3]
+        raise PtmoeError(f"{path} names {len(ids) - len(set(ids))} id(s) twice: {', '.join(repeated)}")
+    return set(ids)
+
+
+from ptmoe.tasks.scoring import score  # noqa: E402  it needs the tasks above

@@ -1,107 +1,88 @@
-"""From examples to padded batches: prompt and completion are tokenised apart, so generation sees the same prompt."""
+"""From examples to padded batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
 from ptmoe.loss import IGNORED
+from ptmoe.tokens import Prompt, encode_completion, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ptmoe.tasks.base import Example
 
+Row = np.ndarray[Any, np.dtype[np.int32]]  # compact: a data set's tokens stay in memory
+
 
 @dataclass(frozen=True)
 class Fitted:
     """Tokenised examples that fit the base's positions, and how many were cut to fit or left out."""
 
-    rows: list[dict[str, list[int]]]
+    rows: list[dict[str, Row]]
     cut: int
     left_out: int
 
 
-def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the model is given: in generation all of them, in training before the completion."""
-    if example.messages:
-        text = _chat(tokenizer, example.messages, add_generation_prompt=True)
-        return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = cast(list[int], tokenizer(example.input)["input_ids"])
-    # Some tokenizers close every text with the end token: a prompt goes on.
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    return ids
-
-
-def completion_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The supervised tokens; they end with the end token, so that the model learns to stop."""
-    text = example.target
-    if example.messages:
-        before = _chat(tokenizer, example.messages, add_generation_prompt=True)
-        answer = {"role": "assistant", "content": example.target}
-        whole = _chat(tokenizer, (*example.messages, answer), add_generation_prompt=False)
-        if not whole.startswith(before):
-            raise PtmoeError(
-                "the tokenizer's chat template writes a conversation differently with and without its last answer, so "
-                "the prompt in training would not be the one in generation: give prompt and completion instead"
-            )
-        text = whole[len(before) :]
-    ids = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
-    end = tokenizer.eos_token_id
-    return ids if end is None or end in ids[-2:] else [*ids, end]
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], *, add_generation_prompt: bool) -> str:
-    if not tokenizer.chat_template:
-        raise PtmoeError(
-            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template for data with messages: "
-            "give prompt and completion instead"
-        )
-    return cast(
-        str,
-        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt),
-    )
-
-
 def fit(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str = "left_out"
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    truncation: str = "left_out",
+    *,
+    chat: bool = False,
 ) -> Fitted:
-    """Tokenise training examples into rows of at most `max_length` tokens.
+    """Tokenise training examples into rows of at most `max_length` tokens; the texts need not be kept.
+
+    A context (`Example.context`) that is too long is cut around the answer. A completion is never cut.
 
     Args:
         examples: to train on.
         tokenizer: the base's.
-        max_length: real tokens that a row may have: the base's positions less the virtual tokens.
-        truncation: what happens to a longer one: `"left_out"`, or `"cut"`, which drops the beginning of its prompt;
-            a completion is never cut.
+        max_length: real tokens that a row may have: at most the base's positions less the virtual tokens.
+        truncation: what happens to one that is too long and has no context: `"left_out"`, or `"cut"`, which drops the
+            beginning of its prompt.
+        chat: put prompts in the tokenizer's chat template.
 
     Raises:
         PtmoeError: none fits.
     """
-    rows, cut = [], 0
+    rows: list[dict[str, Row]] = []
+    left_out = cut = 0
     for example in examples:
-        prompt, completion = prompt_ids(example, tokenizer), completion_ids(example, tokenizer)
+        completion = encode_completion(example, tokenizer, chat=chat)
         room = max_length - len(completion)
-        if len(prompt) > room:
-            if truncation != "cut" or room < 1:
-                continue
-            prompt, cut = prompt[-room:], cut + 1
-        rows.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
+        prompt = encode_prompt(example, tokenizer, chat=chat, room=room, around_answer=True)
+        if prompt is None and truncation == "cut" and room > 0 and example.context == (0, 0):
+            whole = encode_prompt(example, tokenizer, chat=chat)
+            assert whole is not None
+            prompt = Prompt(whole.ids[-room:], cut=(len(whole.ids) - room, 0))
+        if prompt is None:
+            left_out += 1
+            continue
+        cut += prompt.is_cut
+        rows.append(
+            {
+                "input_ids": np.array(prompt.ids + completion, dtype=np.int32),
+                "labels": np.array([IGNORED] * len(prompt.ids) + completion, dtype=np.int32),
+            }
+        )
     if not rows:
         raise PtmoeError(
-            f"none of the {len(examples)} examples fits {max_length} tokens (the base's positions less the virtual "
-            "tokens): shorten them, or cut them with --truncation cut"
+            f"none of the {left_out} examples fits {max_length} tokens (--max-length, or the base's positions less the "
+            "virtual tokens): shorten them, or cut them with --truncation cut"
         )
-    return Fitted(rows, cut, len(examples) - len(rows))
+    return Fitted(rows, cut, left_out)
 
 
-def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask` and `labels`, `(B, L)` each."""
     longest = max(len(row["input_ids"]) for row in rows)
     batch = {
@@ -111,7 +92,7 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
     }
     for index, row in enumerate(rows):
         length = len(row["input_ids"])
-        batch["input_ids"][index, :length] = torch.tensor(row["input_ids"])
+        batch["input_ids"][index, :length] = torch.as_tensor(row["input_ids"])
         batch["attention_mask"][index, :length] = 1
-        batch["labels"][index, :length] = torch.tensor(row["labels"])
+        batch["labels"][index, :length] = torch.as_tensor(row["labels"])
     return batch

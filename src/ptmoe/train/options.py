@@ -23,11 +23,17 @@ class TrainOptions(Settings):
         model: `nano`, a folder, or a Hub repository; `revision` of the latter.
         dtype: of the frozen base.
         method: `{"name": "pt-moe", …}` with the fields of that method's config.
-        task: a named task; or `data`: a JSON-lines file or folder.
+        task: a named task, a group or a mixture (`gsm8k=2,mawps=1`); or `data`: a JSON-lines file or folder.
+        data_dir: where the task's data set lies; by default it is downloaded.
+        skip_bad: count and list bad records and go on without them.
+        chat: put prompts in the tokenizer's chat template; by default a named task's, where there is a template.
+        max_length: real tokens of an example; by default as many as the base has positions for.
         prompt_key, completion_key, separator: map the data's own keys (`ptmoe.tasks.local`).
-        truncation: what happens to a longer example than the base has positions for: `left_out`, or `cut` at the
-            beginning of its prompt.
-        eval_task: a task to evaluate greedily when trained; a named task is evaluated on its own test split by default.
+        truncation: what happens to a longer example that has no context to cut: `left_out`, or `cut` at the beginning
+            of its prompt.
+        eval_task: tasks to evaluate greedily when trained, or a group; by default nano's own, which takes seconds.
+        eval_data_dir: where their data sets lie; by default `data_dir`, if that is a folder.
+        max_new_tokens: of an evaluated answer; by default the task's.
         output_dir: the run folder; it must not hold a run, unless that is resumed. By default a new one under `runs/`.
             It is not written to `config.yaml`, so that `ptmoe train RUN/config.yaml` repeats a run beside it.
         learning_rate: by default the method's (docs/findings.md has the search).
@@ -40,15 +46,20 @@ class TrainOptions(Settings):
     method: dict[str, Any] = {"name": "pt-moe"}
     task: str | None = None
     data: str | None = None
+    data_dir: str | None = None
+    skip_bad: bool = False
+    chat: bool | None = None
+    max_length: Count | None = None
     prompt_key: str | None = None
     completion_key: str | None = None
     separator: str = ""
     truncation: Literal["left_out", "cut"] = "left_out"
     max_examples: Count | None = None
     eval_task: str | None = None
-    eval_examples: Count = 1000
+    eval_data_dir: str | None = None
+    eval_examples: Count | None = None
     eval_batch_size: Count = 200
-    max_new_tokens: Count = 16
+    max_new_tokens: Count | None = None
     output_dir: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -73,6 +84,8 @@ class TrainOptions(Settings):
     def _one_source_of_data(self) -> Self:
         if (self.task is None) == (self.data is None):
             raise ValueError(f"task={self.task!r}, data={self.data!r}: give one of the two")
+        if self.data is not None and self.data_dir is not None:
+            raise ValueError(f"data_dir={self.data_dir!r} is where a task's data set lies: leave it out with data")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps={self.max_steps}: needs at least 1, or -1 for num_train_epochs")
         return self

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.tasks import load_task
+from ptmoe.tasks import TASKS, Problems, is_file, load_task, stream_task, task_named, task_names
 from ptmoe.tasks import local as local_task
 from ptmoe.train.options import TrainOptions, method_config
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ptmoe.evaluate import Evaluation
     from ptmoe.model import PromptedCausalLM
     from ptmoe.tasks.base import Example
+    from ptmoe.train.data import Row
     from ptmoe.train.trainer import PromptTrainer
 
 RUN_FILES = ("config.yaml", "result.json", "adapter", "metrics.jsonl", "checkpoints")
@@ -46,29 +48,46 @@ class Result:
 
 @dataclass
 class Trained:
-    """A finished run: its folder, its result, the model with its adapter, and its evaluation if there was one."""
+    """A finished run: its folder, its result, the model with its adapter, and its evaluations."""
 
     folder: Path
     result: Result
     model: PromptedCausalLM
     tokenizer: PreTrainedTokenizerBase
-    evaluation: Evaluation | None
+    evaluations: list[Evaluation]
 
 
-def training_examples(options: TrainOptions) -> list[Example]:
-    if options.task is not None:
-        examples = load_task(options.task, "train")
-    else:
+def training_examples(options: TrainOptions, problems: Problems, say: Callable[[str], None]) -> Iterable[Example]:
+    """The first is read at once, so that missing data is said before the base is loaded; a task's others as they are
+    needed, so that no data set has to fit into memory as text."""
+    if options.task is None:
         assert options.data is not None
         keys = local_task.Keys(options.prompt_key, options.completion_key, options.separator)
-        examples = local_task.load(options.data, keys)
-    return examples[: options.max_examples]
+        return local_task.load(options.data, keys, problems)[: options.max_examples]
+    stream = stream_task(options.task, "train", options.data_dir, problems=problems, say=say)
+    first = next(stream, None)
+    if first is None:
+        raise PtmoeError(f"{options.task} ({options.data_dir or 'train'}) holds no example: needs at least one")
+    return islice(chain([first], stream), options.max_examples)
 
 
-def evaluation_examples(options: TrainOptions) -> list[Example]:
-    """Of `eval_task`, by default the test split of a named task; none for a local file."""
-    name = options.eval_task or options.task
-    return [] if name is None else load_task(name, "test")[: options.eval_examples]
+def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> list[list[Example]]:
+    """Of each task in `eval_task`; by default the test split of nano's own tasks."""
+    name = options.eval_task
+    if name is None and options.task is not None and not is_file(options.task):
+        names = task_names(options.task)
+        name = ",".join(names) if all(TASKS[one].generate for one in names) else None
+    if name is None:
+        return []
+    folder = options.eval_data_dir
+    if folder is None and options.data_dir is not None and Path(options.data_dir).is_dir():
+        folder = options.data_dir
+    return [
+        load_task(
+            one, "test", folder, max_examples=options.eval_examples, problems=Problems(skip=options.skip_bad), say=say
+        )
+        for one in task_names(name)
+    ]
 
 
 def train(
@@ -92,28 +111,35 @@ def train(
     """
     config = method_config(options.method)
     folder = run_folder(options, resume)
-    examples, held_out = training_examples(options), evaluation_examples(options)
+    # A stream cannot wait for its end to refuse what is bad; a file's bad lines are counted first.
+    problems = Problems(skip=options.skip_bad, at_once=options.data is None)
+    examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
     _check_trainer_arguments(options)
 
     from ptmoe.base_models import load_base
     from ptmoe.evaluate import evaluate
-    from ptmoe.evaluate.routing import expert_similarity
     from ptmoe.model import attach
+    from ptmoe.tokens import uses_chat
     from ptmoe.train.data import fit
     from ptmoe.train.environment import environment
 
     base, tokenizer = load_base(options.model, revision=options.revision, dtype=options.dtype)
     model = attach(base, config, seed=options.seed, tokenizer=tokenizer)
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    fitted = fit(examples, tokenizer, positions - config.num_virtual_tokens, options.truncation)
+    chat = uses_chat(task_named(options.task or str(options.data)), tokenizer, options.chat)
+    positions = (model.max_positions or 2**31) - config.num_virtual_tokens
+    fitted = fit(examples, tokenizer, min(positions, options.max_length or positions), options.truncation, chat=chat)
+    if problems.count:
+        say(f"left out {problems.listed()}")
     if fitted.cut or fitted.left_out:
         say(
-            f"{fitted.left_out:,} of {len(examples):,} examples left out and {fitted.cut:,} cut: longer than the "
-            f"base's {positions} positions less {config.num_virtual_tokens} virtual tokens"
+            f"{fitted.left_out:,} of {len(fitted.rows) + fitted.left_out:,} examples left out and {fitted.cut:,} cut: "
+            f"longer than {min(positions, options.max_length or positions):,} tokens (--max-length, or the base's "
+            f"positions less {config.num_virtual_tokens} virtual tokens)"
         )
 
     resolved = {
         "method": {"name": config.method, **config.model_dump()},
+        "chat": chat,
         "learning_rate": options.learning_rate or config.default_learning_rate,
     }
     options = options.replace(**resolved)
@@ -134,17 +160,21 @@ def train(
         examples_left_out=fitted.left_out,
     )
     (folder / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
-    evaluation = None
-    if held_out:
-        evaluation = evaluate(
+    evaluations = [
+        evaluate(
             model,
             tokenizer,
-            held_out,
+            asked,
             batch_size=options.eval_batch_size,
             max_new_tokens=options.max_new_tokens,
+            max_length=options.max_length,
+            chat=chat,
+            folder=folder,
+            overwrite=True,
         )
-        evaluation.write(folder, expert_similarity(model.encoder))
-    return Trained(folder, result, model, tokenizer, evaluation)
+        for asked in held_out
+    ]
+    return Trained(folder, result, model, tokenizer, evaluations)
 
 
 def run_folder(options: TrainOptions, resume: bool) -> Path:
@@ -173,7 +203,7 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
 
 def _trainer(
     model: PromptedCausalLM,
-    rows: list[dict[str, list[int]]],
+    rows: list[dict[str, Row]],
     options: TrainOptions,
     folder: Path,
     callbacks: Sequence[TrainerCallback],

@@ -1,0 +1,162 @@
+"""`ptmoe eval` and `ptmoe score`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ptmoe.errors import PtmoeError
+from ptmoe.tasks import Problems, load_task, task_named, task_names
+
+if TYPE_CHECKING:
+    from ptmoe.tasks.base import Example
+
+
+def evaluate(
+    run: str | None,
+    names: Sequence[str],
+    split: str,
+    data: dict[str, Any],
+    base: dict[str, Any],
+    options: dict[str, Any],
+    *,
+    chat: bool | None,
+    output_dir: Path | None,
+    skip_bad: bool,
+) -> None:
+    """Evaluate an adapter, or a base without one, on tasks one after another."""
+    if run is None and "name" not in base:
+        raise PtmoeError("nothing to evaluate: give a run or adapter folder, or a base with --model")
+    if run is None and output_dir is None:
+        raise PtmoeError("a base alone has no run folder: name one with --output-dir")
+    console = Console()
+    tasks = list(dict.fromkeys(one for name in names for one in task_names(name)))
+    if data.get("data_dir") is not None and Path(data["data_dir"]).is_file() and len(tasks) > 1:
+        raise PtmoeError(f"{len(tasks)} tasks and one file {data['data_dir']}: give the folder that holds them all")
+    if data.get("ids") is not None and len(tasks) > 1:
+        raise PtmoeError(f"{len(tasks)} tasks and one list of ids {data['ids']}: evaluate that task by itself")
+    asked = {name: load(name, split, data, skip_bad, console) for name in tasks}
+
+    from ptmoe.base_models import load_base, quiet
+    from ptmoe.cli.inference import load as load_run
+    from ptmoe.cli.progress import progress_bar
+    from ptmoe.evaluate import evaluate as evaluate_task
+    from ptmoe.model import PromptedCausalLM
+    from ptmoe.tokens import uses_chat
+
+    quiet()
+    if run is not None:
+        model, tokenizer = load_run(Path(run), base)
+        trained_chat = chat_of(Path(run))
+        chat = trained_chat if chat is None else chat
+    else:
+        plain, tokenizer = load_base(**base)
+        model = PromptedCausalLM(plain.eval())
+    folder = output_dir or Path(str(run))
+    if not folder.is_dir() and output_dir is None:
+        raise PtmoeError(f"{run} is not a folder here: name one for the results with --output-dir")
+    if str(model.dtype) != "torch.float32" and options["batch_size"] > 1:
+        console.print(
+            f"{str(model.dtype).removeprefix('torch.')}: in a near tie an answer may depend on the batch size; it does "
+            "not with --dtype float32"
+        )
+    summaries = []
+    for name, examples in asked.items():
+        with progress_bar() as progress:
+            bar = progress.add_task(name, total=len(examples), note="")
+            evaluation = evaluate_task(
+                model,
+                tokenizer,
+                examples,
+                task=task_named(name),
+                split=split,
+                chat=uses_chat(task_named(name), tokenizer, chat),
+                folder=folder,
+                progress=lambda done, total, bar=bar, on=progress: on.update(bar, completed=done),  # type: ignore[misc]
+                **options,
+            )
+        summaries.append(evaluation.summary())
+    console.print(evaluation_table(summaries))
+    console.print(f"results: {folder / 'eval'}, predictions: {folder / 'predictions'}")
+
+
+def load(name: str, split: str, data: dict[str, Any], skip_bad: bool, console: Console) -> list[Example]:
+    problems = Problems(skip=skip_bad)
+    examples = load_task(name, split, problems=problems, say=console.print, **data)
+    if problems.count:
+        console.print(f"{name}: left out {problems.listed()}")
+    return examples
+
+
+def chat_of(run: Path) -> bool | None:
+    """Whether a run was trained on prompts in the chat template; None where its folder does not say."""
+    import yaml
+
+    config = run / "config.yaml"
+    if not config.is_file():
+        return None
+    written = yaml.safe_load(config.read_text())
+    return written.get("chat") if isinstance(written, dict) else None
+
+
+def evaluation_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """A row for each task: its metrics with their 95 % intervals; with several tasks their plain mean."""
+    names = list(dict.fromkeys(metric for one in summaries for metric in one["metrics"]))
+    notes = [note for note in ("cut", "unanswered") if any(one[note] for one in summaries)]
+    table = Table("task")
+    for column in ("examples", *(f"{name}, %" for name in names), *notes):
+        table.add_column(column, justify="right")
+    for one in summaries:
+        cells = [_with_interval(one, name) if name in one["metrics"] else "–" for name in names]
+        table.add_row(one["task"], f"{one['examples']:,}", *cells, *(f"{one[note]:,}" for note in notes))
+        if len(one["by_domain"]) > 1:
+            for domain, part in one["by_domain"].items():
+                table.add_row(f"  {domain}", f"{part['examples']:,}", *(f"{part[name]:.2f}" for name in one["metrics"]))
+            table.add_row("  mean of these", "", *(f"{value:.2f}" for value in one["mean_of_domains"].values()))
+    if len(summaries) > 1:
+        means = []
+        for name in names:
+            values = [one["metrics"][name] for one in summaries if name in one["metrics"]]
+            means.append(f"{sum(values) / len(values):.2f}" if len(values) == len(summaries) else "–")
+        table.add_section()
+        table.add_row("mean", "", *means)
+    return table
+
+
+def _with_interval(summary: dict[str, Any], metric: str) -> str:
+    low, high = summary["interval"][metric]
+    return f"{summary['metrics'][metric]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def score(
+    name: str,
+    predictions: Path,
+    split: str,
+    data: dict[str, Any],
+    *,
+    missing_as_wrong: bool,
+    skip_bad: bool,
+    output: Path | None,
+) -> None:
+    """Grade a file of predictions without a model."""
+    from ptmoe.tasks.predictions import read_predictions
+    from ptmoe.tasks.scoring import grade, summarise
+
+    console = Console()
+    texts = read_predictions(predictions)
+    examples = load(name, split, data, skip_bad, console)
+    marks = grade(name, texts, examples, missing_as_wrong=missing_as_wrong)
+    summary = {
+        **summarise(task_named(name), split, marks, [example.domain for example in examples]),
+        "unanswered": sum(example.id not in texts for example in examples),
+        "cut": 0,
+    }
+    console.print(evaluation_table([summary]))
+    if output is not None:
+        output.write_text(json.dumps(summary, indent=2) + "\n")
+        console.print(f"written: {output}")

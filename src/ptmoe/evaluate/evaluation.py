@@ -1,0 +1,230 @@
+"""Answer every example of a task greedily, grade it, and say which expert it was routed to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptmoe import __version__
+from ptmoe.errors import PtmoeError
+from ptmoe.evaluate.generation import complete
+from ptmoe.evaluate.predictions import Prediction, PredictionsFile
+from ptmoe.evaluate.routing import expert_similarity, summarise_routing
+from ptmoe.tasks import is_file, task_named
+from ptmoe.tasks.metrics import GRADERS
+from ptmoe.tasks.scoring import means, summarise
+from ptmoe.tokens import Prompt, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ptmoe.model import PromptedCausalLM
+    from ptmoe.tasks.base import Example, Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A task's predictions, in the order in which they were answered.
+
+    Attributes:
+        task: that they are of; `split` of it.
+        predictions: at least one.
+        seconds: of this evaluation, without what an interrupted one had done.
+        settings: what decided the predictions.
+        expert_similarity: cosines of the expert prompts `(N, N)`.
+    """
+
+    task: Task
+    split: str
+    predictions: list[Prediction]
+    seconds: float
+    settings: dict[str, Any]
+    expert_similarity: list[list[float]] | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means over the examples, in percent."""
+        return means([prediction.scores for prediction in self.predictions])
+
+    def summary(self) -> dict[str, Any]:
+        """What `eval/TASK.json` holds."""
+        made = self.predictions
+        routed = [one for one in made if one.gate is not None]
+        return {
+            **summarise(self.task, self.split, [one.scores for one in made], [one.domain for one in made]),
+            "cut": sum(one.cut > 0 for one in made),
+            "unanswered": sum(not one.answered for one in made),
+            "routing": summarise_routing(
+                [one.gate for one in routed], [one.domain for one in routed], self.expert_similarity
+            ),
+            "seconds": round(self.seconds, 3),
+            "settings": self.settings,
+        }
+
+    def write(self, folder: Path) -> Path:
+        """`eval/TASK.json` in a run folder."""
+        path = folder / "eval" / f"{file_name(self.task.name, self.split)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.summary(), indent=2) + "\n")
+        return path
+
+
+def file_name(task: str, split: str) -> str:
+    """What a task's files are called; a task that is a file goes by its name."""
+    name = Path(task).name.partition(".")[0] if is_file(task) else task.replace("/", "__")
+    return name if split == "test" or is_file(task) else f"{name}.{split}"
+
+
+def evaluate(
+    model: PromptedCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    task: Task | None = None,
+    split: str = "test",
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    chat: bool = False,
+    folder: Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Greedy answers to `examples`, graded as the task's own evaluator grades.
+
+    Args:
+        model: with its active adapter.
+        tokenizer: the base's.
+        examples: of one task, at least one.
+        task: how they are graded; by default the task that they name.
+        split: that they are of, for the names of the files.
+        batch_size: rows at once; in float32 it changes no answer (`ptmoe.evaluate.generation`).
+        max_new_tokens: of each answer; by default the task's.
+        max_length: real tokens that a prompt may have; by default what the base has positions for. A context is cut
+            from its end; an example that does not fit without it is not answered and scores 0.
+        chat: put prompts in the tokenizer's chat template.
+        folder: a run folder, for `predictions/TASK.jsonl`, written as answers come and gone on with if it is there,
+            and `eval/TASK.json`; by default nothing is written.
+        overwrite: start over.
+        progress: called with the examples done and all of them, after each batch.
+
+    Raises:
+        PtmoeError: no example, a limit that leaves no room, or a folder with predictions of another evaluation.
+    """
+    if not examples:
+        raise PtmoeError("no examples to evaluate")
+    started = time.monotonic()
+    task = task or task_named(examples[0].task)
+    new, room = _room(model, max_new_tokens, task.max_new_tokens, max_length)
+    prompts = [encode_prompt(example, tokenizer, chat=chat, room=room) for example in examples]
+    # The longest first: what does not fit into memory shows at once, and the time left is never underestimated.
+    order = sorted(range(len(examples)), key=lambda i: -len(one.ids) if (one := prompts[i]) else -(2**62))
+    settings = {
+        **_identity(model, examples),
+        "task": task.name,
+        "split": split,
+        "max_new_tokens": new,
+        "max_length": room,
+        "chat": chat,
+    }
+    similarity = expert_similarity(model.encoder) if model.num_virtual_tokens else None
+    file, done = None, []
+    if folder is not None:
+        path = folder / "predictions" / f"{file_name(task.name, split)}.jsonl"
+        file = PredictionsFile(path, settings, [examples[i].id for i in order], overwrite=overwrite)
+        done = file.resume()
+    if progress is not None:
+        progress(len(done), len(order))
+    was_training = model.training
+    model.eval()
+    try:
+        # A batch that was broken off is computed whole: its rows get the same company as undisturbed.
+        for start in range(len(done) // batch_size * batch_size, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            answered = _answer(model, tokenizer, task, [(examples[i], prompts[i]) for i in chunk], new, chat)
+            fresh = answered[max(0, len(done) - start) :]
+            if file is not None:
+                file.append(fresh)
+            done += fresh
+            if progress is not None:
+                progress(len(done), len(order))
+    finally:
+        model.train(was_training)
+    evaluation = Evaluation(task, split, done, time.monotonic() - started, settings, similarity)
+    if folder is not None:
+        evaluation.write(folder)
+    return evaluation
+
+
+def _room(model: PromptedCausalLM, asked: int | None, usual: int, max_length: int | None) -> tuple[int, int | None]:
+    """How many tokens an answer and a prompt may have."""
+    positions = model.max_positions
+    if positions is None:
+        return asked or usual, max_length
+    left = positions - model.num_virtual_tokens
+    new = asked or min(usual, left // 2)
+    if new >= left:
+        raise PtmoeError(
+            f"max_new_tokens={new} leaves no room for a prompt: the base has {positions} positions and "
+            f"{model.num_virtual_tokens} virtual tokens"
+        )
+    return new, left - new if max_length is None else min(max_length, left - new)
+
+
+def _identity(model: PromptedCausalLM, examples: Sequence[Example]) -> dict[str, Any]:
+    """What was asked of which model."""
+    adapter = None
+    if model.num_virtual_tokens:
+        tensors = hashlib.sha256(model.method_config.model_dump_json().encode())
+        for name, tensor in sorted(model.encoder.tensors().items()):
+            tensors.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        adapter = tensors.hexdigest()[:16]
+    data = hashlib.sha256()
+    for example in examples:
+        data.update(json.dumps([example.id, example.input, example.messages, example.references]).encode())
+    return {
+        "version": __version__,
+        "base": model.name_or_path,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "adapter": adapter,
+        "examples": len(examples),
+        "data": data.hexdigest()[:16],
+    }
+
+
+def _answer(
+    model: PromptedCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[tuple[Example, Prompt | None]],
+    max_new_tokens: int,
+    chat: bool,
+) -> list[Prediction]:
+    """The predictions of a batch."""
+    fitting = [prompt.ids for _, prompt in rows if prompt is not None]
+    made = iter(complete(model, tokenizer, fitting, max_new_tokens=max_new_tokens, until=task.until) if fitting else [])
+    predictions = []
+    for example, prompt in rows:
+        completion = next(made) if prompt is not None else None
+        text = completion.text if completion else ""
+        as_it_is = prompt is None or not (prompt.is_cut or example.messages or chat)
+        scores = GRADERS[task.grader](text, example.references)
+        predictions.append(
+            Prediction(
+                id=example.id,
+                prompt=example.input if as_it_is or prompt is None else tokenizer.decode(prompt.ids),
+                completion=text,
+                references=list(example.references),
+                scores=scores if completion else dict.fromkeys(scores, 0.0),
+                domain=example.domain,
+                gate=completion.gate if completion else None,
+                cut=sum(prompt.cut) if prompt else 0,
+                answered=completion is not None,
+            )
+        )
+    return predictions

@@ -1,0 +1,95 @@
+"""MAWPS: problems from several older collections (Koncel-Kedziorski et al., NAACL 2016), in the forms that circulate.
+
+    Question,Numbers,Equation,Answer,…
+    There are number0 short trees and number1 tall trees …,41.0 44.0 57.0,+ number0 number2,98,…
+    {"iIndex": 1, "sQuestion": "Joan found 70.0 seashells …", "lEquations": ["X=(70.0-27.0)"], "lSolutions": [43.0]}
+    {"id": 2351, "original_text": "A waiter had 22 customers …", "equation": "X=((22.0-14.0)/4.0)", "ans": 2.0}
+    {"question": "…", "answer": "… #### 98"}
+
+The CSV of github.com/arkilpatel/SVAMP, two JSON forms, and the rows of the Hub's garrethlee/MAWPS (355 in test). In the
+CSV the placeholders `number0`, `number1` (in another copy `N_00`, `N_01`) stand for the numbers of the column
+`Numbers`, separated by spaces; they are put back, `41.0` as `41`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ptmoe.tasks import gsm8k, prompts
+from ptmoe.tasks.base import Example, Hub, Origin, Split, Task
+from ptmoe.tasks.records import (
+    BadRecordError,
+    Format,
+    csv_rows,
+    json_array,
+    json_lines,
+    number_text,
+    text_of,
+)
+
+_PLACEHOLDER = re.compile(r"\b(?:number|N_)(\d+)\b")
+
+
+def csv_example(record: dict[str, Any], origin: Origin) -> Example:
+    numbers = [number_text(number) for number in record.get("Numbers", "").replace(",", " ").split()]
+
+    def number(found: re.Match[str]) -> str:
+        if int(found[1]) >= len(numbers):
+            raise BadRecordError(f"{found[0]} has no number: Numbers holds {len(numbers)}")
+        return numbers[int(found[1])]
+
+    question = _PLACEHOLDER.sub(number, text_of(record, "Question"))
+    return _example(question, text_of(record, "Answer"), origin, origin.id)
+
+
+def json_example(record: dict[str, Any], origin: Origin) -> Example:
+    if "sQuestion" in record:
+        solutions = record.get("lSolutions")
+        solutions = solutions if isinstance(solutions, list) else [solutions]
+        if not solutions or not all(isinstance(one, (int, float, str)) for one in solutions):
+            raise BadRecordError("'lSolutions' needs a list of numbers")
+        answer = "; ".join(number_text(one) for one in solutions)
+        return _example(text_of(record, "sQuestion"), answer, origin, str(record.get("iIndex", origin.id)))
+    return _example(text_of(record, "original_text"), text_of(record, "ans"), origin, str(record.get("id", origin.id)))
+
+
+def _example(question: str, answer: str, origin: Origin, name: str) -> Example:
+    answer = number_text(answer)
+    return Example(
+        id=name,
+        input=prompts.problem(question),
+        target=prompts.solution(answer),
+        references=(answer,),
+        task=origin.task,
+    )
+
+
+def _is_json(keys: frozenset[str]) -> bool:
+    return keys >= {"sQuestion", "lSolutions"} or keys >= {"original_text", "ans"}
+
+
+TASKS = (
+    Task(
+        name="mawps",
+        splits={
+            "train": Split(1417, ("train.csv", "train.json", "trainset.json"), hub="train"),
+            "test": Split(
+                355, ("test.csv", "test.json", "testset.json", "dev.csv", "MAWPS.json", "mawps.json"), hub="test"
+            ),
+        },
+        grader="mathematics",
+        metric="accuracy",
+        max_new_tokens=512,
+        until=("\nQuestion:",),
+        licence="not stated",
+        source="github.com/sroy9/mawps",
+        formats=(
+            Format("MAWPS's CSV", ",", lambda keys: keys >= {"Question", "Numbers", "Answer"}, csv_rows, csv_example),
+            Format("MAWPS's JSON", "[", _is_json, json_array, json_example),
+            Format("MAWPS's JSON lines", "{", _is_json, json_lines, json_example),
+        ),
+        hub=Hub("garrethlee/MAWPS", gsm8k.example),
+        note="sizes are those of the Hub's copy",
+    ),
+)

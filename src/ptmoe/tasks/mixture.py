@@ -1,0 +1,74 @@
+"""Several tasks as one, for training: `mrqa-in`, `gsm8k,svamp`, `gsm8k=2,mawps=1`.
+
+Examples come in turn. Without weights every example of every task comes once. With weights the tasks keep their
+proportions, in every beginning of the mixture as well as in the whole, which ends where a task has no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ptmoe.errors import PtmoeError, near
+from ptmoe.tasks.base import Example
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task of a mixture and its weight; all parts have one, or none has."""
+
+    task: str
+    weight: float | None
+
+
+def parse(name: str, tasks: Iterable[str], groups: dict[str, tuple[str, ...]]) -> list[Part]:
+    """The parts of a mixture; a task alone is one part. A group's weight is shared evenly by its tasks.
+
+    Raises:
+        PtmoeError: an unknown or repeated task, or weights that do not fit.
+    """
+    known = list(tasks)
+    parts: list[Part] = []
+    for piece in name.split(","):
+        task, equals, weight = piece.strip().partition("=")
+        members = groups.get(task, (task,))
+        for member in members:
+            if member not in known:
+                raise PtmoeError(f"unknown task {member!r}{near(member, [*known, *groups])}; or give a JSON-lines file")
+            if any(part.task == member for part in parts):
+                raise PtmoeError(
+                    f"task {member!r} is twice in {name!r}: give each once, with a weight (gsm8k=2,mawps=1)"
+                )
+            parts.append(Part(member, _weight(weight, piece) / len(members) if equals else None))
+    if len({part.weight is None for part in parts}) > 1:
+        raise PtmoeError(f"some tasks in {name!r} have a weight and some have none: give all one, or none")
+    return parts
+
+
+def _weight(text: str, piece: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < float("inf"):
+        raise PtmoeError(f"weight {text!r} in {piece!r}: needs a number above 0")
+    return weight
+
+
+def mixed(parts: Sequence[Part], streams: Sequence[Iterator[Example]]) -> Iterator[Example]:
+    """The examples of all parts in turn, always of the part that is furthest behind its share.
+
+    Their ids get the task's name in front, and their domain becomes the task.
+    """
+    weights = [part.weight or 1.0 for part in parts]
+    given, ended = [0] * len(parts), [False] * len(parts)
+    while not all(ended):
+        index = min((i for i in range(len(parts)) if not ended[i]), key=lambda i: ((given[i] + 1) / weights[i], i))
+        example = next(streams[index], None)
+        if example is None:
+            if parts[index].weight is not None:
+                return
+            ended[index] = True
+            continue
+        given[index] += 1
+        yield replace(example, id=f"{example.task}:{example.id}", domain=example.task)

@@ -1,0 +1,363 @@
+"""Records of a file, one after another, each with its place: JSON lines, a JSON array, XML elements, CSV rows.
+
+Memory does not grow with the file. Gzip is told by its first bytes. What cannot be read is noted by file and line in
+`Problems`, and whoever reads decides whether to refuse it (the default), or to count it and go on.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from ptmoe.errors import PtmoeError
+
+if TYPE_CHECKING:
+    from ptmoe.tasks.base import Example, Origin
+
+SHOWN = 5  # bad records named in a message; all are counted
+_HEAD = 1 << 16  # bytes that decide which format a file has
+_CHUNK = 1 << 20
+_GZIP = b"\x1f\x8b"
+
+Record = tuple[str, Any]  # "FILE:LINE" and what stands there
+
+
+class BadRecordError(ValueError):
+    """What is wrong with a record; its place is added by whoever reads."""
+
+
+class Problems:
+    """The bad records of what is read.
+
+    Args:
+        skip: count and list them, and go on; else `refuse` raises.
+        at_once: raise at the first, for a stream whose reader would not wait for the end.
+    """
+
+    def __init__(self, *, skip: bool = False, at_once: bool = False) -> None:
+        self.skip = skip
+        self.at_once = at_once
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, place: str, what: str) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(f"{place}: {what}")
+        if self.at_once:
+            self.refuse()
+
+    def listed(self) -> str:
+        """How many, and the first of them."""
+        more = f"\n  … and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
+        return f"{self.count} bad record(s):\n  " + "\n  ".join(self.first) + more
+
+    def refuse(self) -> None:
+        """
+        Raises:
+            PtmoeError: there are bad records and they are not to be skipped.
+        """
+        if self.count and not self.skip:
+            raise PtmoeError(f"{self.listed()}\nmend or remove them, or read the others with --skip-bad")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the beginning of a file shows.
+
+    Attributes:
+        kind: `"{"` for JSON lines or a JSON object, `"["` for a JSON array, `"<"` for XML, `","` for anything else.
+        keys: of the first JSON object or the CSV header; for XML the root element's name.
+    """
+
+    kind: str
+    keys: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One original format of a data set.
+
+    Attributes:
+        name: for messages, "GSM8K's JSON lines".
+        kind: of `Head`.
+        recognise: whether a file of these keys is in this format.
+        records: the file's records.
+        example: from one record to an example; raises `BadRecordError`.
+    """
+
+    name: str
+    kind: str
+    recognise: Callable[[frozenset[str]], bool]
+    records: Callable[[Path, Problems], Iterator[Record]]
+    example: Callable[[dict[str, Any], Origin], Example]
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The file's bytes, unzipped if need be."""
+    with path.open("rb") as file:
+        zipped = file.read(2) == _GZIP
+    return gzip.open(path) if zipped else path.open("rb")  # type: ignore[return-value]
+
+
+def head(path: Path) -> Head:
+    """
+    Raises:
+        PtmoeError: an empty file.
+    """
+    try:
+        with opened(path) as file:
+            start = file.read(_HEAD)
+    except (OSError, EOFError, zlib.error):
+        return Head("", frozenset())  # a damaged gzip: reading says where
+    text = start.decode("utf-8-sig", errors="replace").lstrip()
+    if not text:
+        raise PtmoeError(f"{path} is empty: needs at least one record")
+    if text[0] in "{[":
+        return Head(text[0], frozenset(_first_keys(text)))
+    if text[0] == "<":
+        root = re.search(r"<([A-Za-z_][\w.-]*)", text)
+        return Head("<", frozenset([root[1]] if root else []))
+    return Head(",", frozenset(next(csv.reader([text.splitlines()[0]]), [])))
+
+
+def _first_keys(text: str) -> Iterator[str]:
+    """The keys of the first JSON object in a text that may break off."""
+    depth, last = 0, ""
+    for token in re.finditer(r'"((?:[^"\\]|\\.)*)"|[{}\[\]:]', text[1:] if text[0] == "[" else text):
+        if token[1] is not None:
+            last = token[1]
+        elif token[0] == ":":
+            if depth == 1:
+                yield last
+        else:
+            depth += 1 if token[0] in "{[" else -1
+            if depth == 0:
+                return
+
+
+def json_lines(path: Path, problems: Problems) -> Iterator[Record]:
+    """Each line's object."""
+    number = 0
+    with opened(path) as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield f"{path}:{number}", _object(line.removeprefix(b"\xef\xbb\xbf"))
+                    except BadRecordError as problem:
+                        problems.add(f"{path}:{number}", str(problem))
+        except (EOFError, OSError, zlib.error) as error:
+            problems.add(f"{path}:{number + 1}", _damaged_gzip(error))
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError:
+        raise BadRecordError("not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise BadRecordError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise BadRecordError("not JSON that can be read (nested too deep)") from None
+    if not isinstance(record, dict):
+        raise BadRecordError(f"a JSON {type(record).__name__}, needs an object")
+    return record
+
+
+def _damaged_gzip(error: Exception) -> str:
+    return f"damaged gzip ({error}): nothing from here on can be read"
+
+
+class _Text:
+    """A text file that is read on as it is needed, and whose lines are counted as it is left behind."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self.path = path
+        self.file = io.TextIOWrapper(file, encoding="utf-8-sig")
+        self.buffer = ""
+        self.line = 1
+        self.ended = False
+
+    def more(self) -> bool:
+        """Read as much again as is there; false at the end."""
+        read = self.file.read(max(_CHUNK, len(self.buffer)))
+        self.buffer += read
+        self.ended = not read
+        return not self.ended
+
+    def leave(self, length: int) -> None:
+        self.line += self.buffer.count("\n", 0, length)
+        self.buffer = self.buffer[length:]
+
+    def past(self, pattern: str) -> bool:
+        """Leave everything up to the end of the first match; false if there is none."""
+        while (found := re.search(pattern, self.buffer)) is None:
+            if not self.more():
+                return False
+        self.leave(found.end())
+        return True
+
+    def next(self) -> str:
+        """The next character that is not white space, left where it is; "" at the end."""
+        while not (stripped := self.buffer.lstrip()):
+            self.leave(len(self.buffer))
+            if not self.more():
+                return ""
+        self.leave(len(self.buffer) - len(stripped))
+        return stripped[0]
+
+
+def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Iterator[Record]:
+    """Each object of a JSON array: the file's own, or the one under `key` in an object.
+
+    (`ijson` streams JSON too, but does not know the line that it is at.)
+    """
+    with opened(path) as file:
+        text = _Text(path, file)
+        try:
+            if not text.past(r"^\s*\[" if key is None else rf'"{key}"\s*:\s*\['):
+                problems.add(f"{path}:1", "not a JSON array" if key is None else f"no array under {key!r}")
+                return
+            yield from _elements(text, problems)
+        except UnicodeDecodeError:
+            problems.add(
+                f"{path}:{text.line}", "not UTF-8 text at or after this line: nothing from here on can be read"
+            )
+        except (EOFError, OSError, zlib.error) as error:
+            problems.add(f"{path}:{text.line}", _damaged_gzip(error))
+
+
+def _elements(text: _Text, problems: Problems) -> Iterator[Record]:
+    decoder = json.JSONDecoder()
+    first = True
+    while (character := text.next()) != "]":
+        if not first and character == ",":
+            text.leave(1)
+            text.next()
+        elif not first or not character:
+            return problems.add(
+                f"{text.path}:{text.line}",
+                "not JSON (the array breaks off)" if not character else "not JSON (no comma between two records)",
+            )
+        first = False
+        while True:
+            try:
+                record, end = decoder.raw_decode(text.buffer)
+                if isinstance(record, dict) or end < len(text.buffer):
+                    break
+            except (json.JSONDecodeError, RecursionError) as error:
+                if not text.ended and text.more():
+                    continue
+                return problems.add(
+                    _place(text, error),
+                    f"not JSON ({getattr(error, 'msg', 'nested too deep')}): nothing from here on can be read",
+                )
+            if not text.more():
+                break
+        place = f"{text.path}:{text.line}"
+        text.leave(end)
+        if isinstance(record, dict):
+            yield place, record
+        else:
+            problems.add(place, f"a JSON {type(record).__name__}, needs an object")
+    return None
+
+
+def _place(text: _Text, error: Exception) -> str:
+    return f"{text.path}:{text.line + text.buffer.count(chr(10), 0, getattr(error, 'pos', 0))}"
+
+
+def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Record]:
+    """Each element of a name, as its attributes and its children's texts."""
+    parser = ElementTree.XMLPullParser(events=("start", "end"))
+    root: ElementTree.Element | None = None
+    started = number = 0
+    with opened(path) as file:
+        try:
+            for number, line in enumerate(file, 1):
+                parser.feed(line)
+                for event, element in parser.read_events():
+                    if root is None:
+                        root = element
+                    if event == "start" and element.tag == name:
+                        started = number
+                    if event == "end" and element.tag == name:
+                        children = {child.tag: "".join(child.itertext()).strip() for child in element}
+                        yield f"{path}:{started}", {**element.attrib, **children}
+                        # Else the tree would keep every element that was read.
+                        for parent in root.iter():
+                            if element in parent:
+                                parent.remove(element)
+                                break
+            parser.close()
+        except ElementTree.ParseError as error:
+            problems.add(
+                f"{path}:{error.position[0]}", f"not XML ({str(error).split(':')[0]}): nothing from here on can be read"
+            )
+        except (EOFError, OSError, zlib.error) as error:
+            problems.add(f"{path}:{number + 1}", _damaged_gzip(error))
+
+
+def csv_rows(path: Path, problems: Problems) -> Iterator[Record]:
+    """Each row by the header's names."""
+    with opened(path) as file:
+        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+        before = 0
+        header: list[str] | None = None
+        while True:
+            try:
+                row = next(reader, None)
+            except UnicodeDecodeError:
+                return problems.add(f"{path}:{reader.line_num + 1}", "not UTF-8 text at or after this line")
+            except (EOFError, OSError, zlib.error) as error:
+                return problems.add(f"{path}:{reader.line_num + 1}", _damaged_gzip(error))
+            except csv.Error as error:
+                problems.add(f"{path}:{before + 1}", f"not CSV ({error})")
+                before = reader.line_num
+                continue
+            if row is None:
+                return None
+            place, before = f"{path}:{before + 1}", reader.line_num
+            if header is None:
+                header = row
+            elif len(row) == len(header):
+                yield place, dict(zip(header, row, strict=True))
+            elif row:
+                problems.add(place, f"{len(row)} fields, the header has {len(header)}")
+
+
+def text_of(record: dict[str, Any], key: str, *, may_be_empty: bool = False) -> str:
+    """A field that is text, or a number as text.
+
+    Raises:
+        BadRecordError: it is missing, empty, or something else.
+    """
+    if key not in record:
+        raise BadRecordError(f"lacks the key {key!r} (has {', '.join(map(repr, record)) or 'none'})")
+    value = record[key]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return number_text(value)
+    if not isinstance(value, str):
+        raise BadRecordError(f"{key!r} is {type(value).__name__}, needs text")
+    if not value.strip() and not may_be_empty:
+        raise BadRecordError(f"{key!r} is empty")
+    return value
+
+
+def number_text(value: float | str) -> str:
+    """A number as people write it: `51.0` is `51`."""
+    try:
+        number = float(value)
+    except ValueError:
+        return str(value).strip()
+    return str(int(number)) if number.is_integer() else str(value).strip()

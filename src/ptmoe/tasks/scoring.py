@@ -1,0 +1,115 @@
+"""Grading predictions without a model: means, their bootstrap intervals, and the parts of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ptmoe.errors import PtmoeError
+from ptmoe.tasks import task_named
+from ptmoe.tasks.base import Example, Task
+from ptmoe.tasks.metrics import GRADERS
+
+BOOTSTRAP_SAMPLES = 2000
+Marks = dict[str, float]  # by metric, from 0 to 1
+
+
+def score(
+    name: str,
+    predictions: Sequence[str] | Mapping[str, str],
+    examples: Iterable[Example],
+    *,
+    missing_as_wrong: bool = False,
+) -> dict[str, float]:
+    """Grade predictions as the data set's own evaluator does, in percent.
+
+    Args:
+        name: a task, as for `load_task`.
+        predictions: in the examples' order, or by example id.
+        examples: what was asked.
+        missing_as_wrong: an example without a prediction scores 0, as in MRQA's and SQuAD's evaluators.
+
+    Returns:
+        `{"accuracy": …}`, or for question answering `{"exact_match": …, "f1": …}`.
+
+    Raises:
+        PtmoeError: no examples, or predictions that do not cover exactly these examples.
+    """
+    return means(grade(name, predictions, examples, missing_as_wrong=missing_as_wrong))
+
+
+def grade(
+    name: str,
+    predictions: Sequence[str] | Mapping[str, str],
+    examples: Iterable[Example],
+    *,
+    missing_as_wrong: bool = False,
+) -> list[Marks]:
+    """Each example's scores, from 0 to 1; as `score`."""
+    examples = list(examples)
+    if not examples:
+        raise PtmoeError(f"no examples of {name!r} to score")
+    if isinstance(predictions, Mapping):
+        ids = [example.id for example in examples]
+        missing = [] if missing_as_wrong else [one for one in ids if one not in predictions]
+        strange = list(predictions.keys() - set(ids))
+        if missing or strange:
+            raise PtmoeError(
+                f"predictions lack {len(missing)} id(s) {missing[:3]} and hold {len(strange)} strange one(s) "
+                f"{sorted(strange)[:3]}: give one for each example"
+            )
+        texts: Sequence[str | None] = [predictions.get(one) for one in ids]
+    else:
+        texts = predictions
+    if len(texts) != len(examples):
+        raise PtmoeError(f"{len(texts)} predictions for {len(examples)} examples: give one for each")
+    grader = GRADERS[task_named(name).grader]
+    marks = []
+    for text, example in zip(texts, examples, strict=True):
+        scores = grader(text or "", example.references)
+        marks.append(dict.fromkeys(scores, 0.0) if text is None else scores)
+    return marks
+
+
+def summarise(task: Task, split: str, marks: Sequence[Marks], domains: Sequence[str]) -> dict[str, Any]:
+    """What graded examples come to.
+
+    Args:
+        task: that they are of.
+        split: of it.
+        marks: of each example, at least one.
+        domains: of each example.
+
+    Returns:
+        `metrics` in percent with the 95 % `interval` of each; `by_domain` the same means for each domain, and
+        `mean_of_domains`, their plain mean, which is the form of SVAMP's figure in PT-MoE's paper.
+    """
+    parts = {name: [one for one, of in zip(marks, domains, strict=True) if of == name] for name in sorted(set(domains))}
+    by_domain = {name: {"examples": len(part), **means(part)} for name, part in parts.items() if name}
+    return {
+        "task": task.name,
+        "split": split,
+        "examples": len(marks),
+        "metric": task.metric,
+        "metrics": means(marks),
+        "interval": {name: bootstrap_interval([one[name] for one in marks]) for name in marks[0]},
+        "by_domain": by_domain,
+        "mean_of_domains": {
+            name: sum(part[name] for part in by_domain.values()) / len(by_domain) for name in marks[0] if by_domain
+        },
+    }
+
+
+def means(marks: Sequence[Marks]) -> Marks:
+    """In percent."""
+    return {name: 100 * sum(one[name] for one in marks) / len(marks) for name in marks[0]}
+
+
+def bootstrap_interval(scores: Sequence[float]) -> list[float]:
+    """The 95 % percentile interval of a mean, in percent, over resampled examples; the same for the same scores."""
+    values = np.sort(np.asarray(scores, dtype=float))  # the examples' order must not matter
+    generator = np.random.default_rng(0)
+    resampled = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(BOOTSTRAP_SAMPLES)]
+    return [float(100 * edge) for edge in np.quantile(resampled, (0.025, 0.975))]

@@ -1,0 +1,60 @@
+"""SVAMP: variations on simple problems, of four types (Patel et al., arXiv:2103.07191).
+
+    {"ID": "chal-1", "Body": "Each pack of dvds costs 76 dollars. If there is a discount of 25 dollars on each pack",
+     "Question": "How much do you have to pay to buy each pack?", "Equation": "( 76.0 - 25.0 )", "Answer": 51.0,
+     "Type": "Subtraction"}
+
+`SVAMP.json` of github.com/arkilpatel/SVAMP is one JSON array of 1,000 without a split: all of them are `test`. The 300
+that papers report are the test split of the Hub's copy, or any list of ids with `--ids`. One type is spelt
+`Common-Divison` there; it counts with the 165 others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptmoe.tasks import prompts
+from ptmoe.tasks.base import Example, Hub, Origin, Split, Task
+from ptmoe.tasks.records import BadRecordError, Format, json_array, text_of
+
+TYPES = {
+    "Addition": "addition",
+    "Subtraction": "subtraction",
+    "Multiplication": "multiplication",
+    "Common-Division": "division",
+    "Common-Divison": "division",
+}
+
+
+def example(record: dict[str, Any], origin: Origin) -> Example:
+    kind = text_of(record, "Type")
+    if kind not in TYPES:
+        raise BadRecordError(f"unknown Type {kind!r}: needs one of {', '.join(TYPES)}")
+    answer = text_of(record, "Answer")
+    return Example(
+        id=text_of(record, "ID"),
+        input=prompts.problem(text_of(record, "Body", may_be_empty=True), text_of(record, "Question")),
+        target=prompts.solution(answer),
+        references=(answer,),
+        task=origin.task,
+        domain=TYPES[kind],
+    )
+
+
+FORMAT = Format("SVAMP's JSON", "[", lambda keys: keys >= {"ID", "Body", "Question", "Type"}, json_array, example)
+
+TASKS = (
+    Task(
+        name="svamp",
+        splits={"train": Split(700, hub="train"), "test": Split(1000, ("SVAMP.json",), hub="test")},
+        grader="mathematics",
+        metric="accuracy",
+        max_new_tokens=512,
+        until=("\nQuestion:",),
+        licence="MIT",
+        source="github.com/arkilpatel/SVAMP",
+        formats=(FORMAT,),
+        hub=Hub("ChilleD/SVAMP", example),
+        note="SVAMP.json has no split: test is all of it; the Hub's test is 300",
+    ),
+)

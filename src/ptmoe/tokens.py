@@ -1,0 +1,164 @@
+"""From an example to tokens: prompt and completion are tokenised apart, so that generation sees training's prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from ptmoe.errors import PtmoeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ptmoe.tasks.base import Example, Task
+
+# Some templates (Llama 3's) write today's date into every conversation, and a prompt would differ from one day to the
+# next. This is the date that Llama 3.2's own falls back to.
+_DATE = "26 Jul 2024"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens that the model is given.
+
+    Attributes:
+        ids: in generation all of them, in training those before the completion.
+        cut: how many tokens of the context were left out, at its beginning and at its end, to make it fit.
+        context: where in `ids` what is left of a cut context stands.
+    """
+
+    ids: list[int]
+    cut: tuple[int, int] = (0, 0)
+    context: tuple[int, int] = (0, 0)
+
+    @property
+    def is_cut(self) -> bool:
+        return self.cut != (0, 0)
+
+
+def uses_chat(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
+    """Whether prompts go into the tokenizer's chat template: as asked, else where the task wants it and there is one.
+
+    Raises:
+        PtmoeError: it is asked for and there is none.
+    """
+    if chat:
+        _require_template(tokenizer)
+    return bool(tokenizer.chat_template) and task.chat if chat is None else chat
+
+
+def encode_prompt(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat: bool = False,
+    room: int | None = None,
+    around_answer: bool = False,
+) -> Prompt | None:
+    """An example's prompt, in at most `room` tokens.
+
+    Only the context is ever cut, never the question: from its end, as whoever asks does not know where the answer is;
+    or in training `around_answer`, so that there is something to learn from it.
+
+    Args:
+        example: its `messages` make a conversation; else its `input` is a text, or with `chat` the user's message.
+        tokenizer: the base's.
+        chat: put the input in the tokenizer's chat template.
+        room: tokens that there are; None for no limit.
+        around_answer: keep the answer in the middle of what is left of the context.
+
+    Returns:
+        None where the prompt does not fit even without its context.
+    """
+    text, special = _text(example, tokenizer, chat)
+    ids = _without_end(cast(list[int], tokenizer(text, add_special_tokens=special)["input_ids"]), tokenizer)
+    if room is None or len(ids) <= room:
+        return Prompt(ids)
+    start, end = example.context
+    if start == end:
+        return None
+    shift = text.find(example.input[start:end]) - start
+    if shift + start < 0:
+        return None  # a template that rewrites the text
+    if not tokenizer.is_fast:
+        raise PtmoeError(
+            f"example {example.id} has {len(ids)} tokens, {room} fit, and {type(tokenizer).__name__} cannot say which "
+            "of them are the context's: use a fast tokenizer, or a base with more positions"
+        )
+    offsets = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
+    inside = [i for i, (a, b) in enumerate(offsets) if shift + start <= a < b <= shift + end]
+    excess = len(ids) - room
+    if not inside or excess > len(inside):
+        return None
+    first, last = inside[0], inside[-1] + 1  # the context's tokens
+    begin, kept = first, last - first - excess
+    if around_answer and example.answer is not None:
+        where = [shift + edge for edge in example.answer]
+        answer = [i for i in inside if offsets[i][1] > where[0] and offsets[i][0] < where[1]]
+        if answer:
+            middle = answer[0] - max(0, kept - len(answer)) // 2
+            begin = min(max(first, middle), last - kept)
+    # A character of several tokens is left out as a whole.
+    while kept and begin > first and offsets[begin] == offsets[begin - 1]:
+        begin, kept = begin + 1, kept - 1
+    while kept and begin + kept < last and offsets[begin + kept] == offsets[begin + kept - 1]:
+        kept -= 1
+    end_of_kept = begin + kept
+    return Prompt(
+        ids[:first] + ids[begin:end_of_kept] + ids[last:],
+        cut=(begin - first, last - end_of_kept),
+        context=(first, first + kept),
+    )
+
+
+def encode_completion(example: Example, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> list[int]:
+    """The supervised tokens; they end with the end token, so that the model learns to stop."""
+    text = example.target
+    if example.messages or chat:
+        messages = example.messages or _user(example)
+        before = _chat(tokenizer, messages, add_generation_prompt=True)
+        answer = {"role": "assistant", "content": text if example.messages else text.strip()}
+        whole = _chat(tokenizer, (*messages, answer), add_generation_prompt=False)
+        if not whole.startswith(before):
+            raise PtmoeError(
+                "the tokenizer's chat template writes a conversation differently with and without its last answer, so "
+                "the prompt in training would not be the one in generation: give prompt and completion instead, or "
+                "train with --no-chat"
+            )
+        text = whole[len(before) :]
+    ids = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    return ids if end is None or end in ids[-2:] else [*ids, end]
+
+
+def _text(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[str, bool]:
+    """The prompt, and whether the tokenizer still has to add its special tokens."""
+    if example.messages or chat:
+        return _chat(tokenizer, example.messages or _user(example), add_generation_prompt=True), False
+    return example.input, True
+
+
+def _user(example: Example) -> tuple[dict[str, Any], ...]:
+    return ({"role": "user", "content": example.input},)
+
+
+def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Some tokenizers close every text with the end token: a prompt goes on."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise PtmoeError(
+            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template for data with messages: "
+            "give prompt and completion instead, or leave --chat out"
+        )
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], *, add_generation_prompt: bool) -> str:
+    _require_template(tokenizer)
+    made = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
+    )
+    return cast(str, made)
