@@ -203,7 +203,7 @@ def extract_answer(completion: str) -> str:
 def _final(text: str) -> str:
     sort, line, rest = _marked(text)
     if _numbers(line) is not None:
-        return line
+        return line.rstrip(" .")
     if sort == "is" and (answer := _first_number(_first_sentence(line))):
         return answer
     return _last_number(rest) or (_first_sentence(line) if sort else _last_line(text))

@@ -153,7 +153,7 @@ def json_lines(path: Path, problems: Problems) -> Iterator[Record]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield f"{path}:{number}", _object(line.removeprefix(b"\xef\xbb\xbf"))
+                        yield f"{path}:{number}", _object(line.rstrip().removeprefix(b"\xef\xbb\xbf"))
                     except BadRecordError as problem:
                         problems.add(f"{path}:{number}", str(problem))
         except (EOFError, OSError, zlib.error) as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ptmoe.tasks import prompts
 from ptmoe.tasks.base import Example, Hub, Origin, Split, Task
-from ptmoe.tasks.records import BadRecordError, Format, json_array, text_of
+from ptmoe.tasks.records import BadRecordError, Format, json_array, number_text, text_of
 
 TYPES = {
     "Addition": "addition",
@@ -30,7 +30,7 @@ def example(record: dict[str, Any], origin: Origin) -> Example:
     kind = text_of(record, "Type")
     if kind not in TYPES:
         raise BadRecordError(f"unknown Type {kind!r}: needs one of {', '.join(TYPES)}")
-    answer = text_of(record, "Answer")
+    answer = number_text(text_of(record, "Answer"))
     return Example(
         id=text_of(record, "ID"),
         input=prompts.problem(text_of(record, "Body", may_be_empty=True), text_of(record, "Question")),
