@@ -48,9 +48,9 @@ def squad_scores(prediction, references):
 
 
 PIECES = (
-    "the The THE a A an An theme another cat cat's CATS dog Dog-house 1990s 1,990 $5 U.S. e\u0301 caf\u00e9 a\u0301 "
-    "na\u00efve \u0130stanbul stra\u00dfe \uff12\uff10 \u0663 \u00bd the\u2013cat \u201cthe\u201d don\u2019t _a_ a_b -- ... ! ? a. (the) "
-    "\u4e2d\u6587 \u0939\u093f\u0928\u094d\u0926\u0940"
+    "the The THE a A an An theme another cat cat's CATS dog Dog-house 1990s 1,990 $5 U.S. a. (the) _a_ a_b -- ... ! ? "
+    "e\u0301 caf\u00e9 a\u0301 na\u00efve \u0130stanbul stra\u00dfe \uff12\uff10 \u0663 \u00bd "
+    "the\u2013cat \u201cthe\u201d don\u2019t \u4e2d\u6587 \u0939\u093f\u0928\u094d\u0926\u0940"
 ).split(" ")
 SPACES = (" ", "  ", "\t", "\n", "\u00a0", "\u2003", "")
 
@@ -249,11 +249,14 @@ def test_what_a_float_did_to_a_gold_is_forgiven_and_a_rounded_answer_is_not():
         ("The answer is 4. No, the answer is 5.", "5"),
         ("The answer is 12 apples, 3 more than 9", "12"),
         ("A: There are 15 trees.\n15 + 6 = 21", "21"),  # reasoning follows `A:`
-        ("Option A: 5 is less than 6", "6"),
+        ("Option A: 5\nis less than 6", "6"),
+        (r"The answer is \boxed{4}. No, \boxed{5}", "5"),
+        (r"\boxed{4}? No, the answer is 5", "5"),
         ("pages 10-3", "3"),
         ("48/2 = 24", "24"),
         ("The answer is 48/2 = 24, half of 48", "24"),
         ("The answer is 5, since 3 + 2 = 5", "5"),
+        ("The answer is 5 = 2 + 3", "5"),
         ("The area is 36 m\u00b2", "36"),
         ("The area is 36 m^2, or 36 m2", "36"),
         ("It is 12 or 13.", "12 or 13"),
@@ -287,6 +290,9 @@ def test_the_final_answer_is_found(completion, answer):
         ("10:30", "30"),
         ("10 - 3", "-3"),
         ("10-3", "-3"),
+        ("(10)-3", "-3"),
+        ("48 24/2", "60"),
+        ("0.00021", "0.0002"),
         ("3,5", "5"),
         ("5^2", "2"),
         ("5\u00b2", "5"),
@@ -357,6 +363,7 @@ ASDIV = {  # gold: (right, wrong)
         ["17", "29", "17; 12; 29", "Ana is 17 and Jack is 13"],
     ),
     "9:7": (["9:7", "18:14", "9 to 7", "9/7", "#### 9:7", "The answer is 9 : 7."], ["9", "7", "7:9", "9:17", "16"]),
+    "9:00": (["9:00", "The answer is 9:00."], ["9", "18:00", "0:9"]),
     "10:1": (["10:1", "20:2"], ["10", "1", "1:10"]),
     "2:4:3": (["2:4:3", "4:8:6"], ["2:4", "2:3:4"]),
     "11:45 p.m.": (
@@ -370,6 +377,7 @@ ASDIV = {  # gold: (right, wrong)
         ["Molly", "90", "Ted or Molly"],
     ),
     "Vendor 2": (["vendor 2.", "#### Vendor 2"], ["2", "Vendor 1", "Vendor", "Vendor -2"]),
+    "Book store": (["the book store", "#### A book store."], ["Online", "book"]),
     "Richard's recipe": (["richard\u2019s recipe"], ["Anna's recipe"]),
     "They are equal": (
         ["They are equal.", "#### they are equal", "The answer is: They are equal."],
@@ -480,7 +488,7 @@ TEXT = st.one_of(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(prediction=TEXT, references=st.lists(TEXT, max_size=2))
 def test_no_text_is_refused_and_every_score_is_in_0_to_1(prediction, references):
     for grader in GRADERS.values():
@@ -496,46 +504,13 @@ def test_a_gold_is_right_for_itself(gold):
     assert verbatim(gold, [gold])
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
-        "1",
-        "1/",
-        "1,",
-        "111,",
-        "11,",
-        "1:",
-        "1 ",
-        "1. ",
-        "1 or ",
-        "5 (",
-        "####",
-        "#### 1",
-        "answer is ",
-        "answer is 1+1=",
-        "\nA:",
-        "-",
-        "-(",
-        " ",
-        "\n",
-    ]
-    + [
-        r"\boxed{",
-        r"\boxed{{a}",
-        r"\frac{",
-        r"\text{",
-        "1e9",
-        "\u00bd",
-        "5\u00b2",
-        "5 am ",
-        "'",
-        "1 to ",
-        "5;",
-        "the ",
-        "**",
-        "12/25/2020 ",
-    ],
-)
+PIECE = (
+    "1|1/|1,|111,|11,|1:|1 |1. |1 or |1 to |1e9|5 (|5 am |5;|5\u00b2|\u00bd|12/25/2020 |-|-(| |\n|'|**|the |####|"
+    "#### 1|answer is |answer is 1+1=|\nA:|\\boxed{|\\boxed{{a}|\\frac{|\\text{"
+).split("|")
+
+
+@pytest.mark.parametrize("piece", PIECE)
 def test_a_long_text_takes_no_more_than_its_share_of_time(piece):
     long = (piece * 100_000)[:100_000]
     started = time.perf_counter()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ptmoe.errors import PtmoeError
 from ptmoe.report import comparison_table, read_run, read_runs, write_report
-from ptmoe.report.figures import DARK, LIGHT, accuracy_by_domain, learning_curves, routing_figures, routing_heat_map
+from ptmoe.report.figures import DARK, LIGHT, learning_curves, routing_figures, routing_heat_map, score_by_domain
 from ptmoe.report.html import summary
 from ptmoe.report.runs import labels
 
@@ -315,7 +315,7 @@ def test_curves_show_the_logged_losses_by_step_and_by_second(three):
 
 
 def test_bars_are_as_long_as_the_accuracies(three):
-    axes = accuracy_by_domain(three, "nano/mixed").axes[0]
+    axes = score_by_domain(three, "nano/mixed").axes[0]
     widths = [[bar.get_width() for bar in group] for group in axes.containers if hasattr(group, "patches")]
     assert widths == [[3.2, 1.1, 2.2, 6.3, 3.4], [29.3, 0.5, 99.5, 9.6, 7.7], [71.4, 70.1, 72.3, 73.5, 69.7]]
 
@@ -354,7 +354,7 @@ def test_the_summary_claims_a_lead_only_where_the_intervals_part(tmp_path):
     level = read_run(write_run(tmp_path / "d", "smop", 50.0, interval=[48.0, 52.0]))
     said = summary([first, apart], "nano/mixed")
     assert "pt-moe answers 60.0 % [57.0, 63.0] right with 3,764 trained parameters, the most of 2 runs" in said
-    assert "pt answers 50.0 % [48.0, 52.0] with 3,840 trained parameters" in said
+    assert "pt answers 50.0 % [48.0, 52.0] right with 3,840 trained parameters" in said
     assert "do not overlap" in said
     assert "do not tell the two apart" in summary([first, close], "nano/mixed")
     assert "the most" not in summary([first, level], "nano/mixed")

@@ -143,8 +143,8 @@ def learning_curves(runs: Sequence[Run], against: Literal["step", "seconds"] = "
     return figure
 
 
-def accuracy_by_domain(runs: Sequence[Run], task: str, theme: Theme = LIGHT) -> Figure:
-    """Accuracy in percent over all examples, with its 95 % interval, and in each domain.
+def score_by_domain(runs: Sequence[Run], task: str, theme: Theme = LIGHT) -> Figure:
+    """Score in percent over all examples, with its 95 % interval, and in each domain.
 
     Raises:
         PtmoeError: no run was evaluated on the task.
@@ -161,15 +161,14 @@ def accuracy_by_domain(runs: Sequence[Run], task: str, theme: Theme = LIGHT) -> 
     thickness = 1 / (len(shown) + 0.8)
     figure, axes = _figure(theme, height=0.9 + groups * max(0.3, 0.17 * (len(shown) + 0.8)) + 0.2 * len(shown) / 2)
     for index, (label, evaluation, color, hatch) in enumerate(shown):
-        parts = [evaluation.by_domain.get(domain) for domain in domains]
-        values = [evaluation.accuracy, *(part.accuracy if part else None for part in parts)]
+        values = [evaluation.score, *(evaluation.domain_score(domain) for domain in domains)]
         offset = (index - (len(shown) - 1) / 2) * thickness
         places = [group + offset for group, value in enumerate(values) if value is not None]
         filled = [value for value in values if value is not None]
         bars = axes.barh(places, filled, 0.86 * thickness, label=_plain(label), color=color, hatch=hatch)
         for bar in bars:
             bar.set(edgecolor=theme.surface, linewidth=0)  # the hatch has the edge's colour
-        interval = evaluation.accuracy_interval
+        interval = evaluation.score_interval
         if interval:
             around = [[max(0.0, filled[0] - interval[0])], [max(0.0, interval[1] - filled[0])]]
             axes.errorbar(filled[0], places[0], xerr=around, fmt="none", ecolor=theme.ink, elinewidth=1.2, capsize=2.5)
@@ -189,7 +188,7 @@ def accuracy_by_domain(runs: Sequence[Run], task: str, theme: Theme = LIGHT) -> 
     axes.set_ylim(groups - 0.5, -0.5)
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 25))
-    axes.set_xlabel("accuracy, %")
+    axes.set_xlabel(f"{shown[0][1].metric}, %")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=theme.faint, linewidth=0.8)
     if domains:

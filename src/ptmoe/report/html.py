@@ -18,15 +18,15 @@ from ptmoe.report.figures import (
     DARK,
     LIGHT,
     Theme,
-    accuracy_by_domain,
     learning_curves,
     loss_curve,
     routing_heat_map,
     routing_over_training,
+    score_by_domain,
     similarity_heat_map,
 )
-from ptmoe.report.runs import Evaluation, Run, labels, tasks_of
-from ptmoe.report.table import accuracy_columns, best_rows, percent
+from ptmoe.report.runs import Evaluation, Run, labels, metric_of, tasks_of
+from ptmoe.report.table import best_rows, percent, score_columns
 
 try:
     from jinja2 import Environment, StrictUndefined, Template
@@ -57,9 +57,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """One task's accuracies, a row for each run; `domains` gives each domain's number of examples, where all agree."""
+    """One task's scores, a row for each run; `domains` gives each domain's number of examples, where all agree."""
 
     task: str
+    metric: str
     domains: list[str]
     rows: list[tuple[str, list[Cell]]]
 
@@ -113,22 +114,22 @@ def summary(runs: Sequence[Run], task: str) -> str:
         for label, run in zip(labels(runs), runs, strict=True)
         if task in run.evaluations
     ]
-    found.sort(key=lambda one: -one[2].accuracy)
+    found.sort(key=lambda one: -one[2].score)
     sizes = sorted({evaluation.examples for *_, evaluation in found})
     counted = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     label, run, first = found[0]
     text = f"On {task} ({counted} examples{'' if len(sizes) == 1 else ', not the same number for all runs'}) "
-    text += f"{label} answers {_interval(first)} right with {_trained(run)}"
+    text += f"{label} {_reaches(first)} with {_trained(run)}"
     if len(found) == 1:
         return f"{text}."
-    level = percent(first.accuracy) == percent(found[1][2].accuracy)
-    text += ", and no run answers more. " if level else f", the most of {len(found)} runs. "
-    others = [f"{name} answers {_interval(evaluation)} with {_trained(other)}" for name, other, evaluation in found[1:]]
+    level = percent(first.score) == percent(found[1][2].score)
+    text += ", and no run reaches more. " if level else f", the most of {len(found)} runs. "
+    others = [f"{name} {_reaches(evaluation)} with {_trained(other)}" for name, other, evaluation in found[1:]]
     return f"{text}{'; '.join(others)}. {_separation(label, first, found[1][0], found[1][2])}"
 
 
 def _separation(label: str, first: Evaluation, next_label: str, second: Evaluation) -> str:
-    high, low = first.accuracy_interval, second.accuracy_interval
+    high, low = first.score_interval, second.score_interval
     if high is None or low is None:
         return "Not every run has an interval, so how sure their order is cannot be said."
     if high[0] > low[1]:
@@ -137,9 +138,14 @@ def _separation(label: str, first: Evaluation, next_label: str, second: Evaluati
 
 
 def _interval(evaluation: Evaluation) -> str:
-    interval = evaluation.accuracy_interval
+    interval = evaluation.score_interval
     around = f" [{percent(interval[0])}, {percent(interval[1])}]" if interval else ""
-    return f"{percent(evaluation.accuracy)} %{around}"
+    return f"{percent(evaluation.score)} %{around}"
+
+
+def _reaches(evaluation: Evaluation) -> str:
+    what = _interval(evaluation)
+    return f"answers {what} right" if evaluation.metric == "accuracy" else f"reaches {evaluation.metric} {what}"
 
 
 def _trained(run: Run) -> str:
@@ -165,19 +171,19 @@ def _collapse_warnings(runs: Sequence[Run], names: Sequence[str]) -> Iterator[st
 
 
 def _table(runs: Sequence[Run], names: Sequence[str], task: str) -> TaskTable:
-    columns = accuracy_columns(runs, task)
-    domains = [name for name in columns if name != "accuracy"]
+    columns = score_columns(runs, task)
+    metric, *domains = columns
     rows = []
     for index, (label, run) in enumerate(zip(names, runs, strict=True)):
         evaluation = run.evaluations.get(task)
-        interval = evaluation.accuracy_interval if evaluation else None
+        interval = evaluation.score_interval if evaluation else None
         cells = [Cell(f"{run.result.trainable_parameters:,}")]
         for column, values in columns.items():
-            note = f"[{percent(interval[0])}, {percent(interval[1])}]" if interval and column == "accuracy" else ""
+            note = f"[{percent(interval[0])}, {percent(interval[1])}]" if interval and column == metric else ""
             cells.append(Cell(percent(values[index]), index in best_rows(values), note))
         cells.append(Cell(f"{run.result.train_seconds:,.1f}"))
         rows.append((label, cells))
-    return TaskTable(task, domains, rows)
+    return TaskTable(task, metric, domains, rows)
 
 
 def _sections(
@@ -205,13 +211,13 @@ def _sections(
         yield "Learning curves", "Cross-entropy on the supervised tokens, in nats, as training logged it.", curves
     if tasks:
         yield (
-            "Accuracy by domain",
+            "Score by domain",
             "Bars in percent; the line on “all” is the 95 % interval.",
             [
                 picture(
-                    f"accuracy on {task}",
+                    f"{metric_of(runs, task)} on {task}",
                     summary(runs, task),
-                    lambda theme, task=task: accuracy_by_domain(runs, task, theme),  # type: ignore[misc]
+                    lambda theme, task=task: score_by_domain(runs, task, theme),  # type: ignore[misc]
                 )
                 for task in tasks
             ],

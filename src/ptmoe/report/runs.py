@@ -60,10 +60,12 @@ class Log:
 
 @dataclass(frozen=True)
 class Part:
-    """The inputs of one domain and the share of them answered right, in percent."""
+    """The inputs of one domain and their scores in percent: those of the task's metrics."""
 
     examples: int
-    accuracy: float
+    accuracy: float | None = None
+    exact_match: float | None = None
+    f1: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`eval/TASK.json`: accuracies in percent, `interval` the 95 % interval of each metric."""
+    """`eval/TASK.json`: scores in percent, `interval` the 95 % interval of each; `metric` ranks the runs."""
 
     task: str
     examples: int
@@ -110,20 +112,27 @@ class Evaluation:
     by_domain: dict[str, Part] = field(default_factory=dict)
     routing: Routing | None = None
     seconds: float | None = None
+    metric: str = "accuracy"
 
     def __post_init__(self) -> None:
-        if "accuracy" not in self.metrics:
-            raise ValueError("metrics has no accuracy")
+        for scores in (self.metrics, *(vars(part) for part in self.by_domain.values())):
+            if scores.get(self.metric) is None:
+                raise ValueError(f"metrics has no {self.metric}")
 
     @property
-    def accuracy(self) -> float:
-        """In percent, over all examples."""
-        return self.metrics["accuracy"]
+    def score(self) -> float:
+        """Of the ranking metric, in percent, over all examples."""
+        return self.metrics[self.metric]
 
     @property
-    def accuracy_interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the accuracy, in percent."""
-        return self.interval.get("accuracy")
+    def score_interval(self) -> tuple[float, float] | None:
+        """Its 95 % interval, in percent."""
+        return self.interval.get(self.metric)
+
+    def domain_score(self, domain: str) -> float | None:
+        """In percent, over the examples of a domain; None where there are none."""
+        part = self.by_domain.get(domain)
+        return None if part is None else float(getattr(part, self.metric))
 
 
 @dataclass(frozen=True)
@@ -254,8 +263,13 @@ def tasks_of(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(task for run in runs for task in run.evaluations))
 
 
+def metric_of(runs: Iterable[Run], task: str) -> str:
+    """The metric that a task's runs are ranked by."""
+    return next((run.evaluations[task].metric for run in runs if task in run.evaluations), "accuracy")
+
+
 def domains_of(runs: Iterable[Run], task: str) -> list[str]:
-    """The domains of a task that any run has an accuracy for, in the order they are met."""
+    """The domains of a task that any run has a score for, in the order they are met."""
     evaluated = (run.evaluations[task] for run in runs if task in run.evaluations)
     return list(dict.fromkeys(domain for evaluation in evaluated for domain in evaluation.by_domain))
 

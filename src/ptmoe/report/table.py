@@ -9,18 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ptmoe.errors import PtmoeError
-from ptmoe.report.runs import Run, domains_of, labels, tasks_of
+from ptmoe.report.runs import Run, domains_of, labels, metric_of, tasks_of
 
-MOST_COLUMNS = 5  # of accuracies, beside the run's own; more are shown as rows
+MOST_COLUMNS = 5  # of scores, beside the run's own; more are shown as rows
 
 
 def comparison_table(runs: Sequence[Run], task: str | None = None) -> Table:
-    """Each run's trained numbers, accuracy in percent over all examples and by domain, and seconds of training.
+    """Each run's trained numbers, score in percent over all examples and by domain, and seconds of training.
 
     Args:
         runs: at least one.
-        task: the task whose domains are shown. By default the only one; where there are several, the table has an
-            accuracy for each task instead of each domain.
+        task: the task whose domains are shown. By default the only one; where there are several, the table has a
+            score for each task instead of each domain.
 
     Raises:
         PtmoeError: there are no runs, or none was evaluated on `task`.
@@ -31,19 +31,20 @@ def comparison_table(runs: Sequence[Run], task: str | None = None) -> Table:
     if task is not None and task not in tasks:
         raise PtmoeError(f"no run was evaluated on {task}; evaluated: {', '.join(tasks) or 'nothing'}")
     single = task or (tasks[0] if len(tasks) == 1 else None)
-    accuracies = accuracy_columns(runs, single) if single else _by_task(runs, tasks)
+    scores = score_columns(runs, single) if single else _by_task(runs, tasks)
     cells = {
         "method": [Text(label) for label in labels(runs)],
         "trainable parameters": [Text(f"{run.result.trainable_parameters:,}") for run in runs],
         **{
             name: [Text(percent(value), "bold" if index in best_rows(row) else "") for index, value in enumerate(row)]
-            for name, row in accuracies.items()
+            for name, row in scores.items()
         },
         "seconds": [Text(f"{run.result.train_seconds:,.0f}") for run in runs],
     }
-    title = Text(f"accuracy on {single}, %" if single else "accuracy, %")
+    metrics = " or ".join(dict.fromkeys(metric_of(runs, name) for name in ([single] if single else tasks)))
+    title = Text(f"{metrics or 'accuracy'} on {single}, %" if single else f"{metrics or 'accuracy'}, %")
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    if len(accuracies) <= MOST_COLUMNS:
+    if len(scores) <= MOST_COLUMNS:
         for name in cells:
             if name == "method":
                 table.add_column(name, overflow="fold")
@@ -62,13 +63,12 @@ def comparison_table(runs: Sequence[Run], task: str | None = None) -> Table:
     return table
 
 
-def accuracy_columns(runs: Sequence[Run], task: str) -> dict[str, list[float | None]]:
-    """Each run's accuracy on a task, in percent: under `accuracy` over all examples, then under each domain."""
+def score_columns(runs: Sequence[Run], task: str) -> dict[str, list[float | None]]:
+    """Each run's score on a task, in percent: first, under its metric's name, over all examples, then by domain."""
     found = [run.evaluations.get(task) for run in runs]
-    columns: dict[str, list[float | None]] = {"accuracy": [one.accuracy if one else None for one in found]}
+    columns: dict[str, list[float | None]] = {metric_of(runs, task): [one.score if one else None for one in found]}
     for domain in domains_of(runs, task):
-        parts = [one.by_domain.get(domain) if one else None for one in found]
-        columns[domain] = [part.accuracy if part else None for part in parts]
+        columns[domain] = [one.domain_score(domain) if one else None for one in found]
     return columns
 
 
@@ -85,6 +85,4 @@ def percent(value: float | None) -> str:
 
 
 def _by_task(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, list[float | None]]:
-    return {
-        task: [run.evaluations[task].accuracy if task in run.evaluations else None for run in runs] for task in tasks
-    }
+    return {task: [run.evaluations[task].score if task in run.evaluations else None for run in runs] for task in tasks}

@@ -82,7 +82,7 @@ _NUMBER = re.compile(
     rf"""
     (?<![^\W_]) (?<!\^) (?<!\^\{{)                              # not inside a word (m2), not an exponent (m^2)
     (?P<sign> (?: (?<![)\]}}%]) - )?                            # and the - of 10-3, (2)-3, 5%-3 is no sign
-              (?: (?: US\$ | [$£€¥₹] | [Rr]s\.? | USD | EUR | GBP | INR ) [ \u00a0]? )? -? )
+              (?: (?: US\$ | [$£€¥₹] | [Rr]s\.? | USD | EUR | GBP | INR ) [ \u00a0]? -? )? )
     (?P<number> {_DECIMAL} )
     (?: / (?P<over> {_DECIMAL} ) (?! [.,/:]?\d )                # 1/2
       | [ \u00a0] (?P<top>\d+) / (?P<bottom>\d+) (?! [.,/:]?\d ) # 3 1/2
