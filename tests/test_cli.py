@@ -171,3 +171,74 @@ def test_a_misspelt_key_in_a_yaml_is_named_with_its_file(run, tmp_path):
     status, _, err = run("train", tmp_path / "c.yaml")
     assert status == 2
     assert f"{tmp_path / 'c.yaml'}: unknown key 'learning_rat'; did you mean 'learning_rate'" in err
+
+
+def test_an_evaluation_is_run_gone_on_with_and_its_predictions_graded_again(run, tmp_path):
+    """On a data set in its own format; `score` gives what `eval` gave."""
+    from ptmoe.base_models import load_base
+
+    ptmoe.attach(load_base("nano")[0], ptmoe.PTConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "adapter")
+    records = [{"question": f"{n} and {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(12)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    asked = ("--data-dir", tmp_path, "--max-new-tokens", 4)
+    status, out, err = run("eval", tmp_path / "adapter", "--task", "gsm8k", *asked)
+    assert (status, err) == (0, "")
+    assert "accuracy, %" in out
+    evaluated = json.loads((tmp_path / "adapter" / "eval" / "gsm8k.json").read_text())
+    assert evaluated["examples"] == 12
+    assert evaluated["settings"]["chat"], "nano's tokenizer has a template, and gsm8k is put in it"
+    lines = (tmp_path / "adapter" / "predictions" / "gsm8k.jsonl").read_bytes()
+    assert json.loads(lines.splitlines()[0])["prompt"].count("Question: ") == 1
+    assert run("eval", tmp_path / "adapter", "--task", "gsm8k", *asked, "--batch-size", 5)[0] == 0
+    assert (tmp_path / "adapter" / "predictions" / "gsm8k.jsonl").read_bytes() == lines
+    predictions = tmp_path / "adapter" / "predictions" / "gsm8k.jsonl"
+    status, out, _ = run("score", "gsm8k", predictions, "--data-dir", tmp_path, "--output", tmp_path / "score.json")
+    assert status == 0
+    scored = json.loads((tmp_path / "score.json").read_text())
+    assert scored["metrics"] == evaluated["metrics"]
+    assert scored["interval"] == evaluated["interval"]
+    status, _, err = run("eval", tmp_path / "adapter", "--task", "gsm8k", "--data-dir", tmp_path, "--max-new-tokens", 5)
+    assert (status, "max_new_tokens was 4, is 5" in err) == (2, True)
+
+
+def test_gold_answers_score_100_from_the_command_line_and_bad_records_are_listed(run, tmp_path):
+    record = {"question": "2 and 2?", "answer": "#### 4"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(record) + '\n{"question": 1}\n' + json.dumps(record) + "\n")
+    (tmp_path / "p.json").write_text('{"test-0": "The answer is $4.00.", "test-2": "5"}')
+    status, _, err = run("score", "gsm8k", tmp_path / "p.json", "--data-dir", tmp_path)
+    assert status == 2
+    assert "test.jsonl:2: lacks the key 'answer'" in err
+    status, out, _ = run("score", "gsm8k", tmp_path / "p.json", "--data-dir", tmp_path, "--skip-bad")
+    assert status == 0
+    assert "left out 1 bad record(s)" in out
+    assert "50.00 [0.00, 100.00]" in out
+
+
+def test_what_cannot_be_evaluated_is_said(run, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for arguments, said in {
+        ("eval", "--task", "nano/mixed"): "give a run or adapter folder, or a base with --model",
+        ("eval", "--task", "nano/mixed", "--model", "nano"): "name one with --output-dir",
+        ("eval", tmp_path): "give a task with --task",
+        ("eval", tmp_path, "--task", "nano/mixd"): "did you mean 'nano/mixed'",
+        ("eval", tmp_path, "--task", "math-out", "--data-dir", tmp_path / "one.jsonl"): "4 tasks and one file",
+        ("eval", tmp_path / "x", "--task", "nano/mixed"): "no adapter folder",
+        ("score", "nano/mixed", tmp_path / "none"): "no predictions file",
+        ("tasks", "show", "svamp", "--data-dir", tmp_path / "one.jsonl"): "looks like JSON lines of prompts",
+        ("train", "--task", "gsm8k=1,svamp", "--output-dir", tmp_path / "r"): "some have none",
+        ("train", "--task", "nano/mixed", "--dtype", "float3", "--output-dir", tmp_path / "r"): "dtype",
+    }.items():
+        status, _, err = run(*arguments)
+        assert status == 2, arguments
+        assert said in err, (arguments, err)
+
+
+def test_a_base_alone_is_evaluated_into_a_folder_of_its_own(run, tmp_path):
+    arguments = ("--task", "nano/mixed", "--task", "nano/words", "--examples", 5, "--output-dir", tmp_path / "base")
+    status, out, _ = run("eval", "--model", "nano", *arguments)
+    assert status == 0
+    assert "mean" in out
+    assert sorted(path.name for path in (tmp_path / "base" / "eval").iterdir()) == [
+        "nano__mixed.json",
+        "nano__words.json",
+    ]

@@ -241,16 +241,86 @@ def test_a_conversation_trains_on_the_prompt_that_generation_gives():
     assert tokenizer.decode(encode_completion(example, tokenizer)) == whole.removeprefix(prompt) + tokenizer.eos_token
 
 
+def squad_file(path, questions=6):
+    """SQuAD's JSON with contexts far longer than a row, the answer anywhere in them."""
+    qas, context = [], ""
+    for number in range(questions):
+        context += "The box is empty. " * 12 + f"The key number {number} is in Place{number}. "
+        qas.append({"id": f"q{number}", "question": f"Where is key {number}?", "answers": []})
+    for number, one in enumerate(qas):
+        one["answers"] = [{"text": f"Place{number}", "answer_start": context.index(f"Place{number}")}]
+    qas[0]["answers"] = qas[0]["answers"] * 2
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": qas}]}], "version": "1.1"}))
+    return path
+
+
+def test_a_question_trains_on_the_passage_around_its_answer_and_is_asked_as_it_was_trained(tmp_path):
+    file = squad_file(tmp_path / "squad.json")
+    said = []
+    squad = {"task": "mrqa/squad", "data_dir": str(file), "max_length": 160, "max_steps": 1, "eval_task": "mrqa/squad"}
+    squad |= {"eval_data_dir": str(file), "max_new_tokens": 4}
+    trained = train(options(tmp_path / "run", **squad), say=said.append)
+    assert trained.result.examples_cut == trained.result.examples == 6
+    assert "0 of 6 examples left out and 6 cut: longer than 160 tokens" in said[0]
+    tokenizer = trained.tokenizer
+    rows = fit(load_task("mrqa/squad", "train", file), tokenizer, 160, chat=True).rows
+    for number, row in enumerate(rows):
+        text = tokenizer.decode(row["input_ids"])
+        assert len(row["input_ids"]) == 160
+        assert text.count(f"Place{number}") == 2, "once in what is left of the passage, once as the answer"
+        assert f"Question: Where is key {number}?\nAnswer:" in text
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["chat"] is True, "nano's tokenizer has a chat template"
+    (evaluation,) = trained.evaluations
+    assert evaluation.settings["chat"] is True
+    assert all(one.cut > 0 and one.prompt.startswith("user: The box") for one in evaluation.predictions)
+    assert set(evaluation.metrics) == {"exact_match", "f1"}
+
+
+def test_a_mixture_of_named_tasks_trains_and_several_are_evaluated(tmp_path):
+    for name in ("gsm8k", "svamp"):
+        (tmp_path / name).mkdir()
+    records = [{"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(10)]
+    for split in ("train", "test"):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text(text + '{"question": 1}\n')
+    item = {"ID": "c", "Body": "b", "Question": "q?", "Answer": 2.0, "Type": "Addition"}
+    (tmp_path / "svamp" / "SVAMP.json").write_text(json.dumps([item]))
+    mixed = {"task": "gsm8k=1,nano/mixed=2", "data_dir": str(tmp_path), "eval_task": "gsm8k,svamp", "max_steps": 2}
+    mixed["max_new_tokens"] = 3
+    with pytest.raises(ptmoe.PtmoeError, match=r"test\.jsonl:11: lacks the key 'answer'"):
+        train(options(tmp_path / "run", **mixed))
+    assert not (tmp_path / "run").exists()
+    said = []
+    trained = train(options(tmp_path / "run", **mixed, skip_bad=True), say=said.append)
+    assert trained.result.examples == 31, "10 of gsm8k and twice as many of nano's, up to the turn of the eleventh"
+    assert "train.jsonl:11" in said[0]
+    assert [one.task.name for one in trained.evaluations] == ["gsm8k", "svamp"]
+    assert sorted(path.name for path in (tmp_path / "run" / "eval").iterdir()) == ["gsm8k.json", "svamp.json"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_training_supervises_follows_what_evaluation_asks(chat, tmp_path):
+    """For every family: the row is the evaluation's prompt, then the answer, then the end."""
+    _, tokenizer = load_base("nano")
+    examples = load_task("mrqa/squad", "test", squad_file(tmp_path / "s.json")) + load_task("nano/all", max_examples=3)
+    rows = fit(examples, tokenizer, 2000, chat=chat).rows
+    for example, row in zip(examples, rows, strict=True):
+        prompt = encode_prompt(example, tokenizer, chat=chat).ids
+        assert row["input_ids"][: len(prompt)].tolist() == prompt
+        assert (row["labels"][: len(prompt)] == -100).all()
+        answer = tokenizer.decode(row["labels"][len(prompt) :], skip_special_tokens=True)
+        assert answer.strip() == example.target.strip()
+        assert tokenizer.eos_token_id in row["labels"][-2:]
+
+
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K's own file")
 def test_gsm8k_trains_with_a_falling_loss_saves_reloads_and_generates(tmp_path):
     trained = train(
         options(
             tmp_path / "run",
-            task=None,
-            data=str(GSM8K),
-            prompt_key="question",
-            completion_key="answer",
-            separator=" ",
+            task="gsm8k",
+            data_dir=str(GSM8K),
             max_examples=24,
             warmup_steps=2,
             per_device_train_batch_size=3,

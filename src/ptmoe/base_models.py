@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ptmoe import nano
-from ptmoe.errors import PtmoeError
+from ptmoe.errors import PtmoeError, near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_base(
@@ -27,10 +30,12 @@ def load_base(
         **options: go to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        PtmoeError: no such model.
+        PtmoeError: no such model, or an unknown dtype.
     """
     from transformers import AutoModelForCausalLM
 
+    if dtype not in DTYPES:
+        raise PtmoeError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
     with _found(name) as where:
         tokenizer = _tokenizer(where, revision)
         model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)

@@ -207,6 +207,16 @@ class PromptedCausalLM(nn.Module):
     def can_generate(self) -> bool:
         return True
 
+    def __getattr__(self, name: str) -> Any:
+        """`lm_eval`'s `hf` ties the weights of the model it is given, and scores context and continuation as one text
+        later: that is where it is stopped."""
+        if name == "tie_weights":
+            raise AttributeError(
+                "the harness's hf model would let the router read the continuation: give it "
+                "ptmoe.evaluate.harness.PromptedLM(pretrained=model, tokenizer=tokenizer)"
+            )
+        return super().__getattr__(name)
+
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.base_model.gradient_checkpointing_enable(**options)
 

@@ -26,7 +26,9 @@ def load(adapter: Path, base: dict[str, Any]) -> tuple[PromptedCausalLM, PreTrai
 
     quiet()
     envelope = read_adapter(local_folder(adapter)).envelope
-    chosen = {"name": envelope["base_model_name_or_path"], "revision": envelope["revision"], **base}
+    # The revision is the named base's: another base has its own.
+    named = {} if "name" in base else {"revision": envelope["revision"]}
+    chosen = {"name": envelope["base_model_name_or_path"], **named, **base}
     model, tokenizer = load_base(**chosen)
     return load_adapter(model, adapter).eval(), tokenizer
 

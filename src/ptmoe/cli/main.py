@@ -281,6 +281,17 @@ def score(
     )
 
 
+@app.command(
+    name="lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def harness(context: typer.Context) -> None:
+    """Run EleutherAI's lm_eval with its own options; it knows --model ptmoe --model_args adapter=RUN."""
+    from ptmoe.evaluate.harness import main as run
+
+    run(context.args)
+
+
 @app.command()
 def inspect(
     adapter: Adapter,

@@ -121,7 +121,7 @@ def _before(text: str, until: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
-class _Margins(LogitsProcessor):  # type: ignore[misc]
+class _Margins(LogitsProcessor):
     """Watches how far each row's best token is ahead of the next, until the row has ended."""
 
     def __init__(self, length: int, ends: list[int]) -> None:
@@ -146,7 +146,7 @@ class _Margins(LogitsProcessor):  # type: ignore[misc]
         return (~(self.least >= NEAR_TIE)).tolist()  # a NaN is unsure, too
 
 
-class _Until(StoppingCriteria):  # type: ignore[misc]
+class _Until(StoppingCriteria):
     """Ends a row where its text holds one of the given ones: no later step can change what stands before it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, until: Sequence[str]) -> None:

@@ -47,16 +47,16 @@ def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str
         raise PtmoeError(f"{path} is neither JSON nor JSON lines: needs {{id: text}}, or lines with an id and a text")
     lines = shown.kind == "[" or bool(shown.keys & {*ID_KEYS, *TEXT_KEYS})
     if not lines and (whole := _object(path)) is not None:
-        for name, text in whole:
-            if isinstance(text, str):
-                yield str(path), name, text
+        for key, value in whole:
+            if isinstance(value, str):
+                yield str(path), key, value
             else:
-                problems.add(f"{path}, id {name!r}", f"the prediction is {type(text).__name__}, needs text")
+                problems.add(f"{path}, id {key!r}", f"the prediction is {type(value).__name__}, needs text")
         return
     records: Iterator[Record] = (json_array if shown.kind == "[" else json_lines)(path, problems)
     for place, record in records:
-        name = next((record[key] for key in ID_KEYS if key in record), None)
-        text = next((record[key] for key in TEXT_KEYS if key in record), None)
+        name: Any = next((record[one] for one in ID_KEYS if one in record), None)
+        text: Any = next((record[one] for one in TEXT_KEYS if one in record), None)
         has = f"(has {', '.join(map(repr, record)) or 'none'})"
         if not isinstance(name, (str, int)) or isinstance(name, bool):
             problems.add(place, f"lacks an id {has}: needs 'id' in each record")

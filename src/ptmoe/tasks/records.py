@@ -279,26 +279,24 @@ def _place(text: _Text, error: Exception) -> str:
 
 def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Record]:
     """Each element of a name, as its attributes and its children's texts."""
-    parser = ElementTree.XMLPullParser(events=("start", "end"))
-    root: ElementTree.Element | None = None
+    parser: Any = ElementTree.XMLPullParser(events=("start", "end"))
+    around: list[ElementTree.Element] = []
     started = number = 0
     with opened(path) as file:
         try:
             for number, line in enumerate(file, 1):
                 parser.feed(line)
                 for event, element in parser.read_events():
-                    if root is None:
-                        root = element
-                    if event == "start" and element.tag == name:
-                        started = number
-                    if event == "end" and element.tag == name:
+                    if event == "start":
+                        around.append(element)
+                        started = number if element.tag == name else started
+                        continue
+                    around.pop()
+                    if element.tag == name:
                         children = {child.tag: "".join(child.itertext()).strip() for child in element}
                         yield f"{path}:{started}", {**element.attrib, **children}
-                        # Else the tree would keep every element that was read.
-                        for parent in root.iter():
-                            if element in parent:
-                                parent.remove(element)
-                                break
+                        if around:  # else the tree would keep every element that was read
+                            around[-1].remove(element)
             parser.close()
         except ElementTree.ParseError as error:
             problems.add(

@@ -90,10 +90,10 @@ def in_folder(task: Task, split: str, place: Path) -> Path:
     if not place.is_dir():
         raise PtmoeError(f"no data file or folder {place}: give where {task.name} lies with --data-dir")
     family, _, short = task.name.rpartition("/")
-    for folder in (place / task.name, place / short, *((place / family,) if family else ()), place):
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
+    folders = [place / task.name, place / short, *([place / family] if family else []), place]
+    for path in (folder / name for folder in folders for name in names):
+        if path.is_file():
+            return path
     raise PtmoeError(
         f"{place} holds no {split} split of {task.name}: looked for {', '.join(names)} "
         f"there and in {short}/; give the file itself with --data-dir"

@@ -1,0 +1,332 @@
+"""EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on an adapter.
+
+    python -m ptmoe.evaluate.harness --model ptmoe --model_args adapter=runs/mine --tasks gsm8k,hellaswag --batch_size 8
+
+    import lm_eval
+    from ptmoe.evaluate.harness import PromptedLM  # from then on the harness knows the model "ptmoe"
+
+    lm_eval.simple_evaluate(model="ptmoe", model_args={"adapter": "runs/mine"}, tasks=["gsm8k", "hellaswag"])
+    lm_eval.simple_evaluate(model=PromptedLM(pretrained=model, tokenizer=tokenizer), tasks=["hellaswag"])
+
+The harness asks two things of a model. `generate_until`: go on from a context. `loglikelihood`: how probable is this
+continuation after that context, which is what multiple choice compares. In the second the sequence holds an answer,
+and a router that averaged it too would choose another prompt than it does in generation, a different one for each
+choice. So here, always,
+
+    P = encoder(context)        log p(continuation | P, context)
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ptmoe import nano
+from ptmoe.adapter import load_adapter, local_folder, read_adapter
+from ptmoe.base_models import load_base
+from ptmoe.errors import PtmoeError
+from ptmoe.model import PromptedCausalLM
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise PtmoeError(f"lm-evaluation-harness cannot be imported ({error}): pip install 'ptmoe[lm-eval]'") from None
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Ways in which `HFLM` puts a model together itself, or on several devices.
+REFUSED = "autogptq delta device_map gguf_file gptqmodel parallelize peft subfolder tp_plan".split()
+
+# What the harness scores: both texts where there are any, and the tokens of the context and of its continuation.
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+# One row of a batch: the requests that it answers, by their numbers, and its context and continuation. The requests
+# have the context and all but the last token of the continuation in common, so one row of logits serves them all.
+Row = tuple[list[int], list[int], list[int]]
+
+
+class PromptedLM(HFLM):
+    """A base model behind an adapter, as the harness sees it: `hf` with a soft prompt composed for each context.
+
+    Batching (`batch_size="auto"` too), chat templates, stop sequences, truncation and caching are `HFLM`'s own. What
+    differs: the router reads the context alone, and `max_length` leaves room for the virtual tokens. The context is
+    what the harness takes for it: its trailing spaces belong to the continuation, an empty one is the prefix token
+    (the tokenizer's BOS, else its EOS; `prefix_token_id` is another), one that is too long loses its beginning, and in
+    `loglikelihood_rolling` it is what precedes each window.
+
+    `HFLM(pretrained=model)` itself does not take a `PromptedCausalLM`: its scoring calls the model with context and
+    continuation as one text, and nothing in that call tells them apart.
+
+    Args:
+        pretrained: the base by name (`"nano"`, a folder, a Hub repository), by default the one that the adapter names;
+            or a loaded base; or a `PromptedCausalLM`, which is used with its active adapter.
+        adapter: an adapter folder, a run folder that holds one, or a Hub repository.
+        tokenizer: a tokenizer or its name; by default the base's.
+        revision: of the base, by default the adapter's own.
+        dtype: of a base given by name: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+        device: CUDA by default, and where there is none the CPU; a loaded model stays where it is by default.
+        **options: those of `HFLM` (`batch_size`, `max_batch_size`, `max_length`, `truncation`, `logits_cache`,
+            `add_bos_token`, `prefix_token_id`, `softmax_dtype`, `mixed_precision_dtype`, `think_end_token`,
+            `enable_thinking`, `chat_template_args`, `trust_remote_code`); others go to the base's `from_pretrained`.
+
+    Raises:
+        PtmoeError: no adapter, a folder that is none or belongs to another base, an unknown base, a `max_length`
+            beyond the base's positions, an encoder-decoder, several processes or devices, or a `peft` adapter, which
+            the harness's own `hf` evaluates.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel | PromptedCausalLM | None = None,
+        adapter: str | Path | None = None,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> None:
+        _check_options(options)
+        known = inspect.signature(HFLM.__init__).parameters
+        loading = {name: options.pop(name) for name in list(options) if name not in known}
+        if pretrained is None or isinstance(pretrained, str):
+            if options.get("trust_remote_code"):
+                loading["trust_remote_code"] = True
+            model, own = _load(adapter, pretrained, revision, dtype, loading)
+            tokenizer = tokenizer or own
+            device = device or "cuda"
+        else:
+            if loading:
+                raise PtmoeError(f"{', '.join(loading)}: no option of the harness's hf, and the base is loaded already")
+            model = _prompted(pretrained, adapter)
+        if device is not None:
+            _place(model, device)
+        name = model.name_or_path
+        # `HFLM` warns that a loaded model ignores the options for loading one; here they have been used already.
+        harness = logging.getLogger(HFLM.__module__)
+        level = harness.level
+        harness.setLevel(logging.ERROR)
+        try:
+            tokenizer = tokenizer or (str(nano.FOLDER) if name == nano.NAME else name)
+            super().__init__(model.base_model, **options | {"backend": "causal", "tokenizer": tokenizer})
+        finally:
+            harness.setLevel(level)
+        self._model = model.eval()
+        self.adapter = None if adapter is None else str(adapter)
+        if self._max_length and self._max_length > self._room:
+            raise PtmoeError(
+                f"max_length={self._max_length} exceeds the {self._room} positions that the base {name!r} has beside "
+                f"{self.model.num_virtual_tokens} virtual tokens: lower it, or leave it out"
+            )
+
+    @property
+    def _room(self) -> int:
+        """The tokens that the base has positions for, less the virtual ones."""
+        return int(self.model.max_positions or super().max_length) - int(self.model.num_virtual_tokens)
+
+    @property
+    def max_length(self) -> int:
+        """The tokens of context and continuation that are read at most."""
+        return int(self._max_length or self._room)
+
+    def tok_batch_encode(self, strings: list[str], *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask `(B, L)` of contexts to go on from; an empty one is the prefix token."""
+        ids, mask = super().tok_batch_encode(strings, *arguments, **options)
+        if ids.shape[1] == 0:
+            ids, mask = ids.new_zeros(len(strings), 1, dtype=torch.long), mask.new_zeros(len(strings), 1)
+        empty = mask.sum(1) == 0
+        ids[empty, -1] = self.prefix_token_id
+        mask[empty, -1] = 1
+        return ids, mask
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation, and whether it is the greedy one.
+
+        `HFLM` lets requests share logits where their inputs are equal. Here their contexts have to be equal too: "a b"
+        before "c" and "a" before "b c" are one input with two prompts.
+
+        Args:
+            requests: texts, context and continuation of each.
+            disable_tqdm: show no progress.
+            override_bs: rows at once where the batch size is automatic.
+
+        Raises:
+            PtmoeError: a context or continuation without tokens, or a continuation longer than `max_length`.
+        """
+        answers = [(0.0, False)] * len(requests)
+        hidden = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), disable=hidden, desc="Running loglikelihood requests") as progress:
+            for batch in self._batches(self._rows(requests), override_bs):
+                for (numbers, _, _), scores in zip(batch, self._scores(batch), strict=True):
+                    wanted = torch.tensor([requests[number][2] for number in numbers], device=scores.device)  # (M, C)
+                    likelihoods = scores.gather(1, wanted.T).float().sum(0).tolist()
+                    greedy = (scores.argmax(1) == wanted).all(1).tolist()
+                    for number, likelihood, is_greedy in zip(numbers, likelihoods, greedy, strict=True):
+                        answers[number] = (likelihood, is_greedy)
+                        if requests[number][0] is not None:  # windows of a longer text are cached as a whole
+                            self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+                    progress.update(len(numbers))
+        return answers
+
+    def _rows(self, requests: Sequence[Request]) -> list[Row]:
+        """The rows that answer all requests, the longest first, cut to what the base has room for."""
+        rows: dict[Any, Row] = {}
+        longest, cut = self.max_length, 0
+        for number, (texts, context, continuation) in enumerate(requests):
+            if not context or not continuation:
+                raise PtmoeError(
+                    f"request {number}, {texts!r}: its context or its continuation has no token of its own"
+                )
+            if len(continuation) > longest:
+                raise PtmoeError(
+                    f"a continuation of {len(continuation)} tokens exceeds the {longest} that fit beside "
+                    f"{self.model.num_virtual_tokens} virtual tokens: shorten it"
+                )
+            kept = context[-(longest + 1 - len(continuation)) :]  # + 1: the last token is no input
+            cut += len(kept) < len(context)
+            key = tuple(kept), tuple(continuation[:-1]), None if self.logits_cache else number
+            rows.setdefault(key, ([], kept, continuation))[0].append(number)
+        if cut:
+            logger.warning("%d of %d contexts are cut on the left to fit %d tokens", cut, len(requests), longest)
+        return sorted(rows.values(), key=lambda row: -len(row[1]) - len(row[2]))
+
+    def _batches(self, rows: list[Row], size: int | None) -> Iterator[list[Row]]:
+        """`rows` in groups of the batch size; where that is automatic and no `size` is given, as it is found."""
+        find = self.batch_size == "auto" and size is None
+        if find:
+            self.batch_sizes: dict[int, int] = {}
+        batch: list[Row] = []
+        for position, row in enumerate(rows):
+            batch.append(row)
+            if len(batch) == (self._batch_scheduler(position, rows) if find else size or self.batch_size):
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    @torch.no_grad()
+    def _scores(self, batch: list[Row]) -> Iterator[Tensor]:
+        """For each row, `(C, V)`: the log-probabilities of what may stand at each place of its continuation."""
+        inputs = [context + continuation[:-1] for _, context, continuation in batch]
+        ids = torch.zeros(len(batch), max(map(len, inputs)), dtype=torch.long)  # (B, L)
+        real, readable = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, (tokens, (_, context, _)) in enumerate(zip(inputs, batch, strict=True)):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            real[row, : len(tokens)] = 1
+            readable[row, : len(context)] = 1
+        precision = self.mixed_precision_dtype
+        with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
+            logits = self.model(
+                ids.to(self.device), attention_mask=real.to(self.device), input_mask=readable.to(self.device)
+            ).logits
+        for row, (tokens, (_, context, _)) in enumerate(zip(inputs, batch, strict=True)):
+            yield logits[row, len(context) - 1 : len(tokens)].log_softmax(-1, dtype=self.softmax_dtype)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the results say of the model. Unlike `HFLM`'s own, it asks no server."""
+        return {
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": self.model.dtype,
+            "model_revision": getattr(self.model.config, "_commit_hash", None),
+            "base_model": self.model.name_or_path,
+            "adapter": self.adapter,
+            "method": self.model.method_config.method if self.model.active_adapter else None,
+            "num_virtual_tokens": self.model.num_virtual_tokens,
+        }
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what `HFLM` takes and an adapter cannot do."""
+    for name in REFUSED:
+        if options.get(name):
+            other = "; the harness's own hf model evaluates it" if name == "peft" else ""
+            raise PtmoeError(
+                f"{name}={options[name]!r}: ptmoe evaluates one adapter on one device, leave it out{other}"
+            )
+    if options.get("backend", "default") not in ("default", "causal"):
+        raise PtmoeError(f"backend={options['backend']!r}: an adapter stands before a causal language model")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PtmoeError(f"{os.environ['WORLD_SIZE']} processes: every one would evaluate everything; start one")
+
+
+def _load(
+    adapter: str | Path | None,
+    base: str | None,
+    revision: str | None,
+    dtype: str,
+    options: dict[str, Any],
+) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase]:
+    """An adapter on its base: the one it names, or another in `base`."""
+    if adapter is None:
+        raise PtmoeError("no adapter: give --model_args adapter=FOLDER, an adapter folder or a run folder")
+    folder = local_folder(str(adapter))
+    saved = read_adapter(folder).envelope
+    if base is None:
+        base, revision = saved["base_model_name_or_path"], revision or saved["revision"]
+    if not base:
+        raise PtmoeError(f"{folder} names no base: give pretrained=NAME, the one that it was trained on")
+    revision = None if revision is None else str(revision)  # the harness reads a number where it looks like one
+    try:
+        model, tokenizer = load_base(base, revision=revision, dtype=dtype, **options)
+    except TypeError as error:  # an option that no one takes
+        raise PtmoeError(f"{', '.join(options) or 'the base'}: {base!r} does not load with it ({error})") from None
+    return load_adapter(model, folder), tokenizer
+
+
+def _prompted(model: PreTrainedModel | PromptedCausalLM, adapter: str | Path | None) -> PromptedCausalLM:
+    """A loaded model with its adapter."""
+    if isinstance(model, PromptedCausalLM):
+        if adapter is not None:
+            raise PtmoeError(f"adapter={str(adapter)!r} and a model that has one: give either")
+        return model
+    if adapter is None:
+        raise PtmoeError(f"{type(model).__name__} without an adapter: give adapter=FOLDER, or use the harness's own hf")
+    return load_adapter(model, str(adapter))
+
+
+def _place(model: PromptedCausalLM, device: str | torch.device) -> None:
+    """Move the model there; to the CPU where there is no CUDA, for the harness's command line always names a device."""
+    try:
+        place = torch.device(device)
+        model.to("cpu" if place.type == "cuda" and not torch.cuda.is_available() else place)
+    except (RuntimeError, AssertionError) as error:
+        raise PtmoeError(f"device {str(device)!r} cannot be used: {error}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The harness's own command line, which knows the model `ptmoe` then; by default with the process's arguments.
+
+    Raises:
+        SystemExit: with status 2 on bad input.
+    """
+    from lm_eval.__main__ import cli_evaluate
+
+    if arguments is not None:
+        sys.argv = ["lm_eval", *arguments]  # where the harness reads them
+    try:
+        cli_evaluate()
+    except PtmoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    # The class that the harness gets is then the one that everyone else imports, not its copy in `__main__`.
+    importlib.import_module("ptmoe.evaluate.harness").main()
+else:
+    register_model("ptmoe")(PromptedLM)
