@@ -6,8 +6,8 @@ r"""MATH_PROBLEMS, of which PT-MoE's paper takes the first 500 (arXiv:2505.09519
     {"problem": "…", "solution": "… \boxed{625} …"}
 
 The first is MathQA's form (Amini et al., arXiv:1905.13319); any of them is a JSON array, or one object a line.
-The paper does not say where the data set is from, and no public copy of that name and use was found: so there is no
-copy on the Hub to read by default. A file in one of these forms is read with `--data-dir`; `test` is its first 500
+Where that data set is from could not be established, and no public copy of that name and use was found: so there is
+no copy on the Hub to read by default. A file in one of these forms is read with `--data-dir`; `test` is its first 500
 records. The answer is asked for openly, without MathQA's options: the right option's value is the reference.
 """
 
@@ -80,7 +80,7 @@ TASKS = (
         max_new_tokens=512,
         until=("\nQuestion:",),
         licence="unknown",
-        source="not stated in arXiv:2505.09519",
+        source="not established",
         formats=(
             Format("MATH_PROBLEMS' JSON", "[", _recognise, _first(json_array), example),
             Format("MATH_PROBLEMS' JSON lines", "{", _recognise, _first(json_lines), example),
