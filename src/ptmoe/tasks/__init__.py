@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ptmoe.errors import PtmoeError, near
 from ptmoe.tasks import asdiv, gsm8k, local, math_problems, mawps, mixture, mrqa, nano, sources, svamp
-from ptmoe.tasks.base import Example, Origin, Task
+from ptmoe.tasks.base import Example, Origin, Task, unique
 from ptmoe.tasks.records import BadRecordError, Format, Problems, Record, head
 
 FAMILIES = (nano, mrqa, gsm8k, svamp, asdiv, mawps, math_problems)
@@ -77,24 +77,18 @@ def load_task(
         PtmoeError: an unknown task or split, missing or bad data, ids that repeat, or no example at all.
     """
     problems = problems if problems is not None else Problems()
-    seen: dict[str, str] = {}
-    examples: list[Example] = []
-    for place, example in islice(_examples(name, split, data_dir, problems, say), None if ids else max_examples):
-        if example.id in seen:
-            problems.add(place, f"id {example.id!r} was used before, at {seen[example.id]}")
-        else:
-            seen[example.id] = place
-            examples.append(example)
+    stream = _examples(name, split, data_dir, problems, say)
+    examples = unique(islice(stream, None if ids else max_examples), problems)
     problems.refuse()
     if not examples:
         bad = f"; {problems.listed()}" if problems.count else ""
         raise PtmoeError(f"{name} ({data_dir or split}) holds no example: needs at least one{bad}")
     if ids is not None:
         wanted = _ids(Path(ids))
-        if strange := sorted(wanted - seen.keys()):
+        if strange := sorted(wanted - examples.keys()):
             raise PtmoeError(f"{ids} names {len(strange)} id(s) that {name} lacks: {', '.join(strange[:3])}")
-        examples = [example for example in examples if example.id in wanted]
-    return examples[:max_examples]
+        examples = {name: example for name, example in examples.items() if name in wanted}
+    return list(examples.values())[:max_examples]
 
 
 def stream_task(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptmoe.tasks.records import Format
+from ptmoe.tasks.records import Format, Problems
 
 
 @dataclass(frozen=True)
@@ -117,3 +117,15 @@ class Task:
     chat: bool = True
     generate: Callable[[str, str], Iterator[Example]] | None = None
     note: str = ""
+
+
+def unique(examples: Iterable[tuple[str, Example]], problems: Problems) -> dict[str, Example]:
+    """Examples by id, from each with the place it stands at; an id that comes again is noted in `problems`."""
+    found: dict[str, Example] = {}
+    places: dict[str, str] = {}
+    for place, example in examples:
+        if example.id in found:
+            problems.add(place, f"id {example.id!r} was used before, at {places[example.id]}")
+        else:
+            found[example.id], places[example.id] = example, place
+    return found

@@ -17,7 +17,7 @@ from typing import Any
 
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks import prompts
-from ptmoe.tasks.base import Example, Origin, Task
+from ptmoe.tasks.base import Example, Origin, Task, unique
 from ptmoe.tasks.records import BadRecordError, Format, Problems, json_lines, text_of
 
 
@@ -37,18 +37,11 @@ def load(path: str | Path, keys: Keys | None = None, problems: Problems | None =
         PtmoeError: no such file, an empty one, or bad lines: the first are named, all are counted.
     """
     problems = problems if problems is not None else Problems()
-    examples: list[Example] = []
-    seen: dict[str, str] = {}
-    for place, example in read(Path(path), problems, keys):
-        if example.id in seen:
-            problems.add(place, f"id {example.id!r} was used before, at {seen[example.id]}")
-        else:
-            seen[example.id] = place
-            examples.append(example)
+    examples = unique(read(Path(path), problems, keys), problems)
     problems.refuse()
     if not examples:
         raise PtmoeError(f"{path} holds no example: needs at least one JSON line")
-    return examples
+    return list(examples.values())
 
 
 def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[tuple[str, Example]]:
