@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods import METHODS, DPTConfig, PTConfig, PTMoEConfig
+from ptmoe.methods import METHODS, DPTConfig, PromptConfig, PTConfig, PTMoEConfig
 from ptmoe.methods.routing import SPREAD, Router, gate
 from ptmoe.model import attach, count_parameters
 
@@ -27,7 +27,16 @@ LLAMA_1B = transformers.LlamaConfig(
     num_key_value_heads=8,
     tie_word_embeddings=True,
 )
-PAPER = {"pt": 81_920, "dpt": 81_432, "smop": 86_016, "attempt": 90_112, "pt-moe": 80_706}
+PAPER = {
+    "ft": 1_235_814_400,
+    "lora": 106_496,
+    "hydralora": 278_528,
+    "pt": 81_920,
+    "dpt": 81_432,
+    "smop": 86_016,
+    "attempt": 90_112,
+    "pt-moe": 80_706,
+}
 
 
 @pytest.mark.parametrize("method", PAPER)
@@ -149,7 +158,7 @@ def test_distinct_experts_start_apart_and_those_of_the_paper_alike():
 
 
 @pytest.mark.parametrize("init", ["vocabulary", "random"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, config in METHODS.items() if issubclass(config, PromptConfig)])
 def test_a_seed_decides_every_start_value_and_leaves_the_global_state_alone(method, init):
     sizes = {"rank": 20} if "rank" in METHODS[method].model_fields else {}
     config = METHODS[method](num_virtual_tokens=20, init=init, **sizes)

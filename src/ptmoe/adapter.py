@@ -1,5 +1,8 @@
 """The adapter folder: `adapter_config.json` and `adapter_model.safetensors`; no pickle is read or written.
 
+Of an adapter that `peft` has a form for (LoRA, …) both are `peft`'s own, and what is below stands beside them in
+`ptmoe_config.json`.
+
     {"peft_type": "PT_MOE", "task_type": "CAUSAL_LM", "base_model_name_or_path": "…", "revision": null,
      "hidden_size": 2048, "embedding_fingerprint": {"vocabulary": 128256, "values": [64 numbers]},
      "num_virtual_tokens": 40, "num_experts": 2, …}
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.methods import METHODS, MethodConfig, PTConfig
+from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, PTConfig, VirtualTokensConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,19 +34,47 @@ if TYPE_CHECKING:
     from ptmoe.model import PromptedCausalLM
 
 CONFIG_FILE = "adapter_config.json"
+OWN_CONFIG_FILE = "ptmoe_config.json"  # what CONFIG_FILE holds, where that is peft's
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FINGERPRINT_SIZE = 64
+WITHOUT_EFFECT = (  # in peft's config, on what a loaded adapter computes
+    "base_model_name_or_path revision task_type peft_version auto_mapping inference_mode lora_dropout".split()
+)
+RANDOM_STARTS = (True, False, "gaussian", "eva")  # of LoRA: those that leave the base as it is
 ENVELOPE = ("peft_type", "task_type", "base_model_name_or_path", "revision", "hidden_size", "embedding_fingerprint")
 
 
 @dataclass
 class SavedAdapter:
-    """A folder that has been read and checked: its config, its tensors by key, and what it says of its base."""
+    """A folder that has been read and checked: its config, its tensors by key, and what it says of its base.
 
+    Attributes:
+        peft_config: `peft`'s own config, where it has a form for the adapter.
+    """
+
+    folder: Path
     config: MethodConfig
     tensors: dict[str, Tensor]
     envelope: dict[str, Any]
+    peft_config: dict[str, Any] | None = None
+
+    def fill(self, encoder: PromptEncoder) -> None:
+        """Give an encoder the tensors.
+
+        Raises:
+            PtmoeError: keys or shapes that are not its own, or a `peft` config that says something else.
+        """
+        _check_tensors(self.folder / WEIGHTS_FILE, encoder.tensors(), self.tensors)
+        expected = encoder.peft_config() or {}
+        for key, value in (self.peft_config or {}).items():
+            found = sorted(value) if key == "target_modules" and isinstance(value, list) else value
+            if key not in WITHOUT_EFFECT and key in expected and found != expected[key]:
+                raise PtmoeError(
+                    f"{self.folder / CONFIG_FILE}: {key}={value!r} is not what {self.config.method} has "
+                    f"({expected[key]!r}): save the adapter again, or load it with peft"
+                )
+        encoder.load_tensors(self.tensors)
 
 
 def fingerprint(embedding: Tensor, vocabulary: int | None = None) -> dict[str, Any]:
@@ -71,31 +103,37 @@ def save_adapter(model: PromptedCausalLM, folder: str | Path, name: str | None =
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     revision = getattr(model.config, "_commit_hash", None)
-    write_adapter(folder, _config(encoder.config, embedding, model.name_or_path, revision), encoder.tensors())
+    # `ft` has trained the embedding: it is the base's that tells the base.
+    of_base = {"hidden_size": embedding.shape[1], "embedding_fingerprint": model.embedding_fingerprint}
+    config = _config(encoder.config, of_base, model.name_or_path, revision)
+    write_adapter(folder, config, encoder.tensors(), encoder.peft_config())
 
 
-def _config(config: MethodConfig, embedding: Tensor, base: str | None, revision: str | None) -> dict[str, Any]:
+def _config(config: MethodConfig, of_base: dict[str, Any], base: str | None, revision: str | None) -> dict[str, Any]:
     """What `adapter_config.json` holds."""
     envelope = {
         "peft_type": config.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
-        "hidden_size": embedding.shape[1],
-        "embedding_fingerprint": fingerprint(embedding),
+        **of_base,
     }
     return envelope | config.model_dump()
 
 
-def write_adapter(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write_adapter(
+    folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], peft_config: dict[str, Any] | None = None
+) -> None:
     folder = Path(folder)
     if folder.is_file():
         raise PtmoeError(f"{folder} is a file: name a folder for the adapter")
     folder.mkdir(parents=True, exist_ok=True)
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    parts = {name: folder / f".{name}.part" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    configs = {CONFIG_FILE: config} if peft_config is None else {CONFIG_FILE: peft_config, OWN_CONFIG_FILE: config}
+    parts = {name: folder / f".{name}.part" for name in (WEIGHTS_FILE, *configs)}
     save_file(plain, parts[WEIGHTS_FILE], {"format": "pt"})
-    parts[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n")
+    for name, written in configs.items():
+        parts[name].write_text(json.dumps(written, indent=2) + "\n")
     for name, part in parts.items():
         os.replace(part, folder / name)
 
@@ -107,12 +145,33 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         PtmoeError: a missing or damaged file, a pickle, an unknown key, a missing, misshapen or non-finite tensor.
     """
     folder = Path(folder)
-    config, envelope = _read_config(folder, read_config_file(folder))
+    written = read_config_file(folder)
+    own = folder / OWN_CONFIG_FILE
+    of_peft = own.is_file()
+    if of_peft:
+        config, envelope = _read_config(folder, _read_json(own))
+    elif written.get("peft_type") == "LORA":  # peft's own folder, from anywhere
+        config, envelope = _of_peft_lora(written)
+        of_peft = True
+        if written.get("init_lora_weights") in RANDOM_STARTS:
+            written["init_lora_weights"] = True
+    else:
+        config, envelope = _read_config(folder, written)
     tensors = _read_tensors(folder)
-    with torch.device("meta"):
-        expected = config.build(envelope["hidden_size"]).tensors()
-    _check_tensors(folder / WEIGHTS_FILE, expected, tensors)
-    return SavedAdapter(config, tensors, envelope)
+    _check_values(folder / WEIGHTS_FILE, tensors)
+    if isinstance(config, VirtualTokensConfig):  # the others' shapes are told by the base
+        with torch.device("meta"):
+            expected = config.build(envelope["hidden_size"]).tensors()
+        _check_tensors(folder / WEIGHTS_FILE, expected, tensors)
+    return SavedAdapter(folder, config, tensors, envelope, written if of_peft else None)
+
+
+def _of_peft_lora(written: dict[str, Any]) -> tuple[MethodConfig, dict[str, Any]]:
+    """A LoRA that plain `peft` has saved: nothing in its folder tells the base. What it has beyond `LoRAConfig` is
+    refused when it is loaded (`SavedAdapter.fill`)."""
+    theirs = {"rank": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
+    fields: dict[str, Any] = {name: written.get(key) for name, key in theirs.items()}
+    return LoRAConfig(**fields), {key: written.get(key) for key in ENVELOPE}
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -122,12 +181,16 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         PtmoeError: a missing file, a pickle, or a config that is not a JSON object.
     """
     _check_files(folder)
+    return _read_json(folder / CONFIG_FILE)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        written = json.loads((folder / CONFIG_FILE).read_text())
+        written = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PtmoeError(f"{folder / CONFIG_FILE} is not JSON ({error}): save the adapter again") from None
+        raise PtmoeError(f"{path} is not JSON ({error}): save the adapter again") from None
     if not isinstance(written, dict):
-        raise PtmoeError(f"{folder / CONFIG_FILE} holds {type(written).__name__}: needs an object")
+        raise PtmoeError(f"{path} holds {type(written).__name__}: needs an object")
     return written
 
 
@@ -154,6 +217,11 @@ def _read_config(folder: Path, written: dict[str, Any]) -> tuple[MethodConfig, d
     peft_type = written.get("peft_type")
     if peft_type == "PROMPT_TUNING":
         raise PtmoeError(f"{folder} is a peft PROMPT_TUNING adapter: convert it first, `ptmoe convert {folder} OUTPUT`")
+    if "peft_version" in written:
+        raise PtmoeError(
+            f"{folder} is a {peft_type} adapter that peft has saved, without {OWN_CONFIG_FILE}: of those LORA loads as "
+            "it is and PROMPT_TUNING converts; use the others with peft"
+        )
     if peft_type not in by_type:
         raise PtmoeError(f"{folder / CONFIG_FILE}: peft_type={peft_type!r}{near(str(peft_type), by_type)}")
     method = by_type[peft_type]
@@ -184,6 +252,10 @@ def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Ten
             raise PtmoeError(
                 f"{path}: {key} has shape {tuple(value.shape)}, its config says {tuple(expected[key].shape)}"
             )
+
+
+def _check_values(path: Path, found: dict[str, Tensor]) -> None:
+    for key, value in found.items():
         if not value.is_floating_point():
             raise PtmoeError(f"{path}: {key} has dtype {value.dtype}: needs floating point")
         if not value.isfinite().all():
@@ -195,7 +267,7 @@ def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Ten
 def load_adapter(
     base: PreTrainedModel | PromptedCausalLM, path: str | Path, *, name: str = "default", revision: str | None = None
 ) -> PromptedCausalLM:
-    """Put a saved adapter in front of its base.
+    """Put a saved adapter in front of its base, or, of a weight-side method, into it.
 
     Args:
         base: the model that the adapter was trained on, or a `PromptedCausalLM` on it, which gets one adapter more.
@@ -206,27 +278,38 @@ def load_adapter(
     Raises:
         PtmoeError: a folder that is not a whole adapter, or one of another base.
     """
-    from ptmoe.model import PromptedCausalLM
+    from ptmoe.model import PromptedCausalLM, seeded
 
     folder = local_folder(path, revision)
     saved = read_adapter(folder)
     inner = base.base_model if isinstance(base, PromptedCausalLM) else base
     embedding = inner.get_input_embeddings().weight
     origin = saved.envelope["base_model_name_or_path"]
-    if embedding.shape[1] != saved.envelope["hidden_size"]:
+    hidden, mark = saved.envelope["hidden_size"], saved.envelope["embedding_fingerprint"]
+    if hidden is not None and embedding.shape[1] != hidden:
         raise PtmoeError(
-            f"{folder} is for a base of hidden size {saved.envelope['hidden_size']} ({origin}), "
+            f"{folder} is for a base of hidden size {hidden} ({origin}), "
             f"this one has {embedding.shape[1]} ({inner.name_or_path}): load the base it was trained on"
         )
-    if not same_base(embedding, saved.envelope["embedding_fingerprint"]):
+    if mark is not None and not same_base(embedding, mark):
         raise PtmoeError(
             f"{folder} was trained on another base ({origin}) than this one ({inner.name_or_path}): "
             "their embeddings differ; load the base it was trained on"
         )
-    encoder = saved.config.build(saved.envelope["hidden_size"])
-    encoder.load_tensors(saved.tensors)
+
+    def make(base: PreTrainedModel) -> PromptEncoder:
+        with seeded(0):
+            encoder = saved.config.on_saved(base)
+        try:
+            saved.fill(encoder)
+        except PtmoeError:
+            with suppress(PtmoeError):  # nothing to undo yet, where it could not be undone
+                encoder.remove()
+            raise
+        return encoder
+
     model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
-    model.add_adapter(name, encoder)
+    model.add_adapter(name, saved.config, make)
     return model
 
 
@@ -241,8 +324,9 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    files = [CONFIG_FILE, OWN_CONFIG_FILE, WEIGHTS_FILE]
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PtmoeError(f"no adapter folder {path}, and the Hub does not give it: {error}") from None
 
@@ -254,6 +338,11 @@ def to_peft(source: str | Path, target: str | Path) -> None:
         PtmoeError: an adapter of another method, which `peft` has no form for.
     """
     saved = read_adapter(source)
+    if saved.peft_config is not None:
+        raise PtmoeError(
+            f"{source} is a {saved.config.method} adapter: its folder is peft's own already, load it with "
+            "peft.PeftModel.from_pretrained"
+        )
     if not isinstance(saved.config, PTConfig):
         raise PtmoeError(f"{source} is a {saved.config.method} adapter: peft has a form for pt only")
     config = {
@@ -285,6 +374,8 @@ def from_peft(source: str | Path, target: str | Path, base: PreTrainedModel) -> 
     size: Any = written.get("num_virtual_tokens")  # PTConfig checks it
     config = PTConfig(num_virtual_tokens=size, init="random")
     shape = torch.empty(config.num_virtual_tokens, embedding.shape[1], device="meta")
+    _check_values(source / WEIGHTS_FILE, tensors)
     _check_tensors(source / WEIGHTS_FILE, {"prompt_embeddings": shape}, tensors)
-    made = _config(config, embedding, written.get("base_model_name_or_path"), written.get("revision"))
+    of_base = {"hidden_size": embedding.shape[1], "embedding_fingerprint": fingerprint(embedding)}
+    made = _config(config, of_base, written.get("base_model_name_or_path"), written.get("revision"))
     write_adapter(target, made, {"prompt": tensors["prompt_embeddings"].float()})

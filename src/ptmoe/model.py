@@ -1,10 +1,10 @@
-"""PromptedCausalLM: a frozen base model and its prompt encoders as one model."""
+"""PromptedCausalLM: a base model and its adapters as one model."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,25 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from ptmoe.adapter import fingerprint
 from ptmoe.errors import PtmoeError, near
 from ptmoe.loss import IGNORED, cross_entropy, projected_at, supervised_positions
-from ptmoe.methods.base import InitialEmbeddings, MethodConfig, PromptEncoder, Routing
+from ptmoe.methods.base import (
+    Batches,
+    InitialEmbeddings,
+    MethodConfig,
+    PromptEncoder,
+    Routing,
+    VirtualTokensConfig,
+)
 from ptmoe.splice import Spliced, align_right, splice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import DynamicCache
 
 DEFAULT_NEW_TOKENS = 20  # of transformers, where neither the caller nor the base sets a length
+CHANGED_BY = "ptmoe_method"  # an attribute of a base whose layers a method has changed
 BASE = "__base__"  # in `adapter_names`, as in peft: this row gets no prompt
 
 
@@ -53,11 +63,19 @@ class PromptedOutput(ModelOutput):
 
 @dataclass
 class _Prompts:
-    """The prompts of a batch: `embeds (B, T, H)` aligned to the right, `lengths (B,)` or None where all are `T`."""
+    """The prompts of a batch: `embeds (B, T, H)` aligned to the right, `lengths (B,)` or None where all are `T`; the
+    rest as in `ptmoe.methods.Prompt`, where all rows have one adapter."""
 
     embeds: Tensor
     lengths: Tensor | None = None
     routing: Routing | None = None
+    cache: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """How many positions they take at most."""
+        return self.embeds.shape[1] + (0 if self.cache is None else self.cache.shape[3])
 
 
 def readable_tokens(attention_mask: Tensor, labels: Tensor) -> Tensor:
@@ -77,14 +95,18 @@ def _check_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
 
 
 class PromptedCausalLM(nn.Module):
-    """A frozen causal language model whose input is preceded by a soft prompt composed for it.
+    """A frozen causal language model whose input is preceded by a soft prompt composed for it, or whose layers a
+    weight-side method (LoRA, …) has changed.
 
     Made by `attach` or `load_adapter`. It takes what a `transformers` model takes. The base is not part of
     `state_dict()`: checkpoints hold adapters only.
 
+    A model may hold any number of prompts, and a batch may mix them. A weight-side method changes the layers that all
+    rows go through, so a model holds one such adapter and no other.
+
     Attributes:
-        base_model: the frozen model.
-        encoders: the prompt encoder of each adapter, by name.
+        base_model: the frozen model; with a weight-side adapter, its parts are in it.
+        encoders: the encoder of each adapter, by name.
         active_adapter: the name of the one in use.
     """
 
@@ -100,8 +122,12 @@ class PromptedCausalLM(nn.Module):
             raise PtmoeError(
                 f"{type(base).__name__} is not a decoder that takes inputs_embeds: give a causal language model"
             )
+        held = vars(base).get(CHANGED_BY)
+        if held is not None:
+            raise PtmoeError(f"this base holds a {held} adapter, which changes its layers: load the base again")
         base.requires_grad_(False)
         self.base_model = base
+        self.embedding_fingerprint = fingerprint(base.get_input_embeddings().weight)  # as it is before any training
         self.encoders = nn.ModuleDict()
         self.active_adapter = ""
         self._takes_positions = "position_ids" in parameters
@@ -110,15 +136,31 @@ class PromptedCausalLM(nn.Module):
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, name: str, encoder: PromptEncoder) -> None:
-        """Add an initialised encoder under a name and make it the active one."""
+    def add_adapter(
+        self, name: str, config: MethodConfig, make: Callable[[PreTrainedModel], PromptEncoder]
+    ) -> PromptEncoder:
+        """Add the encoder that `make` gives for the base under a name, and make it the active one.
+
+        Raises:
+            PtmoeError: a name that cannot be used, or adapters that one model cannot hold together.
+        """
         # An nn.ModuleDict holds no key that is one of its own attributes, "train" or "keys".
         if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name):
             raise PtmoeError(f"adapter name {name!r} cannot be used: choose another word, without dots")
         if name in self.encoders:
             raise PtmoeError(f"adapter {name!r} is there already: choose another name or delete_adapter({name!r})")
+        if self.encoders and (config.alone or self._changes_base):
+            changes = config.method if config.alone else self.method_config.method
+            raise PtmoeError(
+                f"{changes} changes the base's layers, so a model holds one such adapter and no other; this one holds "
+                f"{', '.join(self.encoders)}: use a base of its own, or delete_adapter"
+            )
+        encoder = make(self.base_model)
         self.encoders[name] = encoder.to(self.device).train(self.training)
+        if config.alone:
+            vars(self.base_model)[CHANGED_BY] = config.method
         self.set_adapter(name)
+        return encoder
 
     def set_adapter(self, name: str) -> None:
         """Make one adapter the active one: used where no `adapter_names` are given, and the one that trains."""
@@ -128,19 +170,42 @@ class PromptedCausalLM(nn.Module):
             encoder.requires_grad_(other == name)
 
     def delete_adapter(self, name: str) -> None:
-        self._encoder(name)
+        """Remove an adapter that is not the active one, or a weight-side one, whose parts are taken out of the base.
+
+        Raises:
+            PtmoeError: no such adapter, the active one, or one that cannot be taken out (`ft`).
+        """
+        encoder = self._encoder(name)
         if name == self.active_adapter:
-            raise PtmoeError(f"adapter {name!r} is active: set_adapter to another first")
+            if not self._changes_base:
+                raise PtmoeError(f"adapter {name!r} is active: set_adapter to another first")
+            encoder.remove()
+            vars(self.base_model).pop(CHANGED_BY)
+            self.active_adapter = ""
         del self.encoders[name]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is its untouched base."""
+        """Within it the model is its untouched base.
+
+        Raises:
+            PtmoeError: `ft`, which has changed the base for good.
+        """
         before, self._enabled = self._enabled, False
         try:
-            yield
+            with self.encoder.disabled() if before and self.active_adapter else nullcontext():
+                yield
         finally:
             self._enabled = before
+
+    @property
+    def uses_adapter(self) -> bool:
+        """Whether an adapter is active and not disabled."""
+        return self._enabled and bool(self.active_adapter)
+
+    @property
+    def _changes_base(self) -> bool:
+        return bool(self.active_adapter) and self.method_config.alone
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -155,7 +220,7 @@ class PromptedCausalLM(nn.Module):
     @property
     def num_virtual_tokens(self) -> int:
         """How many positions the active adapter's prompt takes; 0 without one."""
-        return self.method_config.num_virtual_tokens if self._enabled and self.active_adapter else 0
+        return self.method_config.num_virtual_tokens if self.uses_adapter else 0
 
     def _encoder(self, name: str) -> PromptEncoder:
         if name not in self.encoders:
@@ -288,7 +353,13 @@ class PromptedCausalLM(nn.Module):
             adapter_names: one name for each row; None is the active adapter for all, or no prompt where there is none.
         """
         if adapter_names is None:
-            adapter_names = [self.active_adapter if self._enabled and self.active_adapter else BASE] * len(embeds)
+            adapter_names = [self.active_adapter if self.uses_adapter else BASE] * len(embeds)
+        elif self._changes_base and set(adapter_names) != {self.active_adapter}:
+            raise PtmoeError(
+                f"adapter_names={list(adapter_names)!r:.80}: {self.method_config.method} changes the layers that all "
+                "rows go through, so a batch has one adapter; mixed batches are for prompts, and disable_adapter() is "
+                "for the base"
+            )
         if len(adapter_names) != len(embeds):
             raise PtmoeError(f"adapter_names has {len(adapter_names)} names for {len(embeds)} rows: give one each")
         # The soft prompt is composed in float32 whatever the mixed precision around it.
@@ -296,12 +367,17 @@ class PromptedCausalLM(nn.Module):
             names = list(dict.fromkeys(adapter_names))
             if len(names) == 1 and names[0] != BASE:
                 prompt = self._encoder(names[0])(embeds, input_mask)
-                return _Prompts(prompt.embeds, routing=prompt.routing)
+                return _Prompts(prompt.embeds, None, prompt.routing, prompt.cache, prompt.auxiliary_loss)
             parts = []
             for name in names:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=embeds.device)
-                made = None if name == BASE else self._encoder(name)(embeds[rows], input_mask[rows]).embeds
-                parts.append((rows, made))
+                one = None if name == BASE else self._encoder(name)(embeds[rows], input_mask[rows])
+                if one is not None and one.cache is not None:
+                    raise PtmoeError(
+                        f"adapter {name!r} stands in the cache of all rows, {self._encoder(name).config.method} cannot "
+                        "be mixed in a batch: give it a batch of its own"
+                    )
+                parts.append((rows, None if one is None else one.embeds))
             longest = max(0 if made is None else made.shape[1] for _, made in parts)
             prompts = embeds.new_zeros(len(embeds), longest, embeds.shape[2], dtype=torch.float32)
             lengths = torch.zeros(len(embeds), dtype=torch.long, device=embeds.device)
@@ -326,23 +402,47 @@ class PromptedCausalLM(nn.Module):
         readable = attention_mask.bool() if input_mask is None else input_mask.bool() & attention_mask.bool()
         prompts = self.encode(embeds, readable, adapter_names)
         spliced = splice(prompts.embeds, prompts.lengths, embeds, attention_mask)
-        self._check_length(spliced, prompts.embeds.shape[1])
+        self._check_length(spliced, prompts)
         return spliced, prompts, attention_mask
+
+    def _inputs(self, spliced: Spliced, prompts: _Prompts, expand: int = 1) -> dict[str, Any]:
+        """What the base's `forward` takes; a prompt that stands in the cache `expand` times for each row."""
+        inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.attention_mask}
+        positions = spliced.position_ids
+        if prompts.cache is not None:
+            virtual = prompts.cache.shape[3]
+            before = spliced.attention_mask.new_ones(len(positions), virtual)
+            inputs["attention_mask"] = torch.cat([before, spliced.attention_mask], 1)
+            positions = positions + virtual
+            inputs["past_key_values"] = self._filled_cache(prompts.cache, len(positions) * expand)
+        if self._takes_positions:
+            inputs["position_ids"] = positions
+        return inputs
+
+    def _filled_cache(self, cache: Tensor, batch: int) -> DynamicCache:
+        from transformers.cache_utils import DynamicCache
+
+        if self.training and getattr(self.base_model, "is_activation_checkpointing", False):
+            raise PtmoeError("gradient checkpointing drops the cache that the prompt stands in: leave it out")
+        filled = DynamicCache(config=self.config)
+        for index, (keys, values) in enumerate(cache.to(self.dtype).unbind()):
+            filled.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
+        return filled
 
     @property
     def max_positions(self) -> int | None:
         """How many positions the base has; None where it sets no limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
-    def _check_length(self, spliced: Spliced, virtual: int, new: int = 0) -> None:
+    def _check_length(self, spliced: Spliced, prompts: _Prompts, new: int = 0) -> None:
         """Learned positions end in an index error deep in the base, rotary ones in silent nonsense: say it here."""
-        limit = self.max_positions
-        if limit is None or spliced.embeds.shape[1] + new <= limit:
+        limit, virtual, spliced_in = self.max_positions, prompts.length, prompts.embeds.shape[1]
+        if limit is None or virtual + spliced.embeds.shape[1] - spliced_in + new <= limit:
             return
-        longest = int(spliced.attention_mask.sum(1).max())
-        if longest + new > limit:
+        longest = int(spliced.attention_mask.sum(1).max()) - spliced_in
+        if longest + virtual + new > limit:
             raise PtmoeError(
-                f"an input of {longest - virtual} tokens with {virtual} virtual tokens"
+                f"an input of {longest} tokens with {virtual} virtual tokens"
                 + (f" and {new} new ones" if new else "")
                 + f" exceeds the base's {limit} positions: shorten it to {max(limit - virtual - new, 0)} tokens"
             )
@@ -398,9 +498,7 @@ class PromptedCausalLM(nn.Module):
                 "ptmoe.train.trl"
             )
         virtual = prompts.embeds.shape[1]
-        inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.attention_mask}
-        if self._takes_positions:
-            inputs["position_ids"] = spliced.position_ids
+        inputs = self._inputs(spliced, prompts)
         result = PromptedOutput()
         result.routing = prompts.routing
         if labels is None:
@@ -422,8 +520,10 @@ class PromptedCausalLM(nn.Module):
                 out = self.base_model(**inputs, **options)
                 scores, logits = out.logits[rows, before], out.logits[:, virtual:]
             result.loss = cross_entropy(scores, targets, num_items_in_batch)
-            if prompts.routing is not None and prompts.routing.auxiliary_loss is not None and self.training:
-                result.loss = result.loss + prompts.routing.auxiliary_loss
+            if prompts.auxiliary_loss is not None and self.training:
+                # Once for the global batch: this part's share of it.
+                share = 1.0 if num_items_in_batch is None else len(targets) / num_items_in_batch
+                result.loss = result.loss + share * prompts.auxiliary_loss
         if logits is not None:
             result.logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
         result.hidden_states, result.attentions = out.get("hidden_states"), out.get("attentions")
@@ -467,22 +567,43 @@ class PromptedCausalLM(nn.Module):
                 raise PtmoeError(f"{name} re-reads the input without its prompt: leave it out")
         spliced, prompts, _ = self._splice(input_ids, attention_mask, input_mask, adapter_names)
         order = align_right(spliced.attention_mask)
-        passed: dict[str, Any] = {
-            "inputs_embeds": spliced.embeds.gather(1, order[..., None].expand_as(spliced.embeds)),
-            "attention_mask": spliced.attention_mask.gather(1, order),
-        }
-        if self._takes_positions:
-            passed["position_ids"] = spliced.position_ids.gather(1, order)
+        spliced = Spliced(
+            spliced.embeds.gather(1, order[..., None].expand_as(spliced.embeds)),
+            spliced.attention_mask.gather(1, order),
+            spliced.position_ids.gather(1, order),
+        )
         limit = self.max_positions
-        room = None if limit is None else limit - int(spliced.attention_mask.sum(1).max())
+        virtual = prompts.length - prompts.embeds.shape[1]  # that stand in the cache
+        room = None if limit is None else limit - virtual - int(spliced.attention_mask.sum(1).max())
         options, new = self._with_new_tokens(options, input_ids.shape[1], room)
-        self._check_length(spliced, prompts.embeds.shape[1], new)
+        self._check_length(spliced, prompts, new)
+        passed = self._inputs(spliced, prompts, self._copies(options) if virtual else 1)
+        if virtual:  # transformers takes the cached positions off what it is given
+            padding = spliced.embeds.new_zeros(len(spliced.embeds), virtual, spliced.embeds.shape[2])
+            passed["inputs_embeds"] = torch.cat([padding, spliced.embeds], 1)
+            if self._takes_positions:
+                first = torch.arange(virtual, device=padding.device).expand(len(padding), -1)
+                passed["position_ids"] = torch.cat([first, passed["position_ids"]], 1)
         return self.base_model.generate(input_ids, **passed, **options)
 
     def _generation_settings(self, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Where `generate` reads a setting, in the order it looks: the options, a config given, the base's config."""
         given = options.get("generation_config")
         return [options, *([] if given is None else [vars(given)]), vars(self.base_model.generation_config)]
+
+    def _copies(self, options: dict[str, Any]) -> int:
+        """How many sequences `generate` makes of a row.
+
+        Raises:
+            PtmoeError: a setting that leaves out the cache that the prompt stands in.
+        """
+        settings = self._generation_settings(options)
+        if next((one["use_cache"] for one in settings if one.get("use_cache") is not None), True) is False:
+            raise PtmoeError("use_cache=False leaves out the cache that the prompt stands in: leave it out")
+        if any(one.get("cache_implementation") is not None for one in settings):
+            raise PtmoeError("cache_implementation makes another cache than the prompt stands in: leave it out")
+        counts = ("num_beams", "num_return_sequences")
+        return max(next((one[name] for one in settings if one.get(name) is not None), 1) for name in counts)
 
     def _with_new_tokens(self, options: dict[str, Any], length: int, room: int | None) -> tuple[dict[str, Any], int]:
         """The options with their lengths as numbers of new tokens, and the highest number of them.
@@ -527,8 +648,9 @@ def attach(
     seed: int = 0,
     adapter_name: str = "default",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    batches: Batches | None = None,
 ) -> PromptedCausalLM:
-    """Freeze `base` and put a fresh adapter in front of it.
+    """Freeze `base` and put a fresh adapter in front of it, or, with a weight-side method, into it.
 
     Args:
         base: any causal language model of `transformers` that takes `inputs_embeds`, or a `PromptedCausalLM`, which
@@ -537,13 +659,19 @@ def attach(
         seed: decides every initial value; the global random state is left alone.
         adapter_name: its name, for `set_adapter` and `adapter_names`.
         tokenizer: the base's, for `init="text"`; by default loaded from where the base came from.
+        batches: some of the training data, `input_ids`, `attention_mask` and `labels (B, L)`, for `eva` and `corda`,
+            which start from the activations that it gives.
 
     Raises:
-        PtmoeError: a size that does not fit the base, or a text without tokens.
+        PtmoeError: a size that does not fit the base, a base without the modules that the method changes, a text
+            without tokens, or a method that needs `batches` and has none.
     """
+    if config.needs_batches and batches is None:
+        raise PtmoeError(
+            f"{config.method} starts from the activations of training data: train it with `ptmoe train --method "
+            f"{config.method}`, or pass attach(…, batches=…)"
+        )
     model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
-    embedding = cast(Tensor, model.get_input_embeddings().weight)
-    encoder = config.build(embedding.shape[1])
 
     def tokenize(text: str) -> list[int]:
         nonlocal tokenizer
@@ -553,9 +681,23 @@ def attach(
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
         return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    encoder.initialise(InitialEmbeddings(model.get_input_embeddings(), torch.Generator().manual_seed(seed), tokenize))
-    model.add_adapter(adapter_name, encoder)
+    def make(base: PreTrainedModel) -> PromptEncoder:
+        with seeded(seed):
+            encoder = config.on(base, batches)
+            source = InitialEmbeddings(base.get_input_embeddings(), torch.Generator().manual_seed(seed), tokenize)
+            encoder.initialise(source)
+        return encoder
+
+    model.add_adapter(adapter_name, config, make)
     return model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it the global random state starts from `seed`; afterwards it is what it was."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def count_parameters(base_config: Any, config: MethodConfig) -> int:
@@ -564,9 +706,17 @@ def count_parameters(base_config: Any, config: MethodConfig) -> int:
     Args:
         base_config: a `transformers` config.
         config: of any method.
+
+    Raises:
+        PtmoeError: a method or size that does not fit the base.
     """
     with torch.device("meta"):
-        text = base_config.get_text_config()
-        # OPT's smallest models embed narrower than they compute.
-        encoder = config.build(getattr(text, "word_embed_proj_dim", text.hidden_size))
+        if isinstance(config, VirtualTokensConfig):
+            text = base_config.get_text_config()
+            # OPT's smallest models embed narrower than they compute.
+            encoder = config.build(getattr(text, "word_embed_proj_dim", text.hidden_size))
+        else:
+            from transformers import AutoModelForCausalLM
+
+            encoder = config.on(AutoModelForCausalLM.from_config(base_config))
     return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)

@@ -293,6 +293,95 @@ def harness(context: typer.Context) -> None:
 
 
 @app.command()
+def compare(
+    plan: Annotated[
+        Path | None, typer.Argument(help="YAML file, or a comparison's folder to go on with; options take precedence")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init, -noise or -position; with "
+            "--model nano on nano's world"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="nano, a folder, or a Hub repository; by default the preset's, else nano")
+    ] = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="a method, or with fields pt-moe:rank=8,num_experts=4; several times"),
+    ] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="a field of the methods and its values: rank=4,8,16; several times")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="pick each method's free size to come closest without passing it: 80k, 1.5M; several times"),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="to train on: a task, a group or a mixture (a,b is one); several times")
+    ] = None,
+    eval_task: Annotated[
+        list[str] | None, typer.Option(help="to evaluate on; by default the training task's own test; several times")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="how many, from 0; or which: 0,3,5")] = None,
+    data_dir: DataDir = None,
+    eval_data_dir: Annotated[str | None, typer.Option(help="where evaluations lie; --data-dir by default")] = None,
+    skip_bad: SkipBad = None,
+    max_length: Annotated[int | None, typer.Option(help="real tokens of an example; contexts are cut to fit")] = None,
+    max_examples: Annotated[int | None, typer.Option(help="train on the first so many")] = None,
+    eval_examples: Annotated[int | None, typer.Option(help="the first so many of each")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="of an evaluated answer")] = None,
+    learning_rate: Annotated[
+        list[str] | None, typer.Option(help="of all methods, or of one: pt=0.01; by default each method's own")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="instead of --num-train-epochs")] = None,
+    num_train_epochs: Annotated[float | None, typer.Option()] = None,
+    per_device_train_batch_size: Annotated[int | None, typer.Option()] = None,
+    gradient_accumulation_steps: Annotated[int | None, typer.Option()] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="the comparison's folder; by default runs/PRESET-MODEL, or a new one")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="stop at what cannot be run, instead of leaving it out")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="cells at once; by default 1, on nano as many as there are cores")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be run, and at what sizes")] = False,
+) -> None:
+    """Train and evaluate methods × tasks × seeds on equal terms, and report; run again, it goes on where it stopped."""
+    from ptmoe.cli.comparison import run
+
+    chosen = given(
+        preset=preset,
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        budget=budget,
+        tasks=task,
+        eval_tasks=eval_task,
+        data_dir=data_dir,
+        eval_data_dir=eval_data_dir,
+        skip_bad=skip_bad,
+        max_length=max_length,
+        max_examples=max_examples,
+        eval_examples=eval_examples,
+        max_new_tokens=max_new_tokens,
+        max_steps=max_steps,
+        num_train_epochs=num_train_epochs,
+        per_device_train_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        output_dir=None if output_dir is None else str(output_dir),
+        strict=strict or None,
+        jobs=jobs,
+    )
+    run(plan, chosen, method, vary, seeds, learning_rate, dry_run=dry_run)
+
+
+@app.command()
 def inspect(
     adapter: Adapter,
     task: Annotated[str, typer.Option(help="a named task or a JSON-lines file whose inputs are routed")],
@@ -319,12 +408,15 @@ def params(
     num_virtual_tokens: NumVirtualTokens = None,
     num_experts: NumExperts = None,
     rank: Rank = None,
+    budget: Annotated[
+        str | None, typer.Option(help="pick each method's free size to come closest without passing it: 80k, 1.5M")
+    ] = None,
 ) -> None:
     """Count each method's trainable parameters on a base, from its config alone."""
     from ptmoe.cli.tables import params as run
 
     fields = given(num_virtual_tokens=num_virtual_tokens, num_experts=num_experts, rank=rank)
-    run(model, revision, method, fields)
+    run(model, revision, method, fields, budget)
 
 
 tasks_app = typer.Typer(help="List the tasks, or show one's examples.", invoke_without_command=True)

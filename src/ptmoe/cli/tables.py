@@ -15,24 +15,20 @@ if TYPE_CHECKING:
     from ptmoe.tasks.base import Task
 
 
-def params(model: str, revision: str | None, method: str | None, fields: dict[str, Any]) -> None:
-    from transformers import AutoConfig
-
-    from ptmoe import nano
+def params(model: str, revision: str | None, method: str | None, fields: dict[str, Any], budget: str | None) -> None:
+    """Each method's trainable parameters on a base; with a budget, at the size that it picks."""
+    from ptmoe.compare.budget import base_config, fit_budget, parse_budget, sizes_of
     from ptmoe.methods import METHODS
     from ptmoe.model import count_parameters
 
     if method is not None and method not in METHODS:
         raise PtmoeError(f"unknown method {method!r}{near(method, METHODS)}")
-    try:
-        config = AutoConfig.from_pretrained(nano.FOLDER if model == nano.NAME else model, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise PtmoeError(
-            f"unknown model {model!r}: not nano, not a folder, and the Hub does not give it ({reason})"
-        ) from None
+    limit = None if budget is None else parse_budget(budget)
+    config = base_config(model, revision)
     table = Table("method", "configuration")
     table.add_column("trainable parameters", justify="right")
+    if limit is not None:
+        table.add_column("of the budget", justify="right")
     for name, method_config in METHODS.items():
         if method not in (None, name):
             continue
@@ -40,18 +36,19 @@ def params(model: str, revision: str | None, method: str | None, fields: dict[st
         if method is not None and (strange := fields.keys() - sizes.keys()):
             raise PtmoeError(f"{name} has no {', '.join(sorted(strange))}")
         try:
-            chosen = method_config(**sizes)
-            count = f"{count_parameters(config, chosen):,}"
+            chosen = method_config(**sizes) if limit is None else fit_budget(config, method_config, limit, sizes)
+            count = count_parameters(config, chosen)
         except PtmoeError as error:
             if method is not None:
                 raise
             table.add_row(name, str(error), "–")
             continue
-        shown = ("num_virtual_tokens", "num_experts", "rank", "bottleneck", "num_sources")
-        sizes_text = ", ".join(f"{key}={getattr(chosen, key)}" for key in shown if key in method_config.model_fields)
-        table.add_row(name, sizes_text, count)
+        share = [] if limit is None else [f"{100 * count / limit:.1f} %"]
+        size = ", ".join(f"{key}={value}" for key, value in sizes_of(chosen).items())
+        table.add_row(name, size or "–", f"{count:,}", *share)
     console = Console()
-    console.print(f"{model}: hidden size {config.get_text_config().hidden_size}")
+    asked = "" if limit is None else f", budget {limit:,}"
+    console.print(f"{model}: hidden size {config.get_text_config().hidden_size}{asked}")
     console.print(table)
 
 

@@ -132,7 +132,7 @@ def evaluate(
         "max_length": room,
         "chat": chat,
     }
-    similarity = expert_similarity(model.encoder) if model.num_virtual_tokens else None
+    similarity = expert_similarity(model.encoder) if model.uses_adapter else None
     file, done = None, []
     if folder is not None:
         path = folder / "predictions" / f"{file_name(task.name, split)}.jsonl"
@@ -179,7 +179,7 @@ def _room(model: PromptedCausalLM, asked: int | None, usual: int, max_length: in
 def _identity(model: PromptedCausalLM, examples: Sequence[Example]) -> dict[str, Any]:
     """What was asked of which model."""
     adapter = None
-    if model.num_virtual_tokens:
+    if model.uses_adapter:
         tensors = hashlib.sha256(model.method_config.model_dump_json().encode())
         for name, tensor in sorted(model.encoder.tensors().items()):
             tensors.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Routing, Size
+from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Routing, Size
 
 
-class ATTEMPTConfig(MethodConfig):
+class ATTEMPTConfig(PromptConfig):
     """ATTEMPT: `T·H + 2·r·H` trained numbers and `S·T·H` frozen ones.
 
     Attributes:

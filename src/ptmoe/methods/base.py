@@ -1,13 +1,16 @@
 """What every method is: a config, and a prompt encoder with one job.
 
 (input_embeds (B, L, H), input_mask (B, L)) -> Prompt(embeds (B, T, H), routing)
+
+A method that changes the base's weights is an encoder too: its prompt has no tokens (`ptmoe.methods.weights`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -17,6 +20,10 @@ from typing_extensions import Self
 from ptmoe.errors import PtmoeError
 from ptmoe.settings import Settings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Batches = Iterable[dict[str, Tensor]]  # of training: `input_ids`, `attention_mask` and `labels`, (B, L) each
 Size = Annotated[int, Field(ge=1)]
 
 
@@ -27,24 +34,88 @@ class Routing:
     Attributes:
         gate: `(B, N)`, what each expert's factor was multiplied by.
         probabilities: `(B, N)`, the router's softmax.
-        auxiliary_loss: a scalar added to the loss in training, or None.
     """
 
     gate: Tensor
     probabilities: Tensor
-    auxiliary_loss: Tensor | None = None
 
 
 @dataclass
 class Prompt:
-    """The soft prompt of each row: `embeds (B, T, H)` in float32, and its routing where the method routes."""
+    """What an encoder puts before the input.
+
+    Attributes:
+        embeds: `(B, T, H)` in float32, the soft prompt of each row.
+        routing: of each row, where the method routes.
+        cache: `(layers, 2, heads, T, d)`, keys and values that every layer finds before the input's, the same for all
+            rows; or None.
+        auxiliary_loss: a scalar added to the loss in training, or None.
+    """
 
     embeds: Tensor
     routing: Routing | None = None
+    cache: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
 
 
 class MethodConfig(Settings):
-    """What all methods share.
+    """What all methods share: what they are called and how they are put on a base."""
+
+    method: ClassVar[str]
+    default_learning_rate: ClassVar[float] = 0.03
+    needs_batches: ClassVar[bool] = False  # starts from the activations that training inputs give
+    alone: ClassVar[bool] = False  # changes what the base computes: a model holds one such adapter and no other
+
+    if TYPE_CHECKING:
+
+        @property
+        def num_virtual_tokens(self) -> int: ...
+
+    @property
+    def peft_type(self) -> str:
+        return self.method.upper().replace("-", "_")
+
+    def on(self, base: PreTrainedModel, batches: Batches | None = None) -> PromptEncoder:
+        """The encoder for this base. A prompt's tensors are not yet initialised; a method that changes the base's
+        weights has put its parts into the base, drawn from the global random state.
+
+        Args:
+            base: the model, or one on the meta device to count parameters on.
+            batches: of training, for methods with `needs_batches`.
+
+        Raises:
+            PtmoeError: a base that the method does not fit, which is then as it was.
+        """
+        raise NotImplementedError
+
+    def on_saved(self, base: PreTrainedModel) -> PromptEncoder:
+        """The encoder whose `tensors()` have the keys and shapes that were saved: where it differs from `on`."""
+        return self.on(base)
+
+
+class VirtualTokensConfig(MethodConfig):
+    """A method whose prompt is virtual tokens before the input's.
+
+    Attributes:
+        num_virtual_tokens: `T`, the length of the soft prompt.
+    """
+
+    num_virtual_tokens: Size = 40
+
+    def on(self, base: PreTrainedModel, batches: Batches | None = None) -> PromptEncoder:
+        return self.build(base.get_input_embeddings().weight.shape[1])
+
+    def build(self, hidden_size: int) -> PromptEncoder:
+        """The encoder, its tensors not yet initialised; on the meta device it costs nothing.
+
+        Raises:
+            PtmoeError: a size that does not fit `hidden_size`.
+        """
+        raise NotImplementedError
+
+
+class PromptConfig(VirtualTokensConfig):
+    """A soft prompt that starts from the base's embeddings.
 
     Attributes:
         num_virtual_tokens: `T`, the length of the soft prompt.
@@ -53,10 +124,6 @@ class MethodConfig(Settings):
         init_text: a text that fits the task, for `init="text"`.
     """
 
-    method: ClassVar[str]
-    default_learning_rate: ClassVar[float] = 0.03
-
-    num_virtual_tokens: Size = 40
     init: Literal["vocabulary", "text", "random"] = "vocabulary"
     init_text: str | None = None
 
@@ -67,18 +134,6 @@ class MethodConfig(Settings):
                 f"init={self.init!r} with init_text={self.init_text!r}: give a text together with init='text'"
             )
         return self
-
-    @property
-    def peft_type(self) -> str:
-        return self.method.upper().replace("-", "_")
-
-    def build(self, hidden_size: int) -> PromptEncoder:
-        """The encoder, its tensors not yet initialised; on the meta device it costs nothing.
-
-        Raises:
-            PtmoeError: a size that does not fit `hidden_size`.
-        """
-        raise NotImplementedError
 
 
 class PromptEncoder(nn.Module):
@@ -97,6 +152,30 @@ class PromptEncoder(nn.Module):
     def initialise(self, source: InitialEmbeddings) -> None:
         """Fill the tensors from the base's embeddings; draws only from `source`'s generator."""
         raise NotImplementedError
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the base computes what it did without the method.
+
+        Raises:
+            PtmoeError: a method that cannot.
+        """
+        yield
+
+    def remove(self) -> None:
+        """Leave the base as it was before.
+
+        Raises:
+            PtmoeError: a method that cannot.
+        """
+
+    def optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer | None:
+        """The method's own optimizer of its parameters; None for what the trainer would choose."""
+        return None
+
+    def peft_config(self) -> dict[str, Any] | None:
+        """The `adapter_config.json` with which `peft` reads `tensors()`; None where it has no form for them."""
+        return None
 
     def expert_prompts(self) -> Tensor | None:
         """The `N` prompts that the gate chooses from, `(N, T, H)`; None where there is nothing to choose."""
@@ -164,7 +243,7 @@ class InitialEmbeddings:
         assert isinstance(weight, Tensor)
         return weight
 
-    def rows(self, config: MethodConfig, count: int) -> Tensor:
+    def rows(self, config: PromptConfig, count: int) -> Tensor:
         """`(count, H)` float32 start values as `config.init` says."""
         if config.init == "text":
             assert config.init_text is not None

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size
+from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Size
 from ptmoe.methods.factors import check_rank, random_factors, svd_factors
 
 
-class DPTConfig(MethodConfig):
+class DPTConfig(PromptConfig):
     """Decomposed prompt tuning: `R·(T + H)` trained numbers.
 
     Attributes:

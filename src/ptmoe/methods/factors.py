@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import InitialEmbeddings, MethodConfig
+from ptmoe.methods.base import InitialEmbeddings, PromptConfig
 
 
 def check_rank(rank: int, num_virtual_tokens: int, hidden_size: int) -> None:
@@ -25,7 +25,7 @@ def svd_factors(embeds: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def random_factors(
-    source: InitialEmbeddings, config: MethodConfig, shape: tuple[int, ...], rank: int, hidden: int
+    source: InitialEmbeddings, config: PromptConfig, shape: tuple[int, ...], rank: int, hidden: int
 ) -> tuple[Tensor, Tensor]:
     """Normal `A (*shape, R)` and `B (R, H)` whose product has the scale of the base's embeddings."""
     scale = source.rows(config.replace(init="random"), 64).std()

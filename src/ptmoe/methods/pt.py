@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder
+from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder
 
 
-class PTConfig(MethodConfig):
-    """Prompt tuning. See `MethodConfig`; `T·H` trained numbers."""
+class PTConfig(PromptConfig):
+    """Prompt tuning. See `PromptConfig`; `T·H` trained numbers."""
 
     method: ClassVar[str] = "pt"
 
@@ -21,6 +21,8 @@ class PTConfig(MethodConfig):
 
 
 class PT(PromptEncoder):
+    config: PTConfig
+
     def __init__(self, config: PTConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config

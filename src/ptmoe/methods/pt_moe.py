@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size, mean_input
+from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Size, mean_input
 from ptmoe.methods.factors import check_rank, random_factors, svd_factors
 from ptmoe.methods.routing import Router, RoutingStatistics, route
 
@@ -27,7 +27,7 @@ PAPER_RECIPE = {
 }
 
 
-class PTMoEConfig(MethodConfig):
+class PTMoEConfig(PromptConfig):
     """PT-MoE: `N·T·R + R·H + N·(H + 1)` trained numbers.
 
     Attributes:

@@ -107,25 +107,50 @@ class RoutingStatistics:
         return said
 
 
-def gate(probabilities: Tensor, *, selective: bool, probationary: bool, hardness: float = 1.0) -> Tensor:
+def gate(
+    probabilities: Tensor, *, selective: bool, probationary: bool, hardness: float = 1.0, top_k: int = 1
+) -> Tensor:
     """What each expert's factor is multiplied by: `(B, N)`.
 
     Args:
         probabilities: `(B, N)`.
-        selective: keep the most probable expert only.
+        selective: keep the `top_k` most probable experts only.
         probationary: multiply by the router's probability; without it kept experts count as they are, and a selective
             gate passes the gradient straight through to the probabilities.
         hardness: 0 for the soft gate `p`, 1 for the chosen one; between them a mixture, for annealing.
+        top_k: 1 as published.
     """
     if not selective:
         return probabilities if probationary else torch.ones_like(probabilities)
-    kept = nn.functional.one_hot(probabilities.argmax(1), probabilities.shape[1]).to(probabilities.dtype)
+    kept = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=1).indices, 1.0)
     chosen = probabilities * kept if probationary else kept + (probabilities - probabilities.detach())
     return chosen if hardness == 1.0 else torch.lerp(probabilities, chosen, hardness)
 
 
-def route(logits: Tensor, *, selective: bool, probationary: bool, hardness: float = 1.0) -> Routing:
+def imbalance(probabilities: Tensor, top_k: int = 1) -> Tensor:
+    """How unevenly a batch uses the experts: `N Σ_i f_i p̄_i`, as in Switch Transformers (arXiv:2101.03961, eq. 4).
+
+    `f_i` is the share of the kept places that expert `i` has, `p̄_i` the mean of its probability, through which the
+    gradient goes. 1 where all are used alike, `N` where one takes all.
+
+    Args:
+        probabilities: `(B, N)`.
+        top_k: experts kept for each input.
+    """
+    experts = probabilities.shape[1]
+    kept = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=1).indices, 1.0)
+    return experts * (kept.mean(0) / top_k * probabilities.mean(0)).sum()
+
+
+def route(
+    logits: Tensor,
+    *,
+    selective: bool,
+    probationary: bool,
+    hardness: float = 1.0,
+    top_k: int = 1,
+) -> Routing:
+    """From the router's logits `(B, N)` to the gate."""
     probabilities = logits.softmax(1)
-    return Routing(
-        gate(probabilities, selective=selective, probationary=probationary, hardness=hardness), probabilities
-    )
+    chosen = gate(probabilities, selective=selective, probationary=probationary, hardness=hardness, top_k=top_k)
+    return Routing(chosen, probabilities)

@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size, mean_input
+from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Size, mean_input
 from ptmoe.methods.routing import Router, RoutingStatistics, route
 
 
-class SMoPConfig(MethodConfig):
+class SMoPConfig(PromptConfig):
     """Sparse mixture of prompts: `N·T·H + N·H` trained numbers.
 
     Attributes:

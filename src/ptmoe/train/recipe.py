@@ -21,6 +21,7 @@ from ptmoe.tasks import local as local_task
 from ptmoe.train.options import TrainOptions, method_config
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from ptmoe.evaluate import Evaluation
@@ -118,16 +119,18 @@ def train(
 
     from ptmoe.base_models import load_base
     from ptmoe.evaluate import evaluate
-    from ptmoe.model import attach
+    from ptmoe.model import PromptedCausalLM, attach
     from ptmoe.tokens import uses_chat
     from ptmoe.train.data import fit
     from ptmoe.train.environment import environment
 
     base, tokenizer = load_base(options.model, revision=options.revision, dtype=options.dtype)
-    model = attach(base, config, seed=options.seed, tokenizer=tokenizer)
+    model = PromptedCausalLM(base)
     chat = uses_chat(task_named(options.task or str(options.data)), tokenizer, options.chat)
     positions = (model.max_positions or 2**31) - config.num_virtual_tokens
     fitted = fit(examples, tokenizer, min(positions, options.max_length or positions), options.truncation, chat=chat)
+    batches = starting_batches(fitted.rows, options.per_device_train_batch_size) if config.needs_batches else None
+    attach(model, config, seed=options.seed, tokenizer=tokenizer, batches=batches)
     if problems.count:
         say(f"left out {problems.listed()}")
     if fitted.cut or fitted.left_out:
@@ -138,7 +141,7 @@ def train(
         )
 
     resolved = {
-        "method": {"name": config.method, **config.model_dump()},
+        "method": {"name": config.method, **model.method_config.model_dump()},
         "chat": chat,
         "learning_rate": options.learning_rate or config.default_learning_rate,
     }
@@ -175,6 +178,16 @@ def train(
         for asked in held_out
     ]
     return Trained(folder, result, model, tokenizer, evaluations)
+
+
+def starting_batches(rows: list[dict[str, Row]], size: int) -> list[dict[str, Tensor]]:
+    """Examples spread over the data, for methods that start from the activations that they give."""
+    from ptmoe.train.data import collate
+    from ptmoe.train.routing import EXAMPLES
+
+    count = min(EXAMPLES, len(rows))
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
+    return [collate(chosen[start : start + size]) for start in range(0, count, size)]
 
 
 def run_folder(options: TrainOptions, resume: bool) -> Path:

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` for prompts: checkpoints without pickles, and a stop when the loss diverges."""
+"""`transformers.Trainer` for adapters: checkpoints without pickles, and a stop when the loss diverges."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class PromptTrainer(Trainer):
     """
 
     model: PromptedCausalLM
+    optimizer: Any
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -52,6 +53,11 @@ class PromptTrainer(Trainer):
         if "loss" in logs:
             logs = logs | self.model.encoder.training_log()
         super().log(logs, start_time)
+
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.model.encoder.optimizer(self.args.learning_rate, self.args.weight_decay)
+        return cast(torch.optim.Optimizer, super().create_optimizer(*arguments))
 
     # -- divergence --------------------------------------------------------------------------------------------------
 
@@ -90,9 +96,7 @@ class PromptTrainer(Trainer):
             return
         folder = Path(resume_from_checkpoint)
         encoder = self.model.encoder
-        encoder.load_tensors(
-            {name: value.to(self.model.device) for name, value in read_adapter(folder).tensors.items()}
-        )
+        read_adapter(folder).fill(encoder)
         if (folder / TRAINING_STATE).exists():
             encoder.load_training_state(load_file(folder / TRAINING_STATE, device=str(self.model.device)))
 
@@ -120,13 +124,13 @@ class PromptTrainer(Trainer):
             return
         from safetensors import safe_open
 
-        state: dict[int, dict[str, Any]] = {}
+        state: dict[int | str, dict[str, Any]] = {}  # by parameter; LoRA-FA's optimizer counts by name
         with safe_open(Path(checkpoint) / OPTIMIZER, "pt", device=str(self.args.device)) as opened:
             metadata = opened.metadata()
             entries = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         for key, value in (entries | json.loads(metadata["numbers"])).items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
+            index, name = key.rsplit(".", 1)
+            state.setdefault(int(index) if index.isdigit() else index, {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": json.loads(metadata["param_groups"])})
         self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULER).read_text()))
 

@@ -1,0 +1,96 @@
+"""Which learning rate suits a method on nano's mixed world: trained on its train split, judged on its validation split.
+
+    python benchmarks/learning_rates.py --output docs/results/learning_rates.jsonl
+
+Each method has the size that `ptmoe compare --budget 3840` picks, or its smallest. A line for each method and rate,
+written as it comes; started again, it goes on where it stopped. The seed is none of those that the tables use.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ptmoe import nano
+from ptmoe.base_models import quiet
+from ptmoe.compare.budget import fit_budget
+from ptmoe.errors import PtmoeError
+from ptmoe.evaluate import evaluate
+from ptmoe.methods import METHODS
+from ptmoe.quickstart import options
+from ptmoe.tasks import load_task
+from ptmoe.train import train
+
+BUDGET, SEED, TASK = 3_840, 100, "nano/mixed"
+PROMPTS = [0.01, 0.03, 0.1]
+WEIGHTS = [3e-3, 1e-2, 3e-2]
+RATES: dict[str, list[float]] = {
+    "lora": [1e-3, *WEIGHTS],
+    "hydralora": [1e-3, *WEIGHTS],
+    "vera": [*WEIGHTS, 1e-1],
+    "ia3": [*WEIGHTS, 1e-1],
+    "ft": [1e-4, 3e-4, 1e-3],
+    "dpt": PROMPTS,
+    "smop": PROMPTS,
+    "attempt": PROMPTS,
+    "p-tuning": [1e-3, 3e-3, 1e-2],
+    "prefix-tuning": [*PROMPTS, 0.3],
+    "multitask-prompt-tuning": PROMPTS,
+}
+FIXED: dict[str, dict[str, Any]] = {
+    "smop": {"num_experts": 4},
+    "dpt": {"num_virtual_tokens": 20},
+    "attempt": {"bottleneck": 1},
+    "p-tuning": {"num_virtual_tokens": 8, "encoder_hidden_size": 5},
+}
+
+
+def fields(method: str) -> dict[str, Any]:
+    config = AutoConfig.from_pretrained(nano.FOLDER)
+    fixed = FIXED.get(method, {})
+    try:
+        chosen = fit_budget(config, METHODS[method], BUDGET, fixed)
+    except PtmoeError:  # none of its sizes is that small
+        chosen = METHODS[method](**fixed)
+    return {"name": method, **chosen.model_dump(exclude_none=True)}
+
+
+def run(method: str, rate: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        plan = options("pt", task=TASK, seed=SEED).replace(
+            method=fields(method), learning_rate=rate, output_dir=str(Path(folder) / "run"), eval_examples=1
+        )
+        trained = train(plan, say=lambda _: None)
+    held_out = load_task(TASK, "validation")
+    accuracy = evaluate(trained.model, trained.tokenizer, held_out, split="validation").metrics["accuracy"]
+    return {
+        "method": method,
+        "learning_rate": rate,
+        "trainable_parameters": trained.result.trainable_parameters,
+        "accuracy": round(accuracy, 2),
+        "train_seconds": trained.result.train_seconds,
+    }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--output", type=Path, required=True)
+    arguments.add_argument("--method", nargs="*", choices=sorted(RATES), default=list(RATES))
+    chosen = arguments.parse_args()
+    quiet()
+    lines = [json.loads(line) for line in chosen.output.read_text().splitlines()] if chosen.output.exists() else []
+    done = {(line["method"], line["learning_rate"]) for line in lines}
+    for method in chosen.method:
+        for rate in RATES[method]:
+            if (method, rate) not in done:
+                line = run(method, rate)
+                with chosen.output.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(method, rate, line["accuracy"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

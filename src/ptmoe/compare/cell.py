@@ -1,0 +1,95 @@
+"""One cell, in this process or in a process that works through several (`python -m ptmoe.compare.cell`).
+
+The process reads a line for each cell, the run's options as JSON, and answers with lines while it works:
+
+    {"step": 10, "steps": 300, "loss": 0.41}     {"say": "…"}     and at last {"trainable": 3840} or {"error": "…"}
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ptmoe.errors import PtmoeError
+from ptmoe.train.options import TrainOptions
+
+Progress = Callable[[int, int, float | None], None]  # steps done, of how many, the last loss
+
+
+class _Steps(TrainerCallback):
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.loss: float | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.progress(state.global_step, state.max_steps, None)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.progress(state.global_step, state.max_steps, self.loss)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+
+
+def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], None]) -> int:
+    """Train and evaluate; returns the number of trainable parameters. Nothing of the model is kept."""
+    import torch
+
+    from ptmoe.base_models import quiet
+    from ptmoe.train import train
+
+    quiet()
+    try:
+        trained = train(options, callbacks=[_Steps(progress)], say=say)
+        return int(trained.result.trainable_parameters)
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def in_words(error: Exception) -> str:
+    """What a failed cell is listed with; the way to an unforeseen error goes to standard error."""
+    if isinstance(error, PtmoeError):
+        return str(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    # Libraries that print must not speak between the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+
+    for line in sys.stdin:
+        try:
+            trainable = run_cell(
+                TrainOptions(**json.loads(line)),
+                lambda step, steps, loss: answer(step=step, steps=steps, loss=loss),
+                lambda said: answer(say=said),
+            )
+        except Exception as error:
+            answer(error=in_words(error))
+        else:
+            answer(trainable=trainable)
+
+
+if __name__ == "__main__":
+    main()

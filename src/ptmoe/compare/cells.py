@@ -1,0 +1,322 @@
+"""What a plan comes to: its methods at every size, its tasks, and the cells that can be run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptmoe.compare.budget import fit_budget, sizes_of
+from ptmoe.compare.plan import ComparePlan, budgets
+from ptmoe.compare.presets import preset as preset_plan
+from ptmoe.errors import PtmoeError, near
+from ptmoe.tasks import TASKS, Problems, is_file, stream_task, task_names
+from ptmoe.train.options import TrainOptions, method_config
+
+if TYPE_CHECKING:
+    from ptmoe.methods.base import MethodConfig
+
+OWN_KEYS = ("name", "label", "learning_rate", "budget")  # of a method's entry, beside the fields of its config
+TYPICAL_INPUT = 64  # tokens, where cells are put in the order of their cost
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the comparison: a method with all its settings.
+
+    Attributes:
+        label: its name in the table.
+        config: of the method, every size decided.
+        learning_rate: it is trained at.
+        budget: that its size was picked for; None for none.
+        trainable_parameters: on the plan's base.
+    """
+
+    label: str
+    config: MethodConfig
+    learning_rate: float
+    budget: int | None
+    trainable_parameters: int
+
+    @property
+    def identity(self) -> tuple[str, str, float]:
+        """What makes two variants the same, whatever they are called."""
+        return self.config.method, self.config.model_dump_json(), self.learning_rate
+
+    def entry(self) -> dict[str, Any]:
+        """As a plan says it, nothing left to defaults."""
+        budget = {} if self.budget is None else {"budget": self.budget}
+        own = {"name": self.config.method, "label": self.label, "learning_rate": self.learning_rate, **budget}
+        return {**own, **self.config.model_dump()}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run and its evaluations.
+
+    Attributes:
+        variant: what is trained.
+        task: on what.
+        eval_tasks: and evaluated on.
+        seed: of its start, order and noise.
+        options: all of it, but for the run folder.
+    """
+
+    variant: Variant
+    task: str
+    eval_tasks: tuple[str, ...]
+    seed: int
+    options: TrainOptions
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.label} on {self.task}, seed {self.seed}"
+
+    @property
+    def place(self) -> Path:
+        """Where it lies within the comparison."""
+        return Path("cells", file_name(self.variant.label), file_name(self.task), f"seed-{self.seed}")
+
+    def record(self) -> dict[str, Any]:
+        """What `cell.json` says, but for the number of trainable parameters."""
+        return {
+            "label": self.variant.label,
+            "method": self.variant.config.method,
+            "size": sizes_of(self.variant.config),
+            "task": self.task,
+            "eval_tasks": list(self.eval_tasks),
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Cells that cannot be run: of a method, of a task, or of an evaluation; and why."""
+
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}"
+
+
+def file_name(name: str) -> str:
+    """A label's or task's folder; a task that is a file goes by its name."""
+    if is_file(name):
+        name = Path(name).name.partition(".")[0]
+    return name.replace("/", "__")
+
+
+def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ()) -> tuple[list[Variant], list[LeftOut]]:
+    """The plan's methods at all their sizes, and those that this base or the budget does not allow.
+
+    Args:
+        plan: what is asked.
+        base_config: of its model.
+        known: the variants of the folder that is gone on with: the same settings keep their label.
+
+    Raises:
+        PtmoeError: an unknown method or field, a value that does not fit it, or two variants of one label.
+    """
+    made: list[Variant] = []
+    left_out: list[LeftOut] = []
+    names = [str(entry.get("name", "pt-moe")) for entry in plan.methods]
+    for name in plan.learning_rate if isinstance(plan.learning_rate, dict) else ():
+        if name not in names:
+            raise PtmoeError(f"learning_rate of {name!r}, which is not compared{near(name, names)}")
+    for entry in plan.methods:
+        fields = {key: value for key, value in entry.items() if key not in OWN_KEYS}
+        name = str(entry.get("name", "pt-moe"))
+        method_config({"name": name, **fields})
+        limits: list[int | None] = [*(budgets(entry["budget"]) if "budget" in entry else plan.budget)] or [None]
+        for values, budget in itertools.product(itertools.product(*plan.vary.values()), limits):
+            varied = dict(zip(plan.vary, values, strict=True))
+            parts = [f"{key}={value}" for key, value in varied.items()]
+            parts += [f"budget={budget}"] if len(limits) > 1 else []
+            label = " ".join([str(entry.get("label", name)), *parts])
+            shared = plan.learning_rate.get(name) if isinstance(plan.learning_rate, dict) else plan.learning_rate
+            rate = varied.pop("learning_rate", entry.get("learning_rate") or shared)
+            try:
+                config = _sized(name, fields, varied, budget, base_config)
+                count = _count(base_config, config)
+            except UnfitError as error:
+                left_out.append(LeftOut(label, str(error)))
+                continue
+            variant = Variant(label, config, rate or config.default_learning_rate, budget, count)
+            if variant.identity not in [one.identity for one in made]:
+                told = {**sizes_of(config), **fields, "learning_rate": variant.learning_rate}
+                long = " ".join([label, *(f"{key}={value}" for key, value in told.items())])
+                made.append(_named(variant, long, made, known))
+    return made, left_out
+
+
+class UnfitError(PtmoeError):
+    """A method's settings are in order, but this base, budget or sweep has no place for them."""
+
+
+def _sized(
+    name: str, fields: dict[str, Any], varied: dict[str, Any], budget: int | None, base_config: Any
+) -> MethodConfig:
+    from ptmoe.methods import METHODS
+
+    for field, value in varied.items():
+        if field not in METHODS[name].model_fields:
+            try:
+                METHODS[name](**{field: value})  # as pt-moe takes a recipe, which is no field of it
+            except PtmoeError:
+                raise UnfitError(f"{name} has no {field!r} to vary{near(field, METHODS[name].model_fields)}") from None
+    fields = {**fields, **varied}
+    config: MethodConfig = method_config({"name": name, **fields})
+    if budget is None:
+        return config
+    try:
+        return fit_budget(base_config, METHODS[name], budget, fields)
+    except PtmoeError as error:
+        raise UnfitError(str(error)) from None
+
+
+def _count(base_config: Any, config: MethodConfig) -> int:
+    from ptmoe.model import count_parameters
+
+    positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
+    virtual = sizes_of(config).get("num_virtual_tokens", 0)
+    if positions is not None and virtual >= positions:
+        raise UnfitError(f"{virtual} virtual tokens leave no room for an input: the base has {positions} positions")
+    try:
+        return count_parameters(base_config, config)
+    except PtmoeError as error:
+        raise UnfitError(str(error)) from None
+
+
+def _named(variant: Variant, long: str, others: Sequence[Variant], known: Sequence[Variant]) -> Variant:
+    """Under the label it has in the folder already, else under one that no other has."""
+    for one in known:
+        if one.identity == variant.identity:
+            return replace(variant, label=one.label)
+    taken = {file_name(one.label) for one in (*others, *known)}
+    for label in (variant.label, long):
+        if label.startswith(".") or not label.isprintable() or "\\" in label:
+            raise PtmoeError(f"label {label!r} cannot name a folder: choose another word")
+        if file_name(label) not in taken:
+            return replace(variant, label=label)
+    raise PtmoeError(f"two methods are called {variant.label!r}: give each a label of its own")
+
+
+def evaluated(plan: ComparePlan, task: str) -> tuple[str, ...]:
+    """The tasks that an adapter trained on `task` is evaluated on.
+
+    Raises:
+        PtmoeError: an unknown one, one without a test split, or a file beside others.
+    """
+    if plan.eval_tasks is None and is_file(task):
+        raise PtmoeError(f"{task} is a file to train on: say what to evaluate on with --eval-task")
+    asked = plan.eval_tasks or [task]
+    names = list(dict.fromkeys(one for name in asked for one in task_names(name)))
+    for name in names:
+        if is_file(name) and len(names) > 1:
+            raise PtmoeError(f"{name} is a file and {len(names)} tasks are evaluated: evaluate on it alone")
+        if not is_file(name) and "test" not in TASKS[name].splits:
+            raise PtmoeError(f"task {name!r} has no test split to evaluate on")
+    return tuple(names)
+
+
+def trainable_tasks(plan: ComparePlan) -> tuple[list[str], list[LeftOut]]:
+    """The plan's tasks that have something to train on, and the others.
+
+    Raises:
+        PtmoeError: an unknown task, or two of one name.
+    """
+    kept: list[str] = []
+    left_out: list[LeftOut] = []
+    for task in dict.fromkeys(plan.tasks):
+        lacking = [name for name in task_names(task) if not is_file(name) and "train" not in TASKS[name].splits]
+        if lacking:
+            left_out.append(LeftOut(task, f"{', '.join(lacking)} has no train split: it can only be evaluated on"))
+        elif file_name(task) in map(file_name, kept):
+            raise PtmoeError(f"two tasks are called {file_name(task)!r}: rename one of the files")
+        else:
+            kept.append(task)
+    return kept, left_out
+
+
+def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePlan, list[LeftOut]]:
+    """The plan with those evaluations whose data is here or can be had; it is downloaded if need be.
+
+    Only a preset's own evaluations may be missing: what a person asked for stops.
+
+    Raises:
+        PtmoeError: missing or bad data of a training task, or of an evaluation.
+    """
+    for name in dict.fromkeys(one for task in plan.tasks for one in task_names(task)):
+        _first_example(name, "train", plan.data_dir, plan.skip_bad, say)
+    folder = plan.eval_data_dir
+    if folder is None and plan.data_dir is not None and Path(plan.data_dir).is_dir():
+        folder = plan.data_dir
+    given = [] if plan.preset is None else preset_plan(plan.preset, plan.model).get("eval_tasks", [])
+    optional = {one for name in given for one in task_names(name)}
+    missing: dict[str, str] = {}
+    for name in dict.fromkeys(one for task in plan.tasks for one in evaluated(plan, task)):
+        try:
+            _first_example(name, "test", folder, plan.skip_bad, say)
+        except PtmoeError as error:
+            if name not in optional:
+                raise
+            missing[name] = str(error)
+    if not missing:
+        return plan, []
+    kept = [one for name in plan.eval_tasks or plan.tasks for one in task_names(name) if one not in missing]
+    if not kept:
+        raise PtmoeError(f"no data to evaluate on: {'; '.join(missing.values())}")
+    return plan.replace(eval_tasks=kept), [LeftOut(f"evaluation on {name}", why) for name, why in missing.items()]
+
+
+def _first_example(name: str, split: str, data_dir: str | None, skip_bad: bool, say: Callable[[str], None]) -> None:
+    problems = Problems(skip=skip_bad, at_once=True)
+    if next(stream_task(name, split, data_dir, problems=problems, say=say), None) is None:
+        raise PtmoeError(f"{name} ({data_dir or split}) holds no example: needs at least one")
+
+
+def cells_of(plan: ComparePlan, made: Sequence[Variant], base_config: Any) -> list[Cell]:
+    """Every variant on every task with every seed: a whole table of the first seed before the second begins, and what
+    costs little first.
+
+    Raises:
+        PtmoeError: options that `ptmoe train` does not have, or values that do not fit them.
+    """
+    cheapest = sorted(made, key=lambda one: _cost(base_config, one))
+    return [
+        Cell(variant, task, evaluated(plan, task), seed, _train_options(plan, variant, task, seed))
+        for seed in dict.fromkeys(plan.seeds)
+        for variant in cheapest
+        for task in plan.tasks
+    ]
+
+
+def _cost(base_config: Any, variant: Variant) -> float:
+    """Roughly in proportion to the time of a step: the tokens that pass, and the weights that get gradients."""
+    text = base_config.get_text_config()
+    weights = 12 * text.num_hidden_layers * text.hidden_size**2 + text.vocab_size * text.hidden_size
+    tokens = TYPICAL_INPUT + sizes_of(variant.config).get("num_virtual_tokens", 0)
+    return float(tokens * (1 + variant.trainable_parameters / weights))
+
+
+def _train_options(plan: ComparePlan, variant: Variant, task: str, seed: int) -> TrainOptions:
+    shared = {name: getattr(plan, name) for name in TrainOptions.model_fields.keys() & ComparePlan.model_fields.keys()}
+    own = {*shared, "method", "task", "data", "eval_task", "seed"}
+    for name in plan.train:
+        if name in own:
+            raise PtmoeError(f"train: {name!r} is an option of the comparison itself: give it there")
+    # A cell that was broken off is redone, so it needs no checkpoint.
+    trainer = {"save_strategy": "no", **plan.train.get("trainer", {})}
+    cell = {
+        "method": {"name": variant.config.method, **variant.config.model_dump()},
+        "task": task,
+        "eval_task": ",".join(evaluated(plan, task)),
+        "seed": seed,
+        "learning_rate": variant.learning_rate,
+        "output_dir": None,
+        "trainer": trainer,
+    }
+    return TrainOptions(**{**shared, **plan.train, **cell})

@@ -1,0 +1,202 @@
+"""Running a plan: a finished cell never twice, a broken-off one anew, a failed one reported while the rest goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, redirect_stderr
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ptmoe import nano
+from ptmoe.compare.budget import base_config
+from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, trainable_tasks, variants
+from ptmoe.compare.folder import LOG_FILE, ComparisonFolder
+from ptmoe.compare.plan import PLAN_FILE, ComparePlan
+from ptmoe.errors import PtmoeError
+
+MOST_JOBS = 8  # by default; each holds a base of its own
+
+
+class Watcher:
+    """Told what happens, cell by cell; does nothing with it. Calls may come from several threads."""
+
+    def started(self, cell: Cell) -> None: ...
+
+    def step(self, cell: Cell, done: int, steps: int, loss: float | None) -> None: ...
+
+    def said(self, cell: Cell, line: str) -> None: ...
+
+    def finished(self, cell: Cell) -> None: ...
+
+    def failed(self, cell: Cell, error: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan worked out.
+
+    Attributes:
+        plan: what was asked, every method's settings decided.
+        whole: what the folder holds with it: the plan, and what was compared there before.
+        folder: where.
+        cells: those of `plan`, in the order they are run.
+        variants: of `plan`.
+        left_out: what cannot be run.
+    """
+
+    plan: ComparePlan
+    whole: ComparePlan
+    folder: ComparisonFolder
+    cells: tuple[Cell, ...]
+    variants: tuple[Variant, ...]
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def unfinished(self) -> list[Cell]:
+        return [cell for cell in self.cells if not self.folder.is_finished(cell)]
+
+    @property
+    def jobs(self) -> int:
+        """How many cells run at once."""
+        usual = min(os.cpu_count() or 1, MOST_JOBS) if self.plan.model == nano.NAME else 1
+        return min(self.plan.jobs or usual, max(1, len(self.unfinished)))
+
+
+def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool = True) -> Comparison:
+    """Work a plan out; nothing is written but downloaded data.
+
+    Args:
+        plan: what is asked.
+        say: told what is downloaded.
+        data: look whether the data is there; without, that is left open.
+
+    Raises:
+        PtmoeError: an unknown model, method, task or option; no data; a folder of another comparison; no cell that can
+            be run, or with `strict` one that cannot.
+    """
+    config = base_config(plan.model, plan.revision)
+    tasks, left_out = trainable_tasks(plan)
+    if tasks:
+        plan = plan.replace(tasks=tasks)
+        if data:
+            plan, missing = available(plan, say)
+            left_out += missing
+    folder = ComparisonFolder(_place(plan))
+    before = folder.plan()
+    known: list[Variant] = []
+    if before is not None:
+        # Without a look at the data it is not known which of a preset's evaluations there are.
+        open_ = not data and plan.preset is not None
+        asked = plan.replace(eval_tasks=before.eval_tasks) if open_ else plan
+        if different := before.differences(asked):
+            raise PtmoeError(
+                f"{folder.path} holds another comparison ({'; '.join(different)}): choose another --output-dir"
+            )
+        known, _ = variants(before, config)
+    made, unfit = variants(plan, config, known)
+    left_out += unfit
+    if left_out and (plan.strict or not made or not tasks):
+        why = "strict, and this cannot be run" if plan.strict else "no cell is left"
+        raise PtmoeError(f"{why}: {'; '.join(map(str, left_out))}")
+    plan = _resolved(plan, made)
+    whole = plan if before is None else _united(before, plan, known, made)
+    return Comparison(
+        plan, whole, folder, tuple(cells_of(plan, made, config)), tuple(made), tuple(dict.fromkeys(left_out))
+    )
+
+
+def _place(plan: ComparePlan) -> Path:
+    if plan.output_dir is not None:
+        return Path(plan.output_dir)
+    if plan.preset is not None:
+        return Path("runs") / f"{plan.preset}-{Path(plan.model).name}"
+    return Path("runs") / f"compare-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+
+
+def _resolved(plan: ComparePlan, made: Sequence[Variant]) -> ComparePlan:
+    """The same plan with nothing left to work out."""
+    return plan.replace(methods=[one.entry() for one in made], vary={}, budget=[], learning_rate=None)
+
+
+def _united(before: ComparePlan, plan: ComparePlan, known: Sequence[Variant], made: Sequence[Variant]) -> ComparePlan:
+    every = {one.label: one for one in (*known, *made)}
+    return plan.replace(
+        preset=before.preset,
+        methods=[one.entry() for one in every.values()],
+        tasks=list(dict.fromkeys([*before.tasks, *plan.tasks])),
+        seeds=list(dict.fromkeys([*before.seeds, *plan.seeds])),
+    )
+
+
+def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[dict[str, Any]]:
+    """Run the cells that are not finished.
+
+    Ctrl-C, or a killed process, leaves the folder so that the same plan goes on: what was finished stays, what was
+    begun is redone.
+
+    Args:
+        comparison: from `prepare`.
+        watcher: told what happens.
+
+    Returns:
+        The cells of the plan that failed: `label`, `task`, `seed`, `error`.
+
+    Raises:
+        PtmoeError: another command is at work in the folder.
+    """
+    watcher = watcher or Watcher()
+    folder = comparison.folder
+    with folder.held():
+        comparison.whole.write(folder.path / PLAN_FILE)
+        with closing(_outcomes(comparison, comparison.unfinished, watcher)) as outcomes:
+            for cell, outcome in outcomes:
+                if isinstance(outcome, int):
+                    folder.finish(cell, outcome)
+                    watcher.finished(cell)
+                else:
+                    folder.fail(cell, outcome)
+                    watcher.failed(cell, outcome)
+        planned = {(cell.variant.label, cell.task, cell.seed) for cell in comparison.cells}
+        return [one for one in folder.failures() if (one["label"], one["task"], one["seed"]) in planned]
+
+
+def _outcomes(
+    comparison: Comparison, cells: Sequence[Cell], watcher: Watcher
+) -> Generator[tuple[Cell, int | str], None, None]:
+    """Each cell with its number of trainable parameters, or what went wrong."""
+    from ptmoe.compare import cell as here
+    from ptmoe.compare.processes import Processes
+
+    folder, log = comparison.folder, comparison.folder.path / LOG_FILE
+
+    def attempt(cell: Cell, run: Callable[..., int]) -> int | str:
+        folder.start(cell)
+        watcher.started(cell)
+        try:
+            return run(
+                cell.options.replace(output_dir=str(folder.run_folder(cell))),
+                lambda done, steps, loss: watcher.step(cell, done, steps, loss),
+                lambda line: watcher.said(cell, line),
+            )
+        except Exception as error:
+            return here.in_words(error)
+
+    if comparison.jobs == 1:
+        for cell in cells:
+            with log.open("a") as printed, redirect_stderr(printed):
+                outcome = attempt(cell, here.run_cell)
+            yield cell, outcome
+        return
+    processes = Processes(comparison.jobs, log)
+    pool = ThreadPoolExecutor(comparison.jobs)
+    try:
+        waiting = {pool.submit(attempt, cell, processes.run): cell for cell in cells}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        processes.stop()

@@ -1,0 +1,49 @@
+"""FT, full fine-tuning: every weight of the base trains, tied ones once.
+
+The base itself is trained, in float32 whatever it was loaded in: the adapter folder holds a whole model's weights, and
+neither `disable_adapter` nor `delete_adapter` can bring the untouched base back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from ptmoe.errors import PtmoeError
+from ptmoe.methods.base import Batches
+from ptmoe.methods.weights import Shared, WeightConfig, WeightEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class FTConfig(WeightConfig):
+    """Full fine-tuning: as many trained numbers as the base has. `adapter_model.safetensors` has all of them, under the
+    base's own keys."""
+
+    method: ClassVar[str] = "ft"
+    default_learning_rate: ClassVar[float] = 1e-4
+
+    def on(self, base: PreTrainedModel, batches: Batches | None = None) -> FT:
+        return FT(self, base)
+
+
+class FT(WeightEncoder):
+    def __init__(self, config: FTConfig, base: PreTrainedModel) -> None:
+        super().__init__(config, base)
+        # An update is smaller than what bfloat16 resolves: it would be lost in rounding.
+        self.weights = Shared(dict(base.float().named_parameters()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.weights.state_dict())
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        raise PtmoeError("ft has changed the base's own weights, it cannot be switched off: load the base again")
+        yield
+
+    def remove(self) -> None:
+        raise PtmoeError("ft has changed the base's own weights, it cannot be deleted: load the base again")

@@ -1,0 +1,54 @@
+"""P-tuning (Liu et al. 2021, arXiv:2103.10385), with `peft`'s prompt encoder: a small network composes the prompt.
+
+P = W_3 ReLU(W_2 ReLU(W_1 E + b_1) + b_2) + b_3        E: (T, H), W_1: (h, H), W_2: (h, h), W_3: (H, h)
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptEncoder, Size, VirtualTokensConfig
+
+
+class PTuningConfig(VirtualTokensConfig):
+    """P-tuning: `T·H + 2·h·H + h² + 2·h + H` trained numbers, all of which are saved.
+
+    Attributes:
+        encoder_hidden_size: `h`, the width of the network.
+    """
+
+    method: ClassVar[str] = "p-tuning"
+    default_learning_rate: ClassVar[float] = 1e-3
+    encoder_hidden_size: Size = 128
+
+    def build(self, hidden_size: int) -> PTuning:
+        return PTuning(self, hidden_size)
+
+
+class PTuning(PromptEncoder):
+    config: PTuningConfig
+
+    def __init__(self, config: PTuningConfig, hidden_size: int) -> None:
+        super().__init__()
+        from peft import PromptEncoderConfig
+        from peft.tuners.p_tuning import PromptEncoder as Network
+
+        self.config = config
+        self.network = Network(
+            PromptEncoderConfig(
+                num_virtual_tokens=config.num_virtual_tokens,
+                token_dim=hidden_size,
+                num_transformer_submodules=1,
+                encoder_hidden_size=config.encoder_hidden_size,
+            )
+        )
+
+    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        tokens = torch.arange(self.config.num_virtual_tokens, device=input_embeds.device)
+        return Prompt(self.network(tokens).expand(len(input_embeds), -1, -1))
+
+    def initialise(self, source: InitialEmbeddings) -> None:
+        """`peft` has drawn the network when it was built."""

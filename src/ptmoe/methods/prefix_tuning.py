@@ -1,0 +1,97 @@
+"""Prefix tuning (Li and Liang 2021, arXiv:2101.00190), with `peft`'s encoder: every layer's attention finds trained
+keys and values before those of the input.
+
+K = [K_P ; K_x],  V = [V_P ; V_x]              K_P, V_P: (layers, heads, T, d), after any rotation
+
+The prefix takes positions 0 to T - 1, each row's real tokens count on from T, and padding stands between them, masked:
+it changes nothing. A base whose layers look at a window of positions, or keep something else than keys and values,
+would lose the prefix, so it is refused; so is gradient checkpointing, which drops the cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ptmoe.errors import PtmoeError
+from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+
+class PrefixTuningConfig(MethodConfig):
+    """Prefix tuning: `2·layers·T·heads·d` trained numbers, `heads` those of keys and values.
+
+    Attributes:
+        num_virtual_tokens: `T`, the length of the prefix.
+    """
+
+    method: ClassVar[str] = "prefix-tuning"
+    default_learning_rate: ClassVar[float] = 0.01
+    num_virtual_tokens: Size = 20
+
+    def on(self, base: PreTrainedModel, batches: Batches | None = None) -> PrefixTuning:
+        return PrefixTuning(self, base)
+
+
+class PrefixTuning(PromptEncoder):
+    config: PrefixTuningConfig
+
+    def __init__(self, config: PrefixTuningConfig, base: PreTrainedModel) -> None:
+        super().__init__()
+        from peft import PrefixTuningConfig as Form
+        from peft.tuners.prefix_tuning import PrefixEncoder
+        from peft.utils.other import _prepare_prompt_learning_config
+
+        _check_cache(base)
+        self.config = config
+        self.form: PeftConfig = _prepare_prompt_learning_config(
+            Form(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=config.num_virtual_tokens,
+                num_transformer_submodules=1,
+                base_model_name_or_path=base.name_or_path,
+            ),
+            base.config,
+        )
+        self.prefix = PrefixEncoder(self.form)
+
+    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        layers, heads = self.form.num_layers, self.form.num_attention_heads
+        flat = self.prefix(torch.arange(self.config.num_virtual_tokens, device=input_embeds.device))
+        cache = flat.view(len(flat), layers, 2, heads, -1).permute(1, 2, 3, 0, 4)  # (layers, 2, heads, T, d)
+        return Prompt(flat.new_zeros(len(input_embeds), 0, input_embeds.shape[2]), cache=cache)
+
+    def initialise(self, source: InitialEmbeddings) -> None:
+        """`peft` has drawn the prefix when it was built."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"prompt_embeddings": self.prefix.embedding.weight}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.prefix.embedding.weight.copy_(tensors["prompt_embeddings"])
+
+    def peft_config(self) -> dict[str, Any]:
+        written: dict[str, Any] = self.form.to_dict() | {"inference_mode": True}
+        return written
+
+
+def _check_cache(base: PreTrainedModel) -> None:
+    """
+    Raises:
+        PtmoeError: a base with layers that do not keep the keys and values of all positions.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    layers = DynamicCache(config=base.config).layers
+    other = [type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer]
+    if other or not base._supports_default_dynamic_cache():
+        raise PtmoeError(
+            f"prefix-tuning does not fit {type(base).__name__}: its layers do not keep the keys and values of all "
+            f"positions ({', '.join(dict.fromkeys(other)) or 'it has a cache of its own'}); use pt or pt-moe"
+        )
