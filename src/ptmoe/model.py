@@ -71,6 +71,7 @@ class _Prompts:
     routing: Routing | None = None
     cache: Tensor | None = None
     auxiliary_loss: Tensor | None = None
+    after: Tensor | None = None  # (B,), true where the prompt stands after the first token; None where none does
 
     @property
     def length(self) -> int:
@@ -82,6 +83,10 @@ def readable_tokens(attention_mask: Tensor, labels: Tensor) -> Tensor:
     """`(B, L)`, true at the real tokens before each row's first supervised one: what the router may read."""
     supervised = (labels != IGNORED) & attention_mask.bool()
     return attention_mask.bool() & (supervised.long().cumsum(1) == 0)
+
+
+def _stands_after(encoder: PromptEncoder) -> bool:
+    return isinstance(encoder.config, VirtualTokensConfig) and encoder.config.position == "after"
 
 
 def _check_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
@@ -366,8 +371,10 @@ class PromptedCausalLM(nn.Module):
         with torch.autocast(embeds.device.type, enabled=False):
             names = list(dict.fromkeys(adapter_names))
             if len(names) == 1 and names[0] != BASE:
-                prompt = self._encoder(names[0])(embeds, input_mask)
-                return _Prompts(prompt.embeds, None, prompt.routing, prompt.cache, prompt.auxiliary_loss)
+                encoder = self._encoder(names[0])
+                prompt = encoder(embeds, input_mask)
+                after = torch.ones_like(input_mask[:, 0]) if _stands_after(encoder) else None
+                return _Prompts(prompt.embeds, None, prompt.routing, prompt.cache, prompt.auxiliary_loss, after)
             parts = []
             for name in names:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=embeds.device)
@@ -386,7 +393,8 @@ class PromptedCausalLM(nn.Module):
                     padded = nn.functional.pad(made, (0, 0, longest - made.shape[1], 0))
                     prompts = prompts.index_copy(0, rows, padded)
                     lengths[rows] = made.shape[1]
-            return _Prompts(prompts, lengths)
+            behind = [name != BASE and _stands_after(self._encoder(name)) for name in adapter_names]
+            return _Prompts(prompts, lengths, after=torch.tensor(behind, device=embeds.device) if any(behind) else None)
 
     def _splice(
         self,
@@ -401,7 +409,7 @@ class PromptedCausalLM(nn.Module):
         embeds = self.get_input_embeddings()(input_ids)
         readable = attention_mask.bool() if input_mask is None else input_mask.bool() & attention_mask.bool()
         prompts = self.encode(embeds, readable, adapter_names)
-        spliced = splice(prompts.embeds, prompts.lengths, embeds, attention_mask)
+        spliced = splice(prompts.embeds, prompts.lengths, embeds, attention_mask, prompts.after)
         self._check_length(spliced, prompts)
         return spliced, prompts, attention_mask
 
@@ -510,6 +518,11 @@ class PromptedCausalLM(nn.Module):
             # A row without a prompt has nothing before its first token to predict it from.
             if prompts.lengths is not None or virtual == 0:
                 predicted = (before >= 0) & spliced.attention_mask[rows, before.clamp(min=0)].bool()
+                rows, columns = rows[predicted], columns[predicted]
+                before, targets = before[predicted], targets[predicted]
+            if prompts.after is not None:  # nor has a first token that the prompt stands behind
+                first = attention_mask.bool().int().argmax(1)  # (B,)
+                predicted = ~(prompts.after[rows] & (columns == first[rows]))
                 rows, before, targets = rows[predicted], before[predicted], targets[predicted]
             if self.training if skip_logits is None else skip_logits:
                 with projected_at(self.get_output_embeddings(), rows, before):

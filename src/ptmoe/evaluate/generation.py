@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ptmoe.methods import Routing
     from ptmoe.model import PromptedCausalLM
 
 # Scores of a row alone and in a batch were never more than a tenth of this apart in float32 (tests/test_evaluate.py).
@@ -59,26 +60,29 @@ def complete(
         max_new_tokens: of each completion.
         until: a completion ends before the first of these texts.
     """
-    gates = [_gate(model, prompt) for prompt in prompts]
+    routings = [_route(model, prompt) for prompt in prompts]
     rows, unsure = _generate(model, tokenizer, prompts, max_new_tokens, until)
     if len(prompts) > 1 and model.dtype == torch.float32:
-        for index, gate in enumerate(gates):
-            first, second = sorted(gate, reverse=True)[:2] if gate and len(gate) > 1 else (1.0, 0.0)
-            if unsure[index] or first - second < NEAR_TIE_OF_EXPERTS:
+        for index, routing in enumerate(routings):
+            if unsure[index] or (routing is not None and _experts_nearly_tie(routing)):
                 rows[index] = _generate(model, tokenizer, [prompts[index]], max_new_tokens, until)[0][0]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [
-        Completion(_before(text, until), None if gate is None else [round(value, 6) for value in gate])
-        for text, gate in zip(texts, gates, strict=True)
+        Completion(_before(text, until), None if one is None else [round(value, 6) for value in one.gate[0].tolist()])
+        for text, one in zip(texts, routings, strict=True)
     ]
 
 
-def _gate(model: PromptedCausalLM, prompt: list[int]) -> list[float] | None:
+def _route(model: PromptedCausalLM, prompt: list[int]) -> Routing | None:
     """Of a row alone: the same bits in every batch."""
-    if not model.num_virtual_tokens:
-        return None
-    routing = model.route(torch.tensor([prompt], device=model.device))
-    return None if routing is None else routing.gate[0].tolist()
+    return model.route(torch.tensor([prompt], device=model.device)) if model.num_virtual_tokens else None
+
+
+def _experts_nearly_tie(routing: Routing) -> bool:
+    """Whether another expert was nearly kept."""
+    kept = int((routing.gate[0] != 0).sum())
+    probabilities = routing.probabilities[0].sort(descending=True).values.tolist()
+    return 0 < kept < len(probabilities) and probabilities[kept - 1] - probabilities[kept] < NEAR_TIE_OF_EXPERTS
 
 
 def _generate(

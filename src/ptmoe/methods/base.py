@@ -94,13 +94,15 @@ class MethodConfig(Settings):
 
 
 class VirtualTokensConfig(MethodConfig):
-    """A method whose prompt is virtual tokens before the input's.
+    """A method whose prompt is virtual tokens.
 
     Attributes:
         num_virtual_tokens: `T`, the length of the soft prompt.
+        position: right before the first real token, or right after it, where a base's own start token stays first.
     """
 
     num_virtual_tokens: Size = 40
+    position: Literal["before", "after"] = "before"
 
     def on(self, base: PreTrainedModel, batches: Batches | None = None) -> PromptEncoder:
         return self.build(base.get_input_embeddings().weight.shape[1])
@@ -118,7 +120,7 @@ class PromptConfig(VirtualTokensConfig):
     """A soft prompt that starts from the base's embeddings.
 
     Attributes:
-        num_virtual_tokens: `T`, the length of the soft prompt.
+        num_virtual_tokens, position: of the soft prompt.
         init: where the prompt starts. `"vocabulary"`: embeddings of tokens drawn from the vocabulary; `"text"`:
             the embeddings of `init_text`, repeated or cut to `T`; `"random"`: normal, at the embeddings' own scale.
         init_text: a text that fits the task, for `init="text"`.

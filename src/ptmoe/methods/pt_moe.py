@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Size, mean_input
 from ptmoe.methods.factors import check_rank, random_factors, svd_factors
-from ptmoe.methods.routing import Router, RoutingStatistics, route
+from ptmoe.methods.routing import Router, RoutingStatistics, imbalance, route
 
 CONFIDENCE_PACE = 0.05
 PAPER_RECIPE = {
@@ -35,6 +35,9 @@ class PTMoEConfig(PromptConfig):
         rank: `R`, at most min(T, H).
         selective: keep the highest-weight expert only.
         probationary: multiply the kept expert by its router weight.
+        top_k: with `selective`, keep so many; 1 as published.
+        balance_loss: weight of a loss that is lowest where a batch uses all experts alike (`routing.imbalance`); 0 as
+            published.
         router_noise: σ of the multiplicative noise on the router's logits, in training only.
         router_init: `"gradient"` starts the router so that inputs which want the prompt to change in the same direction
             share an expert; `"random"`, as a linear layer starts.
@@ -53,6 +56,8 @@ class PTMoEConfig(PromptConfig):
     rank: Size = 36
     selective: bool = True
     probationary: bool = True
+    top_k: Size = 1
+    balance_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     router_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     router_init: Literal["gradient", "random"] = "gradient"
     router_standardize: bool = True
@@ -79,6 +84,14 @@ class PTMoEConfig(PromptConfig):
                 f"init_text has {len(self.init_text)} texts for num_experts={self.num_experts}: "
                 "give one text, or one for each expert"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _kept_experts_are_there(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}: lower top_k")
+        if self.top_k > 1 and not self.selective:
+            raise ValueError(f"top_k={self.top_k} without selective, which keeps all experts: leave one of them out")
         return self
 
     @property
@@ -120,13 +133,17 @@ class PTMoE(PromptEncoder):
             selective=self.config.selective,
             probationary=self.config.probationary,
             hardness=self.hardness if self.training else 1.0,
+            top_k=self.config.top_k,
         )
+        balance = None
+        if self.training and self.config.balance_loss:
+            balance = self.config.balance_loss * imbalance(routing.probabilities, self.config.top_k)
         if self.training:
             self.statistics.observe(routing.probabilities)
             with torch.no_grad():
                 self.confidence.lerp_(routing.probabilities.max(1).values.mean(), CONFIDENCE_PACE)
         factor = torch.einsum("bn,ntr->btr", routing.gate, self.A)
-        return Prompt(factor @ self.B, routing)
+        return Prompt(factor @ self.B, routing, auxiliary_loss=balance)
 
     @torch.no_grad()
     def initialise(self, source: InitialEmbeddings) -> None:
