@@ -102,15 +102,6 @@ def test_inspect_prints_and_draws_the_routing(run, run_folder):
     assert json.loads((run_folder / "inspect" / "routing.json").read_text())["num_experts"] == 3
 
 
-def test_inspect_of_a_method_that_does_not_route_says_so(run, tmp_path):
-    from ptmoe.base_models import load_base
-
-    ptmoe.attach(load_base("nano")[0], ptmoe.PTConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "pt")
-    status, _, err = run("inspect", tmp_path / "pt", "--task", "nano/mixed", "--examples", 4)
-    assert status == 2
-    assert "is a pt adapter: it does not route" in err
-
-
 def test_params_counts_without_weights(run):
     status, out, _ = run("params", "--num-virtual-tokens", 20, "--rank", 11, "--num-experts", 4)
     assert status == 0
@@ -242,3 +233,41 @@ def test_a_base_alone_is_evaluated_into_a_folder_of_its_own(run, tmp_path):
         "nano__mixed.json",
         "nano__words.json",
     ]
+
+
+def test_inspect_warns_of_a_collapse_and_shows_the_words_near_each_virtual_token(run, tmp_path):
+    import torch
+
+    from ptmoe.base_models import load_base
+
+    base, tokenizer = load_base("nano")
+    model = ptmoe.attach(base, ptmoe.PTMoEConfig(num_virtual_tokens=4, num_experts=2, rank=4, recipe="paper"))
+    with torch.no_grad():
+        model.encoder.router.weight.zero_()
+        model.encoder.router.bias.copy_(torch.tensor([0.0, 3.0]))
+    model.save_pretrained(tmp_path / "collapsed")
+    status, out, _ = run("inspect", tmp_path / "collapsed", "--task", "nano/mixed", "--examples", 20)
+    assert status == 0
+    assert "the routing has collapsed, one of 2 experts takes 100.0 % of the inputs" in " ".join(out.split())
+    near = json.loads((tmp_path / "collapsed" / "inspect" / "nearest.json").read_text())["experts"]
+    assert [len(expert) for expert in near] == [4, 4]
+    prompt = model.encoder.expert_prompts()[1, 2].detach()
+    cosines = torch.cosine_similarity(prompt, base.get_input_embeddings().weight[: len(tokenizer)], dim=1)
+    nearest = int(cosines.argmax())
+    word, cosine = near[1][2][0]
+    assert word in (tokenizer.decode([nearest]), tokenizer.convert_ids_to_tokens(nearest))
+    assert cosine == pytest.approx(float(cosines.max()), abs=1e-5)
+
+
+def test_inspect_says_what_has_nothing_to_show(run, tmp_path):
+    from ptmoe.base_models import load_base
+
+    ptmoe.attach(load_base("nano")[0], ptmoe.LoRAConfig()).save_pretrained(tmp_path / "lora")
+    status, _, err = run("inspect", tmp_path / "lora", "--task", "nano/mixed", "--examples", 5)
+    assert status == 2
+    assert "lora adapter: it has neither a gate of each input nor virtual tokens" in err
+    ptmoe.attach(load_base("nano")[0], ptmoe.PTConfig(num_virtual_tokens=3)).save_pretrained(tmp_path / "pt")
+    status, out, _ = run("inspect", tmp_path / "pt", "--task", "nano/mixed", "--examples", 5)
+    assert status == 0
+    assert "it does not route" in out
+    assert "P_3" in out

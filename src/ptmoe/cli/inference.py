@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,30 +87,74 @@ def inspect(
     chat = uses_chat(task_named(task), tokenizer, chat_of(adapter))
     gates = route_examples(model, tokenizer, examples, chat=chat)
     routing = summarise_routing(gates, [example.domain for example in examples], expert_similarity(model.encoder))
-    if routing is None:
-        raise PtmoeError(
-            f"{adapter} is a {model.method_config.method} adapter: it does not route, there is nothing to show"
-        )
     console = Console()
+    nearest = nearest_words(model, tokenizer)
+    folder = output_dir or adapter / "inspect"
+    if routing is None and not nearest:
+        raise PtmoeError(
+            f"{adapter} is a {model.method_config.method} adapter: it has neither a gate of each input nor virtual "
+            "tokens in the embeddings' space, there is nothing to show"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     console.print(f"{model.method_config.method} on {task}, {len(examples):,} inputs")
-    table = Table("domain", *(f"expert {i}" for i in range(routing["num_experts"])))
+    if routing is None:
+        console.print("it does not route: one prompt serves every input")
+    else:
+        chosen = Counter(max(range(len(gate)), key=gate.__getitem__) for gate in gates if gate is not None)
+        show_routing(console, routing, max(chosen.values()) / len(gates))
+        (folder / "routing.json").write_text(json.dumps(routing, indent=2) + "\n")
+        for name, figure in routing_figures(routing).items():
+            figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    words = Table("virtual token", *(f"expert {i}" if len(nearest) > 1 else "prompt" for i in range(len(nearest))))
+    for index, row in enumerate(zip(*nearest, strict=True)):
+        words.add_row(f"P_{index + 1}", *(" ".join(f"{word!r} {cosine:.2f}" for word, cosine in near) for near in row))
+    console.print("the nearest words of the vocabulary, by cosine")
+    console.print(words)
+    (folder / "nearest.json").write_text(json.dumps({"experts": nearest}, indent=2, ensure_ascii=False) + "\n")
+    console.print(f"figures and numbers: {folder}")
+
+
+def nearest_words(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, k: int = 3) -> list[Any]:
+    """For each expert's prompt, or the one that there is, the nearest words of each virtual token."""
+    import torch
+
+    from ptmoe.report.vocabulary import nearest_tokens
+
+    encoder = model.encoder
+    prompts = encoder.expert_prompts()
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    if prompts is None:
+        with torch.no_grad():
+            nothing = torch.zeros(1, 1, embedding.shape[1], device=embedding.device)
+            prompts = encoder(nothing, torch.ones(1, 1, dtype=torch.bool, device=embedding.device)).embeds
+    if not prompts.shape[1]:
+        return []
+    return [nearest_tokens(prompt, embedding, tokenizer, k) for prompt in prompts]
+
+
+def show_routing(console: Console, routing: dict[str, Any], largest_share: float) -> None:
+    """Who goes where, how evenly, and whether it has collapsed: `largest_share` is that of the busiest expert."""
+    from ptmoe.report.runs import COLLAPSED_SHARE
+
+    experts = routing["num_experts"]
+    table = Table("domain", *(f"expert {i}" for i in range(experts)))
     for domain, use in routing["use"].items():
         table.add_row(domain or "all", *(f"{100 * share:.1f} %" for share in use))
     console.print(table)
     console.print(
-        f"entropy of the use {routing['entropy']:.3f} nats (even: {math.log(routing['num_experts']):.3f}), "
+        f"entropy of the use {routing['entropy']:.3f} nats (even: {math.log(experts):.3f}), "
         f"mutual information of expert and domain {routing['mutual_information']:.3f} nats"
     )
-    similarity = Table("cosine of the prompts", *(f"expert {i}" for i in range(routing["num_experts"])))
-    for index, row in enumerate(routing["prompt_similarity"]):
+    if largest_share >= COLLAPSED_SHARE and experts > 1:
+        console.print(
+            f"[bold]warning[/bold]: the routing has collapsed, one of {experts} experts takes "
+            f"{100 * largest_share:.1f} % of the inputs"
+        )
+    similarity = Table("cosine of the prompts", *(f"expert {i}" for i in range(experts)))
+    for index, row in enumerate(routing["prompt_similarity"] or []):
         similarity.add_row(f"expert {index}", *(f"{value:.3f}" for value in row))
     console.print(similarity)
-    folder = output_dir or adapter / "inspect"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "routing.json").write_text(json.dumps(routing, indent=2) + "\n")
-    for name, figure in routing_figures(routing).items():
-        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-    console.print(f"figures and numbers: {folder}")
 
 
 def convert(source: Path, target: Path, model: str | None) -> None:

@@ -86,12 +86,20 @@ def train(
     max_new_tokens: Annotated[int | None, typer.Option(help="of an evaluated answer")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="run folder; a new one under runs/ by default")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
-    method: Annotated[str | None, typer.Option(help="pt-moe (default), pt, dpt, smop or attempt")] = None,
+    method: Annotated[str | None, typer.Option(help="pt-moe (default), pt, lora, …: `ptmoe params` has all")] = None,
     num_virtual_tokens: NumVirtualTokens = None,
     num_experts: NumExperts = None,
     rank: Rank = None,
+    alpha: Annotated[int | None, typer.Option(help="α of LoRA and its kin; 2·rank by default")] = None,
+    target_modules: Annotated[
+        list[str] | None, typer.Option(help="what LoRA and its kin change; q_proj and v_proj by default")
+    ] = None,
+    encoder_hidden_size: Annotated[int | None, typer.Option(help="of p-tuning's encoder")] = None,
+    position: Annotated[str | None, typer.Option(help="of the prompt: before or after the first token")] = None,
     selective: Selective = None,
     probationary: Probationary = None,
+    top_k: Annotated[int | None, typer.Option(help="experts that a selective gate keeps")] = None,
+    balance_loss: Annotated[float | None, typer.Option(help="weight of a loss for even use of the experts")] = None,
     router_noise: Annotated[float | None, typer.Option(help="σ of the router's noise in training")] = None,
     recipe: Annotated[Recipe | None, typer.Option(help="routing options of PT-MoE: ours, or as published")] = None,
     init: Annotated[str | None, typer.Option(help="of the prompt: vocabulary, text or random")] = None,
@@ -162,8 +170,14 @@ def train(
         num_virtual_tokens=num_virtual_tokens,
         num_experts=num_experts,
         rank=rank,
+        alpha=alpha,
+        target_modules=target_modules or None,
+        encoder_hidden_size=encoder_hidden_size,
+        position=position,
         selective=selective,
         probationary=probationary,
+        top_k=top_k,
+        balance_loss=balance_loss,
         router_noise=router_noise,
         recipe=None if recipe is None else recipe.value,
         init=init,
@@ -393,7 +407,7 @@ def inspect(
     dtype: Dtype = None,
     output_dir: Annotated[Path | None, typer.Option(help="where figures go; ADAPTER/inspect by default")] = None,
 ) -> None:
-    """Print and draw an adapter's routing on a task: expert use by domain, entropy, the prompts' similarity."""
+    """Print and draw what an adapter holds: its experts' use by domain, their similarity, the words they lie near."""
     from ptmoe.cli.inference import inspect as run
 
     data = given(data_dir=data_dir, max_examples=examples)

@@ -1,0 +1,62 @@
+"""The words of a base's vocabulary that a soft prompt's virtual tokens lie nearest to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ptmoe.errors import PtmoeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+ROWS = 16_384  # of the embedding at once, so that a large vocabulary is never copied as a whole
+
+
+def nearest_tokens(
+    prompt: torch.Tensor, embedding: torch.Tensor, tokenizer: PreTrainedTokenizerBase, k: int = 5
+) -> list[list[tuple[str, float]]]:
+    """The `k` tokens of the vocabulary with the highest cosine to each virtual token, the nearest first.
+
+    Args:
+        prompt: `(T, H)`.
+        embedding: the base's input embedding, `(V, H)`, in any dtype.
+        tokenizer: the base's; it may have fewer tokens than the embedding has rows.
+        k: at least 1.
+
+    Returns:
+        Of each virtual token, `k` pairs of a token's text and its cosine. `routing/nearest.json` in a run folder holds
+        `{"experts": [nearest_tokens(expert, …) for each expert]}`.
+
+    Raises:
+        PtmoeError: shapes that do not fit each other, or a `k` that the vocabulary has no room for.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    if prompt.ndim != 2 or embedding.ndim != 2 or prompt.shape[1] != embedding.shape[1]:
+        raise PtmoeError(
+            f"a prompt {tuple(prompt.shape)} beside an embedding {tuple(embedding.shape)}: needs (T, H) and (V, H)"
+        )
+    words = min(len(embedding), len(tokenizer))
+    if not 1 <= k <= words:
+        raise PtmoeError(f"k={k}: needs at least 1 and at most the vocabulary's {words:,} tokens")
+    with torch.no_grad():
+        virtual = F.normalize(prompt.detach().float().to(embedding.device), dim=1)  # (T, H)
+        cosines = virtual.new_empty(len(prompt), 0)
+        ids = torch.empty(len(prompt), 0, dtype=torch.long, device=embedding.device)
+        for start in range(0, words, ROWS):
+            part = F.normalize(embedding[start : min(start + ROWS, words)].float(), dim=1)
+            here = torch.arange(start, start + len(part), device=ids.device).expand(len(prompt), -1)
+            cosines, places = torch.cat([cosines, virtual @ part.T], dim=1).topk(min(k, cosines.shape[1] + len(part)))
+            ids = torch.cat([ids, here], dim=1).gather(1, places)
+    return [
+        [(_word(tokenizer, token), round(cosine, 6)) for token, cosine in zip(*row, strict=True)]
+        for row in zip(ids.tolist(), cosines.tolist(), strict=True)
+    ]
+
+
+def _word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token's text; its name in the vocabulary where it is only a part of a character."""
+    word = str(tokenizer.decode([token]))
+    return word if word and "\N{REPLACEMENT CHARACTER}" not in word else str(tokenizer.convert_ids_to_tokens(token))
