@@ -30,15 +30,16 @@ PAPER_METHODS: list[Plan] = [
     {"name": "attempt", "num_virtual_tokens": 40, "bottleneck": 2, "num_sources": 2},
     {"name": "pt-moe", "num_virtual_tokens": 40, "num_experts": 2, "rank": 36},
 ]
-# On nano four domains of one world want four experts; what is free is picked at the budget.
+# On nano four domains of one world want four experts; what is free is picked at the budget. A model this small wants
+# other learning rates than a real one, which the defaults are for: benchmarks/learning_rates.py found these.
 NANO_METHODS: list[Plan] = [
-    {"name": "ft", "budget": None},
-    {"name": "lora"},
-    {"name": "hydralora", "rank": 1, "budget": None},
+    {"name": "ft", "budget": None, "learning_rate": 0.001},
+    {"name": "lora", "learning_rate": 0.01},
+    {"name": "hydralora", "rank": 1, "budget": None, "learning_rate": 0.01},
     {"name": "pt"},
     {"name": "dpt", "num_virtual_tokens": 20},
     {"name": "smop", "num_experts": 4},
-    {"name": "attempt", "bottleneck": 1},
+    {"name": "attempt", "bottleneck": 1, "learning_rate": 0.1},
     {"name": "pt-moe", "num_virtual_tokens": 10, "num_experts": 4},
 ]
 
