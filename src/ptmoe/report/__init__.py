@@ -1,14 +1,19 @@
-"""From finished run folders to a table, figures and one HTML page."""
+"""From finished run folders, or a comparison of many, to tables, figures and one HTML page."""
 
 import importlib
 from typing import Any
 
 # matplotlib and jinja2 are the optional part `report`: a table needs neither, so nothing is imported before its use.
 _HOMES = {
+    "Comparison": "comparison",
     "Run": "runs",
+    "read_comparison": "comparison",
     "read_run": "runs",
     "read_runs": "runs",
+    "comparison_summary": "summary",
     "comparison_table": "table",
+    "nearest_tokens": "vocabulary",
+    "write_comparison_report": "comparison_html",
     "write_report": "html",
 }
 

@@ -105,7 +105,7 @@ DARK = Theme(
     negative="#f08a3c",
 )
 
-MARKERS = {"pt-moe": "o", "pt": "s", "dpt": "^", "smop": "D", "attempt": "v", "lora": "P", "hydralora": "X", "ft": "*"}
+MARKERS = {"pt-moe": "o", "pt": "s", "dpt": "^", "smop": "D", "attempt": "v", "lora": "P", "hydralora": "X", "ft": "p"}
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # runs of one method
 
 
@@ -124,13 +124,13 @@ def learning_curves(runs: Sequence[Run], against: Literal["step", "seconds"] = "
     Raises:
         PtmoeError: no run logged a loss.
     """
-    figure, axes = _figure(theme, height=3.1)
+    figure, axes = one_plot(theme, height=3.1)
     lines = 0
     for label, run, style in zip(labels(runs), runs, _styles(runs, theme), strict=True):
         points = loss_curve(run, against)
         if points:
             marks = max(1, len(points) // 8)
-            axes.plot(*zip(*points, strict=True), label=_plain(label), markevery=marks, **style)
+            axes.plot(*zip(*points, strict=True), label=plain(label), markevery=marks, **style)
             lines += 1
     if not lines:
         raise PtmoeError("no run logged a training loss: metrics.jsonl is missing or holds none")
@@ -139,7 +139,7 @@ def learning_curves(runs: Sequence[Run], against: Literal["step", "seconds"] = "
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=theme.faint, linewidth=0.8)
-    _legend(axes, theme)
+    put_legend(axes, theme)
     return figure
 
 
@@ -159,13 +159,13 @@ def score_by_domain(runs: Sequence[Run], task: str, theme: Theme = LIGHT) -> Fig
     domains = domains_of(runs, task)
     groups = 1 + len(domains)
     thickness = 1 / (len(shown) + 0.8)
-    figure, axes = _figure(theme, height=0.9 + groups * max(0.3, 0.17 * (len(shown) + 0.8)) + 0.2 * len(shown) / 2)
+    figure, axes = one_plot(theme, height=0.9 + groups * max(0.3, 0.17 * (len(shown) + 0.8)) + 0.2 * len(shown) / 2)
     for index, (label, evaluation, color, hatch) in enumerate(shown):
         values = [evaluation.score, *(evaluation.domain_score(domain) for domain in domains)]
         offset = (index - (len(shown) - 1) / 2) * thickness
         places = [group + offset for group, value in enumerate(values) if value is not None]
         filled = [value for value in values if value is not None]
-        bars = axes.barh(places, filled, 0.86 * thickness, label=_plain(label), color=color, hatch=hatch)
+        bars = axes.barh(places, filled, 0.86 * thickness, label=plain(label), color=color, hatch=hatch)
         for bar in bars:
             bar.set(edgecolor=theme.surface, linewidth=0)  # the hatch has the edge's colour
         interval = evaluation.score_interval
@@ -183,7 +183,7 @@ def score_by_domain(runs: Sequence[Run], task: str, theme: Theme = LIGHT) -> Fig
                 fontsize=FONT_SIZE - 1.5,
                 color=theme.ink,
             )
-    axes.set_yticks(range(groups), ["all", *(_plain(domain, LONGEST_DOMAIN) for domain in domains)])
+    axes.set_yticks(range(groups), ["all", *(plain(domain, LONGEST_DOMAIN) for domain in domains)])
     axes.get_yticklabels()[0].set_fontweight("bold")
     axes.set_ylim(groups - 0.5, -0.5)
     axes.set_xlim(0, 112)
@@ -193,21 +193,24 @@ def score_by_domain(runs: Sequence[Run], task: str, theme: Theme = LIGHT) -> Fig
     axes.grid(axis="x", color=theme.faint, linewidth=0.8)
     if domains:
         axes.axhline(0.5, color=theme.ink, linewidth=0.8)
-    _legend(axes, theme)
+    put_legend(axes, theme)
     return figure
 
 
-def routing_heat_map(shares: Mapping[str, Sequence[float]], theme: Theme = LIGHT) -> Figure:
-    """The share of each domain, in percent, that each expert takes.
+def routing_heat_map(
+    shares: Mapping[str, Sequence[float]], theme: Theme = LIGHT, of: Literal["domain", "task"] = "domain"
+) -> Figure:
+    """The share of each domain, or task, in percent, that each expert takes.
 
     Args:
         shares: of each domain, a share for each expert, `(N,)`; `Run.shares` or `Routing.use`.
         theme: the colours.
+        of: what the shares are of.
     """
     rows = [list(row) for row in shares.values()]
-    names = [_plain(domain, LONGEST_DOMAIN) or "all" for domain in shares]
+    names = [plain(domain, LONGEST_DOMAIN) or "all" for domain in shares]
     figure = _heat_map(rows, names, theme.shares(), (0.0, 1.0), "{:.0%}", theme)
-    figure.axes[0].set_ylabel("domain")
+    figure.axes[0].set_ylabel(of)
     return figure
 
 
@@ -243,10 +246,10 @@ def routing_over_training(run: Run, theme: Theme = LIGHT) -> Figure:
     used = [(log.step, log.expert_use) for log in run.logs if log.step is not None and log.expert_use]
     if not used:
         raise PtmoeError(f"{run.folder} logged no expert_use: its method does not route, or it was not trained")
-    figure = _new_figure(theme, height=4.2)
+    figure = new_figure(theme, height=4.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.4, 1])
     for axes in (top, bottom):
-        _plain_axes(axes, theme)
+        plain_axes(axes, theme)
         axes.set_ylim(0, 1)
     top.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     bottom.set_yticks([0, 0.5, 1])
@@ -258,7 +261,7 @@ def routing_over_training(run: Run, theme: Theme = LIGHT) -> Figure:
     top.stackplot(steps, columns, labels=names, colors=colors, edgecolor=theme.surface, linewidth=0.8)
     top.set_ylabel("share of inputs by expert")
     top.set_xlim(min(steps), max(steps) if len(steps) > 1 else min(steps) + 1)
-    _legend(top, theme)
+    put_legend(top, theme)
     for name, key, method, dash in (
         ("confidence", "routing_confidence", "pt-moe", "-"),
         ("gate hardness", "hardness", "pt", "--"),
@@ -272,7 +275,7 @@ def routing_over_training(run: Run, theme: Theme = LIGHT) -> Figure:
     bottom.set_xlabel("optimiser step")
     bottom.grid(axis="y", color=theme.faint, linewidth=0.8)
     if bottom.lines:
-        _legend(bottom, theme)
+        put_legend(bottom, theme)
     return figure
 
 
@@ -285,7 +288,7 @@ def _heat_map(
     theme: Theme,
 ) -> Figure:
     experts = len(rows[0])
-    figure, axes = _figure(theme, height=0.75 + 0.38 * len(rows))
+    figure, axes = one_plot(theme, height=0.75 + 0.38 * len(rows))
     axes.imshow(rows, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto")
     size = FONT_SIZE if experts <= 6 else max(4.5, FONT_SIZE * 6 / experts)
     for y, row in enumerate(rows):
@@ -309,18 +312,18 @@ def _heat_map(
     return figure
 
 
-def _new_figure(theme: Theme, height: float) -> Figure:
+def new_figure(theme: Theme, height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), facecolor=theme.surface, layout="constrained")
 
 
-def _figure(theme: Theme, height: float) -> tuple[Figure, Axes]:
-    figure = _new_figure(theme, height)
+def one_plot(theme: Theme, height: float) -> tuple[Figure, Axes]:
+    figure = new_figure(theme, height)
     axes = figure.subplots()
-    _plain_axes(axes, theme)
+    plain_axes(axes, theme)
     return figure, axes
 
 
-def _plain_axes(axes: Axes, theme: Theme) -> None:
+def plain_axes(axes: Axes, theme: Theme) -> None:
     axes.set_facecolor(theme.surface)
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.ink, labelsize=FONT_SIZE, width=0.8)
@@ -333,7 +336,7 @@ def _plain_axes(axes: Axes, theme: Theme) -> None:
         spine.set_linewidth(0.8)
 
 
-def _legend(axes: Axes, theme: Theme) -> None:
+def put_legend(axes: Axes, theme: Theme) -> None:
     """Above the axes, so that it hides no data, in as many columns as fit."""
     names = [str(name) for name in axes.get_legend_handles_labels()[1]]
     entry = 38 + 0.58 * FONT_SIZE * max(map(len, names))  # points: the handle and its space, and the longest text
@@ -377,7 +380,7 @@ def _turns(runs: Sequence[Run]) -> list[int]:
     return [methods[:index].count(method) for index, method in enumerate(methods)]
 
 
-def _plain(text: str, longest: int = 40) -> str:
+def plain(text: str, longest: int = 40) -> str:
     """Shown as it is: matplotlib reads `$…$` as mathematics and drops a legend's entry that begins with `_`."""
     text = text if len(text) <= longest else text[: longest - 1] + "…"
     text = text.replace("$", r"\$")

@@ -1,80 +1,35 @@
-"""`report.html`: what a set of runs shows, as one file that needs nothing else, and its figures as PNG files."""
+"""`report.html`: what a set of runs shows, as one file that needs nothing else."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ptmoe.errors import PtmoeError
 from ptmoe.report.figures import (
-    DARK,
-    LIGHT,
-    Theme,
     learning_curves,
     loss_curve,
-    routing_heat_map,
-    routing_over_training,
     score_by_domain,
-    similarity_heat_map,
 )
+from ptmoe.report.frame import Entry, Frame, decimal, rows, text, whole
+from ptmoe.report.page import (
+    Gallery,
+    Section,
+    Warned,
+    environment_facts,
+    facts,
+    flat,
+    write_page,
+)
+from ptmoe.report.routing_sections import collapse, routing_sections
+from ptmoe.report.routing_tables import Routed
 from ptmoe.report.runs import Evaluation, Run, labels, metric_of, tasks_of
 from ptmoe.report.table import best_rows, percent, score_columns
 
-try:
-    from jinja2 import Environment, StrictUndefined, Template
-    from matplotlib.figure import Figure
-except ModuleNotFoundError:
-    raise PtmoeError("a report needs jinja2: pip install 'ptmoe[report]'") from None
-
-PNG_DPI = 200
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure in both colour modes, as data URIs; `alt` says what it shows to those who do not see it."""
-
-    title: str
-    note: str
-    alt: str
-    light: str
-    dark: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    best: bool = False
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class TaskTable:
-    """One task's scores, a row for each run; `domains` gives each domain's number of examples, where all agree."""
-
-    task: str
-    metric: str
-    domains: list[str]
-    rows: list[tuple[str, list[Cell]]]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Named values of runs: a column for each run, or one for all where they agree on everything."""
-
-    columns: list[str]
-    rows: list[tuple[str, list[str], bool]]  # name, values, whether the runs differ
-
 
 def write_report(folder: str | Path, runs: Sequence[Run], title: str, command: str | None = None) -> Path:
-    """Write `folder/report.html` and `folder/figures/*.png`; returns the page's path.
+    """Write `folder/report.html`, `folder/figures/*.{png,svg}` and `folder/tables/*`; returns the page's path.
 
     Args:
         folder: made if it is not there.
@@ -88,23 +43,28 @@ def write_report(folder: str | Path, runs: Sequence[Run], title: str, command: s
     if not runs:
         raise PtmoeError("no runs to report on: give finished run folders")
     folder = Path(folder)
-    images = folder / "figures"
-    images.mkdir(parents=True, exist_ok=True)
+    gallery = Gallery(folder / "figures")
     names = labels(runs)
     tasks = tasks_of(runs)
-    page = _template().render(
+    collapses = [
+        f"{label} on {task}: {said}"
+        for label, run in zip(names, runs, strict=True)
+        for task in run.evaluations
+        if (said := collapse(run, task))
+    ]
+    return write_page(
+        folder,
         title=title,
         summary=[summary(runs, task) for task in tasks] or ["No run was evaluated on a task."],
-        warnings=list(_collapse_warnings(runs, names)),
-        tables=[_table(runs, names, task) for task in tasks],
-        sections=list(_sections(runs, names, tasks, images)),
-        configuration=_facts(names, [_flat(run.config) for run in runs]),
-        environment=_facts(names, [_environment(run) for run in runs]),
+        warnings=[Warned("Routing collapsed.", collapses)] if collapses else [],
+        sections=[
+            *(Section(f"{metric_of(runs, task)} on {task}", tables=[_table(runs, names, task)]) for task in tasks),
+            *_sections(runs, names, tasks, gallery),
+        ],
+        configuration=facts(names, [flat(run.config) for run in runs]),
+        environment=facts(names, [environment_facts(run) for run in runs]),
         command=command or _commands(runs, folder),
     )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def summary(runs: Sequence[Run], task: str) -> str:
@@ -153,67 +113,81 @@ def _trained(run: Run) -> str:
     return f"{count:,} trained parameters" if count else "nothing trained"
 
 
-def _collapse_warnings(runs: Sequence[Run], names: Sequence[str]) -> Iterator[str]:
-    for label, run in zip(names, runs, strict=True):
-        for task in run.evaluations:
-            expert = run.collapsed_expert(task)
-            if expert is None:
-                continue
-            shares = run.overall_shares(task)
-            takes = "of the inputs" if run.selective else "of the gate"
-            method = run.config["method"]
-            off = [key for key in ("router_standardize", "routing_anneal") if method.get(key) is False]
-            guard = f" Off in this run, and meant against it: {', '.join(off)}." if off else ""
-            yield (
-                f"{label} on {task}: expert {expert} takes {percent(100 * shares[expert])} % {takes}, the other "
-                f"{len(shares) - 1} next to nothing.{guard}"
-            )
-
-
-def _table(runs: Sequence[Run], names: Sequence[str], task: str) -> TaskTable:
+def _table(runs: Sequence[Run], names: Sequence[str], task: str) -> Frame:
     columns = score_columns(runs, task)
     metric, *domains = columns
-    rows = []
+    lines = []
     for index, (label, run) in enumerate(zip(names, runs, strict=True)):
         evaluation = run.evaluations.get(task)
         interval = evaluation.score_interval if evaluation else None
-        cells = [Cell(f"{run.result.trainable_parameters:,}")]
-        for column, values in columns.items():
-            note = f"[{percent(interval[0])}, {percent(interval[1])}]" if interval and column == metric else ""
-            cells.append(Cell(percent(values[index]), index in best_rows(values), note))
-        cells.append(Cell(f"{run.result.train_seconds:,.1f}"))
-        rows.append((label, cells))
-    return TaskTable(task, metric, domains, rows)
+        lines.append(
+            [
+                text(label),
+                whole(run.result.trainable_parameters),
+                *(
+                    Entry(
+                        values[index],
+                        percent(values[index]),
+                        interval if column == metric else None,
+                        "examples",
+                        index in best_rows(values),
+                    )
+                    for column, values in columns.items()
+                ),
+                decimal(run.result.train_seconds),
+            ]
+        )
+    return Frame(
+        f"{metric} on {task}",
+        f"{metric} on {task}, %",
+        ("method", "trainable parameters", metric, *domains, "seconds of training"),
+        rows(lines),
+        "Scores in percent. Bold: the highest of its column. In brackets: the 95 % interval over examples (bootstrap).",
+    )
 
 
-def _sections(
-    runs: Sequence[Run], names: Sequence[str], tasks: Sequence[str], images: Path
-) -> Iterator[tuple[str, str, list[Picture]]]:
-    """Heading, explanation and pictures of each part that there is data for."""
-    used: set[str] = set()
+def _curve_table(runs: Sequence[Run], names: Sequence[str]) -> Frame:
+    return Frame(
+        "training logs",
+        "What training logged",
+        ("method", "step", "seconds", "loss", "learning rate", "gradient norm"),
+        rows(
+            [
+                [
+                    text(label),
+                    whole(log.step),
+                    decimal(log.seconds),
+                    decimal(log.loss, 4),
+                    decimal(log.learning_rate, 6),
+                    decimal(log.grad_norm, 4),
+                ]
+                for label, run in zip(names, runs, strict=True)
+                for log in run.logs
+            ]
+        ),
+    )
 
-    def picture(title: str, alt: str, draw: Callable[[Theme], Figure], note: str = "") -> Picture:
-        stem = re.sub(r"[^A-Za-z0-9.]+", "-", title).strip("-.").lower() or "figure"
-        name = stem
-        while name in used:
-            name = f"{stem}-{len(used)}"
-        used.add(name)
-        light = draw(LIGHT)
-        light.savefig(images / f"{name}.png", dpi=PNG_DPI)
-        return Picture(title, note, alt, _data_uri(light), _data_uri(draw(DARK)))
 
+def _sections(runs: Sequence[Run], names: Sequence[str], tasks: Sequence[str], gallery: Gallery) -> Iterator[Section]:
+    """Each part that there is data for."""
+    picture = gallery.picture
     losses = [(label, curve) for label, run in zip(names, runs, strict=True) if (curve := loss_curve(run, "step"))]
     if losses:
         alt = "; ".join(f"{label}: loss from {curve[0][1]:.3f} to {curve[-1][1]:.3f}" for label, curve in losses)
         curves = [picture("loss by step", alt, lambda theme: learning_curves(runs, "step", theme))]
         if any(loss_curve(run, "seconds") for run in runs):
             curves.append(picture("loss by second", alt, lambda theme: learning_curves(runs, "seconds", theme)))
-        yield "Learning curves", "Cross-entropy on the supervised tokens, in nats, as training logged it.", curves
+        yield Section(
+            "Learning curves",
+            "Cross-entropy on the supervised tokens, in nats, as training logged it.",
+            pictures=curves,
+            numbers=[_curve_table(runs, names)],
+        )
     if tasks:
-        yield (
+        yield Section(
             "Score by domain",
             "Bars in percent; the line on “all” is the 95 % interval.",
-            [
+            pictures=[
                 picture(
                     f"{metric_of(runs, task)} on {task}",
                     summary(runs, task),
@@ -223,113 +197,10 @@ def _sections(
             ],
         )
     routed = [
-        (label, run, task, routing)
+        Routed(label, str(run.config.get("task") or run.config.get("data") or "–"), run.environment.seed, run, label)
         for label, run in zip(names, runs, strict=True)
-        for task, evaluation in run.evaluations.items()
-        if (routing := evaluation.routing) is not None
     ]
-    if routed:
-        yield (
-            "Routing: which expert each domain went to",
-            "The share of a domain’s inputs that each expert takes (of the gate, for a method that mixes all experts). "
-            "Mutual information is 0 where the expert says nothing about the domain.",
-            [
-                picture(
-                    f"routing of {label} on {task}",
-                    _shares_in_words(run.shares(task)),
-                    lambda theme, run=run, task=task: routing_heat_map(run.shares(task), theme),  # type: ignore[misc]
-                    f"mutual information {routing.mutual_information:.2f} nats, entropy {routing.entropy:.2f} nats",
-                )
-                for label, run, task, routing in routed
-            ],
-        )
-    # The prompts do not depend on the task: one figure for each run.
-    alike = {label: routing.prompt_similarity for label, _, _, routing in routed if routing.prompt_similarity}
-    if alike:
-        yield (
-            "Similarity of the experts’ prompts",
-            "Cosine of every pair; 1 is the same direction, 0 none in common.",
-            [
-                picture(
-                    f"prompt similarity of {label}",
-                    _similarity_in_words(rows),
-                    lambda theme, rows=rows: similarity_heat_map(rows, theme),  # type: ignore[misc]
-                )
-                for label, rows in alike.items()
-            ],
-        )
-    logged = [
-        (label, run)
-        for label, run in zip(names, runs, strict=True)
-        if any(log.step is not None and log.expert_use for log in run.logs)
-    ]
-    if logged:
-        yield (
-            "Routing over training",
-            "Top: the share of the training inputs that each expert took. Bottom: the router’s confidence, the mean of "
-            "its largest probability, and how far the gate has hardened from all experts to the chosen one.",
-            [
-                picture(
-                    f"routing of {label} over training",
-                    f"expert use and routing confidence of {label} by optimiser step",
-                    lambda theme, run=run: routing_over_training(run, theme),  # type: ignore[misc]
-                )
-                for label, run in logged
-            ],
-        )
-
-
-def _shares_in_words(shares: Mapping[str, Sequence[float]]) -> str:
-    return "; ".join(
-        f"{domain or 'all'}: " + ", ".join(f"expert {expert} {share:.0%}" for expert, share in enumerate(row))
-        for domain, row in shares.items()
-    )
-
-
-def _similarity_in_words(rows: Sequence[Sequence[float]]) -> str:
-    return "; ".join(f"expert {index}: " + ", ".join(f"{value:.2f}" for value in row) for index, row in enumerate(rows))
-
-
-def _data_uri(figure: Figure) -> str:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(drawn.getvalue()).decode()
-
-
-def _facts(names: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> Facts:
-    keys = list(dict.fromkeys(key for run in runs for key in run))
-    rows = []
-    for key in keys:
-        values = [_written(run[key]) if key in run else "–" for run in runs]
-        rows.append((key, values, len(set(values)) > 1))
-    if any(differ for *_, differ in rows):
-        return Facts(list(names), rows)
-    return Facts(["all runs" if len(runs) > 1 else names[0]], [(key, values[:1], False) for key, values, _ in rows])
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _environment(run: Run) -> dict[str, Any]:
-    environment = run.environment
-    return {
-        "commit": environment.commit or "not a checkout",
-        "seed": environment.seed if environment.seed is not None else run.config.get("seed"),
-        **environment.hardware,
-        **{name: version or "not installed" for name, version in environment.versions.items()},
-    }
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
+    yield from routing_sections(routed, routed, gallery)
 
 
 def _commands(runs: Sequence[Run], folder: Path) -> str:
@@ -342,8 +213,3 @@ def _commands(runs: Sequence[Run], folder: Path) -> str:
         place = run.folder.resolve().relative_to(folder.resolve()) if inside else run.folder
         lines.append(f"ptmoe train {shlex.quote((place / 'config.yaml').as_posix())}")
     return "\n".join(lines)
-
-
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(files("ptmoe.report").joinpath("report.html.j2").read_text(encoding="utf-8"))

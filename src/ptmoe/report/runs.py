@@ -2,6 +2,7 @@
 
 RUN/config.yaml  environment.json  result.json      required
 RUN/metrics.jsonl  eval/TASK.json                   where the run trained, and where it was evaluated
+RUN/routing/nearest.json                            where `ptmoe inspect` looked for the virtual tokens' nearest words
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ptmoe.train.recipe import Result
 COLLAPSED_SHARE = 0.95  # of the inputs on one expert
 
 T = TypeVar("T")
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`eval/TASK.json`: scores in percent, `interval` the 95 % interval of each; `metric` ranks the runs."""
+    """`eval/TASK.json`: scores in percent, `interval` the 95 % interval of each; `metric` ranks the runs.
+
+    `mean_of_domains` is the plain mean of the domains' scores, which is the form of SVAMP's figure in PT-MoE's paper.
+    """
 
     task: str
     examples: int
@@ -113,6 +118,7 @@ class Evaluation:
     routing: Routing | None = None
     seconds: float | None = None
     metric: str = "accuracy"
+    mean_of_domains: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for scores in (self.metrics, *(vars(part) for part in self.by_domain.values())):
@@ -136,6 +142,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class NearestTokens:
+    """`routing/nearest.json`: of each expert, of each of its virtual tokens, the nearest words of the base's vocabulary
+    with their cosines, the nearest first (`ptmoe.report.vocabulary.nearest_tokens`); no expert where a method has no
+    virtual tokens."""
+
+    experts: list[list[list[tuple[str, float]]]]
+
+    def __post_init__(self) -> None:
+        if len({len(tokens) for tokens in self.experts}) > 1:
+            raise ValueError("experts needs as many virtual tokens for each")
+
+
+@dataclass(frozen=True)
 class Run:
     """A finished run.
 
@@ -146,6 +165,8 @@ class Run:
         environment: what it ran on.
         logs: of its training, in order; empty where nothing was trained.
         evaluations: by task.
+        predictions: by task, the file that holds them, if it was written.
+        nearest: words to the virtual tokens, where they were looked for.
     """
 
     folder: Path
@@ -154,6 +175,8 @@ class Run:
     environment: Environment
     logs: tuple[Log, ...] = ()
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    predictions: dict[str, Path] = field(default_factory=dict)
+    nearest: NearestTokens | None = None
 
     @property
     def method(self) -> str:
@@ -214,16 +237,21 @@ def read_run(folder: str | Path) -> Run:
         if not (folder / name).is_file():
             raise PtmoeError(f"{folder / name} is missing: {folder} is not the folder of a finished run")
     evaluations: dict[str, Evaluation] = {}
+    predictions: dict[str, Path] = {}
     for path in sorted((folder / "eval").glob("*.json")):
-        evaluation = _parse(Evaluation, path)
+        evaluation = parse(Evaluation, path)
         evaluations[evaluation.task] = evaluation
+        predictions[evaluation.task] = folder / "predictions" / f"{path.stem}.jsonl"
+    words = folder / "routing" / "nearest.json"
     return Run(
         folder=folder,
         config=_config(folder / "config.yaml"),
-        result=_parse(Result, folder / "result.json"),
-        environment=_parse(Environment, folder / "environment.json"),
-        logs=_logs(folder / "metrics.jsonl"),
+        result=parse(Result, folder / "result.json"),
+        environment=parse(Environment, folder / "environment.json"),
+        logs=tuple(parse_lines(Log, metrics)) if (metrics := folder / "metrics.jsonl").exists() else (),
         evaluations=evaluations,
+        predictions=predictions,
+        nearest=parse(NearestTokens, words) if words.is_file() else None,
     )
 
 
@@ -274,34 +302,68 @@ def domains_of(runs: Iterable[Run], task: str) -> list[str]:
     return list(dict.fromkeys(domain for evaluation in evaluated for domain in evaluation.by_domain))
 
 
-def _parse(kind: type[T], path: Path) -> T:
+def parse(kind: type[T], path: Path) -> T:
+    """A JSON file as a typed value.
+
+    Raises:
+        PtmoeError: it cannot be read, is damaged or lacks something; it and what is wrong are named.
+    """
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        value: T = _adapter(kind).validate_json(path.read_bytes())
+    except OSError as error:
+        raise PtmoeError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
         raise PtmoeError(f"{path}: {_problems(error)}") from None
+    return value
 
 
-def _logs(path: Path) -> tuple[Log, ...]:
-    if not path.exists():
-        return ()
-    adapter, logs = TypeAdapter(Log), []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+def parse_lines(kind: type[T], path: Path) -> list[T]:
+    """The lines of a JSON-lines file, each as a typed value; empty lines are passed over.
+
+    Raises:
+        PtmoeError: as `parse`, with the line's number.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise PtmoeError(f"{path}: {error.strerror}") from None
+    adapter, values = _adapter(kind), []
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            logs.append(adapter.validate_json(line))
+            values.append(adapter.validate_json(line))
         except ValidationError as error:
             raise PtmoeError(f"{path}, line {number}: {_problems(error)}") from None
-    return tuple(logs)
+    return values
+
+
+def yaml_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file that holds keys and values.
+
+    Raises:
+        PtmoeError: it is not one.
+    """
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PtmoeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(written, dict):
+        raise PtmoeError(f"{path}: holds {type(written).__name__}, needs keys and values")
+    return written
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Made once for each type, since that takes longer than reading most files."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PtmoeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    method = config.get("method") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(method, dict) or "name" not in method:
+    config = yaml_mapping(path)
+    method = config.get("method")
+    if not isinstance(method, dict) or "name" not in method:
         raise PtmoeError(f"{path}: method.name is missing")
     return config
 

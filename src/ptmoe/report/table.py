@@ -79,6 +79,11 @@ def best_rows(values: Sequence[float | None]) -> set[int]:
     return set() if len(best) == len(printed) else best
 
 
+def metric_name(metric: str) -> str:
+    """A metric as people write it."""
+    return "F1" if metric == "f1" else metric.replace("_", " ")
+
+
 def percent(value: float | None) -> str:
     """A percentage as it is printed everywhere: one decimal, a dash for none."""
     return "–" if value is None else f"{value:.1f}"
