@@ -63,7 +63,7 @@ def tasks(data_dir: str | None) -> None:
     table.add_column("licence")
     table.add_column("here")
     for task in TASKS.values():
-        sizes = [f"{task.splits[name].examples:,}" if name in task.splits else "–" for name in names]
+        sizes = [_size(task, name) for name in names]
         table.add_row(task.name, *sizes, task.licence, _here(task, data_dir))
     console = Console(highlight=False)
     console.print(table)
@@ -74,6 +74,13 @@ def tasks(data_dir: str | None) -> None:
     console.print(
         "A task is downloaded when used, or read from --data-dir or $PTMOE_DATA_DIR. A JSON-lines file is a task, too."
     )
+
+
+def _size(task: Task, split: str) -> str:
+    if split not in task.splits:
+        return "–"
+    examples = task.splits[split].examples
+    return "?" if examples is None else f"{examples:,}"
 
 
 def _family(task: Task) -> str:

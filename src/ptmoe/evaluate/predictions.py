@@ -22,7 +22,9 @@ class Prediction:
     """One answered example.
 
     Attributes:
-        id, references, domain: the example's.
+        id: the example's.
+        references: the example's.
+        domain: the example's.
         prompt: as the model was given it; cut where it was.
         completion: the model's.
         scores: by metric, from 0 to 1.

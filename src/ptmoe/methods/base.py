@@ -120,7 +120,8 @@ class PromptConfig(VirtualTokensConfig):
     """A soft prompt that starts from the base's embeddings.
 
     Attributes:
-        num_virtual_tokens, position: of the soft prompt.
+        num_virtual_tokens: `T`, the length of the soft prompt.
+        position: right before the first real token, or right after it.
         init: where the prompt starts. `"vocabulary"`: embeddings of tokens drawn from the vocabulary; `"text"`:
             the embeddings of `init_text`, repeated or cut to `T`; `"random"`: normal, at the embeddings' own scale.
         init_text: a text that fits the task, for `init="text"`.

@@ -28,7 +28,9 @@ class TrainOptions(Settings):
         skip_bad: count and list bad records and go on without them.
         chat: put prompts in the tokenizer's chat template; by default a named task's, where there is a template.
         max_length: real tokens of an example; by default as many as the base has positions for.
-        prompt_key, completion_key, separator: map the data's own keys (`ptmoe.tasks.local`).
+        prompt_key: which of the data's own keys holds the prompt (`ptmoe.tasks.local`).
+        completion_key: which holds the completion.
+        separator: put between the two.
         truncation: what happens to a longer example that has no context to cut: `left_out`, or `cut` at the beginning
             of its prompt.
         eval_task: tasks to evaluate greedily when trained, or a group; by default nano's own, which takes seconds.
