@@ -436,3 +436,17 @@ def test_a_legend_shows_any_name_as_it_is(tmp_path, name):
     figure.savefig(tmp_path / "a.png")
     (entry,) = figure.axes[0].get_legend().get_texts()
     assert entry.get_text().strip().replace(r"\$", "$") == name
+
+
+def test_a_long_legend_leaves_room_for_the_plot(recwarn):
+    import io
+
+    from ptmoe.report.figures import one_plot, put_legend
+
+    figure, axes = one_plot(LIGHT, height=3.1)
+    for number in range(20):
+        axes.plot([0, 1], [number, number], label=f"a method with a long name, {number}")
+    put_legend(axes, LIGHT)
+    figure.savefig(io.BytesIO(), format="png")
+    assert not recwarn.list
+    assert axes.get_position().height * figure.get_figheight() > 1.5  # inches

@@ -24,6 +24,7 @@ except ModuleNotFoundError:
 
 WIDTH = 4.4  # inches, at 72 points each: 317 points
 FONT_SIZE = 9.0  # points
+ROOMY_ROWS = 3  # of a legend, that every figure has room for
 LONGEST_DOMAIN = 22  # characters
 
 
@@ -337,10 +338,14 @@ def plain_axes(axes: Axes, theme: Theme) -> None:
 
 
 def put_legend(axes: Axes, theme: Theme) -> None:
-    """Above the axes, so that it hides no data, in as many columns as fit."""
+    """Above the axes, so that it hides no data, in as many columns as fit; the figure grows with its rows."""
     names = [str(name) for name in axes.get_legend_handles_labels()[1]]
     entry = 38 + 0.58 * FONT_SIZE * max(map(len, names))  # points: the handle and its space, and the longest text
     fitting = max(1, min(len(names), int(270 / entry)))
+    rows = -(-len(names) // fitting)
+    figure = axes.get_figure(root=True)
+    if figure is not None and rows > ROOMY_ROWS:
+        figure.set_figheight(figure.get_figheight() + 0.2 * (rows - ROOMY_ROWS))
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
