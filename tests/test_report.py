@@ -439,8 +439,6 @@ def test_a_legend_shows_any_name_as_it_is(tmp_path, name):
 
 
 def test_a_long_legend_leaves_room_for_the_plot(recwarn):
-    import io
-
     from ptmoe.report.figures import one_plot, put_legend
 
     figure, axes = one_plot(LIGHT, height=3.1)
