@@ -1,5 +1,6 @@
 """Typed settings that refuse what they do not know: the base of every method's config and of the run's options."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -43,3 +44,20 @@ def _one_line_each(owner: type[BaseModel], error: ValidationError) -> str:
             message = problem["msg"][0].lower() + problem["msg"][1:]
             lines.append(f"{key}={problem['input']!r}: {message}")
     return "; ".join(lines)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file that is there.
+
+    Raises:
+        PtmoeError: it is not YAML, or holds something else.
+    """
+    import yaml
+
+    try:
+        written = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PtmoeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(written, dict):
+        raise PtmoeError(f"{path} holds {type(written).__name__}: needs keys and values")
+    return written

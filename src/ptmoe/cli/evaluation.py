@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptmoe.errors import PtmoeError
+from ptmoe.settings import read_yaml
 from ptmoe.tasks import Problems, load_task, task_named, task_names
 
 if TYPE_CHECKING:
@@ -95,13 +96,8 @@ def load(name: str, split: str, data: dict[str, Any], skip_bad: bool, console: C
 
 def chat_of(run: Path) -> bool | None:
     """Whether a run was trained on prompts in the chat template; None where its folder does not say."""
-    import yaml
-
     config = run / "config.yaml"
-    if not config.is_file():
-        return None
-    written = yaml.safe_load(config.read_text())
-    return written.get("chat") if isinstance(written, dict) else None
+    return read_yaml(config).get("chat") if config.is_file() else None
 
 
 def evaluation_table(summaries: Sequence[dict[str, Any]]) -> Table:

@@ -24,7 +24,7 @@ from ptmoe.compare.budget import free_sizes, parse_budget
 from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
-from ptmoe.settings import Settings
+from ptmoe.settings import Settings, read_yaml
 from ptmoe.train.options import Count
 
 PLAN_FILE = "comparison.yaml"
@@ -141,7 +141,10 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
     """
     changes = dict(changes or {})
     folder = Path(path) if path is not None and Path(path).is_dir() else None
-    written = {} if path is None else _read_yaml(folder / PLAN_FILE if folder else Path(path))
+    file = folder / PLAN_FILE if folder else Path(path) if path is not None else None
+    if file is not None and not file.is_file():
+        raise PtmoeError(f"no plan {file}: give a YAML file, or the folder of a comparison")
+    written = {} if file is None else read_yaml(file)
     if folder is not None:
         changes = {"output_dir": str(folder), **changes}
     name = changes.get("preset", written.get("preset"))
@@ -177,20 +180,6 @@ def _without_size(entry: Any) -> Any:
         return entry
     replaced = ("budget", *free_sizes(METHODS[entry["name"]])[:1])
     return {name: value for name, value in entry.items() if name not in replaced}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise PtmoeError(f"no plan {path}: give a YAML file, or the folder of a comparison")
-    try:
-        written = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PtmoeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(written, dict):
-        raise PtmoeError(f"{path} holds {type(written).__name__}: needs keys and values")
-    return written
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -188,10 +189,11 @@ def _ids(path: Path) -> set[str]:
     ids = [str(one).strip() for one in listed if str(one).strip()]
     if not ids:
         raise PtmoeError(f"{path} holds no id: needs at least one")
-    if len(set(ids)) < len(ids):
-        repeated = sorted({one for one in ids if ids.count(one) > 1})[:3]
-        raise PtmoeError(f"{path} names {len(ids) - len(set(ids))} id(s) twice: {', '.join(repeated)}")
-    return set(ids)
+    counts = Counter(ids)
+    if len(counts) < len(ids):
+        repeated = sorted(one for one, count in counts.items() if count > 1)[:3]
+        raise PtmoeError(f"{path} names {len(ids) - len(counts)} id(s) twice: {', '.join(repeated)}")
+    return set(counts)
 
 
 from ptmoe.tasks.scoring import score  # noqa: E402  it needs the tasks above

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.settings import Settings
+from ptmoe.settings import Settings, read_yaml
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -99,17 +99,10 @@ class TrainOptions(Settings):
         Raises:
             PtmoeError: no such file, not YAML, or an unknown or unfit value.
         """
-        import yaml
-
         path = Path(path)
         if not path.is_file():
             raise PtmoeError(f"no config file {path}")
-        try:
-            written = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PtmoeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(written, dict):
-            raise PtmoeError(f"{path} holds {type(written).__name__}: needs keys and values")
+        written = read_yaml(path)
         method = {**written.get("method", {}), **changes.pop("method", {})}
         try:
             return cls(**{**written, **({"method": method} if method else {}), **changes})
