@@ -1,16 +1,24 @@
 """Cross-entropy over the supervised positions only.
 
 At a vocabulary of 128k the projection to it is most of a training step's memory and time, so it is computed where a
-label asks for it and nowhere else.
+label asks for it and nowhere else; and where many do, a part of them at a time.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 IGNORED = -100
+LOGITS_AT_ONCE = 2**25  # 128 MiB in float32: 261 positions of a vocabulary of 128k
 
 
 def supervised_positions(labels: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,11 +36,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, num_items: Tensor | int | Non
         num_items: the count that `transformers.Trainer` passes as `num_items_in_batch`, over accumulation steps and
             processes, so that splitting a batch changes nothing.
     """
-    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / _count(targets, num_items)
+
+
+def _count(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
     count = max(len(targets), 1) if num_items is None else num_items
-    if isinstance(count, Tensor):
-        count = count.to(total.device)
-    return total / count
+    return count.to(targets.device) if isinstance(count, Tensor) else count
 
 
 @contextmanager
@@ -51,3 +60,127 @@ def projected_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Non
         yield
     finally:
         handle.remove()
+
+
+class Hidden:
+    """The hidden states that a base's decoder gives, and the way from there to logits that the base itself goes.
+
+    Within `at(…)` the base's forward is called: behind the decoder it sees one position only, and `states (S, H)` holds
+    those that are asked for. After it, `project` gives their logits.
+
+    Attributes:
+        states: None where the base does not call its decoder as a module.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.base = base
+        self.decoder = base.get_decoder()
+        self.states: Tensor | None = None
+
+    @contextmanager
+    def at(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> Any:
+            self.states = output.last_hidden_state[rows, columns]
+            self.output = type(output)
+            output["last_hidden_state"] = output.last_hidden_state[:1, :1].detach()
+            return output
+
+        handle = self.decoder.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def project(self, states: Tensor) -> Tensor:
+        """`(S, H)` to `(S, V)`: the base's own forward runs, and finds the states where it calls its decoder."""
+        before = vars(self.decoder).get("forward")
+        vars(self.decoder)["forward"] = lambda *_, **__: self.output(last_hidden_state=states[None])
+        try:
+            logits: Tensor = self.base(inputs_embeds=states[None], use_cache=False, return_dict=True).logits[0]
+        finally:
+            if before is None:
+                del vars(self.decoder)["forward"]
+            else:
+                vars(self.decoder)["forward"] = before
+        return logits
+
+
+def cross_entropy_in_parts(
+    hidden: Tensor,
+    targets: Tensor,
+    num_items: Tensor | int | None,
+    project: Callable[[Tensor], Tensor],
+    size: int,
+    statistics: TokenStatistics | None = None,
+) -> Tensor:
+    """`cross_entropy(project(hidden), …)` with the logits of no more than `size` positions in memory.
+
+    The gradient is computed with the loss, part by part, so no logits are kept or computed twice. `project` is frozen:
+    it gets no gradient.
+
+    Args:
+        hidden: `(S, H)`.
+        targets: `(S,)`.
+        num_items: as in `cross_entropy`.
+        project: to logits `(size, V)`.
+        size: positions at once.
+        statistics: told of each part.
+    """
+    total: Tensor = _InParts.apply(hidden, targets, project, size, statistics)
+    return total / _count(targets, num_items)
+
+
+class _InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        project: Callable[[Tensor], Tensor],
+        size: int,
+        statistics: TokenStatistics | None,
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradients = []
+        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                leaf = part.detach().requires_grad_(ctx.needs_input_grad[0])
+                logits = project(leaf)
+                loss = F.cross_entropy(logits.float(), wanted, reduction="sum")
+            total += loss.detach()
+            if statistics is not None:
+                statistics.add(logits.detach(), wanted)
+            if ctx.needs_input_grad[0]:
+                gradients.append(torch.autograd.grad(loss, leaf)[0])
+        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (computed,) = ctx.saved_tensors
+        return computed * gradient.to(computed.dtype), None, None, None, None
+
+
+class TokenStatistics:
+    """What `trl` logs of the supervised tokens, added up over parts of them.
+
+    Attributes:
+        entropy: sum of the entropies of the predictions, in nats.
+        correct: how many were the most probable token.
+        count: of supervised tokens.
+    """
+
+    ROWS = 256  # of the vocabulary's size each, for the entropy
+
+    def __init__(self) -> None:
+        self.entropy: Tensor | float = 0.0
+        self.correct: Tensor | int = 0
+        self.count = 0
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Of logits `(S, V)` that were to predict `targets (S,)`."""
+        for part in torch.split(logits, self.ROWS):
+            self.entropy = self.entropy + torch.special.entr(part.float().softmax(1)).sum()
+        self.correct = self.correct + (logits.argmax(1) == targets).sum()
+        self.count += len(targets)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,16 @@ from transformers.utils import ModelOutput
 
 from ptmoe.adapter import fingerprint
 from ptmoe.errors import PtmoeError, near
-from ptmoe.loss import IGNORED, cross_entropy, projected_at, supervised_positions
+from ptmoe.loss import (
+    IGNORED,
+    LOGITS_AT_ONCE,
+    Hidden,
+    TokenStatistics,
+    cross_entropy,
+    cross_entropy_in_parts,
+    projected_at,
+    supervised_positions,
+)
 from ptmoe.methods.base import (
     Batches,
     InitialEmbeddings,
@@ -25,6 +36,7 @@ from ptmoe.methods.base import (
     Routing,
     VirtualTokensConfig,
 )
+from ptmoe.packing import pack, packed_attention, why_not
 from ptmoe.splice import Spliced, align_right, splice
 
 if TYPE_CHECKING:
@@ -47,8 +59,6 @@ class PromptedOutput(ModelOutput):
         hidden_states: of the base, virtual positions included, if asked for.
         attentions: likewise.
         routing: the gate and probabilities `(B, N)`, for methods that route and rows of one adapter.
-        supervised_logits: `(S, V)`, those that the loss was computed from, where `logits` were skipped for it.
-        supervised_labels: `(S,)`, what they were to predict.
     """
 
     loss: Tensor | None = None
@@ -57,8 +67,6 @@ class PromptedOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     # Attributes but not items: `Trainer` pads and joins every item over the batches of an evaluation.
     routing = cast("Routing | None", None)
-    supervised_logits = cast("Tensor | None", None)
-    supervised_labels = cast("Tensor | None", None)
 
 
 @dataclass
@@ -111,6 +119,8 @@ class PromptedCausalLM(nn.Module):
 
     Attributes:
         base_model: the frozen model; with a weight-side adapter, its parts are in it.
+        packing: whether the loss is computed on the rows of a batch end to end, without their padding: None where the
+            base allows it, True to insist, False for the padded batch. The loss is the same.
         encoders: the encoder of each adapter, by name.
         active_adapter: the name of the one in use.
     """
@@ -137,6 +147,8 @@ class PromptedCausalLM(nn.Module):
         self.active_adapter = ""
         self._takes_positions = "position_ids" in parameters
         self._enabled = True
+        self.packing: bool | None = None
+        self._packable: bool | None = None  # not yet tried
         self.train(base.training)
 
     # -- adapters ----------------------------------------------------------------------------------------------------
@@ -287,16 +299,23 @@ class PromptedCausalLM(nn.Module):
             )
         return super().__getattr__(name)
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        self.base_model.gradient_checkpointing_enable(**options)
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.base_model.activation_checkpointing_enable(**options)
+
+    def activation_checkpointing_disable(self) -> None:
+        self.base_model.activation_checkpointing_disable()
+
+    # Their names before transformers 5.
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        self.base_model.gradient_checkpointing_disable()
+        self.activation_checkpointing_disable()
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         left_out = {id(p) for p in self.get_input_embeddings().parameters()} if exclude_embeddings else set()
         return sum(
-            p.numel() for p in self.parameters() if (p.requires_grad or not only_trainable) and id(p) not in left_out
+            _numbers(p) for p in self.parameters() if (p.requires_grad or not only_trainable) and id(p) not in left_out
         )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -465,6 +484,7 @@ class PromptedCausalLM(nn.Module):
         adapter_names: Sequence[str] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
+        token_statistics: TokenStatistics | None = None,
         **options: Any,
     ) -> PromptedOutput:
         """Logits aligned with `input_ids`, and the loss over supervised tokens.
@@ -478,7 +498,8 @@ class PromptedCausalLM(nn.Module):
             adapter_names: an adapter for each row, or `"__base__"`; by default the active one for all.
             num_items_in_batch: supervised tokens of the global batch, from `Trainer`.
             skip_logits: compute no logits but those the loss needs, and return none; by default in training with
-                labels.
+                labels. Then nothing is computed for padding either (`packing`).
+            token_statistics: told of the supervised tokens' predictions.
             **options: go to the base model (`output_hidden_states`, …).
 
         Raises:
@@ -506,11 +527,10 @@ class PromptedCausalLM(nn.Module):
                 "ptmoe.train.trl"
             )
         virtual = prompts.embeds.shape[1]
-        inputs = self._inputs(spliced, prompts)
         result = PromptedOutput()
         result.routing = prompts.routing
         if labels is None:
-            out = self.base_model(**inputs, **options)
+            out = self.base_model(**self._inputs(spliced, prompts), **options)
             logits = out.logits[:, virtual:]
         else:
             rows, columns, targets = supervised_positions(labels, attention_mask)
@@ -525,14 +545,16 @@ class PromptedCausalLM(nn.Module):
                 predicted = ~(prompts.after[rows] & (columns == first[rows]))
                 rows, before, targets = rows[predicted], before[predicted], targets[predicted]
             if self.training if skip_logits is None else skip_logits:
-                with projected_at(self.get_output_embeddings(), rows, before):
-                    out = self.base_model(**inputs, **options)
-                scores, logits = out.logits[0], None
-                result.supervised_logits, result.supervised_labels = scores.detach(), targets
+                logits = None
+                result.loss, out = self._loss_alone(
+                    spliced, prompts, (rows, before, targets), num_items_in_batch, token_statistics, options
+                )
             else:
-                out = self.base_model(**inputs, **options)
+                out = self.base_model(**self._inputs(spliced, prompts), **options)
                 scores, logits = out.logits[rows, before], out.logits[:, virtual:]
-            result.loss = cross_entropy(scores, targets, num_items_in_batch)
+                result.loss = cross_entropy(scores, targets, num_items_in_batch)
+                if token_statistics is not None:
+                    token_statistics.add(scores, targets)
             if prompts.auxiliary_loss is not None and self.training:
                 # Once for the global batch: this part's share of it.
                 share = 1.0 if num_items_in_batch is None else len(targets) / num_items_in_batch
@@ -541,6 +563,72 @@ class PromptedCausalLM(nn.Module):
             result.logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
         result.hidden_states, result.attentions = out.get("hidden_states"), out.get("attentions")
         return result
+
+    def _loss_alone(
+        self,
+        spliced: Spliced,
+        prompts: _Prompts,
+        supervised: tuple[Tensor, Tensor, Tensor],
+        num_items: Tensor | int | None,
+        statistics: TokenStatistics | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Any]:
+        """The loss and the base's output, computed from no more than they need.
+
+        Args:
+            spliced: the batch.
+            prompts: in it.
+            supervised: `(S,)` each: a row, the position in it that predicts, and what is to be predicted.
+            num_items: as in `forward`.
+            statistics: as in `forward`.
+            options: of the base.
+        """
+        rows, columns, targets = supervised
+        inputs, attention = self._inputs(spliced, prompts), cast("AbstractContextManager[Any]", nullcontext())
+        if self._packs(spliced, prompts, options):
+            packed = pack(spliced)
+            rows, columns = torch.zeros_like(rows), packed.places[rows, columns]
+            inputs = {"inputs_embeds": packed.embeds, "position_ids": packed.position_ids}
+            attention = packed_attention(self.base_model, packed.groups)
+        head = self.get_output_embeddings()
+        size = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
+        if len(targets) > size and not any(parameter.requires_grad for parameter in head.parameters()):
+            hidden = Hidden(self.base_model)
+            with attention, hidden.at(rows, columns):
+                out = self.base_model(**inputs, **options)
+            if hidden.states is not None:
+                states, project = hidden.states, hidden.project
+                return cross_entropy_in_parts(states, targets, num_items, project, size, statistics), out
+            logits = out.logits[rows, columns]
+        else:
+            with attention, projected_at(head, rows, columns):
+                out = self.base_model(**inputs, **options)
+            logits = out.logits[0]
+        if statistics is not None:
+            statistics.add(logits, targets)
+        return cross_entropy(logits, targets, num_items), out
+
+    def _packs(self, spliced: Spliced, prompts: _Prompts, options: dict[str, Any]) -> bool:
+        """Whether this batch is computed without its padding.
+
+        Raises:
+            PtmoeError: `packing=True`, and this base or method cannot.
+        """
+        if self.packing is False or options.get("output_hidden_states") or options.get("output_attentions"):
+            return False
+        if self.packing is None and (self._packable is False or bool(spliced.attention_mask.all())):
+            return False
+        reason = "its prompt stands in the cache of all rows" if prompts.cache is not None else None
+        if reason is None and not self._packable:
+            reason = why_not(self.base_model) if self._takes_positions else "it takes no position_ids"
+            self._packable = reason is None
+        if reason is not None:
+            said = f"a batch cannot be packed with {type(self.base_model).__name__}: {reason}"
+            if self.packing:
+                raise PtmoeError(f"{said}; leave packing out")
+            if prompts.cache is None:  # once for a base; prefix-tuning says it in its documentation
+                warnings.warn(f"{said}; padding costs time and memory", stacklevel=3)
+        return reason is None
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing | None:
@@ -642,6 +730,12 @@ class PromptedCausalLM(nn.Module):
         for name, value in lengths.items():
             setattr(rest["generation_config"], name, value)
         return rest, most
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    """How many numbers it holds: `bitsandbytes` packs two of 4 bits into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def _new_tokens(bound: str, sources: list[dict[str, Any]], length: int) -> int | None:

@@ -35,14 +35,14 @@ head), `peft_config` and a `chat_template_path` that is a model (they change the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.loss import supervised_positions
-from ptmoe.model import PromptedCausalLM, PromptedOutput, readable_tokens
+from ptmoe.loss import TokenStatistics
+from ptmoe.model import PromptedCausalLM, readable_tokens
 from ptmoe.train.routing import RoutingCallback
 from ptmoe.train.trainer import PromptTrainer
 
@@ -50,8 +50,6 @@ try:
     import trl
 except ImportError as missing:
     raise ImportError("ptmoe.train.trl needs trl: pip install 'ptmoe[trl]'") from missing
-
-ROWS_AT_ONCE = 256  # of the vocabulary's size each, for the entropy
 
 
 class SFTTrainer(PromptTrainer, trl.SFTTrainer):
@@ -86,33 +84,35 @@ class SFTTrainer(PromptTrainer, trl.SFTTrainer):
         """The model's own loss, over the supervised tokens of the global batch, instead of the fused head's."""
         labels, mask = inputs["labels"], inputs["attention_mask"]
         # The model finds it from the labels, but a `compute_loss_func` takes those away from it.
-        inputs = {"input_mask": readable_tokens(mask, labels), **inputs, "skip_logits": not return_outputs}
+        statistics = TokenStatistics()
+        inputs = {
+            "input_mask": readable_tokens(mask, labels),
+            **inputs,
+            "skip_logits": not return_outputs,
+            "token_statistics": statistics,
+        }
         loss, outputs = super(trl.SFTTrainer, self).compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        self._add_token_metrics(outputs, labels, mask)
+        self._add_token_metrics(statistics, mask)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _add_token_metrics(self, outputs: PromptedOutput, labels: Tensor, mask: Tensor) -> None:
+    def _add_token_metrics(self, statistics: TokenStatistics, mask: Tensor) -> None:
         """What `trl` logs of each batch, where its `log` looks for it."""
-        logits, targets = outputs.supervised_logits, outputs.supervised_labels
-        if logits is None or targets is None:
-            rows, columns, targets = supervised_positions(labels, mask)
-            seen = columns > 0  # what predicts a row's first token is a virtual one, not among the logits
-            logits = cast(Tensor, outputs.logits)[rows[seen], columns[seen] - 1]
-            targets = targets[seen]
-        parts = torch.split(logits, ROWS_AT_ONCE)
-        entropy = torch.stack([torch.special.entr(part.float().softmax(1)).sum() for part in parts]).sum()
-        correct = (logits.argmax(1) == targets).sum()
-        local = torch.stack([entropy, correct, logits.new_tensor(len(targets), dtype=torch.float), mask.sum()])
-        total_entropy, total_correct, supervised, tokens = self.accelerator.reduce(local, "sum").tolist()
+        local = torch.stack(
+            [
+                torch.as_tensor(number, dtype=torch.float, device=mask.device)
+                for number in (statistics.entropy, statistics.correct, statistics.count, mask.sum())
+            ]
+        )
+        entropy, correct, supervised, tokens = self.accelerator.reduce(local, "sum").tolist()
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             self._total_train_tokens += int(tokens)
         metrics = self._metrics[mode]
-        metrics["entropy"].append(total_entropy / max(supervised, 1))
-        metrics["mean_token_accuracy"].append(total_correct / max(supervised, 1))
+        metrics["entropy"].append(entropy / max(supervised, 1))
+        metrics["mean_token_accuracy"].append(correct / max(supervised, 1))
         metrics["num_tokens"] = [self._total_train_tokens]
 
 
