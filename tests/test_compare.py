@@ -24,7 +24,8 @@ from ptmoe.compare.run import Watcher, compare
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, PTMoEConfig
 from ptmoe.model import count_parameters
-from ptmoe.report import read_run
+from ptmoe.report import read_comparison, read_run
+from ptmoe.report.results import scoreboards
 from ptmoe.train import TrainOptions
 
 LLAMA_1B = {
@@ -461,6 +462,41 @@ def test_more_seeds_methods_and_tasks_extend_a_comparison(tmp_path, trained):
     labels = ["pt", "dpt", "smop budget=900", "smop budget=1200", "dpt budget=1200"]
     assert [entry["label"] for entry in plan.methods] == labels
     assert len(trained) == 4 + 4 * 2 * 3 - 2, "dpt at 900 kept its label and its two cells"
+
+
+def test_the_untouched_base_is_one_cell_for_each_task_whatever_seeds_budgets_and_sweeps(tmp_path, trained):
+    compare(prepared(tmp_path / "c", seeds=[3, 5]))
+    assert ("base", "nano/mixed", 0) not in trained
+    before = len(trained)
+    compare(prepared(tmp_path / "c", methods=["base"], seeds=[3, 5], vary={"rank": [1, 2]}))
+    assert trained[before:] == [("base", "nano/mixed", 0)], "added to what is there"
+    with_base = {"methods": ["base", "pt"], "seeds": [3, 5, 7], "tasks": ["nano/mixed", "nano/words"]}
+    compare(prepared(tmp_path / "c", **with_base))
+    assert [one for one in trained if one[0] == "base"] == [("base", "nano/mixed", 0), ("base", "nano/words", 0)]
+    compare(prepare(read_plan(tmp_path / "c")))
+    assert len(set(trained)) == len(trained), "no cell twice"
+    assert [entry["label"] for entry in read_plan(tmp_path / "c").methods] == ["pt", "dpt", "base"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_base_is_a_row_of_the_report_that_nothing_was_trained_for(run, tmp_path, jobs):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**TWO, "methods": ["pt"], "jobs": jobs}))
+    arguments = ("compare", tmp_path / "plan.yaml", "--with-base", "--output-dir", tmp_path / "c")
+    status, out, _ = run(*arguments)
+    assert status == 0
+    assert "3 cells (seeds 0, 1), 3 to run" in out
+    place = tmp_path / "c" / "cells" / "base" / "nano__mixed" / "seed-0"
+    assert (read_run(place).result.steps, read_run(place).result.trainable_parameters) == (0, 0)
+    assert not (place / "adapter").exists()
+    assert not (place / "metrics.jsonl").exists()
+    options = ("--task", "nano/mixed", "--examples", 10, "--output-dir", tmp_path / "alone")
+    assert run("eval", "--model", "nano", *options)[0] == 0
+    alone, here = (folder / "predictions" / "nano__mixed.jsonl" for folder in (tmp_path / "alone", place))
+    assert here.read_text() == alone.read_text()
+    board = next(one for one in scoreboards(read_comparison(tmp_path / "c")) if one.ranks)
+    assert [(row.label, row.trainable_parameters) for row in board.rows] == [("base", 0), ("pt", 768)]
+    assert run(*arguments, "--dry-run")[1].count("0 to run") == 1
 
 
 @pytest.mark.parametrize(

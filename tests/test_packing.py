@@ -1,5 +1,7 @@
 """A batch computed without its padding: the same losses and gradients, on every base."""
 
+import warnings
+
 import pytest
 import torch
 from bases import CONFIGS, HIDDEN, VOCABULARY, batch, prompted, tiny, tiny_llama, tokens
@@ -149,10 +151,11 @@ def bloom() -> PreTrainedModel:
 def test_a_base_that_cannot_is_computed_with_its_padding_and_that_is_said_once() -> None:
     model = prompted(bloom(), CONFIGS["PT"]).train()
     inputs = labelled(ROWS, [0] * 5)
-    with pytest.warns(UserWarning, match="cannot be packed with BloomForCausalLM") as said:
+    with pytest.warns(UserWarning, match="cannot be packed with BloomForCausalLM"):
         automatic = loss_and_gradients(model, inputs, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         again = loss_and_gradients(model, inputs, None)
-    assert len([one for one in said if "packed" in str(one.message)]) == 1
     padded = loss_and_gradients(model, inputs, False)
     assert_same(automatic, padded)
     assert_same(again, padded)
@@ -187,8 +190,10 @@ def test_a_window_that_only_the_masks_know_is_found_out(monkeypatch: pytest.Monk
     real = modeling_mistral.ALL_ATTENTION_FUNCTIONS.get_interface
 
     def without_window(*arguments: object) -> object:
-        function = real(*arguments)
-        return lambda *a, sliding_window=None, **k: function(*a, **k)
+        def attend(*tensors: object, sliding_window: int | None = None, **options: object) -> object:
+            return real(*arguments)(*tensors, **options)
+
+        return attend
 
     monkeypatch.setattr(modeling_mistral.ALL_ATTENTION_FUNCTIONS, "get_interface", without_window)
     assert "window" in str(why_not(base))
@@ -218,13 +223,11 @@ def test_groups_hold_every_token_once_beside_similar_rows(lengths: list[int]) ->
     assert not remaining
 
 
-# -- the loss in parts --------------------------------------------------------------------------------------------------
+# -- the loss in parts -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_loss_in_parts_is_the_loss(
-    base: PreTrainedModel, packing: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_in_parts_is_the_loss(base: PreTrainedModel, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 2 caps its logits after the head: it has to happen in parts as well."""
     model = prompted(base, CONFIGS["PT-MoE selective probationary"]).train()
     base.eval()

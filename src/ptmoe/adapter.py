@@ -14,8 +14,7 @@ and stay within rounding when the same base is loaded in another dtype.
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError, near
+from ptmoe.files import replaced
 from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, PTConfig, VirtualTokensConfig
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FINGERPRINT_SIZE = 64
 WITHOUT_EFFECT = (  # in peft's config, on what a loaded adapter computes
-    "base_model_name_or_path revision task_type peft_version auto_mapping inference_mode lora_dropout".split()
+    "base_model_name_or_path revision task_type peft_version auto_mapping inference_mode lora_dropout "
+    "fan_in_fan_out".split()  # the last says how the base holds its weights, which a quantized GPT-2 does otherwise
 )
 RANDOM_STARTS = (True, False, "gaussian", "eva")  # of LoRA: those that leave the base as it is
 ENVELOPE = ("peft_type", "task_type", "base_model_name_or_path", "revision", "hidden_size", "embedding_fingerprint")
@@ -130,12 +131,10 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     configs = {CONFIG_FILE: config} if peft_config is None else {CONFIG_FILE: peft_config, OWN_CONFIG_FILE: config}
-    parts = {name: folder / f".{name}.part" for name in (WEIGHTS_FILE, *configs)}
-    save_file(plain, parts[WEIGHTS_FILE], {"format": "pt"})
-    for name, written in configs.items():
-        parts[name].write_text(json.dumps(written, indent=2) + "\n")
-    for name, part in parts.items():
-        os.replace(part, folder / name)
+    with ExitStack() as files:  # they appear together, when all are written
+        save_file(plain, files.enter_context(replaced(folder / WEIGHTS_FILE)), {"format": "pt"})
+        for name, written in configs.items():
+            files.enter_context(replaced(folder / name)).write_text(json.dumps(written, indent=2) + "\n")
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:

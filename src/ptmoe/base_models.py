@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +14,15 @@ from ptmoe import nano
 from ptmoe.errors import PtmoeError, near
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("8bit", "4bit")
 
 
 def load_base(
-    name: str, *, revision: str | None = None, dtype: str = "auto", **options: Any
+    name: str, *, revision: str | None = None, dtype: str = "auto", quantization: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, which gets a padding token where it has none.
 
@@ -27,21 +30,78 @@ def load_base(
         name: `"nano"`, a folder, or a Hub repository.
         revision: of a Hub repository.
         dtype: `"auto"` as saved, or `"float32"`, `"bfloat16"`, `"float16"`.
+        quantization: of the linear layers' weights, by `bitsandbytes`: `"8bit"` is LLM.int8(), which rounds what goes
+            into a layer as well (on the CPU not in training), `"4bit"` NF4 with double quantization, as in QLoRA.
+            Embeddings, head and norms stay in `dtype`. None is as saved.
         **options: go to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        PtmoeError: no such model, or an unknown dtype.
+        PtmoeError: no such model, an unknown dtype or quantization, one without `bitsandbytes`, or one of a model that
+            is quantized already.
     """
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise PtmoeError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
+    if quantization is not None:
+        options["quantization_config"] = _quantization_config(quantization)
     with _found(name) as where:
         tokenizer = _tokenizer(where, revision)
         model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)
+    if quantization is not None and model.hf_quantizer.pre_quantized:
+        raise PtmoeError(f"{name!r} is saved in {quantization_of(model)} already: leave {quantization} out")
+    _settle(model)
     model.name_or_path = name
     model.config.name_or_path = name
     return cast("PreTrainedModel", model), tokenizer
+
+
+def check_quantization(quantization: str | None) -> None:
+    """
+    Raises:
+        PtmoeError: an unknown one, or no `bitsandbytes` to do it.
+    """
+    if quantization is None:
+        return
+    if quantization not in QUANTIZATIONS:
+        raise PtmoeError(f"unknown quantization {quantization!r}{near(quantization, QUANTIZATIONS)}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise PtmoeError(f"quantization={quantization!r} needs bitsandbytes: pip install 'ptmoe[quantization]'")
+
+
+def quantization_of(base: PreTrainedModel) -> str | None:
+    """`"8bit"` or `"4bit"`, the name of another library's method, or None for plain weights."""
+    if not getattr(base, "is_quantized", False):
+        return None
+    for name in QUANTIZATIONS:
+        if getattr(base, f"is_loaded_in_{name}", False):
+            return name
+    method = base.hf_quantizer.quantization_config.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _quantization_config(quantization: str) -> BitsAndBytesConfig:
+    check_quantization(quantization)
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def _settle(model: PreTrainedModel) -> None:
+    """Make 4-bit layers compute in the base's dtype, and with gradients wherever they are."""
+    if quantization_of(model) != "4bit":
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            if not model.hf_quantizer.pre_quantized:
+                module.compute_dtype = model.dtype  # transformers' default is float32, whatever the base's
+            # On such processors a pass without gradients would repack the weights for a kernel that has none, and later
+            # gradients would be wrong without a word.
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> tuple[PreTrainedTokenizerBase, int | None]:
@@ -84,6 +144,7 @@ def _found(name: str) -> Iterator[str]:
 def quiet() -> None:
     """No progress bars or advice from the libraries below; errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

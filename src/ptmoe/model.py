@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from ptmoe.adapter import fingerprint
 from ptmoe.errors import PtmoeError, near
+from ptmoe.last_layer import last_layer, narrowed
 from ptmoe.loss import (
     IGNORED,
     LOGITS_AT_ONCE,
@@ -145,10 +146,12 @@ class PromptedCausalLM(nn.Module):
         self.embedding_fingerprint = fingerprint(base.get_input_embeddings().weight)  # as it is before any training
         self.encoders = nn.ModuleDict()
         self.active_adapter = ""
+        self._configs: dict[str, MethodConfig] = {}
         self._takes_positions = "position_ids" in parameters
         self._enabled = True
         self.packing: bool | None = None
         self._packable: bool | None = None  # not yet tried
+        self._narrowable: tuple[nn.Module | None] | None = None  # likewise; in a tuple, for it is the base's
         self.train(base.training)
 
     # -- adapters ----------------------------------------------------------------------------------------------------
@@ -173,6 +176,10 @@ class PromptedCausalLM(nn.Module):
                 f"{', '.join(self.encoders)}: use a base of its own, or delete_adapter"
             )
         encoder = make(self.base_model)
+        # Thousands of adapters have a few configs.
+        encoder.config = self._configs.setdefault(
+            encoder.config.model_dump_json() + encoder.config.method, encoder.config
+        )
         self.encoders[name] = encoder.to(self.device).train(self.training)
         if config.alone:
             vars(self.base_model)[CHANGED_BY] = config.method
@@ -181,10 +188,11 @@ class PromptedCausalLM(nn.Module):
 
     def set_adapter(self, name: str) -> None:
         """Make one adapter the active one: used where no `adapter_names` are given, and the one that trains."""
-        self._encoder(name)
+        encoder = self._encoder(name)
+        if self.active_adapter in self.encoders:  # the others do not train already
+            self._encoder(self.active_adapter).requires_grad_(False)
+        encoder.requires_grad_(True)
         self.active_adapter = name
-        for other, encoder in self.encoders.items():
-            encoder.requires_grad_(other == name)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter that is not the active one, or a weight-side one, whose parts are taken out of the base.
@@ -590,45 +598,71 @@ class PromptedCausalLM(nn.Module):
             rows, columns = torch.zeros_like(rows), packed.places[rows, columns]
             inputs = {"inputs_embeds": packed.embeds, "position_ids": packed.position_ids}
             attention = packed_attention(self.base_model, packed.groups)
+        narrow = cast("AbstractContextManager[Any]", nullcontext())
+        if (layer := self._last_layer(options)) is not None:
+            narrow = narrowed(layer, rows, columns)
+            rows, columns = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
         head = self.get_output_embeddings()
         size = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
         if len(targets) > size and not any(parameter.requires_grad for parameter in head.parameters()):
             hidden = Hidden(self.base_model)
-            with attention, hidden.at(rows, columns):
+            with attention, narrow, hidden.at(rows, columns):
                 out = self.base_model(**inputs, **options)
             if hidden.states is not None:
                 states, project = hidden.states, hidden.project
                 return cross_entropy_in_parts(states, targets, num_items, project, size, statistics), out
             logits = out.logits[rows, columns]
         else:
-            with attention, projected_at(head, rows, columns):
+            with attention, narrow, projected_at(head, rows, columns):
                 out = self.base_model(**inputs, **options)
             logits = out.logits[0]
         if statistics is not None:
             statistics.add(logits, targets)
         return cross_entropy(logits, targets, num_items), out
 
-    def _packs(self, spliced: Spliced, prompts: _Prompts, options: dict[str, Any]) -> bool:
-        """Whether this batch is computed without its padding.
+    def _last_layer(self, options: dict[str, Any]) -> nn.Module | None:
+        """The layer that is computed at the supervised positions alone, where the base allows it."""
+        if self._narrowable is None:
+            self._narrowable = (last_layer(self.base_model),)
+        (layer,) = self._narrowable
+        # Recomputed or compiled, a layer is not run through the forward that stands there for this call alone.
+        if layer is None or self.base_model.is_activation_checkpointing or layer._compiled_call_impl is not None:
+            return None
+        return None if options.get("output_hidden_states") or options.get("output_attentions") else layer
+
+    def can_pack(self) -> bool:
+        """Whether the loss is computed without padding; the first call tries it out on the base.
 
         Raises:
             PtmoeError: `packing=True`, and this base or method cannot.
         """
-        if self.packing is False or options.get("output_hidden_states") or options.get("output_attentions"):
+        if self.packing is False:
             return False
+        if not self._packable:
+            reason = why_not(self.base_model) if self._takes_positions else "it takes no position_ids"
+            if reason is not None:
+                said = f"rows cannot be packed with {type(self.base_model).__name__}: {reason}"
+                if self.packing:
+                    raise PtmoeError(f"{said}; leave packing out")
+                if self._packable is None:
+                    warnings.warn(f"{said}; padding costs time and memory", stacklevel=3)
+            self._packable = reason is None
+        if self.uses_adapter and self.method_config.fills_cache:
+            if self.packing:
+                raise PtmoeError(
+                    f"{self.method_config.method} cannot be packed: its prompt stands in the cache of all rows; leave "
+                    "packing out"
+                )
+            return False
+        return self._packable
+
+    def _packs(self, spliced: Spliced, prompts: _Prompts, options: dict[str, Any]) -> bool:
+        """Whether this batch is computed without its padding."""
+        if options.get("output_hidden_states") or options.get("output_attentions"):
+            return False  # they are as wide as the batch
         if self.packing is None and (self._packable is False or bool(spliced.attention_mask.all())):
             return False
-        reason = "its prompt stands in the cache of all rows" if prompts.cache is not None else None
-        if reason is None and not self._packable:
-            reason = why_not(self.base_model) if self._takes_positions else "it takes no position_ids"
-            self._packable = reason is None
-        if reason is not None:
-            said = f"a batch cannot be packed with {type(self.base_model).__name__}: {reason}"
-            if self.packing:
-                raise PtmoeError(f"{said}; leave packing out")
-            if prompts.cache is None:  # once for a base; prefix-tuning says it in its documentation
-                warnings.warn(f"{said}; padding costs time and memory", stacklevel=3)
-        return reason is None
+        return self.can_pack() and prompts.cache is None
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing | None:
@@ -686,6 +720,28 @@ class PromptedCausalLM(nn.Module):
                 first = torch.arange(virtual, device=padding.device).expand(len(padding), -1)
                 passed["position_ids"] = torch.cat([first, passed["position_ids"]], 1)
         return self.base_model.generate(input_ids, **passed, **options)
+
+    def decoder_inputs(self, input_ids: Tensor, attention_mask: Tensor, new: int) -> dict[str, Any]:
+        """What the base's `forward` takes first to decode `new` tokens greedily, behind the active adapter's prompt.
+
+        Args:
+            input_ids: `(B, L)`, padded on the left.
+            attention_mask: `(B, L)`.
+
+        Raises:
+            PtmoeError: a row too long for the base's positions.
+        """
+        spliced, prompts, _ = self._splice(input_ids, attention_mask, None, None)
+        self._check_length(spliced, prompts, new)
+        return self._inputs(spliced, prompts)
+
+    def fixed_prompts(self) -> Tensor | None:
+        """`(N, T, H)`, prompts of which each input has exactly one before it, that of the highest gate; None where the
+        active adapter composes a prompt for each input, or puts none before it."""
+        if not self.uses_adapter or _stands_after(self.encoder):
+            return None
+        with torch.autocast(self.device.type, enabled=False):
+            return self.encoder.fixed_prompts()
 
     def _generation_settings(self, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Where `generate` reads a setting, in the order it looks: the options, a config given, the base's config."""

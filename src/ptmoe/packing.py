@@ -216,13 +216,13 @@ class _Attention:
         """`(1, 1, length, length)`: what causality and a sliding window hide, where the attention needs to be told."""
         if "flash" in self.implementation:
             return None  # it reads the window from its own argument
-        narrow = window is not None and length > window
-        if self.implementation == "sdpa" and not narrow:
+        window = None if window is not None and length <= window else window
+        if self.implementation == "sdpa" and window is None:
             return None
         place = torch.arange(length, device=like.device)
         distance = place[:, None] - place
         seen = distance >= 0
-        if narrow:
+        if window is not None:
             seen &= distance < window
         if self.implementation == "sdpa":
             return seen[None, None]
@@ -238,7 +238,7 @@ def _attend(module: nn.Module, *tensors: Any, **options: Any) -> tuple[Tensor, N
 
 
 # Among the attention functions but not among those of masks: `transformers` then makes none.
-ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
+ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(_attend))
 
 
 def _to_rows(tokens: Tensor, group: Group) -> Tensor:
@@ -303,9 +303,9 @@ def why_not(base: PreTrainedModel) -> str | None:
     finally:
         base.train(was_training)
     expected = torch.cat(alone).float()
-    error = float((packed.float() - expected).norm() / expected.norm())
-    if not error <= AGREE.get(base.dtype, 0.02):
-        return f"its layers mix tokens of different rows (logits off by {error:.0%})"
+    off = float((packed.float() - expected).norm() / expected.norm())
+    if not off <= AGREE.get(base.dtype, 0.02):
+        return f"its layers mix tokens of different rows (logits off by {off:.0%})"
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if attention.windows < attention.calls and any(limits):
         return "its sliding window is known to its masks alone"

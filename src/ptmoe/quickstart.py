@@ -7,8 +7,6 @@ below are what docs/findings.md measured over ten seeds.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.tasks import TASKS, load_task
-from ptmoe.train.options import TrainOptions
+from ptmoe.tasks import TASKS
+from ptmoe.train.options import BASE, TrainOptions
 
 STEPS = 400
 EXAMPLES = 1000
@@ -59,41 +57,27 @@ def run(
         raise PtmoeError(f"{folder} already holds a run: choose another --output-dir")
     plans = {method: options(method, task=task, seed=seed, recipe=recipe, steps=steps) for method in METHODS}
 
-    # The report's libraries are optional: a missing one should show before the training, not after.
     from ptmoe.base_models import quiet
-    from ptmoe.cli.progress import ProgressBar, progress_bar
-    from ptmoe.report import comparison_table, read_run, write_report
-    from ptmoe.train import train
 
-    quiet()
+    quiet()  # some libraries speak while they are imported
+
+    # The report's libraries are optional: a missing one should show before the training, not after.
+    from ptmoe.cli.progress import progress_bar, training_bar
+    from ptmoe.report import comparison_table, read_run, write_report
+    from ptmoe.train.recipe import evaluate_base, train
+    from ptmoe.train.steps import StepsCallback
+
     console = console or Console()
     console.print(f"nano on {task}: each domain asks for something else, and no instruction says what")
-    untouched(folder / "base", task, seed)
+    base = options("pt", task=task, seed=seed).replace(output_dir=str(folder / BASE))
+    evaluate_base(base, say=console.print)
     with progress_bar() as progress:
         for method, plan in plans.items():
             placed = plan.replace(output_dir=str(folder / method))
-            train(placed, callbacks=[ProgressBar(progress, method)], say=progress.console.print)
-    runs = [read_run(folder / name) for name in ("base", *METHODS)]
+            train(placed, callbacks=[StepsCallback(training_bar(progress, method))], say=progress.console.print)
+    runs = [read_run(folder / name) for name in (BASE, *METHODS)]
     console.print(comparison_table(runs))
     command = f"ptmoe quickstart --task {task} --seed {seed} --recipe {recipe} --steps {steps}"
     report = write_report(folder, runs, f"quickstart: {task}", command)
     console.print(f"report: {report}")
     return folder
-
-
-def untouched(folder: Path, task: str, seed: int) -> None:
-    """Evaluate the base without any prompt, as a run folder of its own."""
-    from ptmoe.base_models import load_base
-    from ptmoe.evaluate import evaluate
-    from ptmoe.model import PromptedCausalLM
-    from ptmoe.train.environment import environment
-    from ptmoe.train.recipe import Result
-
-    base, tokenizer = load_base("nano")
-    model = PromptedCausalLM(base)
-    with model.disable_adapter():
-        evaluate(model, tokenizer, load_task(task, max_examples=EXAMPLES), batch_size=200, folder=folder)
-    result = Result("base", "base", 0, 0.0, 0)
-    (folder / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
-    (folder / "environment.json").write_text(json.dumps(environment(seed), indent=2) + "\n")
-    (folder / "config.yaml").write_text(f"model: nano\nmethod: {{name: base}}\nseed: {seed}\n")

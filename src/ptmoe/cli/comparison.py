@@ -15,6 +15,7 @@ from ptmoe.compare.budget import sizes_of
 from ptmoe.compare.plan import read_plan
 from ptmoe.compare.run import Comparison, Watcher, compare, prepare
 from ptmoe.errors import PtmoeError
+from ptmoe.train.options import BASE
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -32,6 +33,7 @@ def run(
     seeds: str | None,
     learning_rates: list[str] | None,
     *,
+    with_base: bool,
     dry_run: bool,
 ) -> None:
     """Work the plan out, show it, run what is not finished, and report."""
@@ -44,6 +46,8 @@ def run(
     if learning_rates:
         chosen["learning_rate"] = _learning_rates(learning_rates)
     plan = read_plan(path, chosen)
+    if with_base:
+        plan = plan.replace(methods=[{"name": BASE}, *plan.methods])
 
     from ptmoe.base_models import quiet
 
@@ -152,7 +156,7 @@ def _show(comparison: Comparison, console: Console) -> None:
             ", ".join(f"{name}={value}" for name, value in sizes_of(variant.config).items()) or "–",
             f"{variant.trainable_parameters:,}",
             *([share] if budgeted else []),
-            f"{variant.learning_rate:g}",
+            f"{variant.learning_rate:g}" if variant.learning_rate else "–",
             f"{sum(cell not in unfinished for cell in own)} of {len(own)}",
         )
     console.print(table)
@@ -186,7 +190,9 @@ class _Bars(Watcher):
 
     def started(self, cell: Cell) -> None:
         self.since[cell.name] = time.monotonic()
-        self.bars[cell.name] = self.progress.add_task(cell.variant.label, total=None, note=f"seed {cell.seed}")
+        self.bars[cell.name] = self.progress.add_task(
+            cell.variant.label, total=None, note="evaluating" if cell.variant.is_base else f"seed {cell.seed}"
+        )
 
     def step(self, cell: Cell, done: int, steps: int, loss: float | None) -> None:
         note = f"{cell.task}, seed {cell.seed}" + (f", loss {loss:.3f}" if loss is not None else "")

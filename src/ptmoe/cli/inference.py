@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 def load(adapter: Path, base: dict[str, Any]) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase]:
     """An adapter on its base: the one it names, or another in `base["name"]`."""
     from ptmoe.adapter import load_adapter, local_folder, read_adapter
-    from ptmoe.base_models import load_base, quiet
+    from ptmoe.base_models import check_quantization, load_base, quiet
 
     quiet()
+    check_quantization(base.get("quantization"))
     envelope = read_adapter(local_folder(adapter)).envelope
     # The revision is the named base's: another base has its own.
     named = {} if "name" in base else {"revision": envelope["revision"]}

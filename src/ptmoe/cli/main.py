@@ -25,6 +25,7 @@ class Recipe(str, Enum):
 Model = Annotated[str, typer.Option(help="nano, a folder, or a Hugging Face Hub repository")]
 Revision = Annotated[str | None, typer.Option(help="of a Hub repository")]
 Dtype = Annotated[str | None, typer.Option(help="of the frozen base: auto, float32, bfloat16 or float16")]
+Quantization = Annotated[str | None, typer.Option(help="of its linear layers: 8bit or 4bit, by bitsandbytes")]
 Adapter = Annotated[Path, typer.Argument(help="adapter folder, or a run folder that holds one")]
 NumVirtualTokens = Annotated[int | None, typer.Option(help="T, length of the soft prompt")]
 NumExperts = Annotated[int | None, typer.Option(help="N, number of expert factors or prompts")]
@@ -67,6 +68,7 @@ def train(
     ] = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     task: Annotated[
         str | None, typer.Option(help="a named task (`ptmoe tasks`), a group, or a mixture: gsm8k=2,mawps=1")
     ] = None,
@@ -80,6 +82,7 @@ def train(
     max_length: Annotated[int | None, typer.Option(help="real tokens of an example; contexts are cut to fit")] = None,
     truncation: Annotated[str | None, typer.Option(help="of too long texts without context: left_out or cut")] = None,
     max_examples: Annotated[int | None, typer.Option(help="train on the first so many")] = None,
+    token_cache: Annotated[bool | None, typer.Option(help="keep large data's tokens in files; by default")] = None,
     eval_task: Annotated[str | None, typer.Option(help="tasks to evaluate on when trained: a,b or a group")] = None,
     eval_data_dir: Annotated[str | None, typer.Option(help="where they lie; --data-dir by default")] = None,
     eval_examples: Annotated[int | None, typer.Option(help="the first so many of each")] = None,
@@ -116,7 +119,18 @@ def train(
     num_train_epochs: Annotated[float | None, typer.Option()] = None,
     per_device_train_batch_size: Annotated[int | None, typer.Option()] = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option()] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option()] = None,
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(help="as many rows as these tokens hold, virtual ones included, instead of a number of rows"),
+    ] = None,
+    packing: Annotated[
+        bool | None,
+        typer.Option(help="rows end to end, without padding [default: where that is exact]", show_default=False),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="compute the layers again in the backward pass: less memory, a third slower")
+    ] = None,
+    torch_compile: Annotated[bool | None, typer.Option(help="compile the base's layers (docs/performance.md)")] = None,
     bf16: Annotated[bool | None, typer.Option(help="mixed precision")] = None,
     fp16: Annotated[bool | None, typer.Option(help="mixed precision")] = None,
     logging_steps: Annotated[int | None, typer.Option()] = None,
@@ -131,6 +145,7 @@ def train(
         model=model,
         revision=revision,
         dtype=dtype,
+        quantization=quantization,
         task=task,
         data_dir=data_dir,
         skip_bad=skip_bad,
@@ -142,6 +157,7 @@ def train(
         separator=separator,
         truncation=truncation,
         max_examples=max_examples,
+        token_cache=token_cache,
         eval_task=eval_task,
         eval_data_dir=eval_data_dir,
         eval_examples=eval_examples,
@@ -157,7 +173,10 @@ def train(
         num_train_epochs=num_train_epochs,
         per_device_train_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
+        tokens_per_batch=tokens_per_batch,
+        packing=packing,
         gradient_checkpointing=gradient_checkpointing,
+        torch_compile=torch_compile,
         bf16=bf16,
         fp16=fp16,
         logging_steps=logging_steps,
@@ -195,6 +214,7 @@ def generate(
     model: Annotated[str | None, typer.Option(help="by default the base that the adapter names")] = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
     do_sample: Annotated[bool, typer.Option("--do-sample")] = False,
@@ -211,7 +231,7 @@ def generate(
     run(
         adapter,
         prompt,
-        given(name=model, revision=revision, dtype=dtype),
+        given(name=model, revision=revision, dtype=dtype, quantization=quantization),
         {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": do_sample, **sampling},
         seed=seed,
         chat=chat,
@@ -235,7 +255,11 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="by default the base that the adapter names")] = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows at once; changes no answer in float32")] = 32,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(min=1, help="instead: as many rows as so many tokens hold, new and virtual ones too")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="of an answer; by default the task's")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="real tokens of a prompt; contexts are cut from their end")
@@ -255,11 +279,11 @@ def evaluate(
         task,
         split,
         given(data_dir=data_dir, ids=ids, max_examples=examples),
-        given(name=model, revision=revision, dtype=dtype),
+        given(name=model, revision=revision, dtype=dtype, quantization=quantization),
         {
             "batch_size": batch_size,
             "overwrite": overwrite,
-            **given(max_new_tokens=max_new_tokens, max_length=max_length),
+            **given(tokens_per_batch=tokens_per_batch, max_new_tokens=max_new_tokens, max_length=max_length),
         },
         chat=chat,
         output_dir=output_dir,
@@ -323,10 +347,14 @@ def compare(
     ] = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     method: Annotated[
         list[str] | None,
         typer.Option(help="a method, or with fields pt-moe:rank=8,num_experts=4; several times"),
     ] = None,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="also the untouched base, evaluated once; as --method base")
+    ] = False,
     vary: Annotated[
         list[str] | None, typer.Option(help="a field of the methods and its values: rank=4,8,16; several times")
     ] = None,
@@ -374,6 +402,7 @@ def compare(
         model=model,
         revision=revision,
         dtype=dtype,
+        quantization=quantization,
         budget=budget,
         tasks=task,
         eval_tasks=eval_task,
@@ -392,7 +421,7 @@ def compare(
         strict=strict or None,
         jobs=jobs,
     )
-    run(plan, chosen, method, vary, seeds, learning_rate, dry_run=dry_run)
+    run(plan, chosen, method, vary, seeds, learning_rate, with_base=with_base, dry_run=dry_run)
 
 
 @app.command()
@@ -405,13 +434,15 @@ def inspect(
     model: Annotated[str | None, typer.Option(help="by default the base that the adapter names")] = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     output_dir: Annotated[Path | None, typer.Option(help="where figures go; ADAPTER/inspect by default")] = None,
 ) -> None:
     """Print and draw what an adapter holds: its experts' use by domain, their similarity, the words they lie near."""
     from ptmoe.cli.inference import inspect as run
 
     data = given(data_dir=data_dir, max_examples=examples)
-    run(adapter, task, split, data, given(name=model, revision=revision, dtype=dtype), output_dir)
+    base = given(name=model, revision=revision, dtype=dtype, quantization=quantization)
+    run(adapter, task, split, data, base, output_dir)
 
 
 @app.command()

@@ -1,9 +1,15 @@
-"""A progress bar for training."""
+"""Progress bars."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from ptmoe.train.steps import Progress as Steps
 
 
 def progress_bar() -> Progress:
@@ -17,28 +23,14 @@ def progress_bar() -> Progress:
     )
 
 
-class ProgressBar(TrainerCallback):
-    """Shows the steps, the time left and the last loss of one training run."""
+def training_bar(progress: Progress, name: str) -> Steps:
+    """What shows the steps, the time left and the last loss of one training run, in a bar that appears as it begins."""
+    bar: TaskID | None = None
 
-    def __init__(self, progress: Progress, name: str) -> None:
-        self.progress = progress
-        self.name = name
+    def show(done: int, steps: int, loss: float | None) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = progress.add_task(name, note="")
+        progress.update(bar, completed=done, total=steps, note="" if loss is None else f"loss {loss:.3f}")
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = self.progress.add_task(self.name, total=state.max_steps, completed=state.global_step, note="")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.progress.update(self.bar, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            self.progress.update(self.bar, note=f"loss {logs['loss']:.3f}")
+    return show

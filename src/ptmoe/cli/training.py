@@ -17,17 +17,20 @@ def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, 
     method_config(options.method)  # a misspelt method should not wait for torch and the data
 
     from ptmoe.base_models import quiet
-    from ptmoe.cli.evaluation import evaluation_table
-    from ptmoe.cli.progress import ProgressBar, progress_bar
-    from ptmoe.train import train
 
-    quiet()
+    quiet()  # some libraries speak while they are imported
+
+    from ptmoe.cli.evaluation import evaluation_table
+    from ptmoe.cli.progress import progress_bar, training_bar
+    from ptmoe.train import train
+    from ptmoe.train.steps import StepsCallback
+
     console = Console()
     with progress_bar() as progress:
         trained = train(
             options,
             resume=resume,
-            callbacks=[ProgressBar(progress, options.method["name"])],
+            callbacks=[StepsCallback(training_bar(progress, options.method["name"]))],
             say=progress.console.print,
         )
     result = trained.result

@@ -15,34 +15,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from ptmoe.errors import PtmoeError
-from ptmoe.train.options import TrainOptions
-
-Progress = Callable[[int, int, float | None], None]  # steps done, of how many, the last loss
-
-
-class _Steps(TrainerCallback):
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.loss: float | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress(state.global_step, state.max_steps, None)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress(state.global_step, state.max_steps, self.loss)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
+from ptmoe.train.options import BASE, TrainOptions
+from ptmoe.train.steps import Progress, StepsCallback
 
 
 def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], None]) -> int:
@@ -50,11 +25,14 @@ def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], Non
     import torch
 
     from ptmoe.base_models import quiet
-    from ptmoe.train import train
+    from ptmoe.train.recipe import evaluate_base, train
 
     quiet()
     try:
-        trained = train(options, callbacks=[_Steps(progress)], say=say)
+        if options.method["name"] == BASE:
+            evaluate_base(options, say=say)
+            return 0
+        trained = train(options, callbacks=[StepsCallback(progress)], say=say)
         return int(trained.result.trainable_parameters)
     finally:
         gc.collect()

@@ -13,7 +13,7 @@ from ptmoe.compare.plan import ComparePlan, budgets
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError, near
 from ptmoe.tasks import TASKS, Problems, is_file, stream_task, task_names
-from ptmoe.train.options import TrainOptions, method_config
+from ptmoe.train.options import BASE, TrainOptions, method_config
 
 if TYPE_CHECKING:
     from ptmoe.methods.base import MethodConfig
@@ -29,19 +29,24 @@ class Variant:
     Attributes:
         label: its name in the table.
         config: of the method, every size decided.
-        learning_rate: it is trained at.
+        learning_rate: it is trained at; None for the untouched base.
         budget: that its size was picked for; None for none.
         trainable_parameters: on the plan's base.
     """
 
     label: str
     config: MethodConfig
-    learning_rate: float
+    learning_rate: float | None
     budget: int | None
     trainable_parameters: int
 
     @property
-    def identity(self) -> tuple[str, str, float]:
+    def is_base(self) -> bool:
+        """Whether it is the untouched base: evaluated once for each task, whatever the seeds."""
+        return self.config.method == BASE
+
+    @property
+    def identity(self) -> tuple[str, str, float | None]:
         """What makes two variants the same, whatever they are called."""
         return self.config.method, self.config.model_dump_json(), self.learning_rate
 
@@ -72,7 +77,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.variant.label} on {self.task}, seed {self.seed}"
+        return f"{self.variant.label} on {self.task}" + ("" if self.variant.is_base else f", seed {self.seed}")
 
     @property
     def place(self) -> Path:
@@ -129,6 +134,10 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
     for entry in plan.methods:
         fields = {key: value for key, value in entry.items() if key not in OWN_KEYS}
         name = str(entry.get("name", "pt-moe"))
+        if name == BASE:
+            if not any(one.is_base for one in made):
+                made.append(_named(_untouched(entry, fields), BASE, made, known))
+            continue
         method_config({"name": name, **fields})
         limits: list[int | None] = [*(budgets(entry["budget"]) if "budget" in entry else plan.budget)] or [None]
         for values, budget in itertools.product(itertools.product(*plan.vary.values()), limits):
@@ -140,7 +149,7 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
             rate = varied.pop("learning_rate", entry.get("learning_rate") or shared)
             try:
                 config = _sized(name, fields, varied, budget, base_config)
-                count = _count(base_config, config)
+                count = _count(base_config, config, plan.quantization)
             except UnfitError as error:
                 left_out.append(LeftOut(label, str(error)))
                 continue
@@ -150,6 +159,12 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
                 long = " ".join([label, *(f"{key}={value}" for key, value in told.items())])
                 made.append(_named(variant, long, made, known))
     return made, left_out
+
+
+def _untouched(entry: dict[str, Any], fields: dict[str, Any]) -> Variant:
+    from ptmoe.compare.untouched import UntouchedConfig
+
+    return Variant(str(entry.get("label", BASE)), UntouchedConfig(**fields), None, None, 0)
 
 
 class UnfitError(PtmoeError):
@@ -177,7 +192,7 @@ def _sized(
         raise UnfitError(str(error)) from None
 
 
-def _count(base_config: Any, config: MethodConfig) -> int:
+def _count(base_config: Any, config: MethodConfig, quantization: str | None) -> int:
     from ptmoe.model import count_parameters
 
     positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
@@ -185,6 +200,7 @@ def _count(base_config: Any, config: MethodConfig) -> int:
     if positions is not None and virtual >= positions:
         raise UnfitError(f"{virtual} virtual tokens leave no room for an input: the base has {positions} positions")
     try:
+        config.check_quantization(quantization)
         return count_parameters(base_config, config)
     except PtmoeError as error:
         raise UnfitError(str(error)) from None
@@ -279,17 +295,18 @@ def _first_example(name: str, split: str, data_dir: str | None, skip_bad: bool, 
 
 
 def cells_of(plan: ComparePlan, made: Sequence[Variant], base_config: Any) -> list[Cell]:
-    """Every variant on every task with every seed: a whole table of the first seed before the second begins, and what
-    costs little first.
+    """The untouched base on every task, then every variant with every seed: a whole table of the first seed before the
+    second begins, and what costs little first.
 
     Raises:
         PtmoeError: options that `ptmoe train` does not have, or values that do not fit them.
     """
-    cheapest = sorted(made, key=lambda one: _cost(base_config, one))
+    trained = sorted((one for one in made if not one.is_base), key=lambda one: _cost(base_config, one))
+    pairs = [(0, one) for one in made if one.is_base]  # the same folder, whatever the seeds
+    pairs += [(seed, one) for seed in dict.fromkeys(plan.seeds) for one in trained]
     return [
         Cell(variant, task, evaluated(plan, task), seed, _train_options(plan, variant, task, seed))
-        for seed in dict.fromkeys(plan.seeds)
-        for variant in cheapest
+        for seed, variant in pairs
         for task in plan.tasks
     ]
 

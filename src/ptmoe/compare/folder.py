@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ptmoe.compare.cells import Cell
-from ptmoe.compare.plan import PLAN_FILE, ComparePlan, read_plan, write_whole
+from ptmoe.compare.plan import PLAN_FILE, ComparePlan, read_plan
 from ptmoe.errors import PtmoeError
+from ptmoe.files import write_whole
 
 try:
     import fcntl

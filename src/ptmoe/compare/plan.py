@@ -12,7 +12,6 @@ is six cells: two methods, their free sizes picked at the budget, one task, seed
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +23,7 @@ from ptmoe.compare.budget import free_sizes, parse_budget
 from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
+from ptmoe.files import write_whole
 from ptmoe.settings import Settings, read_yaml
 from ptmoe.train.options import Count
 
@@ -63,10 +63,11 @@ class ComparePlan(Settings):
     """
     Attributes:
         model: `nano`, a folder, or a Hub repository; `revision` of the latter.
-        dtype: of the frozen base.
+        dtype, quantization: of the frozen base, as in `ptmoe train`.
         preset: where the plan came from (`ptmoe.compare.presets`).
         methods: each a name, or `{"name": …}` with fields of the method's config and, if they differ from the plan's, a
-            `learning_rate` and a `budget` (None: none). A `label` names it in the table and its folder.
+            `learning_rate` and a `budget` (None: none). A `label` names it in the table and its folder. `base` is the
+            untouched base, which is evaluated once.
         vary: fields of the methods' configs, or `learning_rate`, and the values that each method is tried at, every
             combination.
         budget: trainable parameters; each method's free size is picked to come closest without passing it. Several
@@ -87,6 +88,7 @@ class ComparePlan(Settings):
     model: str = "nano"
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["8bit", "4bit"] | None = None
     preset: str | None = None
     methods: Annotated[list[dict[str, Any]], BeforeValidator(_entries), Field(min_length=1)] = [
         {"name": "pt"},
@@ -180,10 +182,3 @@ def _without_size(entry: Any) -> Any:
         return entry
     replaced = ("budget", *free_sizes(METHODS[entry["name"]])[:1])
     return {name: value for name, value in entry.items() if name not in replaced}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at once: it is there as it was, or as it is to be."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -12,9 +12,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock
 
-from ptmoe.compare.cell import Progress
 from ptmoe.errors import PtmoeError
 from ptmoe.train.options import TrainOptions
+from ptmoe.train.steps import Progress
 
 
 class Processes:

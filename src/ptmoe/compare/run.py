@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptmoe import nano
+from ptmoe.base_models import check_quantization
 from ptmoe.compare.budget import base_config
 from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, trainable_tasks, variants
 from ptmoe.compare.folder import LOG_FILE, ComparisonFolder
@@ -78,6 +79,7 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
         PtmoeError: an unknown model, method, task or option; no data; a folder of another comparison; no cell that can
             be run, or with `strict` one that cannot.
     """
+    check_quantization(plan.quantization)
     config = base_config(plan.model, plan.revision)
     tasks, left_out = trainable_tasks(plan)
     if tasks:

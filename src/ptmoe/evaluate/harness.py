@@ -77,6 +77,7 @@ class PromptedLM(HFLM):
         tokenizer: a tokenizer or its name; by default the base's.
         revision: of the base, by default the adapter's own.
         dtype: of a base given by name: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+        quantization: of a base given by name: `"8bit"` or `"4bit"`.
         device: CUDA by default, and where there is none the CPU; a loaded model stays where it is by default.
         **options: those of `HFLM` (`batch_size`, `max_batch_size`, `max_length`, `truncation`, `logits_cache`,
             `add_bos_token`, `prefix_token_id`, `softmax_dtype`, `mixed_precision_dtype`, `think_end_token`,
@@ -96,6 +97,7 @@ class PromptedLM(HFLM):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
         dtype: str = "auto",
+        quantization: str | None = None,
         device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
@@ -105,7 +107,7 @@ class PromptedLM(HFLM):
         if pretrained is None or isinstance(pretrained, str):
             if options.get("trust_remote_code"):
                 loading["trust_remote_code"] = True
-            model, own = _load(adapter, pretrained, revision, dtype, loading)
+            model, own = _load(adapter, pretrained, revision, dtype, quantization, loading)
             tokenizer = tokenizer or own
             device = device or "cuda"
         else:
@@ -269,6 +271,7 @@ def _load(
     base: str | None,
     revision: str | None,
     dtype: str,
+    quantization: str | None,
     options: dict[str, Any],
 ) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase]:
     """An adapter on its base: the one it names, or another in `base`."""
@@ -282,7 +285,7 @@ def _load(
         raise PtmoeError(f"{folder} names no base: give pretrained=NAME, the one that it was trained on")
     revision = None if revision is None else str(revision)  # the harness reads a number where it looks like one
     try:
-        model, tokenizer = load_base(base, revision=revision, dtype=dtype, **options)
+        model, tokenizer = load_base(base, revision=revision, dtype=dtype, quantization=quantization, **options)
     except TypeError as error:  # an option that no one takes
         raise PtmoeError(f"{', '.join(options) or 'the base'}: {base!r} does not load with it ({error})") from None
     return load_adapter(model, folder), tokenizer

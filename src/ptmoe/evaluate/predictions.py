@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ptmoe.errors import PtmoeError
+from ptmoe.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ class PredictionsFile:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
-            temporary = self.settings_path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
-            os.replace(temporary, self.settings_path)
+            write_whole(self.settings_path, json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
             self.path.touch()
             return []
         self._check_settings()

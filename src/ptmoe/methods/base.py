@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ptmoe.base_models import QUANTIZATIONS
 from ptmoe.errors import PtmoeError
 from ptmoe.settings import Settings
 
@@ -64,7 +65,9 @@ class MethodConfig(Settings):
     method: ClassVar[str]
     default_learning_rate: ClassVar[float] = 0.03
     needs_batches: ClassVar[bool] = False  # starts from the activations that training inputs give
+    fills_cache: ClassVar[bool] = False  # its prompt stands in the cache of all rows
     alone: ClassVar[bool] = False  # changes what the base computes: a model holds one such adapter and no other
+    unfit_on: ClassVar[tuple[str, ...]] = ()  # quantizations of the base that it cannot do with
 
     if TYPE_CHECKING:
 
@@ -87,6 +90,19 @@ class MethodConfig(Settings):
             PtmoeError: a base that the method does not fit, which is then as it was.
         """
         raise NotImplementedError
+
+    @classmethod
+    def check_quantization(cls, quantization: str | None) -> None:
+        """
+        Raises:
+            PtmoeError: the method cannot do with a base of this quantization (`ptmoe.base_models.quantization_of`).
+        """
+        if quantization in cls.unfit_on:
+            fit = " or ".join(["plain", *(one for one in QUANTIZATIONS if one not in cls.unfit_on)])
+            raise PtmoeError(
+                f"{cls.method} does not work on a base of {quantization} weights, only on {fit} ones: change the "
+                "quantization, or use another method"
+            )
 
     def on_saved(self, base: PreTrainedModel) -> PromptEncoder:
         """The encoder whose `tensors()` have the keys and shapes that were saved: where it differs from `on`."""
@@ -182,6 +198,11 @@ class PromptEncoder(nn.Module):
 
     def expert_prompts(self) -> Tensor | None:
         """The `N` prompts that the gate chooses from, `(N, T, H)`; None where there is nothing to choose."""
+        return None
+
+    def fixed_prompts(self) -> Tensor | None:
+        """`(N, T, H)`, prompts of which each input has exactly one, as it is, in evaluation: the one with the highest
+        gate, or the only one; None where prompts are composed for each input."""
         return None
 
     def tensors(self) -> dict[str, Tensor]:

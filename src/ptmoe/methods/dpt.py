@@ -39,6 +39,9 @@ class DPT(PromptEncoder):
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         return Prompt((self.A @ self.B).expand(len(input_embeds), -1, -1))
 
+    def fixed_prompts(self) -> Tensor:
+        return (self.A @ self.B)[None]
+
     @torch.no_grad()
     def initialise(self, source: InitialEmbeddings) -> None:
         if self.config.init == "random":

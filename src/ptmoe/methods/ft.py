@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from ptmoe.base_models import QUANTIZATIONS, quantization_of
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches
 from ptmoe.methods.weights import Shared, WeightConfig, WeightEncoder
@@ -26,8 +27,10 @@ class FTConfig(WeightConfig):
 
     method: ClassVar[str] = "ft"
     default_learning_rate: ClassVar[float] = 1e-4
+    unfit_on: ClassVar[tuple[str, ...]] = QUANTIZATIONS
 
     def on(self, base: PreTrainedModel, batches: Batches | None = None) -> FT:
+        self.check_quantization(quantization_of(base))
         return FT(self, base)
 
 

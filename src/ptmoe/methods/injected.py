@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ptmoe.base_models import quantization_of
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches
 from ptmoe.methods.weights import Shared, TargetedConfig, WeightEncoder, named
@@ -35,10 +36,12 @@ class InjectedConfig(TargetedConfig):
         return self.peft_form(**common)
 
     def on(self, base: PreTrainedModel, batches: Batches | None = None) -> Injected:
+        self.check_quantization(quantization_of(base))
         config, common = self._fields(base)
         return self.encoder(config, base, self.peft_form(**common))
 
     def on_saved(self, base: PreTrainedModel) -> Injected:
+        self.check_quantization(quantization_of(base))
         config, common = self._fields(base)
         return self.encoder(config, base, self.saved_form(**common))
 

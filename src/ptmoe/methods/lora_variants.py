@@ -1,6 +1,7 @@
 """The variants of LoRA that `peft` has: other starts, another form of the product, another optimizer.
 
-PiSSA, CorDA and KaSA take something out of the target modules' own weights before they train. The rest of the base
+PiSSA, CorDA and KaSA take something out of the target modules' own weights before they train, so those cannot be
+quantized. The rest of the base
 stays as it is, `disable_adapter` and `delete_adapter` bring the modules' weights back to the bit (a copy of them is
 kept), and what PiSSA and CorDA save is LoRA of twice the rank on the untouched base, as `peft` converts them.
 """
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ptmoe.base_models import QUANTIZATIONS, quantization_of
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches, Prompt
 from ptmoe.methods.injected import ADAPTER, Injected, OwnOptimizer
@@ -29,6 +31,7 @@ class DoRAConfig(LoRAConfig):
     """
 
     method: ClassVar[str] = "dora"
+    unfit_on: ClassVar[tuple[str, ...]] = ("8bit",)  # on the CPU peft's loses the scales of 8-bit layers
 
     def peft_form(self, **common: Any) -> PeftConfig:
         return self.lora(use_dora=True, **common)
@@ -39,6 +42,7 @@ class KaSAConfig(LoRAConfig):
     weight's `R` smallest singular components, with the paper's two regularisers added to the loss."""
 
     method: ClassVar[str] = "kasa"
+    unfit_on: ClassVar[tuple[str, ...]] = QUANTIZATIONS
 
     @property
     def encoder(self) -> type[Injected]:
@@ -115,6 +119,7 @@ class PiSSAConfig(LoRAConfig):
     trains on is that LoRA."""
 
     method: ClassVar[str] = "pissa"
+    unfit_on: ClassVar[tuple[str, ...]] = QUANTIZATIONS
 
     @property
     def encoder(self) -> type[Injected]:
@@ -210,6 +215,7 @@ class CorDAConfig(PiSSAConfig):
         return self.lora(init_lora_weights="corda", corda_config=CordaConfig(), **common)
 
     def on(self, base: PreTrainedModel, batches: Batches | None = None) -> Injected:
+        self.check_quantization(quantization_of(base))
         config, common = self._fields(base)
         if batches is None:  # to be counted
             return self.encoder(config, base, self.lora(**common))

@@ -50,9 +50,12 @@ class MultitaskPromptTuning(PromptEncoder):
         self.prompts = MultitaskPromptEmbedding(form, None)
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        tokens = torch.arange(self.config.num_virtual_tokens, device=input_embeds.device)
-        prompt = self.prompts(tokens[None], torch.zeros_like(tokens[:1]))  # (1, T, H)
-        return Prompt(prompt.expand(len(input_embeds), -1, -1))
+        return Prompt(self.fixed_prompts().expand(len(input_embeds), -1, -1))
+
+    def fixed_prompts(self) -> Tensor:
+        tokens = torch.arange(self.config.num_virtual_tokens, device=self.prompts.embedding.weight.device)
+        prompt: Tensor = self.prompts(tokens[None], torch.zeros_like(tokens[:1]))  # (1, T, H)
+        return prompt
 
     @torch.no_grad()
     def initialise(self, source: InitialEmbeddings) -> None:

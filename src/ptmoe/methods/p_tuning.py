@@ -47,8 +47,12 @@ class PTuning(PromptEncoder):
         )
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        tokens = torch.arange(self.config.num_virtual_tokens, device=input_embeds.device)
-        return Prompt(self.network(tokens).expand(len(input_embeds), -1, -1))
+        return Prompt(self.fixed_prompts().expand(len(input_embeds), -1, -1))
+
+    def fixed_prompts(self) -> Tensor:
+        device = next(self.network.parameters()).device
+        prompt: Tensor = self.network(torch.arange(self.config.num_virtual_tokens, device=device))
+        return prompt[None]
 
     def initialise(self, source: InitialEmbeddings) -> None:
         """`peft` has drawn the network when it was built."""

@@ -31,6 +31,7 @@ class PrefixTuningConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "prefix-tuning"
+    fills_cache: ClassVar[bool] = True
     default_learning_rate: ClassVar[float] = 0.01
     num_virtual_tokens: Size = 20
 

@@ -31,6 +31,9 @@ class PT(PromptEncoder):
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         return Prompt(self.prompt.expand(len(input_embeds), -1, -1))
 
+    def fixed_prompts(self) -> Tensor:
+        return self.prompt[None]
+
     @torch.no_grad()
     def initialise(self, source: InitialEmbeddings) -> None:
         self.prompt.copy_(source.rows(self.config, self.config.num_virtual_tokens))

@@ -114,8 +114,7 @@ class PTMoE(PromptEncoder):
         self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
         self.router = Router(hidden_size, config.num_experts)
         self.hardness = 1.0  # of the gate in training; 1 is the chosen gate
-        self.register_buffer("confidence", torch.zeros(()), persistent=False)
-        self.confidence: Tensor  # running mean of the largest probability, over training steps
+        self.confidence: Tensor | float = 0.0  # running mean of the largest probability, over training steps
         self.statistics = RoutingStatistics()
         self.guided = False  # by a RoutingCallback
 
@@ -141,7 +140,8 @@ class PTMoE(PromptEncoder):
         if self.training:
             self.statistics.observe(routing.probabilities)
             with torch.no_grad():
-                self.confidence.lerp_(routing.probabilities.max(1).values.mean(), CONFIDENCE_PACE)
+                confidence = routing.probabilities.max(1).values.mean()
+                self.confidence = self.confidence + CONFIDENCE_PACE * (confidence - self.confidence)
         factor = torch.einsum("bn,ntr->btr", routing.gate, self.A)
         return Prompt(factor @ self.B, routing, auxiliary_loss=balance)
 
@@ -171,14 +171,15 @@ class PTMoE(PromptEncoder):
         self.hardness = 1.0
 
     def training_state(self) -> dict[str, Tensor]:
+        mean, scale = self.router.mean, self.router.scale
+        statistics = {} if mean is None or scale is None else {"mean": mean, "scale": scale}
         assert self.router.bias is not None
         return {
             "router.weight": self.router.weight,
             "router.bias": self.router.bias,
-            "mean": self.router.mean,
-            "scale": self.router.scale,
+            **statistics,
             "hardness": torch.tensor(self.hardness, dtype=torch.float64),
-            "confidence": self.confidence,
+            "confidence": torch.as_tensor(self.confidence),
         }
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
@@ -186,13 +187,18 @@ class PTMoE(PromptEncoder):
         with torch.no_grad():
             self.router.weight.copy_(state["router.weight"])
             self.router.bias.copy_(state["router.bias"])
-            self.router.mean.copy_(state["mean"])
-            self.router.scale.copy_(state["scale"])
-            self.confidence.copy_(state["confidence"])
+            if "mean" in state:
+                self.router.mean = state["mean"].to(self.router.weight)
+                self.router.scale = state["scale"].to(self.router.weight)
+            self.confidence = state["confidence"]
         self.hardness = float(state["hardness"])
 
     def expert_prompts(self) -> Tensor:
         return self.A @ self.B
+
+    def fixed_prompts(self) -> Tensor | None:
+        takes_one = self.config.selective and not self.config.probationary and self.config.top_k == 1
+        return self.expert_prompts() if takes_one else None
 
     def tensors(self) -> dict[str, Tensor]:
         weight, bias = self.router.published()

@@ -30,10 +30,11 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
-        self.register_buffer("mean", torch.zeros(hidden_size), persistent=False)
-        self.register_buffer("scale", torch.ones(hidden_size), persistent=False)
-        self.mean: Tensor
-        self.scale: Tensor
+        # (H,) each in training on standardised inputs; a base may hold thousands of adapters that need neither.
+        self.register_buffer("mean", None, persistent=False)
+        self.register_buffer("scale", None, persistent=False)
+        self.mean: Tensor | None
+        self.scale: Tensor | None
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -45,11 +46,11 @@ class Router(nn.Module):
     @torch.no_grad()
     def standardize(self, means: Tensor) -> None:
         """Train in the coordinates of these mean embeddings `(examples, H)`; the router's output changes with it."""
-        self.mean.copy_(means.mean(0))
+        self.mean = means.mean(0).to(self.weight)
         deviation = means.std(0, correction=0)
         # A feature that never varies tells nothing; dividing by its rounding error would make it decide.
         varies = deviation > 1e-6 * deviation.max()
-        self.scale.copy_(torch.where(varies, deviation / SPREAD, torch.ones_like(deviation)))
+        self.scale = torch.where(varies, deviation / SPREAD, torch.ones_like(deviation)).to(self.weight)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -58,11 +59,12 @@ class Router(nn.Module):
         self.weight.copy_(weight)
         if bias is not None and self.bias is not None:
             self.bias.copy_(bias)
-        self.mean.zero_()
-        self.scale.fill_(1.0)
+        self.mean = self.scale = None
 
     def published(self) -> tuple[Tensor, Tensor | None]:
         """`W (N, H)` and `b (N,)` on the raw mean embedding."""
+        if self.mean is None or self.scale is None:
+            return self.weight, self.bias
         weight = self.weight / self.scale
         return weight, None if self.bias is None else self.bias - weight @ self.mean
 

@@ -89,9 +89,11 @@ def check_fit(method: str, base: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def size(module: nn.Module) -> tuple[int, int]:
-    """How many numbers a linear module takes and gives; GPT-2's `Conv1D` holds its weight transposed."""
-    rows, columns = module.weight.shape  # type: ignore[misc]
-    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+    """How many numbers a linear module takes and gives."""
+    if isinstance(module, nn.Linear):  # a 4-bit one's weight has another shape
+        return module.in_features, module.out_features
+    takes, gives = module.weight.shape  # type: ignore[misc]  # GPT-2's `Conv1D`
+    return takes, gives
 
 
 class WeightEncoder(PromptEncoder):

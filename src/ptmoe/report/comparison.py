@@ -129,7 +129,8 @@ class Comparison:
 
     @property
     def seeds(self) -> list[int]:
-        return sorted({cell.seed for cell in self.cells})
+        """Of what was trained."""
+        return sorted({cell.seed for cell in self.cells if cell.trainable_parameters})
 
     def of(self, label: str, task: str | None = None) -> list[Cell]:
         """The cells of a label, or only those that were trained on a task, by seed."""

@@ -34,7 +34,7 @@ def score_table(comparison: Comparison, board: Scoreboard, published: Published 
                     text(row.label, size_in_words(row.size)),
                     whole(row.trainable_parameters),
                     *(score_entry(score, index in found) for score, found in zip(scores, best, strict=True)),
-                    whole(len(seeds)),
+                    whole(len(seeds)) if row.trainable_parameters else Entry(None, "–"),
                 ),
                 OURS if published else "",
             )

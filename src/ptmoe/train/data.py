@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
 from ptmoe.loss import IGNORED
 from ptmoe.tokens import Prompt, encode_completion, encode_prompt
+from ptmoe.train.rows import Encoded, TokenCache, TokenRows, settings_of, token_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ptmoe.tasks.base import Example
 
-Row = np.ndarray[Any, np.dtype[np.int32]]  # compact: a data set's tokens stay in memory
-
 
 @dataclass(frozen=True)
 class Fitted:
     """Tokenised examples that fit the base's positions, and how many were cut to fit or left out."""
 
-    rows: list[dict[str, Row]]
+    rows: TokenRows
     cut: int
     left_out: int
 
@@ -38,6 +37,8 @@ def fit(
     truncation: str = "left_out",
     *,
     chat: bool = False,
+    cache: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Fitted:
     """Tokenise training examples into rows of at most `max_length` tokens; the texts need not be kept.
 
@@ -50,36 +51,37 @@ def fit(
         truncation: what happens to one that is too long and has no context: `"left_out"`, or `"cut"`, which drops the
             beginning of its prompt.
         chat: put prompts in the tokenizer's chat template.
+        cache: keep the tokens of large data in files for the next time, or take them from there (`ptmoe.train.rows`).
+        say: told that they cannot be kept.
 
     Raises:
         PtmoeError: none fits.
     """
-    rows: list[dict[str, Row]] = []
-    left_out = cut = 0
-    for example in examples:
-        completion = encode_completion(example, tokenizer, chat=chat)
-        room = max_length - len(completion)
-        prompt = encode_prompt(example, tokenizer, chat=chat, room=room, around_answer=True)
-        if prompt is None and truncation == "cut" and room > 0 and example.context == (0, 0):
-            whole = encode_prompt(example, tokenizer, chat=chat)
-            assert whole is not None
-            prompt = Prompt(whole.ids[-room:], cut=(len(whole.ids) - room, 0))
-        if prompt is None:
-            left_out += 1
-            continue
-        cut += prompt.is_cut
-        rows.append(
-            {
-                "input_ids": np.array(prompt.ids + completion, dtype=np.int32),
-                "labels": np.array([IGNORED] * len(prompt.ids) + completion, dtype=np.int32),
-            }
-        )
-    if not rows:
+    options: dict[str, Any] = {"max_length": max_length, "truncation": truncation, "chat": chat}
+    encode = partial(_encode, tokenizer=tokenizer, **options)
+    kept = TokenCache(lambda: settings_of(tokenizer, _encode, options), say) if cache else None
+    blocks = token_blocks(examples, encode, kept)
+    rows, cut, left_out = TokenRows(blocks), sum(one.cut for one in blocks), sum(one.left_out for one in blocks)
+    if not len(rows):
         raise PtmoeError(
             f"none of the {left_out} examples fits {max_length} tokens (--max-length, or the base's positions less the "
             "virtual tokens): shorten them, or cut them with --truncation cut"
         )
     return Fitted(rows, cut, left_out)
+
+
+def _encode(
+    example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str, chat: bool
+) -> Encoded | None:
+    """An example's prompt and completion in at most `max_length` tokens; None where they do not fit."""
+    completion = encode_completion(example, tokenizer, chat=chat)
+    room = max_length - len(completion)
+    prompt = encode_prompt(example, tokenizer, chat=chat, room=room, around_answer=True)
+    if prompt is None and truncation == "cut" and room > 0 and example.context == (0, 0):
+        whole = encode_prompt(example, tokenizer, chat=chat)
+        assert whole is not None
+        prompt = Prompt(whole.ids[-room:], cut=(len(whole.ids) - room, 0))
+    return None if prompt is None else (prompt, completion)
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

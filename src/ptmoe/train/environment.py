@@ -9,7 +9,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("ptmoe", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
+PACKAGES = (
+    "ptmoe",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
 
 
 def environment(seed: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ptmoe.errors import PtmoeError, near
 from ptmoe.settings import Settings, read_yaml
 
 Count = Annotated[int, Field(ge=1)]
+BASE = "base"  # the method of a run that trains nothing
 
 
 class TrainOptions(Settings):
@@ -22,6 +23,7 @@ class TrainOptions(Settings):
     Attributes:
         model: `nano`, a folder, or a Hub repository; `revision` of the latter.
         dtype: of the frozen base.
+        quantization: of its linear layers' weights, `8bit` or `4bit`, by `bitsandbytes`; by default as saved.
         method: `{"name": "pt-moe", …}` with the fields of that method's config.
         task: a named task, a group or a mixture (`gsm8k=2,mawps=1`); or `data`: a JSON-lines file or folder.
         data_dir: where the task's data set lies; by default it is downloaded.
@@ -33,6 +35,7 @@ class TrainOptions(Settings):
         separator: put between the two.
         truncation: what happens to a longer example that has no context to cut: `left_out`, or `cut` at the beginning
             of its prompt.
+        token_cache: keep the tokens of large data in files, so that later runs start at once (`ptmoe.train.rows`).
         eval_task: tasks to evaluate greedily when trained, or a group; by default nano's own, which takes seconds.
         eval_data_dir: where their data sets lie; by default `data_dir`, if that is a folder.
         max_new_tokens: of an evaluated answer; by default the task's.
@@ -40,11 +43,17 @@ class TrainOptions(Settings):
             It is not written to `config.yaml`, so that `ptmoe train RUN/config.yaml` repeats a run beside it.
         learning_rate: by default the method's (docs/findings.md has the search).
         max_steps: or `num_train_epochs`.
+        per_device_train_batch_size: rows of a batch; or `tokens_per_batch`, as many rows as these tokens hold, virtual
+            ones included.
+        packing: rows end to end, without padding: by default where that is exact; `True` insists on it.
+        gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they computed.
+        torch_compile: compile the base's layers, which pays on a GPU and in long runs; where it fails, go on without.
     """
 
     model: str = "nano"
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["8bit", "4bit"] | None = None
     method: dict[str, Any] = {"name": "pt-moe"}
     task: str | None = None
     data: str | None = None
@@ -57,6 +66,7 @@ class TrainOptions(Settings):
     separator: str = ""
     truncation: Literal["left_out", "cut"] = "left_out"
     max_examples: Count | None = None
+    token_cache: bool = True
     eval_task: str | None = None
     eval_data_dir: str | None = None
     eval_examples: Count | None = None
@@ -72,8 +82,11 @@ class TrainOptions(Settings):
     max_steps: int = -1
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     per_device_train_batch_size: Count = 32
+    tokens_per_batch: Count | None = None
+    packing: bool | None = None
     gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool = False
+    torch_compile: bool = False
     bf16: bool = False
     fp16: bool = False
     logging_steps: Count = 10

@@ -6,6 +6,7 @@ RUN/config.yaml  environment.json  metrics.jsonl  checkpoints/  adapter/  result
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +16,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptmoe.base_models import check_quantization, load_base
 from ptmoe.errors import PtmoeError, near
 from ptmoe.tasks import TASKS, Problems, is_file, load_task, stream_task, task_named, task_names
 from ptmoe.tasks import local as local_task
-from ptmoe.train.options import TrainOptions, method_config
+from ptmoe.train.options import BASE, TrainOptions, method_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from ptmoe.evaluate import Evaluation
     from ptmoe.model import PromptedCausalLM
     from ptmoe.tasks.base import Example
-    from ptmoe.train.data import Row
+    from ptmoe.train.rows import TokenRows
     from ptmoe.train.trainer import PromptTrainer
 
 RUN_FILES = ("config.yaml", "result.json", "adapter", "metrics.jsonl", "checkpoints")
@@ -45,6 +47,9 @@ class Result:
     examples: int = 0
     examples_cut: int = 0
     examples_left_out: int = 0
+
+    def write(self, folder: Path) -> None:
+        (folder / "result.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 @dataclass
@@ -111,24 +116,28 @@ def train(
         DivergedError: the loss became NaN; the last good adapter is saved.
     """
     config = method_config(options.method)
+    check_quantization(options.quantization)
+    config.check_quantization(options.quantization)
     folder = run_folder(options, resume)
     # A stream cannot wait for its end to refuse what is bad; a file's bad lines are counted first.
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
     _check_trainer_arguments(options)
 
-    from ptmoe.base_models import load_base
-    from ptmoe.evaluate import evaluate
-    from ptmoe.model import PromptedCausalLM, attach
-    from ptmoe.tokens import uses_chat
+    from ptmoe.model import attach
     from ptmoe.train.data import fit
-    from ptmoe.train.environment import environment
 
-    base, tokenizer = load_base(options.model, revision=options.revision, dtype=options.dtype)
-    model = PromptedCausalLM(base)
-    chat = uses_chat(task_named(options.task or str(options.data)), tokenizer, options.chat)
+    model, tokenizer, chat = _base(options)
     positions = (model.max_positions or 2**31) - config.num_virtual_tokens
-    fitted = fit(examples, tokenizer, min(positions, options.max_length or positions), options.truncation, chat=chat)
+    fitted = fit(
+        examples,
+        tokenizer,
+        min(positions, options.max_length or positions),
+        options.truncation,
+        chat=chat,
+        cache=options.token_cache,
+        say=say,
+    )
     batches = starting_batches(fitted.rows, options.per_device_train_batch_size) if config.needs_batches else None
     attach(model, config, seed=options.seed, tokenizer=tokenizer, batches=batches)
     if problems.count:
@@ -147,9 +156,7 @@ def train(
     }
     options = options.replace(**resolved)
     trainer = _trainer(model, fitted.rows, options, folder, callbacks)
-    folder.mkdir(parents=True, exist_ok=True)
-    options.write(folder / "config.yaml")
-    (folder / "environment.json").write_text(json.dumps(environment(options.seed), indent=2) + "\n")
+    _begin(folder, options)
     started = time.monotonic()
     _fit(trainer, folder, resume)
     result = Result(
@@ -162,25 +169,83 @@ def train(
         examples_cut=fitted.cut,
         examples_left_out=fitted.left_out,
     )
-    (folder / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
-    evaluations = [
-        evaluate(
-            model,
-            tokenizer,
-            asked,
-            batch_size=options.eval_batch_size,
-            max_new_tokens=options.max_new_tokens,
-            max_length=options.max_length,
-            chat=chat,
-            folder=folder,
-            overwrite=True,
-        )
-        for asked in held_out
-    ]
+    result.write(folder)
+    evaluations = _evaluate(model, tokenizer, held_out, options, folder)
     return Trained(folder, result, model, tokenizer, evaluations)
 
 
-def starting_batches(rows: list[dict[str, Row]], size: int) -> list[dict[str, Tensor]]:
+def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) -> None:
+    """Evaluate the base as it is, into a run folder in which nothing was trained; its method is `base`.
+
+    Args:
+        options: as of the runs that it stands beside.
+        say: told in a line what a user should know.
+
+    Raises:
+        PtmoeError: unfit options or data, before anything is written.
+    """
+    check_quantization(options.quantization)
+    folder = run_folder(options, resume=False)
+    held_out = evaluation_examples(options, say)
+
+    from accelerate import PartialState
+
+    model, tokenizer, chat = _base(options)
+    model.to(PartialState().device)  # where a trainer would put it
+    options = options.replace(method={"name": BASE}, chat=chat)
+    _begin(folder, options)
+    Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0).write(folder)
+    _evaluate(model, tokenizer, held_out, options, folder)
+
+
+def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase, bool]:
+    """The base without an adapter, its tokenizer, and whether prompts go into its chat template."""
+    from ptmoe.model import PromptedCausalLM
+    from ptmoe.tokens import uses_chat
+
+    base, tokenizer = load_base(
+        options.model, revision=options.revision, dtype=options.dtype, quantization=options.quantization
+    )
+    chat = uses_chat(task_named(options.task or str(options.data)), tokenizer, options.chat)
+    return PromptedCausalLM(base), tokenizer, chat
+
+
+def _begin(folder: Path, options: TrainOptions) -> None:
+    """The run folder with what is known before the run."""
+    from ptmoe.train.environment import environment
+
+    folder.mkdir(parents=True, exist_ok=True)
+    options.write(folder / "config.yaml")
+    (folder / "environment.json").write_text(json.dumps(environment(options.seed), indent=2) + "\n")
+
+
+def _evaluate(
+    model: PromptedCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Iterable[list[Example]],
+    options: TrainOptions,
+    folder: Path,
+) -> list[Evaluation]:
+    """On each task's examples, as the resolved options say."""
+    from ptmoe.evaluate import evaluate
+
+    return [
+        evaluate(
+            model,
+            tokenizer,
+            examples,
+            batch_size=options.eval_batch_size,
+            max_new_tokens=options.max_new_tokens,
+            max_length=options.max_length,
+            chat=bool(options.chat),
+            folder=folder,
+            overwrite=True,
+        )
+        for examples in held_out
+    ]
+
+
+def starting_batches(rows: TokenRows, size: int) -> list[dict[str, Tensor]]:
     """Examples spread over the data, for methods that start from the activations that they give."""
     from ptmoe.train.data import collate
     from ptmoe.train.routing import EXAMPLES
@@ -216,7 +281,7 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
 
 def _trainer(
     model: PromptedCausalLM,
-    rows: list[dict[str, Row]],
+    rows: TokenRows,
     options: TrainOptions,
     folder: Path,
     callbacks: Sequence[TrainerCallback],
@@ -229,6 +294,8 @@ def _trainer(
     import torch
     from transformers import TrainingArguments
 
+    from ptmoe.compilation import compile_layers
+    from ptmoe.train.batches import TokenBatches
     from ptmoe.train.data import collate
     from ptmoe.train.routing import RoutingCallback
     from ptmoe.train.trainer import MetricsFile, PromptTrainer
@@ -244,6 +311,24 @@ def _trainer(
     }
     if options.gradient_checkpointing:
         chosen["activation_checkpointing"] = True
+    model.packing = options.packing
+    if options.packing:
+        model.can_pack()  # or say why not, before anything is written
+    if options.torch_compile:
+        compile_layers(model.base_model)
+    batches = None
+    if options.tokens_per_batch is not None:
+        lengths = rows.lengths + model.num_virtual_tokens
+        batches = TokenBatches(
+            lengths,
+            options.tokens_per_batch,
+            padded=not model.can_pack(),
+            seed=options.seed,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+        # For what counts in rows: the routing's first examples come in batches that fit.
+        chosen["per_device_train_batch_size"] = max(1, options.tokens_per_batch // int(lengths.max()))
+        chosen["accelerator_config"] = {"even_batches": False}
     made = not folder.exists()
     try:
         trainer = PromptTrainer(
@@ -251,6 +336,7 @@ def _trainer(
             args=TrainingArguments(output_dir=str(folder / "checkpoints"), **chosen),
             train_dataset=rows,
             data_collator=collate,
+            batches=batches,
             callbacks=[RoutingCallback(), MetricsFile(folder / "metrics.jsonl"), *callbacks],
         )
     except (ValueError, TypeError, RuntimeError, ImportError) as error:

@@ -152,7 +152,8 @@ def start_router(encoder: PTMoE, sample: Sample, generator: torch.Generator) -> 
     assert sample.gradients is not None
     if len(sample.means) < 2 * encoder.config.num_experts:
         return False
-    inputs = (sample.means - encoder.router.mean) / encoder.router.scale  # (n, H)
+    mean, scale = encoder.router.mean, encoder.router.scale
+    inputs = sample.means if mean is None or scale is None else (sample.means - mean) / scale  # (n, H)
     shift = inputs.mean(0)
     centred, wanted = inputs - shift, sample.gradients - sample.gradients.mean(0)
     weights = _ridge(centred, wanted)  # (n, n): the regression's coefficients are centredᵀ · weights · wanted

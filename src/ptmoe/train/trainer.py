@@ -1,22 +1,30 @@
-"""`transformers.Trainer` for adapters: checkpoints without pickles, and a stop when the loss diverges."""
+"""`transformers.Trainer` for adapters.
+
+Checkpoints without pickles, batches by tokens, less at once where memory does not hold a batch, and a stop when the
+loss diverges.
+"""
 
 from __future__ import annotations
 
 import json
 import random
 import time
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptmoe.adapter import read_adapter
 from ptmoe.errors import PtmoeError
 from ptmoe.model import PromptedCausalLM
+from ptmoe.train.batches import TokenBatches
 
 TRAINING_STATE = "training_state.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -40,14 +48,35 @@ class PromptTrainer(Trainer):
     and random states, in safetensors and JSON.
 
     Sharded training (DeepSpeed, FSDP) keeps `Trainer`'s files.
+
+    Args:
+        *arguments: of `Trainer`, as `options`.
+        batches: by which the training set is read, instead of `per_device_train_batch_size` random examples at a time.
+        **options: of `Trainer`.
     """
 
     model: PromptedCausalLM
     optimizer: Any
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, batches: TokenBatches | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.batches = batches
         self._last_good: dict[str, Tensor] = {}
+        self._parts = 1  # that a batch is computed in
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if self.batches is None:
+            return cast("DataLoader[Any]", super().get_train_dataloader())
+        loader = DataLoader(
+            cast("Dataset[Any]", self.train_dataset),
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return cast("DataLoader[Any]", self.accelerator.prepare(loader))
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -62,7 +91,7 @@ class PromptTrainer(Trainer):
     # -- divergence --------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        loss = cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
+        loss = self._in_parts(model, inputs, num_items_in_batch)
         trained = self.model.encoder.state_dict()
         if loss.isfinite():
             self._last_good = {name: value.clone() for name, value in trained.items()}
@@ -70,6 +99,38 @@ class PromptTrainer(Trainer):
         if self._last_good:
             self.model.encoder.load_state_dict(self._last_good)
         raise DivergedError(loss.item(), self.state.global_step + 1)
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def _in_parts(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
+        """A training step, in twice as many parts whenever memory does not hold one. The loss is over the supervised
+        tokens of the global batch, so parts add up to the same gradient."""
+        rows = len(inputs["input_ids"])
+        if num_items is None or self.args.world_size > 1:  # the others would wait for this one's second part
+            return cast(Tensor, super().training_step(model, inputs, num_items))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
+        while True:
+            size = -(-rows // min(self._parts, rows))
+            try:
+                losses = [
+                    super(PromptTrainer, self).training_step(model, _rows(inputs, start, start + size), num_items)
+                    for start in range(0, rows, size)
+                ]
+                return torch.stack(losses).sum()
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or size == 1:
+                    raise
+            # Outside of the handler, which holds on to the failed step's tensors.
+            for parameter, gradient in zip(trained, before, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            clear_device_cache(garbage_collection=True)
+            self._parts = 2 * -(-rows // size)
+            warnings.warn(
+                f"out of memory with {size} rows at once: batches are computed in {self._parts} parts from step "
+                f"{self.state.global_step + 1} on, with the same gradients",
+                stacklevel=2,
+            )
 
     # -- checkpoints without pickles ---------------------------------------------------------------------------------
 
@@ -157,6 +218,20 @@ class PromptTrainer(Trainer):
     def _random_state_file(self, folder: str) -> Path:
         rank = f".{self.args.process_index}" if self.args.world_size > 1 else ""
         return Path(folder) / RANDOM_STATE.replace(".json", f"{rank}.json")
+
+
+def _rows(inputs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Some rows of a batch."""
+    count = len(inputs["input_ids"])
+    whole = (start, min(stop, count)) == (0, count)
+    return (
+        inputs
+        if whole
+        else {
+            name: value[start:stop] if isinstance(value, Tensor | list | tuple) and len(value) == count else value
+            for name, value in inputs.items()
+        }
+    )
 
 
 def _numpy_state() -> list[Any]:

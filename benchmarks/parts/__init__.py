@@ -1,0 +1,1 @@
+"""What the workers run: a function builds a system and returns what measures one round of it."""

@@ -1,0 +1,45 @@
+"""Compiling a base's layers, each by itself: one compilation serves them all, and attention stays as it is."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> bool:
+    """Compile the repeated layers of a base for any length of input; where that fails, leave them and say so.
+
+    Compilation happens at the first call, so one is made here: a short input, forward and backward.
+
+    Args:
+        base: whose layers.
+        backend: of `torch.compile`.
+
+    Returns:
+        Whether the layers are compiled.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    reason = None if layers else "it has no layers of one kind"
+    embedding = base.get_input_embeddings()
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)
+    try:
+        for length in (5, 9):  # the second shows whether lengths may differ
+            embeds = embedding(torch.arange(length, device=embedding.weight.device))[None].detach().requires_grad_()
+            base(inputs_embeds=embeds, use_cache=False).logits.float().sum().backward()
+    except Exception as error:  # whatever the compiler, or the one behind it, runs into
+        reason = " ".join(str(error).split())[:200]
+    if reason is None:
+        return True
+    for layer in layers:
+        layer._compiled_call_impl = None
+    torch.compiler.reset()
+    warnings.warn(f"{type(base).__name__} is not compiled ({reason}): going on without", stacklevel=2)
+    return False

@@ -1,0 +1,76 @@
+"""Batches by a token budget instead of a number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+from ptmoe.errors import PtmoeError
+
+POOL = 64  # batches' worth of random examples that are sorted together where rows are padded
+
+
+class TokenBatches(Sampler[list[int]]):
+    """As many examples in a batch as a budget of tokens holds; each epoch has the same batches in another order.
+
+    Examples are drawn at random. Where the model computes padding, rows of similar length come together: examples are
+    sorted within random pools, and a batch costs as much as all its rows at the length of the longest.
+
+    Args:
+        lengths: tokens of each example, virtual ones included.
+        budget: tokens of a batch.
+        padded: whether padding costs.
+        seed: decides all.
+        processes: that take turns with the batches; each gets as many as the others.
+
+    Raises:
+        PtmoeError: a budget below the longest example.
+    """
+
+    def __init__(
+        self, lengths: npt.ArrayLike, budget: int, *, padded: bool = False, seed: int = 0, processes: int = 1
+    ) -> None:
+        sizes = np.asarray(lengths)
+        longest = int(sizes.argmax())
+        if sizes[longest] > budget:
+            over = int((sizes > budget).sum())
+            raise PtmoeError(
+                f"tokens_per_batch={budget}: example {longest} has {sizes[longest]} tokens with its virtual ones"
+                + (f", and {over - 1} more are too long" if over > 1 else "")
+                + "; raise it, or lower max_length"
+            )
+        self.seed = seed
+        self.epoch = 0
+        order = np.random.default_rng([seed, 0]).permutation(len(sizes))
+        if padded:
+            pool = max(1, round(POOL * budget / sizes.mean()))
+            parts = [order[start : start + pool] for start in range(0, len(order), pool)]
+            order = np.concatenate([part[np.argsort(sizes[part], kind="stable")] for part in parts])
+        self.batches: list[list[int]] = []
+        used = 0
+        for index in order.tolist():
+            size = int(sizes[index])
+            batch = self.batches[-1] if self.batches else None
+            wanted = max(used, size) * (len(batch or ()) + 1) if padded else used + size
+            if batch is None or wanted > budget:
+                self.batches.append([index])
+                used = size
+            else:
+                batch.append(index)
+                used = max(used, size) if padded else wanted
+        count = len(self.batches)
+        self.batches += [self.batches[index % count] for index in range(-count % processes)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch, and when it goes on in the middle of one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch + 1]).permutation(len(self.batches))
+        return (self.batches[index] for index in order)

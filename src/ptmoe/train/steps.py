@@ -1,0 +1,39 @@
+"""How far a training is, for whoever shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+Progress = Callable[[int, int, float | None], None]  # steps done, of how many, the last loss
+
+
+class StepsCallback(TrainerCallback):
+    """Tells the steps done and the last loss, at the start, after each step and with each log."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.loss: float | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._tell(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._tell(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+        self._tell(state)
+
+    def _tell(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            self.progress(state.global_step, state.max_steps, self.loss)
