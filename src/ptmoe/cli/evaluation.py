@@ -43,7 +43,7 @@ def evaluate(
         raise PtmoeError(f"{len(tasks)} tasks and one list of ids {data['ids']}: evaluate that task by itself")
     asked = {name: load(name, split, data, skip_bad, console) for name in tasks}
 
-    from ptmoe.base_models import load_base, quiet
+    from ptmoe.base_models import load_base, quantization_of, quiet
     from ptmoe.cli.inference import load as load_run
     from ptmoe.cli.progress import progress_bar
     from ptmoe.evaluate import evaluate as evaluate_task
@@ -61,10 +61,13 @@ def evaluate(
     folder = output_dir or Path(str(run))
     if not folder.is_dir() and output_dir is None:
         raise PtmoeError(f"{run} is not a folder here: name one for the results with --output-dir")
-    if str(model.dtype) != "torch.float32" and options["batch_size"] > 1:
+    dtype = str(model.dtype).removeprefix("torch.")
+    in_8_bits = quantization_of(model.base_model) == "8bit"  # its layers look for outliers in the whole batch
+    several = options["batch_size"] > 1 or "tokens_per_batch" in options
+    if (dtype != "float32" or in_8_bits) and several:
         console.print(
-            f"{str(model.dtype).removeprefix('torch.')}: in a near tie an answer may depend on the batch size; it does "
-            "not with --dtype float32"
+            f"{'8bit' if in_8_bits else dtype}: in a near tie an answer may depend on the batch size; it does not with "
+            f"--dtype float32{' --quantization 4bit' if in_8_bits else ''}"
         )
     summaries = []
     for name, examples in asked.items():

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe import __version__
+from ptmoe.base_models import quantization_of
 from ptmoe.errors import PtmoeError
+from ptmoe.evaluate.decoding import Decoder
 from ptmoe.evaluate.generation import complete
 from ptmoe.evaluate.predictions import Prediction, PredictionsFile
 from ptmoe.evaluate.routing import expert_similarity, summarise_routing
@@ -88,6 +90,7 @@ def evaluate(
     task: Task | None = None,
     split: str = "test",
     batch_size: int = 64,
+    tokens_per_batch: int | None = None,
     max_new_tokens: int | None = None,
     max_length: int | None = None,
     chat: bool = False,
@@ -104,6 +107,8 @@ def evaluate(
         task: how they are graded; by default the task that they name.
         split: that they are of, for the names of the files.
         batch_size: rows at once; in float32 it changes no answer (`ptmoe.evaluate.generation`).
+        tokens_per_batch: instead of `batch_size`, as many rows at once as so many positions hold: rows × (the longest
+            prompt + virtual tokens + `max_new_tokens`).
         max_new_tokens: of each answer; by default the task's.
         max_length: real tokens that a prompt may have; by default what the base has positions for. A context is cut
             from its end; an example that does not fit without it is not answered and scores 0.
@@ -114,7 +119,8 @@ def evaluate(
         progress: called with the examples done and all of them, after each batch.
 
     Raises:
-        PtmoeError: no example, a limit that leaves no room, or a folder with predictions of another evaluation.
+        PtmoeError: no example, a limit that leaves no room, a prompt that needs more than `tokens_per_batch`, or a
+            folder with predictions of another evaluation.
     """
     if not examples:
         raise PtmoeError("no examples to evaluate")
@@ -124,6 +130,17 @@ def evaluate(
     prompts = [encode_prompt(example, tokenizer, chat=chat, room=room) for example in examples]
     # The longest first: what does not fit into memory shows at once, and the time left is never underestimated.
     order = sorted(range(len(examples)), key=lambda i: -len(one.ids) if (one := prompts[i]) else -(2**62))
+    batches = _batches(order, [1] * len(order), batch_size)
+    if tokens_per_batch is not None:
+        added = model.num_virtual_tokens + new
+        needs = [0 if (prompt := prompts[i]) is None else len(prompt.ids) + added for i in order]
+        if max(needs) > tokens_per_batch:
+            raise PtmoeError(
+                f"tokens_per_batch={tokens_per_batch}: example {examples[order[needs.index(max(needs))]].id!r} needs "
+                f"{max(needs)}, {max(needs) - added} of its prompt, {model.num_virtual_tokens} virtual and {new} new "
+                "ones; raise it"
+            )
+        batches = _batches(order, needs, tokens_per_batch)
     settings = {
         **_identity(model, examples),
         "task": task.name,
@@ -143,10 +160,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        # A batch that was broken off is computed whole: its rows get the same company as undisturbed.
-        for start in range(len(done) // batch_size * batch_size, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            answered = _answer(model, tokenizer, task, [(examples[i], prompts[i]) for i in chunk], new, chat)
+        decoder, end = Decoder(model), 0
+        for batch in batches:
+            start, end = end, end + len(batch)
+            if end <= len(done):
+                continue
+            # A batch that was broken off is computed whole: its rows get the same company as undisturbed.
+            answered = _answer(model, tokenizer, task, [(examples[i], prompts[i]) for i in batch], new, chat, decoder)
             fresh = answered[max(0, len(done) - start) :]
             if file is not None:
                 file.append(fresh)
@@ -159,6 +179,24 @@ def evaluate(
     if folder is not None:
         evaluation.write(folder)
     return evaluation
+
+
+def _batches(order: Sequence[int], needs: Sequence[int], budget: int) -> list[list[int]]:
+    """`order` in parts, each of as many as `budget` holds when all need what the neediest does.
+
+    Args:
+        needs: of each in `order`; 0 is not counted.
+        budget: at least the highest need.
+    """
+    batches: list[list[int]] = [[]]
+    rows = most = 0
+    for index, need in zip(order, needs, strict=True):
+        rows, most = rows + (need > 0), max(most, need)
+        if rows * most > budget:
+            batches.append([])
+            rows, most = 1, need
+        batches[-1].append(index)
+    return batches
 
 
 def _room(model: PromptedCausalLM, asked: int | None, usual: int, max_length: int | None) -> tuple[int, int | None]:
@@ -187,10 +225,12 @@ def _identity(model: PromptedCausalLM, examples: Sequence[Example]) -> dict[str,
     data = hashlib.sha256()
     for example in examples:
         data.update(json.dumps([example.id, example.input, example.messages, example.references]).encode())
+    quantization = quantization_of(model.base_model)
     return {
         "version": __version__,
         "base": model.name_or_path,
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({} if quantization is None else {"quantization": quantization}),
         "adapter": adapter,
         "examples": len(examples),
         "data": data.hexdigest()[:16],
@@ -204,10 +244,15 @@ def _answer(
     rows: Sequence[tuple[Example, Prompt | None]],
     max_new_tokens: int,
     chat: bool,
+    decoder: Decoder,
 ) -> list[Prediction]:
     """The predictions of a batch."""
     fitting = [prompt.ids for _, prompt in rows if prompt is not None]
-    made = iter(complete(model, tokenizer, fitting, max_new_tokens=max_new_tokens, until=task.until) if fitting else [])
+    made = iter(
+        complete(model, tokenizer, fitting, max_new_tokens=max_new_tokens, until=task.until, decoder=decoder)
+        if fitting
+        else []
+    )
     predictions = []
     for example, prompt in rows:
         completion = next(made) if prompt is not None else None

@@ -1,19 +1,19 @@
 """Greedy completions of many prompts, the same in whatever batches they are computed.
 
 A batch rounds otherwise than a row alone, by its shape and its padding, and a token whose score is within that rounding
-of the next one's could be either. Such a row is completed once more, alone, and that is its completion. This holds in
-float32; in half precision rounding is as large as real differences, and a completion may depend on the batch.
+of the next one's could be either. Such a row leaves its batch and is completed alone. This holds in float32; in half
+precision rounding is as large as real differences, and a completion may depend on the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+
+from ptmoe.evaluate.decoding import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 # Scores of a row alone and in a batch were never more than a tenth of this apart in float32 (tests/test_evaluate.py).
 NEAR_TIE = 1e-3
 NEAR_TIE_OF_EXPERTS = 1e-4  # of two probabilities
-# Greedy whatever the base's own generation config asks for: some ship a repetition penalty.
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "renormalize_logits": False,
-}
 
 
 @dataclass(frozen=True)
@@ -50,6 +42,7 @@ def complete(
     *,
     max_new_tokens: int,
     until: Sequence[str] = (),
+    decoder: Decoder | None = None,
 ) -> list[Completion]:
     """Greedy completions of a batch of prompts.
 
@@ -59,13 +52,23 @@ def complete(
         prompts: token ids, at least one each.
         max_new_tokens: of each completion.
         until: a completion ends before the first of these texts.
+        decoder: of the model, if there are several batches: what it has computed for one serves the others.
     """
+    decoder = decoder or Decoder(model)
+    ends = _Ends(model, tokenizer, until)
     routings = [_route(model, prompt) for prompt in prompts]
-    rows, unsure = _generate(model, tokenizer, prompts, max_new_tokens, until)
-    if len(prompts) > 1 and model.dtype == torch.float32:
-        for index, routing in enumerate(routings):
-            if unsure[index] or (routing is not None and _experts_nearly_tie(routing)):
-                rows[index] = _generate(model, tokenizer, [prompts[index]], max_new_tokens, until)[0][0]
+    experts = [0 if one is None else int(one.gate[0].argmax()) for one in routings]
+
+    def decode(rows: list[int], margin: float) -> list[list[int] | None]:
+        chosen = [prompts[row] for row in rows], [experts[row] for row in rows]
+        return decoder(*chosen, max_new_tokens=max_new_tokens, ended=ends, margin=margin)
+
+    made: dict[int, list[int] | None] = dict.fromkeys(range(len(prompts)))  # None is completed alone
+    exact = model.dtype == torch.float32
+    together = [row for row, one in enumerate(routings) if one is None or not exact or not _experts_nearly_tie(one)]
+    if len(prompts) > 1 and together:
+        made.update(zip(together, decode(together, NEAR_TIE if exact else 0.0), strict=True))
+    rows = [decode([row], 0.0)[0] if tokens is None else tokens for row, tokens in made.items()]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [
         Completion(_before(text, until), None if one is None else [round(value, 6) for value in one.gate[0].tolist()])
@@ -85,39 +88,6 @@ def _experts_nearly_tie(routing: Routing) -> bool:
     return 0 < kept < len(probabilities) and probabilities[kept - 1] - probabilities[kept] < NEAR_TIE_OF_EXPERTS
 
 
-def _generate(
-    model: PromptedCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    until: Sequence[str],
-) -> tuple[list[list[int]], list[bool]]:
-    """Each row's new tokens, and whether any of them was nearly another."""
-    ends = _end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
-    margins = _Margins(longest, ends)
-    made = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        logits_processor=[margins],
-        stopping_criteria=[_Until(tokenizer, longest, until)] if until else [],
-        **GREEDY,
-    )
-    return made[:, longest:].tolist(), margins.near_tie()
-
-
-def _end_tokens(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    own = model.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return [token for token in dict.fromkeys([*listed, tokenizer.eos_token_id]) if token is not None]
-
-
 def _before(text: str, until: Sequence[str]) -> str:
     """What comes before the first of `until`; white space that a completion begins with does not end it."""
     start = len(text) - len(text.lstrip())
@@ -125,47 +95,32 @@ def _before(text: str, until: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
-class _Margins(LogitsProcessor):
-    """Watches how far each row's best token is ahead of the next, until the row has ended."""
+class _Ends:
+    """Whether a row of new tokens has ended: with an end token, or with a text after which nothing counts.
 
-    def __init__(self, length: int, ends: list[int]) -> None:
-        self.length = length
-        self.ends = ends
-        self.least: Tensor | None = None  # (B,)
-        self.ended: Tensor | None = None  # (B,)
+    Args:
+        model: whose generation config names end tokens.
+        tokenizer: which has one of its own.
+        until: the texts.
+    """
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        best = scores.float().topk(min(2, scores.shape[1]), dim=1).values
-        margin = best[:, 0] - best[:, -1]
-        if self.least is None or self.ended is None:
-            self.least, self.ended = margin, torch.zeros_like(margin, dtype=torch.bool)
-            return scores
-        for end in self.ends:
-            self.ended = self.ended | (input_ids[:, -1] == end)
-        self.least = torch.where(self.ended, self.least, torch.minimum(self.least, margin))
-        return scores
-
-    def near_tie(self) -> list[bool]:
-        assert self.least is not None
-        return (~(self.least >= NEAR_TIE)).tolist()  # a NaN is unsure, too
-
-
-class _Until(StoppingCriteria):
-    """Ends a row where its text holds one of the given ones: no later step can change what stands before it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, until: Sequence[str]) -> None:
+    def __init__(self, model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, until: Sequence[str]) -> None:
+        own = model.generation_config.eos_token_id
+        self.tokens = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
         self.tokenizer = tokenizer
-        self.length = length
         self.until = until
-        self.window = max(map(len, until)) + 8  # tokens; each is at least a byte, so the text is within
-        self.ended: list[bool] | None = None
+        self.window = max(map(len, until), default=0) + 8  # tokens; each is at least a byte, so the text is within
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        if self.ended is None:
-            self.ended = [False] * len(input_ids)
-        new = input_ids[:, self.length :]
-        for index, text in enumerate(self.tokenizer.batch_decode(new[:, -self.window :], skip_special_tokens=True)):
-            if not self.ended[index] and any(stop in text for stop in self.until):
-                whole = self.tokenizer.decode(new[index], skip_special_tokens=True)
-                self.ended[index] = _before(whole, self.until) != whole
-        return torch.tensor(self.ended, device=input_ids.device)
+    def __call__(self, row: list[int]) -> bool:
+        if row[-1] in self.tokens:
+            return True
+        if not self.until:
+            return False
+        last = self._text(row[-self.window :])
+        if not any(stop in last for stop in self.until):
+            return False
+        whole = self._text(row)
+        return _before(whole, self.until) != whole
+
+    def _text(self, row: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(row, skip_special_tokens=True))

@@ -1,0 +1,258 @@
+"""Greedy decoding: one pass over the inputs, then a token at a time; rows that have ended leave the batch.
+
+    [padding | prompt | tokens]                      one pass; only the last position is scored
+    [prompt | padding | tokens]                      a fixed prompt: its keys and values are computed once and kept
+    [a token of each row that goes on]               then, until none does
+
+A base that keeps something else than keys and values, prepares its inputs itself or asks for changed scores is decoded
+by `transformers`: the same tokens, slower.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, StoppingCriteria
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ptmoe.model import PromptedCausalLM
+
+# Greedy whatever the base's own generation config asks for: some ship a repetition penalty.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "renormalize_logits": False,
+}
+# What else a base's generation config may hold without changing a greedy token; the caller says where a row ends.
+HARMLESS = {
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),  # of sampling
+    *("max_length", "max_new_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
+}
+ROPE_BY_LENGTH = ("dynamic", "longrope")  # a longer input rotates its first keys otherwise
+
+
+class Decoder:
+    """Decodes greedily with a model as it is now: while it is in use, neither the adapter nor the base may change.
+
+    Args:
+        model: in evaluation mode, with its active adapter.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PromptedCausalLM) -> None:
+        self.model = model
+        self.base = model.base_model
+        parameters = inspect.signature(type(self.base).forward).parameters
+        self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        if "logits_to_keep" in parameters:
+            self.options["logits_to_keep"] = 1
+        self.steps = _can_be_stepped(self.base)
+        self.prefix: list[tuple[Tensor, Tensor]] | None = None  # of each layer, keys and values (N, heads, T, d)
+        prompts = model.fixed_prompts()
+        # With the padding behind the prompt only explicit positions say where a token stands.
+        if self.steps and prompts is not None and "position_ids" in parameters and not _rotates_by_length(self.base):
+            self.prefix = self._read(prompts)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[list[int]],
+        experts: Sequence[int],
+        *,
+        max_new_tokens: int,
+        ended: Callable[[list[int]], bool],
+        margin: float = 0.0,
+    ) -> list[list[int] | None]:
+        """Each row's new tokens; None for a row in which the best score was less than `margin` above the next.
+
+        Args:
+            prompts: token ids, at least one each.
+            experts: which of the adapter's fixed prompts each row has.
+            max_new_tokens: of each row.
+            ended: whether a row that has these new tokens has ended with the last of them.
+            margin: 0 asks for none.
+
+        Raises:
+            PtmoeError: a row too long for the base's positions.
+        """
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=ids.device)
+        if not self.steps:
+            return self._by_transformers(ids, mask, max_new_tokens, ended, margin)
+        inputs = self._first_inputs(ids, mask, experts, max_new_tokens)
+        cache, positions = inputs["past_key_values"], inputs.get("position_ids")
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, max_new_tokens), value=1)
+        made: list[list[int]] = [[] for _ in prompts]
+        running, unsure = list(range(len(prompts))), set()
+        for left in reversed(range(max_new_tokens)):
+            tokens, margins = _best(self.base(**inputs, **self.options).logits[:, -1], margin)
+            staying = []
+            for place, (row, token, ahead) in enumerate(zip(running, tokens.tolist(), margins, strict=True)):
+                made[row].append(token)
+                if not ahead >= margin:  # a NaN is unsure, too
+                    unsure.add(row)
+                elif not ended(made[row]):
+                    staying.append(place)
+            if not staying or not left:
+                break
+            positions = None if positions is None else positions[:, -1:] + 1
+            if len(staying) < len(running):
+                running = [running[place] for place in staying]
+                kept = torch.tensor(staying, device=ids.device)
+                cache.batch_select_indices(kept)
+                tokens, mask = tokens[kept], mask[kept]
+                positions = None if positions is None else positions[kept]
+            inputs = {
+                "input_ids": tokens[:, None],
+                "attention_mask": mask[:, : mask.shape[1] - left],
+                "past_key_values": cache,
+            }
+            if positions is not None:
+                inputs["position_ids"] = positions
+        return [None if row in unsure else tokens for row, tokens in enumerate(made)]
+
+    def _first_inputs(self, ids: Tensor, mask: Tensor, experts: Sequence[int], new: int) -> dict[str, Any]:
+        """What the base takes first, with a cache that has room for `new` tokens and holds what stands before them."""
+        layers = DynamicCache(config=self.base.config).layers
+        limits = [self.model.max_positions, *(layer.sliding_window for layer in layers if layer.is_sliding)]
+        virtual = self.model.num_virtual_tokens
+        needed = virtual + ids.shape[1] + new
+        # A window counts the padding behind the prompt too.
+        if self.prefix is not None and all(limit is None or needed <= limit for limit in limits):
+            chosen = torch.tensor(experts, device=ids.device)
+            before = [(keys[chosen], values[chosen]) for keys, values in self.prefix]
+            inputs = {
+                "inputs_embeds": self.model.get_input_embeddings()(ids),
+                "attention_mask": torch.cat([mask.new_ones(len(mask), virtual), mask], 1),
+                "position_ids": virtual + (mask.cumsum(1) - 1).clamp(min=0),
+            }
+        else:
+            inputs = self.model.decoder_inputs(ids, mask, new)
+            held = inputs.get("past_key_values")
+            before = [] if held is None else [(layer.keys, layer.values) for layer in held.layers]
+        room = inputs["attention_mask"].shape[1] + new
+        cache = DynamicCache(config=self.base.config)
+        cache.layers = [layer if layer.is_sliding else _RoomyLayer(room) for layer in layers]
+        for index, (keys, values) in enumerate(before):
+            cache.update(keys, values, index)
+        return {**inputs, "past_key_values": cache}
+
+    def _read(self, prompts: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values `(N, heads, T, d)` of prompts `(N, T, H)`."""
+        cache = DynamicCache(config=self.base.config)
+        mask = torch.ones(prompts.shape[:2], dtype=torch.long, device=prompts.device)
+        self.base(
+            inputs_embeds=prompts.to(self.model.dtype),
+            attention_mask=mask,
+            position_ids=mask.cumsum(1) - 1,
+            past_key_values=cache,
+            **self.options,
+        )
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _by_transformers(
+        self, ids: Tensor, mask: Tensor, new: int, ended: Callable[[list[int]], bool], margin: float
+    ) -> list[list[int] | None]:
+        watch = _Watch(ids, ended, margin)
+        made = self.model.generate(
+            ids,
+            mask,
+            max_new_tokens=new,
+            pad_token_id=0,
+            logits_processor=[watch.see],
+            stopping_criteria=[watch],
+            **GREEDY,
+        )
+        rows = zip(made[:, ids.shape[1] :].tolist(), watch.lengths, watch.sure, strict=True)
+        return [tokens[:length] if sure else None for tokens, length, sure in rows]
+
+
+def _can_be_stepped(base: PreTrainedModel) -> bool:
+    """Whether `generate` would do to this base what `Decoder` does."""
+    own = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    layers = DynamicCache(config=base.config).layers
+    return (
+        all(getattr(type(base), name) is getattr(GenerationMixin, name) for name in own)
+        and not base.is_remote_code()
+        and base._supports_default_dynamic_cache()
+        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        and base.generation_config.to_diff_dict().keys() <= GREEDY.keys() | HARMLESS
+    )
+
+
+def _rotates_by_length(base: PreTrainedModel) -> bool:
+    parameters = getattr(base.config.get_text_config(), "rope_parameters", None) or {}
+    of_layers = [one for one in parameters.values() if isinstance(one, dict)]
+    return any(one.get("rope_type") in ROPE_BY_LENGTH for one in (parameters, *of_layers))
+
+
+def _best(scores: Tensor, margin: float) -> tuple[Tensor, list[float]]:
+    """The best tokens `(B,)` for scores `(B, V)`, and how far each is ahead of the next, if a margin is asked for."""
+    best, tokens = scores.max(1)
+    if not margin:
+        return tokens, [0.0] * len(tokens)
+    return tokens, (best - scores.scatter(1, tokens[:, None], -torch.inf).amax(1)).tolist()
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for `room` positions: a new token is written behind the others, where `DynamicLayer`
+    copies them all."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.held: list[Tensor] = []  # keys and values, (B, heads, room, d)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.held = [new.new_empty(*new.shape[:2], self.room, new.shape[3]) for new in (key_states, value_states)]
+        end = start + key_states.shape[2]
+        for held, new in zip(self.held, (key_states, value_states), strict=True):
+            held[:, :, start:end] = new
+        self.keys, self.values = (held[:, :, :end] for held in self.held)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        end = self.get_seq_length()
+        self.held = [held[indices] for held in self.held]
+        self.keys, self.values = (held[:, :, :end] for held in self.held)
+
+
+class _Watch(StoppingCriteria):
+    """Within `transformers`' `generate`: ends rows, and notes how long they are then and whether they are unsure."""
+
+    def __init__(self, ids: Tensor, ended: Callable[[list[int]], bool], margin: float) -> None:
+        self.start = ids.shape[1]
+        self.ended = ended
+        self.margin = margin
+        self.margins = [0.0] * len(ids)
+        self.lengths = [0] * len(ids)
+        self.sure = [True] * len(ids)
+        self.done = [False] * len(ids)
+
+    def see(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """A logits processor that leaves them as they are."""
+        self.margins = _best(scores, self.margin)[1]
+        return scores
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        for row, tokens in enumerate(input_ids[:, self.start :].tolist()):
+            if not self.done[row]:
+                self.lengths[row] = len(tokens)
+                self.sure[row] = self.margins[row] >= self.margin
+                self.done[row] = not self.sure[row] or self.ended(tokens)
+        return torch.tensor(self.done, device=input_ids.device)
