@@ -70,8 +70,8 @@ class Amount:
 
 
 AMOUNTS = {
-    ("cpu", "sketch"): Amount(examples=64, prompts=64, places=8_192, repeats=3),
-    ("cpu", "llama-1b"): Amount(examples=16, prompts=16, places=4_096),
+    ("cpu", "sketch"): Amount(examples=32, prompts=24, places=4_096, repeats=2),
+    ("cpu", "llama-1b"): Amount(examples=8, prompts=8, places=4_096),
     ("cuda", "sketch"): Amount(examples=512, prompts=256, places=65_536, repeats=20),
     ("cuda", "llama-1b"): Amount(examples=256, prompts=256, places=65_536, repeats=10),
 }
@@ -80,14 +80,14 @@ QUICK = Amount(examples=8, prompts=6, places=2_048, new_tokens=4, repeats=1, ada
 
 
 def _default_shapes(part: str, device: str) -> tuple[str, ...]:
-    """On a CPU the sketch shows in minutes what curves and adapters would show at a larger size in hours."""
+    """On a CPU the sketch shows in minutes what most parts would show at a larger size in hours."""
     if device == "cuda":
         return ("llama-1b",)
-    return ("sketch",) if part in ("adapters", "curves") else ("sketch", "llama-1b")
+    return ("sketch", "llama-1b") if part in ("step", "epoch") else ("sketch",)
 
 
 def _default_dtypes(part: str, shape: str) -> tuple[str, ...]:
-    return SHAPES[shape].dtypes[:1] if part in ("adapters", "curves") else SHAPES[shape].dtypes
+    return SHAPES[shape].dtypes if part == "step" else SHAPES[shape].dtypes[:1]
 
 
 def cases(
@@ -193,10 +193,10 @@ def _curves(amount: Amount) -> Iterator[dict[str, Any]]:
         return [[real - supervised, supervised]] * STEP_ROWS
 
     curves = {
-        "real tokens of a row": {n: (prompt(), rows(n, 8)) for n in (64, 128, 256, 512, 1_024)},
-        "virtual tokens": {n: (prompt(tokens=n), [EQUAL] * STEP_ROWS) for n in (10, 20, 40, 80, 160)},
-        "experts": {n: (prompt(experts=n), [EQUAL] * STEP_ROWS) for n in (2, 4, 16, 64, 256)},
-        "supervised tokens of 216": {n: (prompt(), rows(216, n)) for n in (8, 16, 32, 64, 128, 215)},
+        "real tokens of a row": {n: (prompt(), rows(n, 8)) for n in (64, 256, 1_024)},
+        "virtual tokens": {n: (prompt(tokens=n), [EQUAL] * STEP_ROWS) for n in (10, 40, 160)},
+        "experts": {n: (prompt(experts=n), [EQUAL] * STEP_ROWS) for n in (2, 16, 256)},
+        "supervised tokens of 216": {n: (prompt(), rows(216, n)) for n in (8, 64, 215)},
     }
     for name, points in curves.items():
         systems = {f"{n:,}": _training(method, lengths, amount) for n, (method, lengths) in points.items()}

@@ -15,10 +15,12 @@ from benchmarks.lengths import Lengths, rows
 from benchmarks.machine import Setting, device, seconds
 from benchmarks.parts.step import SHORT
 from benchmarks.worker import Round
+from ptmoe.evaluate.decoding import Decoder
 from ptmoe.evaluate.generation import complete
 from ptmoe.model import attach
 from ptmoe.train.options import method_config
 
+Answers = Callable[[list[list[int]], int], list[str]]  # to prompts, of so many new tokens
 PAD, END = 0, 1
 SPREAD = 4.5  # standard deviation of the logits
 
@@ -44,11 +46,16 @@ def ptmoe(setting: Setting, method: dict[str, Any], ending: float, **work: Any) 
     model = attach(base, method_config(method)).eval()
     tokenizer = Ids(ends=ending > 0)
 
-    def answers(batch: list[list[int]], new_tokens: int) -> list[str]:
-        made = complete(model, tokenizer, batch, max_new_tokens=new_tokens)  # type: ignore[arg-type]
-        return [completion.text for completion in made]
+    def start() -> Answers:
+        decoder = Decoder(model)  # for all batches of an evaluation; it reads a fixed prompt
 
-    return _measured(setting, answers, ends, by_length=True, **work)
+        def answers(batch: list[list[int]], new_tokens: int) -> list[str]:
+            made = complete(model, tokenizer, batch, max_new_tokens=new_tokens, decoder=decoder)  # type: ignore[arg-type]
+            return [completion.text for completion in made]
+
+        return answers
+
+    return _measured(setting, start, ends, by_length=True, **work)
 
 
 def peft(setting: Setting, ending: float, virtual: int, by_length: bool, **work: Any) -> Round:
@@ -72,7 +79,7 @@ def peft(setting: Setting, ending: float, virtual: int, by_length: bool, **work:
         )
         return tokenizer.batch_decode(made[:, longest:].tolist())
 
-    return _measured(setting, answers, ends, by_length=by_length, virtual=virtual, **work)
+    return _measured(setting, lambda: answers, ends, by_length=by_length, virtual=virtual, **work)
 
 
 def batches(prompts: list[list[int]], places: int, beside: int, by_length: bool) -> list[list[list[int]]]:
@@ -90,7 +97,7 @@ def batches(prompts: list[list[int]], places: int, beside: int, by_length: bool)
 
 def _measured(
     setting: Setting,
-    answers: Callable[[list[list[int]], int], list[str]],
+    start: Callable[[], Answers],
     ends: _Ending,
     lengths: Lengths,
     virtual: int,
@@ -106,6 +113,7 @@ def _measured(
         ends.draw += 0.37  # other ends in every round
 
         def run() -> None:
+            answers = start()
             for batch in parts:
                 made.extend(answers(batch, 2 if brief else new_tokens))
 
