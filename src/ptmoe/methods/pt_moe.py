@@ -188,9 +188,10 @@ class PTMoE(PromptEncoder):
             self.router.weight.copy_(state["router.weight"])
             self.router.bias.copy_(state["router.bias"])
             if "mean" in state:
-                self.router.mean = state["mean"].to(self.router.weight)
-                self.router.scale = state["scale"].to(self.router.weight)
-            self.confidence = state["confidence"]
+                # Copies: a file's tensors lie anywhere in memory, and sums over them round by where they lie.
+                self.router.mean = state["mean"].to(self.router.weight, copy=True)
+                self.router.scale = state["scale"].to(self.router.weight, copy=True)
+            self.confidence = state["confidence"].clone()
         self.hardness = float(state["hardness"])
 
     def expert_prompts(self) -> Tensor:
