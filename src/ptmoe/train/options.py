@@ -47,7 +47,7 @@ class TrainOptions(Settings):
             ones included.
         packing: rows end to end, without padding: by default where that is exact; `True` insists on it.
         gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they computed.
-        torch_compile: compile the base's layers, which pays on a GPU and in long runs; where it fails, go on without.
+        torch_compile: compile the base's layers, which takes minutes at the start; where it fails, go on without.
     """
 
     model: str = "nano"
