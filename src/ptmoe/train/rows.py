@@ -155,7 +155,10 @@ class TokenRows(Dataset[dict[str, Row]]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> dict[str, Row]:
+    def __getitem__(self, index: Any) -> Any:
+        """A row, or with a slice a list of them."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
         index = range(len(self))[index]  # a negative one counts from the end, one beyond it raises
         number = int(np.searchsorted(self._ends, index, side="right"))
         block = self._blocks[number]
