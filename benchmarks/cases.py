@@ -70,7 +70,7 @@ class Amount:
 
 
 AMOUNTS = {
-    ("cpu", "sketch"): Amount(examples=32, prompts=24, places=4_096, repeats=2),
+    ("cpu", "sketch"): Amount(examples=32, prompts=64, places=4_096, repeats=2),
     ("cpu", "llama-1b"): Amount(examples=8, prompts=8, places=4_096),
     ("cuda", "sketch"): Amount(examples=512, prompts=256, places=65_536, repeats=20),
     ("cuda", "llama-1b"): Amount(examples=256, prompts=256, places=65_536, repeats=10),
@@ -140,7 +140,11 @@ def _step(amount: Amount) -> Iterator[dict[str, Any]]:
             }
             for way in ways
         }
-        ours = {"ptmoe pt-moe": _training(PT_MOE, lengths, amount), "ptmoe pt": _training(PT, lengths, amount)}
+        ours = {
+            OURS: _training(PT_MOE, lengths, amount),
+            f"{OURS}, layers compiled": _training(PT_MOE, lengths, amount) | {"compiled": True},
+            "ptmoe pt": _training(PT, lengths, amount),
+        }
         yield {"name": name, "systems": ours | limits, "reference": LIMIT}
 
 
@@ -161,12 +165,12 @@ def _epoch(amount: Amount) -> Iterator[dict[str, Any]]:
 
 def _generate(amount: Amount) -> Iterator[dict[str, Any]]:
     lengths = sample("passages", amount.prompts, seed=2)
-    answer = sum(length for _, length in lengths) / len(lengths)
     common = {"lengths": lengths, "virtual": VIRTUAL, "places": amount.places, "new_tokens": amount.new_tokens}
-    for name, ending in (("no row ends early", 0.0), ("rows end at random", 1 / answer)):
-        settings = common | {"ending": ending}
+    for name, ends in (("no row ends early", False), ("answers end", True)):
+        settings = common | {"ends": ends}
         yield {
             "name": name,
+            "warm_up": "brief",
             "systems": {
                 OURS: {"run": "generate.ptmoe", "method": PT_MOE, **settings},
                 "ptmoe pt": {"run": "generate.ptmoe", "method": PT, **settings},

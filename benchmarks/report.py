@@ -255,9 +255,8 @@ _PARTS = {
         f"{_SKETCH.places:,} on `sketch` and {AMOUNTS['cpu', 'llama-1b'].places:,} on `llama-1b` on a CPU, "
         f"{AMOUNTS['cuda', 'llama-1b'].places:,} on a GPU, and is filled as far as they allow on both sides. ptmoe's "
         "prompts are sorted by length, as `ptmoe eval` does; peft's come in their own order, and sorted in a row of "
-        "their own. *Rows end at random*: at every token with the probability 1 / the mean length of the recorded "
-        "answers, decided by the hidden state in the same way on both sides and, where a process runs several rounds, "
-        "anew in each; *new tokens* shows how many there were. Turning tokens into text is on no side. "
+        "their own. *Answers end*: each where the recorded one of its prompt does, with the end token that it is given "
+        "there on all sides; *new tokens* shows how many there were. Turning tokens into text is on no side. "
         "The final norm is scaled so that logits have a standard deviation of 4.5: random weights put the best two "
         "tokens far closer than trained ones do, and in float32 ptmoe computes a row with a near tie once more.",
     ),

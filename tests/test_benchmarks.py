@@ -167,9 +167,10 @@ def test_every_system_runs(name):
     assert made.get("seconds", 1) > 0
 
 
-@pytest.mark.parametrize("ending", [0.0, 0.2])
-def test_both_sides_complete_alike(ending, monkeypatch):
-    """With one prompt and no padding, which peft puts behind the prompt, they make the same tokens."""
+@pytest.mark.parametrize("ends", [False, True])
+def test_both_sides_complete_alike(ends, monkeypatch):
+    """With one prompt and no padding, which peft puts behind the prompt, they make the same tokens, and as many as the
+    recorded answers have where these end."""
     attach, get_peft_model, texts = generate.attach, generate.get_peft_model, []
 
     def ours(*arguments):
@@ -190,13 +191,14 @@ def test_both_sides_complete_alike(ending, monkeypatch):
     monkeypatch.setattr(generate, "attach", ours)
     monkeypatch.setattr(generate, "get_peft_model", theirs)
     monkeypatch.setattr(generate, "Ids", Noting)
-    work = {"ending": ending, "lengths": [[9, 2]] * 4, "virtual": 5, "places": 10_000, "new_tokens": 12}
+    lengths = [[9, 2], [9, 5], [9, 1], [9, 30]]
+    work = {"ends": ends, "lengths": lengths, "virtual": 5, "places": 10_000, "new_tokens": 12}
     setting = machine.Setting(QUICK_SHAPE, "float32")
     generate.ptmoe(setting, method={"name": "pt", "num_virtual_tokens": 5}, **work)(False)
     generate.peft(setting, by_length=False, **work)(False)
     one, other = texts
     assert one == other
-    assert len({len(text.split()) for text in one}) > 1 if ending else all(len(text.split()) == 12 for text in one)
+    assert [len(text.split()) for text in one] == ([1, 4, 0, 12] if ends else [12] * 4)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

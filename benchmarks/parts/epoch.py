@@ -72,18 +72,19 @@ def _arguments(folder: str, batch_size: int) -> dict[str, Any]:
     }
 
 
+def _data(training: Rows, folder: str, batch_size: int) -> dict[str, Any]:
+    """What ptmoe's trainer and `transformers`' are given alike."""
+    arguments = TrainingArguments(**_arguments(folder, batch_size))
+    return {"args": arguments, "train_dataset": training, "data_collator": collate}
+
+
 def ptmoe(setting: Setting, lengths: Lengths, batch_size: int, method: dict[str, Any]) -> Round:
     """As `ptmoe train` does."""
     model = attach(setting.base(), method_config(method))
 
     def trainer(training: Rows, folder: str, clock: Clock) -> Trainer:
-        return PromptTrainer(
-            model=model,
-            args=TrainingArguments(**_arguments(folder, batch_size)),
-            train_dataset=training,
-            data_collator=collate,
-            callbacks=[RoutingCallback(), clock],
-        )
+        callbacks = [RoutingCallback(), clock]
+        return PromptTrainer(model=model, callbacks=callbacks, **_data(training, folder, batch_size))
 
     return _measured(setting, lengths, trainer)
 
@@ -97,13 +98,7 @@ def peft(setting: Setting, lengths: Lengths, batch_size: int, method: str, virtu
     model = get_peft_model(setting.base(), config)
 
     def trainer(training: Rows, folder: str, clock: Clock) -> Trainer:
-        return Trainer(
-            model=model,
-            args=TrainingArguments(**_arguments(folder, batch_size)),
-            train_dataset=training,
-            data_collator=collate,
-            callbacks=[clock],
-        )
+        return Trainer(model=model, callbacks=[clock], **_data(training, folder, batch_size))
 
     return _measured(setting, lengths, trainer)
 

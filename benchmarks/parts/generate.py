@@ -40,11 +40,10 @@ class Ids:
         return [self.decode(ids) for ids in batch]
 
 
-def ptmoe(setting: Setting, method: dict[str, Any], ending: float, **work: Any) -> Round:
+def ptmoe(setting: Setting, method: dict[str, Any], ends: bool, **work: Any) -> Round:
     """The prompts sorted by length, as `ptmoe eval` sorts them."""
-    base, ends = _base(setting, ending)
-    model = attach(base, method_config(method)).eval()
-    tokenizer = Ids(ends=ending > 0)
+    model = attach(_base(setting, ends), method_config(method)).eval()
+    tokenizer = Ids(ends)
 
     def start() -> Answers:
         decoder = Decoder(model)  # for all batches of an evaluation; it reads a fixed prompt
@@ -55,15 +54,14 @@ def ptmoe(setting: Setting, method: dict[str, Any], ending: float, **work: Any) 
 
         return answers
 
-    return _measured(setting, start, ends, by_length=True, **work)
+    return _measured(setting, start, by_length=True, **work)
 
 
-def peft(setting: Setting, ending: float, virtual: int, by_length: bool, **work: Any) -> Round:
+def peft(setting: Setting, ends: bool, virtual: int, by_length: bool, **work: Any) -> Round:
     """The prompts as they come, or sorted."""
-    base, ends = _base(setting, ending)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
-    model = get_peft_model(base, config).eval()
-    tokenizer = Ids(ends=ending > 0)
+    model = get_peft_model(_base(setting, ends), config).eval()
+    tokenizer = Ids(ends)
 
     def answers(batch: list[list[int]], new_tokens: int) -> list[str]:
         longest = max(map(len, batch))
@@ -79,7 +77,7 @@ def peft(setting: Setting, ending: float, virtual: int, by_length: bool, **work:
         )
         return tokenizer.batch_decode(made[:, longest:].tolist())
 
-    return _measured(setting, lambda: answers, ends, by_length=by_length, virtual=virtual, **work)
+    return _measured(setting, lambda: answers, by_length=by_length, virtual=virtual, **work)
 
 
 def batches(prompts: list[list[int]], places: int, beside: int, by_length: bool) -> list[list[list[int]]]:
@@ -98,7 +96,6 @@ def batches(prompts: list[list[int]], places: int, beside: int, by_length: bool)
 def _measured(
     setting: Setting,
     start: Callable[[], Answers],
-    ends: _Ending,
     lengths: Lengths,
     virtual: int,
     places: int,
@@ -107,10 +104,10 @@ def _measured(
 ) -> Round:
     @torch.no_grad()
     def measure(brief: bool) -> dict[str, Any]:
-        prompts = [prompt for prompt, _ in rows([SHORT] * 8 if brief else lengths, setting.vocabulary)]
+        recorded = rows([SHORT] * 8 if brief else lengths, setting.vocabulary)
+        prompts = [[*prompt[:-1], END + len(answer)] for prompt, answer in recorded]
         parts = batches(prompts, places, virtual + new_tokens, by_length)
         made: list[str] = []
-        ends.draw += 0.37  # other ends in every round
 
         def run() -> None:
             answers = start()
@@ -126,28 +123,32 @@ def _measured(
     return measure
 
 
-def _base(setting: Setting, ending: float) -> tuple[PreTrainedModel, _Ending]:
+def _base(setting: Setting, ends: bool) -> PreTrainedModel:
     """The base with logits as far apart as a trained model's, so that the best two tokens nearly tie as rarely: random
     weights put them ten times as close, and `complete` would compute half of the rows twice."""
     base = setting.base()
     with torch.no_grad():
         base.model.norm.weight.mul_(SPREAD / (base.config.initializer_range * base.config.hidden_size**0.5))
-    ends = _Ending(ending)
-    if ending:
-        base.get_output_embeddings().register_forward_hook(ends)
-    return base, ends
+    if ends:
+        _CountDown(base)
+    return base
 
 
-class _Ending:
-    """Puts the end token first with a given probability and never else, wherever a row stands in its batch. The sum of
-    its hidden state, in the hundreds, decides: its part after the point is as good as chance. `draw` makes it another.
-    """
+class _CountDown:
+    """Ends every answer where the recorded one ends, on all sides alike: a row's last token says how many are to come,
+    and the next number, down to the end token, takes the best score in exchange. So scores are as far apart as ever."""
 
-    def __init__(self, probability: float) -> None:
-        self.probability = probability
-        self.draw = 0.0
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.last = torch.empty(0)
+        base.get_input_embeddings().register_forward_hook(self.read)
+        base.get_output_embeddings().register_forward_hook(self.write)
 
-    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        chance = (inputs[0].float().sum(-1) + self.draw).remainder(1.0)  # (B, L)
-        logits[..., END] = torch.where(chance < self.probability, torch.inf, -torch.inf).to(logits.dtype)
-        return logits
+    def read(self, _: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
+        self.last = inputs[0].reshape(-1, inputs[0].shape[-1])[:, -1]
+
+    def write(self, _: nn.Module, __: Any, logits: Tensor) -> None:
+        scores = logits[:, -1]  # (B, V)
+        if len(scores) == len(self.last):  # not where a prompt is read without tokens
+            best, token = scores.max(1, keepdim=True)
+            wanted = (self.last[:, None] - 1).clamp(min=END)
+            scores.scatter_(1, token, scores.gather(1, wanted)).scatter_(1, wanted, best)

@@ -10,6 +10,7 @@ import torch
 from benchmarks.lengths import Lengths, rows
 from benchmarks.machine import Setting, device, seconds
 from benchmarks.worker import Round
+from ptmoe.compilation import compile_layers
 from ptmoe.model import attach
 from ptmoe.train.data import collate
 from ptmoe.train.options import method_config
@@ -25,9 +26,11 @@ def training_rows(lengths: Lengths, vocabulary: int) -> list[dict[str, list[int]
     ]
 
 
-def training(setting: Setting, method: dict[str, Any], lengths: Lengths, repeats: int) -> Round:
+def training(setting: Setting, method: dict[str, Any], lengths: Lengths, repeats: int, compiled: bool = False) -> Round:
     """Forward with the loss, backward and the optimizer's step, on one padded batch of all rows."""
     model = attach(setting.base(), method_config(method)).train()
+    if compiled and not compile_layers(model.base_model):
+        raise RuntimeError("the layers cannot be compiled")
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
 
     def measure(brief: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all, whenever the process is killed."""
+"""Files that are there whole or not at all, whenever the process is killed, and where kept ones lie."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,13 +9,25 @@ from pathlib import Path
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`; it takes the place of `path` when the block ends without an error."""
-    part = path.with_name(f".{path.name}.part")
-    yield part
-    os.replace(part, path)
+    """A file to write beside `path`; it takes the place of `path` when the block ends without an error.
+
+    Two processes may write the same `path` at the same time: the last one's stays.
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file at once: it is there as it was, or as it is to be."""
     with replaced(path) as part:
         part.write_text(text)
+
+
+def cache_folder() -> Path:
+    """Where what can be made or downloaded again is kept: `$PTMOE_CACHE`, by default `~/.cache/ptmoe`."""
+    root = os.environ.get("PTMOE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ptmoe"
+    return Path(root).expanduser()

@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from ptmoe.adapter import fingerprint
 from ptmoe.errors import PtmoeError, near
 from ptmoe.last_layer import last_layer, narrowed
+from ptmoe.linear import by_onednn
 from ptmoe.loss import (
     IGNORED,
     LOGITS_AT_ONCE,
@@ -592,30 +593,32 @@ class PromptedCausalLM(nn.Module):
             options: of the base.
         """
         rows, columns, targets = supervised
-        inputs, attention = self._inputs(spliced, prompts), cast("AbstractContextManager[Any]", nullcontext())
-        if self._packs(spliced, prompts, options):
-            packed = pack(spliced)
-            rows, columns = torch.zeros_like(rows), packed.places[rows, columns]
-            inputs = {"inputs_embeds": packed.embeds, "position_ids": packed.position_ids}
-            attention = packed_attention(self.base_model, packed.groups)
-        narrow = cast("AbstractContextManager[Any]", nullcontext())
-        if (layer := self._last_layer(options)) is not None:
-            narrow = narrowed(layer, rows, columns)
-            rows, columns = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
+        inputs = self._inputs(spliced, prompts)
         head = self.get_output_embeddings()
         size = max(1, LOGITS_AT_ONCE // self.config.get_text_config().vocab_size)
-        if len(targets) > size and not any(parameter.requires_grad for parameter in head.parameters()):
-            hidden = Hidden(self.base_model)
-            with attention, narrow, hidden.at(rows, columns):
-                out = self.base_model(**inputs, **options)
-            if hidden.states is not None:
-                states, project = hidden.states, hidden.project
-                return cross_entropy_in_parts(states, targets, num_items, project, size, statistics), out
-            logits = out.logits[rows, columns]
-        else:
-            with attention, narrow, projected_at(head, rows, columns):
-                out = self.base_model(**inputs, **options)
-            logits = out.logits[0]
+        packed = pack(spliced) if self._packs(spliced, prompts, options) else None
+        layer = self._last_layer(options)  # the first time, both try the base out
+        with ExitStack() as ways:
+            ways.enter_context(by_onednn(self.base_model))
+            if packed is not None:
+                rows, columns = torch.zeros_like(rows), packed.places[rows, columns]
+                inputs = {"inputs_embeds": packed.embeds, "position_ids": packed.position_ids}
+                ways.enter_context(packed_attention(self.base_model, packed.groups))
+            if layer is not None:
+                ways.enter_context(narrowed(layer, rows, columns))
+                rows, columns = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
+            if len(targets) > size and not any(parameter.requires_grad for parameter in head.parameters()):
+                hidden = Hidden(self.base_model)
+                with hidden.at(rows, columns):
+                    out = self.base_model(**inputs, **options)
+                if hidden.states is not None:
+                    states, project = hidden.states, hidden.project
+                    return cross_entropy_in_parts(states, targets, num_items, project, size, statistics), out
+                logits = out.logits[rows, columns]
+            else:
+                with projected_at(head, rows, columns):
+                    out = self.base_model(**inputs, **options)
+                logits = out.logits[0]
         if statistics is not None:
             statistics.add(logits, targets)
         return cross_entropy(logits, targets, num_items), out

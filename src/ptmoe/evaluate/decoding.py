@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ptmoe.linear import by_onednn
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -86,6 +88,17 @@ class Decoder:
         Raises:
             PtmoeError: a row too long for the base's positions.
         """
+        with by_onednn(self.base):
+            return self._decode(prompts, experts, max_new_tokens, ended, margin)
+
+    def _decode(
+        self,
+        prompts: Sequence[list[int]],
+        experts: Sequence[int],
+        max_new_tokens: int,
+        ended: Callable[[list[int]], bool],
+        margin: float,
+    ) -> list[list[int] | None]:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=ids.device)
@@ -200,10 +213,10 @@ def _rotates_by_length(base: PreTrainedModel) -> bool:
 
 def _best(scores: Tensor, margin: float) -> tuple[Tensor, list[float]]:
     """The best tokens `(B,)` for scores `(B, V)`, and how far each is ahead of the next, if a margin is asked for."""
-    best, tokens = scores.max(1)
     if not margin:
-        return tokens, [0.0] * len(tokens)
-    return tokens, (best - scores.scatter(1, tokens[:, None], -torch.inf).amax(1)).tolist()
+        return scores.argmax(1), [0.0] * len(scores)
+    best, tokens = scores.topk(2, 1)  # of equal ones either may come first: no margin tells them apart
+    return tokens[:, 0], (best[:, 0] - best[:, 1]).tolist()
 
 
 class _RoomyLayer(DynamicLayer):

@@ -1,9 +1,9 @@
 """The variants of LoRA that `peft` has: other starts, another form of the product, another optimizer.
 
 PiSSA, CorDA and KaSA take something out of the target modules' own weights before they train, so those cannot be
-quantized. The rest of the base
-stays as it is, `disable_adapter` and `delete_adapter` bring the modules' weights back to the bit (a copy of them is
-kept), and what PiSSA and CorDA save is LoRA of twice the rank on the untouched base, as `peft` converts them.
+quantized. The rest of the base stays as it is, `disable_adapter` and `delete_adapter` bring the modules' weights back
+to the bit (a copy of them is kept), and what PiSSA and CorDA save is LoRA of twice the rank on the untouched base, as
+`peft` converts them.
 """
 
 from __future__ import annotations

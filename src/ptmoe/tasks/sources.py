@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ptmoe.errors import PtmoeError
+from ptmoe.files import cache_folder, replaced
 from ptmoe.tasks.base import Hub, Split, Task
 from ptmoe.tasks.records import Record
 
@@ -102,8 +103,7 @@ def in_folder(task: Task, split: str, place: Path) -> Path:
 
 def cached(split: Split) -> Path:
     """Where a released file is kept once it was downloaded."""
-    root = os.environ.get("PTMOE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptmoe"
-    return Path(root) / f"{split.md5}.jsonl.gz"
+    return cache_folder() / f"{split.md5}.jsonl.gz"
 
 
 def fetch(url: str, target: Path, md5: str, say: Callable[[str], None]) -> None:
@@ -114,10 +114,9 @@ def fetch(url: str, target: Path, md5: str, say: Callable[[str], None]) -> None:
         OSError: the server cannot be reached or does not give it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     digest, received = hashlib.md5(usedforsecurity=False), 0
     say(f"downloading {url}")
-    try:
+    with replaced(target) as partial:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, partial.open("wb") as file:
             length = int(answer.headers.get("Content-Length") or 0)
             with suppress(http.client.IncompleteRead):  # shorter than announced: said below, with both sums
@@ -131,9 +130,6 @@ def fetch(url: str, target: Path, md5: str, say: Callable[[str], None]) -> None:
                 f"{url}: the download has MD5 {digest.hexdigest()}{short}, the release {md5}; nothing is kept. "
                 "Try again, or give a copy of your own with --data-dir"
             )
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def hub_rows(source: Source) -> Iterator[Record]:

@@ -19,7 +19,6 @@ import inspect
 import json
 import os
 import sys
-import uuid
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ import transformers
 from torch.utils.data import Dataset
 
 from ptmoe import tokens
+from ptmoe.files import cache_folder, replaced
 from ptmoe.loss import IGNORED
 
 if TYPE_CHECKING:
@@ -102,12 +102,8 @@ class Block:
             OSError: it cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-        try:
+        with replaced(path) as partial:
             self.numbers.tofile(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def row(self, index: int) -> dict[str, Row]:
         start = self._starts[index]
@@ -174,8 +170,7 @@ class TokenCache:
     """
 
     def __init__(self, settings: Callable[[], bytes], say: Callable[[str], None]) -> None:
-        root = os.environ.get("PTMOE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ptmoe"
-        self.folder = Path(os.path.expanduser(root), "tokens")
+        self.folder = cache_folder() / "tokens"
         self._make_settings, self._say = settings, say
         self._settings = b""
         self._used: set[Path] = set()

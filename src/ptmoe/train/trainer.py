@@ -61,6 +61,8 @@ class PromptTrainer(Trainer):
     def __init__(self, *arguments: Any, batches: TokenBatches | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.batches = batches
+        if batches is not None:
+            self.add_callback(_Epochs(batches))
         self._last_good: dict[str, Tensor] = {}
         self._parts = 1  # that a batch is computed in
 
@@ -186,7 +188,7 @@ class PromptTrainer(Trainer):
         from safetensors import safe_open
 
         state: dict[int | str, dict[str, Any]] = {}  # by parameter; LoRA-FA's optimizer counts by name
-        with safe_open(Path(checkpoint) / OPTIMIZER, "pt", device=str(self.args.device)) as opened:
+        with safe_open(Path(checkpoint) / OPTIMIZER, "pt") as opened:  # loading moves the state to its parameters
             metadata = opened.metadata()
             entries = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         for key, value in (entries | json.loads(metadata["numbers"])).items():
@@ -220,18 +222,26 @@ class PromptTrainer(Trainer):
         return Path(folder) / RANDOM_STATE.replace(".json", f"{rank}.json")
 
 
+class _Epochs(TrainerCallback):
+    """Tells the batches which epoch begins: where several processes share them, `accelerate` wraps them, and a resumed
+    run wraps them again, and the number does not come through."""
+
+    def __init__(self, batches: TokenBatches) -> None:
+        self.batches = batches
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.batches.set_epoch(int(state.epoch or 0))
+
+
 def _rows(inputs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     """Some rows of a batch."""
     count = len(inputs["input_ids"])
-    whole = (start, min(stop, count)) == (0, count)
-    return (
-        inputs
-        if whole
-        else {
-            name: value[start:stop] if isinstance(value, Tensor | list | tuple) and len(value) == count else value
-            for name, value in inputs.items()
-        }
-    )
+    if (start, min(stop, count)) == (0, count):
+        return inputs
+    return {
+        name: value[start:stop] if isinstance(value, Tensor | list | tuple) and len(value) == count else value
+        for name, value in inputs.items()
+    }
 
 
 def _numpy_state() -> list[Any]:
