@@ -258,7 +258,7 @@ _PARTS = {
         "their own. *Answers end*: each where the recorded one of its prompt does, with the end token that it is given "
         "there on all sides; *new tokens* shows how many there were. Turning tokens into text is on no side. "
         "The final norm is scaled so that logits have a standard deviation of 4.5: random weights put the best two "
-        "tokens far closer than trained ones do, and in float32 ptmoe computes a row with a near tie once more.",
+        "tokens far closer than trained ones do, and in float32 ptmoe looks at a row with a near tie alone.",
     ),
     "adapters": (
         "Memory of many adapters",

@@ -140,18 +140,49 @@ def test_in_half_precision_a_batch_gets_the_tokens_that_generate_gives_it(base):
     assert decoded(Decoder(model), rows) == expected
 
 
-def test_a_row_that_is_nearly_a_tie_is_given_up_at_once():
+EVERY_TOKEN = 1e9  # a margin that none has
+
+
+def test_where_two_tokens_nearly_tie_one_pass_over_the_row_alone_decides():
     model = prompted(tiny(), CONFIGS["PT"]).eval()
-    decoder = Decoder(model)
+    decoder, whole = Decoder(model), generated(model)
     with read_by(model.base_model) as shapes:
-        assert decoded(decoder, margin=1e9) == [None] * len(ROWS)
-    assert len(shapes) == 1
-    whole, widths = generated(model), set()
+        assert decoded(decoder, margin=EVERY_TOKEN) == whole
+    steps = [shape for shape in shapes if shape[0] == len(ROWS)]
+    assert len(steps) == NEW
+    assert len(shapes) == NEW * (1 + len(ROWS))
+    counts = set()
     for margin in (0.01, 0.05, 0.2):
-        made = decoded(decoder, margin=margin)
-        widths.add(sum(one is None for one in made))
-        assert all(one is None or one == row for one, row in zip(made, whole, strict=True))
-    assert len(widths) > 1, "no margin tells rows apart: tells nothing"
+        with read_by(model.base_model) as shapes:
+            assert decoded(decoder, margin=margin) == whole
+        counts.add(len(shapes))
+    assert len(counts) > 1, "no margin tells tokens apart: tells nothing"
+
+
+@pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS)
+def test_a_row_alone_has_the_scores_that_it_has_in_the_batch(base, config):
+    """Its prompt is composed from the input and not from what has been made."""
+    decoder = Decoder(prompted(base, config).eval())
+    assert decoded(decoder, margin=EVERY_TOKEN) == generated(decoder.model)
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_so_it_has_where_the_method_changes_the_base_or_fills_the_cache(config):
+    decoder = Decoder(prompted(tiny(), config).eval())
+    assert decoded(decoder, margin=EVERY_TOKEN) == generated(decoder.model)
+
+
+def test_where_length_rotates_a_row_alone_takes_its_own_steps():
+    """Keys that were rotated when the row was short stay as they are, and one pass would rotate them anew."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0], "factor": 4.0}
+    base = tiny(rope_parameters=rope, max_position_embeddings=64)
+    decoder = Decoder(prompted(base, ROUTED).eval())
+    assert decoder.rotates_by_length
+    expected = [decoded(decoder, [row])[0] for row in ROWS]
+    assert [decoded(decoder, [row], margin=EVERY_TOKEN)[0] for row in ROWS] == expected
+    decoder.rotates_by_length = False
+    assert [decoded(decoder, [row], margin=EVERY_TOKEN)[0] for row in ROWS] != expected, "it does not: tells nothing"
 
 
 def lfm2():
@@ -186,7 +217,7 @@ def test_another_base_is_decoded_by_transformers_with_the_same_ends_and_margins(
     ends = [whole[0][:4], whole[2][:1]]
     cut = [next(row[:n] for n in range(1, NEW + 1) if row[:n] in ends or n == NEW) for row in whole]
     assert decoded(decoder, rows, ended=ends.__contains__) == cut
-    assert decoded(decoder, rows, margin=1e9) == [None] * 3
+    assert decoded(decoder, rows, margin=EVERY_TOKEN) == whole
 
 
 def test_a_row_too_long_for_the_base_is_refused():

@@ -17,12 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ptmoe import PtmoeError
 from ptmoe.loss import IGNORED
 from ptmoe.methods import PTMoEConfig
+from ptmoe.train import TrainOptions
 from ptmoe.train.batches import TokenBatches
 from ptmoe.train.data import collate
+from ptmoe.train.recipe import run_folder
 from ptmoe.train.trainer import PromptTrainer
 
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
 LENGTHS = [5, 9, 14, 7, 20, 11, 6, 18]
 METHODS = {
     "PT": CONFIGS["PT"],
@@ -89,7 +97,7 @@ def two_processes(folder: Path, method: str, **options: object) -> list[list[lis
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     done = subprocess.run(
         [*command, json.dumps([str(folder), method, options])],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -124,6 +132,24 @@ def test_two_processes_go_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     two_processes(tmp_path / "parts", "PT-MoE", by_tokens=True, stop=steps + 1)  # the second epoch's first batch
     two_processes(tmp_path / "parts", "PT-MoE", by_tokens=True)
     check_equal(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_command_in_two_processes_writes_one_run_and_speaks_once(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ptmoe"]
+    chosen = ["--task", "nano/mixed", "--max-examples", "40", "--max-steps", "2", "--eval-examples", "8"]
+    command = [*launch, "train", *chosen, "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("run folder") == 1
+    assert len((tmp_path / "run" / "predictions" / "nano__mixed.jsonl").read_text().splitlines()) == 8
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 2
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_several_processes_need_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PtmoeError, match="2 processes write one run: name its folder with --output-dir"):
+        run_folder(TrainOptions(task="nano/mixed"), resume=False)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import ptmoe
 from ptmoe.base_models import load_base
 from ptmoe.evaluate import evaluate
 from ptmoe.evaluate.generation import NEAR_TIE, complete
+from ptmoe.linear import by_onednn
 from ptmoe.model import PromptedCausalLM, attach
 from ptmoe.tasks import Example, load_task
 from ptmoe.tasks.scoring import bootstrap_interval
@@ -62,7 +63,7 @@ def test_batch_sizes_1_3_and_32_give_the_same_file_and_scores(routed, examples, 
     assert len({line["completion"] for line in lines}) > 10
 
 
-def test_a_row_whose_best_tokens_tie_is_completed_alone():
+def test_where_the_best_tokens_tie_every_batch_takes_the_same():
     """All scores equal: whatever a batch's rounding prefers, the row's own preference counts."""
     base = tiny("llama", eos_token_id=None)
     with torch.no_grad():  # pairs of vocabulary rows that differ by less than a batch's rounding
@@ -84,7 +85,7 @@ def test_scores_in_a_batch_differ_from_a_rows_own_by_far_less_than_a_near_tie(ba
     rows = [torch.arange(3, 3 + length) for length in (4, 9, 17, 30)]
     ids = torch.stack([torch.nn.functional.pad(row, (30 - len(row), 0)) for row in rows])
     mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (30 - len(row), 0)) for row in rows])
-    with torch.no_grad():
+    with torch.no_grad(), by_onednn(model.base_model):  # as in decoding
         together = model(input_ids=ids, attention_mask=mask).logits[:, -1]
         alone = torch.cat([model(input_ids=row[None]).logits[:, -1] for row in rows])
     assert (together - alone).abs().max() < NEAR_TIE / 10

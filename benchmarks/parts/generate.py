@@ -125,7 +125,7 @@ def _measured(
 
 def _base(setting: Setting, ends: bool) -> PreTrainedModel:
     """The base with logits as far apart as a trained model's, so that the best two tokens nearly tie as rarely: random
-    weights put them ten times as close, and `complete` would compute half of the rows twice."""
+    weights put them ten times as close, and `complete` looks at a row with a near tie alone."""
     base = setting.base()
     with torch.no_grad():
         base.model.norm.weight.mul_(SPREAD / (base.config.initializer_range * base.config.hidden_size**0.5))

@@ -724,17 +724,21 @@ class PromptedCausalLM(nn.Module):
                 passed["position_ids"] = torch.cat([first, passed["position_ids"]], 1)
         return self.base_model.generate(input_ids, **passed, **options)
 
-    def decoder_inputs(self, input_ids: Tensor, attention_mask: Tensor, new: int) -> dict[str, Any]:
+    def decoder_inputs(
+        self, input_ids: Tensor, attention_mask: Tensor, new: int, input_mask: Tensor | None = None
+    ) -> dict[str, Any]:
         """What the base's `forward` takes first to decode `new` tokens greedily, behind the active adapter's prompt.
 
         Args:
             input_ids: `(B, L)`, padded on the left.
             attention_mask: `(B, L)`.
+            new: how many tokens.
+            input_mask: `(B, L)`, the tokens that the router may read; all real ones by default.
 
         Raises:
             PtmoeError: a row too long for the base's positions.
         """
-        spliced, prompts, _ = self._splice(input_ids, attention_mask, None, None)
+        spliced, prompts, _ = self._splice(input_ids, attention_mask, input_mask, None)
         self._check_length(spliced, prompts, new)
         return self._inputs(spliced, prompts)
 

@@ -1,5 +1,6 @@
 """`ptmoe train`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, 
     from ptmoe.train import train
     from ptmoe.train.steps import StepsCallback
 
-    console = Console()
-    with progress_bar() as progress:
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first speaks
+    with progress_bar(console) as progress:
         trained = train(
             options,
             resume=resume,

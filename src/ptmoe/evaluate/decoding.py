@@ -63,7 +63,8 @@ class Decoder:
         self.prefix: list[tuple[Tensor, Tensor]] | None = None  # of each layer, keys and values (N, heads, T, d)
         prompts = model.fixed_prompts()
         # With the padding behind the prompt only explicit positions say where a token stands.
-        if self.steps and prompts is not None and "position_ids" in parameters and not _rotates_by_length(self.base):
+        self.rotates_by_length = _rotates_by_length(self.base)
+        if self.steps and prompts is not None and "position_ids" in parameters and not self.rotates_by_length:
             self.prefix = self._read(prompts)
 
     @torch.no_grad()
@@ -75,21 +76,23 @@ class Decoder:
         max_new_tokens: int,
         ended: Callable[[list[int]], bool],
         margin: float = 0.0,
-    ) -> list[list[int] | None]:
-        """Each row's new tokens; None for a row in which the best score was less than `margin` above the next.
+    ) -> list[list[int]]:
+        """Each row's new tokens.
 
         Args:
             prompts: token ids, at least one each.
             experts: which of the adapter's fixed prompts each row has.
             max_new_tokens: of each row.
             ended: whether a row that has these new tokens has ended with the last of them.
-            margin: 0 asks for none.
+            margin: where the best score is less than this above the next, the row alone decides.
 
         Raises:
             PtmoeError: a row too long for the base's positions.
         """
         with by_onednn(self.base):
-            return self._decode(prompts, experts, max_new_tokens, ended, margin)
+            if self.steps:
+                return self._decode(prompts, experts, max_new_tokens, ended, margin)
+            return self._by_transformers(prompts, max_new_tokens, ended, margin if len(prompts) > 1 else 0.0)
 
     def _decode(
         self,
@@ -98,32 +101,28 @@ class Decoder:
         max_new_tokens: int,
         ended: Callable[[list[int]], bool],
         margin: float,
-    ) -> list[list[int] | None]:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=ids.device)
-        if not self.steps:
-            return self._by_transformers(ids, mask, max_new_tokens, ended, margin)
-        inputs = self._first_inputs(ids, mask, experts, max_new_tokens)
+    ) -> list[list[int]]:
+        inputs = self._first_inputs(*self._padded(prompts), experts, max_new_tokens)
         cache, positions = inputs["past_key_values"], inputs.get("position_ids")
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, max_new_tokens), value=1)
         made: list[list[int]] = [[] for _ in prompts]
-        running, unsure = list(range(len(prompts))), set()
+        running = list(range(len(prompts)))
         for left in reversed(range(max_new_tokens)):
             tokens, margins = _best(self.base(**inputs, **self.options).logits[:, -1], margin)
             staying = []
-            for place, (row, token, ahead) in enumerate(zip(running, tokens.tolist(), margins, strict=True)):
+            for place, (row, ahead) in enumerate(zip(running, margins, strict=True)):
+                if not ahead >= margin:  # a NaN is no margin, too
+                    tokens[place] = self._alone(prompts[row], experts[row], made[row])
+            for place, (row, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
                 made[row].append(token)
-                if not ahead >= margin:  # a NaN is unsure, too
-                    unsure.add(row)
-                elif not ended(made[row]):
+                if not ended(made[row]):
                     staying.append(place)
             if not staying or not left:
                 break
             positions = None if positions is None else positions[:, -1:] + 1
             if len(staying) < len(running):
                 running = [running[place] for place in staying]
-                kept = torch.tensor(staying, device=ids.device)
+                kept = torch.tensor(staying, device=tokens.device)
                 cache.batch_select_indices(kept)
                 tokens, mask = tokens[kept], mask[kept]
                 positions = None if positions is None else positions[kept]
@@ -134,7 +133,23 @@ class Decoder:
             }
             if positions is not None:
                 inputs["position_ids"] = positions
-        return [None if row in unsure else tokens for row, tokens in enumerate(made)]
+        return made
+
+    def _alone(self, prompt: list[int], expert: int, made: list[int]) -> int:
+        """The next token of a row by itself, which is the same whatever batch it is in."""
+        if self.rotates_by_length:  # one pass is not what the row's own steps were
+            return self._decode([prompt], [expert], len(made) + 1, lambda _: False, 0.0)[0][-1]
+        ids, mask = self._padded([prompt + made])
+        readable = torch.arange(ids.shape[1], device=ids.device)[None] < len(prompt)
+        inputs = self.model.decoder_inputs(ids, mask, 1, readable)
+        return int(self.base(**inputs, **self.options).logits[0, -1].argmax())
+
+    def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, `(B, L)`, padded on the left."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self.model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=ids.device)
+        return ids, mask
 
     def _first_inputs(self, ids: Tensor, mask: Tensor, experts: Sequence[int], new: int) -> dict[str, Any]:
         """What the base takes first, with a cache that has room for `new` tokens and holds what stands before them."""
@@ -176,8 +191,9 @@ class Decoder:
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _by_transformers(
-        self, ids: Tensor, mask: Tensor, new: int, ended: Callable[[list[int]], bool], margin: float
-    ) -> list[list[int] | None]:
+        self, prompts: Sequence[list[int]], new: int, ended: Callable[[list[int]], bool], margin: float
+    ) -> list[list[int]]:
+        ids, mask = self._padded(prompts)
         watch = _Watch(ids, ended, margin)
         made = self.model.generate(
             ids,
@@ -188,8 +204,12 @@ class Decoder:
             stopping_criteria=[watch],
             **GREEDY,
         )
-        rows = zip(made[:, ids.shape[1] :].tolist(), watch.lengths, watch.sure, strict=True)
-        return [tokens[:length] if sure else None for tokens, length, sure in rows]
+        return [
+            tokens[:length] if sure else self._by_transformers([prompt], new, ended, 0.0)[0]
+            for prompt, tokens, length, sure in zip(
+                prompts, made[:, ids.shape[1] :].tolist(), watch.lengths, watch.sure, strict=True
+            )
+        ]
 
 
 def _can_be_stepped(base: PreTrainedModel) -> bool:

@@ -1,8 +1,8 @@
 """Greedy completions of many prompts, the same in whatever batches they are computed.
 
 A batch rounds otherwise than a row alone, by its shape and its padding, and a token whose score is within that rounding
-of the next one's could be either. Such a row leaves its batch and is completed alone. This holds in float32; in half
-precision rounding is as large as real differences, and a completion may depend on the batch.
+of the next one's could be either. Then one pass over the row alone decides. This holds in float32; in half precision
+rounding is as large as real differences, and a completion may depend on the batch.
 """
 
 from __future__ import annotations
@@ -59,17 +59,15 @@ def complete(
     routings = [_route(model, prompt) for prompt in prompts]
     experts = [0 if one is None else int(one.gate[0].argmax()) for one in routings]
 
-    def decode(rows: list[int], margin: float) -> list[list[int] | None]:
-        chosen = [prompts[row] for row in rows], [experts[row] for row in rows]
-        return decoder(*chosen, max_new_tokens=max_new_tokens, ended=ends, margin=margin)
-
-    made: dict[int, list[int] | None] = dict.fromkeys(range(len(prompts)))  # None is completed alone
     exact = model.dtype == torch.float32
-    together = [row for row, one in enumerate(routings) if one is None or not exact or not _experts_nearly_tie(one)]
-    if len(prompts) > 1 and together:
-        made.update(zip(together, decode(together, NEAR_TIE if exact else 0.0), strict=True))
-    rows = [decode([row], 0.0)[0] if tokens is None else tokens for row, tokens in made.items()]
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    apart = [row for row, one in enumerate(routings) if exact and one is not None and _experts_nearly_tie(one)]
+    together = [row for row in range(len(prompts)) if row not in apart]
+    made: dict[int, list[int]] = {}
+    for rows in ([together] if together else []) + [[row] for row in apart]:
+        chosen = [prompts[row] for row in rows], [experts[row] for row in rows]
+        margin = NEAR_TIE if exact else 0.0
+        made.update(zip(rows, decoder(*chosen, max_new_tokens=max_new_tokens, ended=ends, margin=margin), strict=True))
+    texts = tokenizer.batch_decode([made[row] for row in range(len(prompts))], skip_special_tokens=True)
     return [
         Completion(_before(text, until), None if one is None else [round(value, 6) for value in one.gate[0].tolist()])
         for text, one in zip(texts, routings, strict=True)

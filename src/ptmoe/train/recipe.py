@@ -105,6 +105,8 @@ def train(
 ) -> Trained:
     """Train an adapter and write its run folder.
 
+    Started by `torchrun` or `accelerate launch`, processes share the batches, and the first evaluates and writes.
+
     Args:
         options: everything that decides the run.
         resume: go on from the last checkpoint in `output_dir`.
@@ -156,7 +158,9 @@ def train(
     }
     options = options.replace(**resolved)
     trainer = _trainer(model, fitted.rows, options, folder, callbacks)
-    _begin(folder, options)
+    first = trainer.is_world_process_zero()
+    if first:
+        _begin(folder, options)
     started = time.monotonic()
     _fit(trainer, folder, resume)
     result = Result(
@@ -169,6 +173,10 @@ def train(
         examples_cut=fitted.cut,
         examples_left_out=fitted.left_out,
     )
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.state.destroy_process_group()  # the others leave while the first evaluates
+    if not first:
+        return Trained(folder, result, model, tokenizer, [])
     result.write(folder)
     evaluations = _evaluate(model, tokenizer, held_out, options, folder)
     return Trained(folder, result, model, tokenizer, evaluations)
@@ -264,6 +272,8 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
     if options.output_dir is None:
         if resume:
             raise PtmoeError("--resume needs the run: give its --output-dir")
+        if _processes() > 1:
+            raise PtmoeError(f"{_processes()} processes write one run: name its folder with --output-dir")
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         return Path("runs") / f"{options.method.get('name', 'pt-moe')}-{stamp}"
     folder = Path(options.output_dir)
@@ -277,6 +287,11 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
             f"{folder} already holds a run ({', '.join(held)}): choose another --output-dir, or go on with --resume"
         )
     return folder
+
+
+def _processes() -> int:
+    """As `torchrun` and `accelerate launch` say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _trainer(
@@ -324,7 +339,7 @@ def _trainer(
             options.tokens_per_batch,
             padded=not model.can_pack(),
             seed=options.seed,
-            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            processes=_processes(),
         )
         # For what counts in rows: the routing's first examples come in batches that fit.
         chosen["per_device_train_batch_size"] = max(1, options.tokens_per_batch // int(lengths.max()))
@@ -361,7 +376,8 @@ def _fit(trainer: PromptTrainer, folder: Path, resume: bool) -> None:
         error.args = (f"{error}; it is in {folder / 'adapter'}",)
         raise
     model.eval()
-    model.save_pretrained(folder / "adapter")
+    if trainer.is_world_process_zero():
+        model.save_pretrained(folder / "adapter")
 
 
 TRAINER_FIELDS = frozenset(
