@@ -9,7 +9,7 @@ from typing import Any, Literal
 from benchmarks.lengths import Lengths, sample
 from benchmarks.shapes import SHAPES
 
-PARTS = ("step", "epoch", "generate", "adapters", "curves", "startup")
+PARTS = ("step", "epoch", "generate", "adapters", "curves", "linear", "startup")
 VIRTUAL = 40
 PT_MOE = {"name": "pt-moe", "num_virtual_tokens": VIRTUAL, "num_experts": 2, "rank": 36}
 PT = {"name": "pt", "num_virtual_tokens": VIRTUAL}
@@ -111,6 +111,8 @@ def cases(
         if part == "startup":
             yield _startup(repeats=1 if quick else 5)
             continue
+        if part == "linear" and device != "cpu":
+            continue
         for shape in shapes or _default_shapes(part, device):
             amount = QUICK if quick else AMOUNTS[device, shape]
             resident = SHAPES[shape].resident or device == "cuda"
@@ -207,6 +209,16 @@ def _curves(amount: Amount) -> Iterator[dict[str, Any]]:
         yield {"name": name, "systems": systems, "reference": next(iter(systems))}
 
 
+def _linear(_: Amount) -> Iterator[dict[str, Any]]:
+    for of, rows, backward in (("head", 13, False), ("up", 13, False), ("head", 64, True), ("up", 2_048, True)):
+        common = {"run": "linear.layer", "of": of, "rows": rows, "backward": backward, "repeats": 20}
+        yield {
+            "name": f"{'the head' if of == 'head' else 'a layer'}, {'training' if backward else 'decoding'}",
+            "systems": {way: common | {"way": way} for way in ("oneDNN", "torch")},
+            "reference": "oneDNN",
+        }
+
+
 def _startup(repeats: int) -> Case:
     commands = {
         "ptmoe --help": ["-m", "ptmoe", "--help"],
@@ -221,7 +233,14 @@ def _startup(repeats: int) -> Case:
     return Case("startup", "a new process", "", "", systems, reference="python alone")
 
 
-_MAKE = {"step": _step, "epoch": _epoch, "generate": _generate, "adapters": _adapters, "curves": _curves}
+_MAKE = {
+    "step": _step,
+    "epoch": _epoch,
+    "generate": _generate,
+    "adapters": _adapters,
+    "curves": _curves,
+    "linear": _linear,
+}
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,13 @@ _PARTS = {
         f"The time and memory of a training step of pt-moe, {STEP_ROWS} rows of 216 real tokens, 8 of them supervised, "
         f"{VIRTUAL} virtual tokens, two experts, but for what the table varies.",
     ),
+    "linear": (
+        "Linear layers",
+        "One frozen layer by itself, as `torch` computes it on a CPU and by oneDNN, which `ptmoe.linear` calls in "
+        "float32: the projection to the vocabulary (*the head*) or a layer's up projection, on 13 rows as in "
+        "*decoding*, or on 64 of the head and 2,048 of a layer in *training*, there with the backward pass to the "
+        "layer's input.",
+    ),
     "startup": (
         "Start-up",
         "A new interpreter, from its start to its end, the files in memory: the median of five in each round.",

@@ -240,3 +240,21 @@ def test_the_command_measures_writes_and_resumes(tmp_path):
     assert "Memory of many adapters" in (tmp_path / "RESULTS.md").read_text()
     assert "round 1" not in run("adapters", "--quick", "--resume").stdout
     assert "--shape tiny is for --quick" in run("step", "--shape", "tiny").stderr
+
+
+def test_a_profile_names_the_operators_that_take_the_time():
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks.profiling", *arguments, "--shape", "tiny"],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    made = run("step", "ptmoe pt-moe", "--name", "passages")
+    assert made.returncode == 0, made.stderr
+    assert "| operator | seconds | share | calls |" in made.stdout
+    assert "`aten::" in made.stdout
+    assert "it has ptmoe pt-moe, " in run("step", "another").stderr

@@ -60,12 +60,19 @@ class Decoder:
         if "logits_to_keep" in parameters:
             self.options["logits_to_keep"] = 1
         self.steps = _can_be_stepped(self.base)
+        self.takes_positions = "position_ids" in parameters
+        self.rotates_by_length = _rotates_by_length(self.base)
         self.prefix: list[tuple[Tensor, Tensor]] | None = None  # of each layer, keys and values (N, heads, T, d)
+        self.held: list[tuple[Tensor, Tensor]] = []  # likewise, of any input: they say what a batch's have to look like
+        if not self.steps:
+            return
         prompts = model.fixed_prompts()
         # With the padding behind the prompt only explicit positions say where a token stands.
-        self.rotates_by_length = _rotates_by_length(self.base)
-        if self.steps and prompts is not None and "position_ids" in parameters and not self.rotates_by_length:
-            self.prefix = self._read(prompts)
+        if prompts is not None and self.takes_positions and not self.rotates_by_length:
+            self.held = self.prefix = self._read(prompts)
+        else:
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            self.held = self._read(model.get_input_embeddings()(token))
 
     @torch.no_grad()
     def __call__(
@@ -172,7 +179,11 @@ class Decoder:
             before = [] if held is None else [(layer.keys, layer.values) for layer in held.layers]
         room = inputs["attention_mask"].shape[1] + new
         cache = DynamicCache(config=self.base.config)
-        cache.layers = [layer if layer.is_sliding else _RoomyLayer(room) for layer in layers]
+        # All of them before anything else is computed: between, they would leave holes that nothing fits into.
+        cache.layers = [
+            layer if layer.is_sliding else _RoomyLayer([_room(one, len(ids), room) for one in held])
+            for layer, held in zip(layers, self.held, strict=True)
+        ]
         for index, (keys, values) in enumerate(before):
             cache.update(keys, values, index)
         return {**inputs, "past_key_values": cache}
@@ -181,13 +192,10 @@ class Decoder:
         """Each layer's keys and values `(N, heads, T, d)` of prompts `(N, T, H)`."""
         cache = DynamicCache(config=self.base.config)
         mask = torch.ones(prompts.shape[:2], dtype=torch.long, device=prompts.device)
-        self.base(
-            inputs_embeds=prompts.to(self.model.dtype),
-            attention_mask=mask,
-            position_ids=mask.cumsum(1) - 1,
-            past_key_values=cache,
-            **self.options,
-        )
+        inputs = {"inputs_embeds": prompts.to(self.model.dtype), "attention_mask": mask, "past_key_values": cache}
+        if self.takes_positions:
+            inputs["position_ids"] = mask.cumsum(1) - 1
+        self.base(**inputs, **self.options)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _by_transformers(
@@ -239,20 +247,26 @@ def _best(scores: Tensor, margin: float) -> tuple[Tensor, list[float]]:
     return tokens[:, 0], (best[:, 0] - best[:, 1]).tolist()
 
 
-class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for `room` positions: a new token is written behind the others, where `DynamicLayer`
-    copies them all."""
+def _room(like: Tensor, rows: int, room: int) -> Tensor:
+    """`(B, heads, room, d)` for keys or values like these."""
+    return like.new_empty(rows, like.shape[1], room, like.shape[3])
 
-    def __init__(self, room: int) -> None:
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for more: new ones are written behind the others, where `DynamicLayer` copies them all.
+
+    Args:
+        held: both, `(B, heads, room, d)`.
+    """
+
+    def __init__(self, held: list[Tensor]) -> None:
         super().__init__()
-        self.room = room
-        self.held: list[Tensor] = []  # keys and values, (B, heads, room, d)
+        self.held = held
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.held = [new.new_empty(*new.shape[:2], self.room, new.shape[3]) for new in (key_states, value_states)]
         end = start + key_states.shape[2]
         for held, new in zip(self.held, (key_states, value_states), strict=True):
             held[:, :, start:end] = new

@@ -1,0 +1,44 @@
+"""A frozen linear layer of a base by itself, as `torch` computes it and as `ptmoe.linear` does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.machine import Setting, memory, seconds
+from benchmarks.shapes import SHAPES
+from benchmarks.worker import Round
+from ptmoe.linear import _Forward
+
+
+def layer(setting: Setting, way: str, of: str, rows: int, backward: bool, repeats: int) -> Round:
+    """Forward, and with `backward` to the layer's input as well.
+
+    Args:
+        setting: the base's shape and dtype.
+        way: `"torch"` or `"oneDNN"`.
+        of: the `"head"`, or a layer's `"up"` projection.
+        rows: positions.
+        backward: as in training.
+        repeats: that the time is the mean of.
+    """
+    shape = SHAPES[setting.shape]
+    outputs = {"head": shape.vocabulary, "up": shape.intermediate}[of]
+    linear = nn.Linear(shape.hidden, outputs, bias=False, dtype=getattr(torch, setting.dtype)).requires_grad_(False)
+    forward = _Forward(linear) if way == "oneDNN" else linear
+    inputs = torch.randn(rows, shape.hidden, dtype=linear.weight.dtype, requires_grad=backward)
+    gradient = torch.randn(rows, outputs, dtype=linear.weight.dtype)
+    setting.held = memory()
+
+    def measure(_: bool) -> dict[str, Any]:
+        def compute() -> None:
+            for _ in range(repeats):
+                made = forward(inputs)
+                if backward:
+                    torch.autograd.grad(made, inputs, gradient)
+
+        return {"seconds": seconds(compute) / repeats}
+
+    return measure

@@ -1,0 +1,71 @@
+"""Where the time of one system goes, operator by operator.
+
+python -m benchmarks.profiling step "ptmoe pt-moe" --name passages --shape llama-1b --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.cases import PARTS, QUICK_SHAPE, cases
+from benchmarks.machine import device
+from benchmarks.shapes import SHAPES
+from benchmarks.worker import built
+from ptmoe.base_models import quiet
+
+ROWS = 12
+
+
+def profiled(request: dict[str, Any]) -> list[tuple[str, float, int]]:
+    """Each operator's name, its own seconds and its calls in one round, the longest first; a round before it warms up.
+
+    Args:
+        request: as the worker reads it.
+    """
+    _, measure = built(request)
+    measure(False)
+    on_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+        measure(False)
+    found = [
+        (event.key, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6, event.count)
+        for event in profiler.key_averages()
+    ]
+    return sorted(found, key=lambda one: -one[1])
+
+
+def table(found: list[tuple[str, float, int]]) -> str:
+    total = sum(seconds for _, seconds, _ in found)
+    lines = ["| operator | seconds | share | calls |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| `{name}` | {s:.3g} | {s / total:.1%} | {calls:,} |" for name, s, calls in found[:ROWS]]
+    return "\n".join([*lines, f"| all | {total:.3g} | | |"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profiling", description=__doc__)
+    parser.add_argument("part", choices=[part for part in PARTS if part not in ("adapters", "linear", "startup")])
+    parser.add_argument("system", help="as in RESULTS.md")
+    parser.add_argument("--name", help="of the case within its part; by default the first")
+    parser.add_argument("--shape", choices=SHAPES, default="sketch")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    chosen = parser.parse_args()
+    quick = chosen.shape == QUICK_SHAPE
+    found = [
+        case
+        for case in cases([chosen.part], [chosen.shape], [chosen.dtype], device(), quick=quick)
+        if chosen.name in (None, case.name)
+    ]
+    if not found or chosen.system not in found[0].systems:
+        known = [*found[0].systems] if found else []
+        parser.error(f"no case {chosen.name!r} with {chosen.system!r}" + (f": it has {', '.join(known)}" * bool(known)))
+    quiet()
+    request = {"shape": chosen.shape, "dtype": chosen.dtype, **found[0].systems[chosen.system]}
+    print(table(profiled(request)))
+
+
+if __name__ == "__main__":
+    main()
