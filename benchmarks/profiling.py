@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import PARTS, QUICK_SHAPE, cases
 from benchmarks.machine import device
+from benchmarks.report import table
 from benchmarks.shapes import SHAPES
 from benchmarks.worker import built
 from ptmoe.base_models import quiet
@@ -38,11 +39,11 @@ def profiled(request: dict[str, Any]) -> list[tuple[str, float, int]]:
     return sorted(found, key=lambda one: -one[1])
 
 
-def table(found: list[tuple[str, float, int]]) -> str:
+def operators(found: list[tuple[str, float, int]]) -> list[str]:
+    """Markdown: the first of them, and the sum of all."""
     total = sum(seconds for _, seconds, _ in found)
-    lines = ["| operator | seconds | share | calls |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| `{name}` | {s:.3g} | {s / total:.1%} | {calls:,} |" for name, s, calls in found[:ROWS]]
-    return "\n".join([*lines, f"| all | {total:.3g} | | |"])
+    rows = [[f"`{name}`", f"{s:.3g}", f"{s / total:.1%}", f"{calls:,}"] for name, s, calls in found[:ROWS]]
+    return table(["operator", "seconds", "share", "calls"], [*rows, ["all", f"{total:.3g}", "", ""]])
 
 
 def main() -> None:
@@ -54,17 +55,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     chosen = parser.parse_args()
     quick = chosen.shape == QUICK_SHAPE
-    found = [
-        case
-        for case in cases([chosen.part], [chosen.shape], [chosen.dtype], device(), quick=quick)
-        if chosen.name in (None, case.name)
-    ]
-    if not found or chosen.system not in found[0].systems:
-        known = [*found[0].systems] if found else []
-        parser.error(f"no case {chosen.name!r} with {chosen.system!r}" + (f": it has {', '.join(known)}" * bool(known)))
+    made = {case.name: case for case in cases([chosen.part], [chosen.shape], [chosen.dtype], device(), quick=quick)}
+    name = chosen.name or next(iter(made))
+    if name not in made:
+        parser.error(f"no case {name!r} in {chosen.part}: it has {'; '.join(made)}")
+    systems = made[name].systems
+    if chosen.system not in systems:
+        parser.error(f"no system {chosen.system!r} in {name}: it has {', '.join(systems)}")
     quiet()
-    request = {"shape": chosen.shape, "dtype": chosen.dtype, **found[0].systems[chosen.system]}
-    print(table(profiled(request)))
+    request = {"shape": chosen.shape, "dtype": chosen.dtype, **systems[chosen.system]}
+    print(*operators(profiled(request)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -222,16 +222,20 @@ def test_a_system_that_fails_leaves_the_others():
     assert "bad" not in rounds
 
 
+def python(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def test_the_command_measures_writes_and_resumes(tmp_path):
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "benchmarks", *arguments, "--output", str(tmp_path / "RESULTS.md")],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return python("benchmarks", *arguments, "--output", str(tmp_path / "RESULTS.md"))
 
     made = run("adapters", "--quick")
     assert made.returncode == 0, made.stderr
@@ -244,17 +248,11 @@ def test_the_command_measures_writes_and_resumes(tmp_path):
 
 def test_a_profile_names_the_operators_that_take_the_time():
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "benchmarks.profiling", *arguments, "--shape", "tiny"],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return python("benchmarks.profiling", *arguments, "--shape", "tiny")
 
     made = run("step", "ptmoe pt-moe", "--name", "passages")
     assert made.returncode == 0, made.stderr
     assert "| operator | seconds | share | calls |" in made.stdout
     assert "`aten::" in made.stdout
     assert "it has ptmoe pt-moe, " in run("step", "another").stderr
+    assert "no case 'passage' in step: it has equal lengths; passages" in run("step", "x", "--name", "passage").stderr

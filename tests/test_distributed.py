@@ -91,19 +91,18 @@ class _Stop(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+def launched(*arguments: str) -> str:
+    """What two processes of a program print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def two_processes(folder: Path, method: str, **options: object) -> list[list[list[int]]]:
     """`train` in two processes; gives what each saw."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    done = subprocess.run(
-        [*command, json.dumps([str(folder), method, options])],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(__file__, json.dumps([str(folder), method, options]))
     return [json.loads((folder / f"seen-{rank}").read_text()) for rank in range(2)]
 
 
@@ -135,12 +134,9 @@ def test_two_processes_go_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
 
 
 def test_the_command_in_two_processes_writes_one_run_and_speaks_once(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ptmoe"]
     chosen = ["--task", "nano/mixed", "--max-examples", "40", "--max-steps", "2", "--eval-examples", "8"]
-    command = [*launch, "train", *chosen, "--output-dir", str(tmp_path / "run")]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("run folder") == 1
+    printed = launched("-m", "ptmoe", "train", *chosen, "--output-dir", str(tmp_path / "run"))
+    assert printed.count("run folder") == 1
     assert len((tmp_path / "run" / "predictions" / "nano__mixed.jsonl").read_text().splitlines()) == 8
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 2
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

@@ -12,7 +12,7 @@ from ptmoe import METHODS, attach, linear
 from ptmoe.evaluate.decoding import Decoder
 from ptmoe.linear import by_onednn
 
-pytestmark = pytest.mark.skipif(not linear._AVAILABLE, reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
 
 
 def replaced(base: PreTrainedModel) -> list[str]:

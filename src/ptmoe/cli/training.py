@@ -1,11 +1,11 @@
 """`ptmoe train`."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ptmoe.ranks import rank
 from ptmoe.train.options import TrainOptions, method_config
 
 
@@ -26,7 +26,7 @@ def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, 
     from ptmoe.train import train
     from ptmoe.train.steps import StepsCallback
 
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first speaks
+    console = Console(quiet=rank() > 0)  # of several processes the first speaks
     with progress_bar(console) as progress:
         trained = train(
             options,

@@ -21,7 +21,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from ptmoe.adapter import load_adapter, local_folder, read_adapter
 from ptmoe.base_models import load_base
 from ptmoe.errors import PtmoeError
 from ptmoe.model import PromptedCausalLM
+from ptmoe.ranks import world_size
 
 try:
     from lm_eval.api.registry import register_model
@@ -262,8 +262,8 @@ def _check_options(options: dict[str, Any]) -> None:
             )
     if options.get("backend", "default") not in ("default", "causal"):
         raise PtmoeError(f"backend={options['backend']!r}: an adapter stands before a causal language model")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise PtmoeError(f"{os.environ['WORLD_SIZE']} processes: every one would evaluate everything; start one")
+    if world_size() > 1:
+        raise PtmoeError(f"{world_size()} processes: every one would evaluate everything; start one")
 
 
 def _load(

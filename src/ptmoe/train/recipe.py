@@ -6,7 +6,6 @@ RUN/config.yaml  environment.json  metrics.jsonl  checkpoints/  adapter/  result
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ptmoe.base_models import check_quantization, load_base
 from ptmoe.errors import PtmoeError, near
+from ptmoe.ranks import world_size
 from ptmoe.tasks import TASKS, Problems, is_file, load_task, stream_task, task_named, task_names
 from ptmoe.tasks import local as local_task
 from ptmoe.train.options import BASE, TrainOptions, method_config
@@ -272,8 +272,8 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
     if options.output_dir is None:
         if resume:
             raise PtmoeError("--resume needs the run: give its --output-dir")
-        if _processes() > 1:
-            raise PtmoeError(f"{_processes()} processes write one run: name its folder with --output-dir")
+        if world_size() > 1:
+            raise PtmoeError(f"{world_size()} processes write one run: name its folder with --output-dir")
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         return Path("runs") / f"{options.method.get('name', 'pt-moe')}-{stamp}"
     folder = Path(options.output_dir)
@@ -287,11 +287,6 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
             f"{folder} already holds a run ({', '.join(held)}): choose another --output-dir, or go on with --resume"
         )
     return folder
-
-
-def _processes() -> int:
-    """As `torchrun` and `accelerate launch` say it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _trainer(
@@ -339,7 +334,7 @@ def _trainer(
             options.tokens_per_batch,
             padded=not model.can_pack(),
             seed=options.seed,
-            processes=_processes(),
+            processes=world_size(),
         )
         # For what counts in rows: the routing's first examples come in batches that fit.
         chosen["per_device_train_batch_size"] = max(1, options.tokens_per_batch // int(lengths.max()))
