@@ -15,11 +15,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from ptmoe import nano
-from ptmoe.base_models import quiet
 from ptmoe.compare.budget import fit_budget
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate import evaluate
 from ptmoe.methods import METHODS
+from ptmoe.models.bases import quiet
 from ptmoe.quickstart import options
 from ptmoe.tasks import load_task
 from ptmoe.train import train

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.shapes import SHAPES
-from ptmoe.train.environment import environment
+from ptmoe.runs.environment import environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

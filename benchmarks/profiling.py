@@ -16,7 +16,7 @@ from benchmarks.machine import device
 from benchmarks.report import table
 from benchmarks.shapes import SHAPES
 from benchmarks.worker import built
-from ptmoe.base_models import quiet
+from ptmoe.models.bases import quiet
 
 ROWS = 12
 

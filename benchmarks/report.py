@@ -272,7 +272,7 @@ _PARTS = {
     ),
     "linear": (
         "Linear layers",
-        "One frozen layer by itself, as `torch` computes it on a CPU and by oneDNN, which `ptmoe.linear` calls in "
+        "One frozen layer by itself, as `torch` computes it on a CPU and by oneDNN, which `ptmoe.fast.linear` calls in "
         "float32: the projection to the vocabulary (*the head*) or a layer's up projection, on 13 rows as in "
         "*decoding*, or on 64 of the head and 2,048 of a layer in *training*, there with the backward pass to the "
         "layer's input.",

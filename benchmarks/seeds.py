@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ptmoe.base_models import quiet
+from ptmoe.models.bases import quiet
 from ptmoe.quickstart import options
 from ptmoe.train import train
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import machine
-from ptmoe.base_models import quiet
+from ptmoe.models.bases import quiet
 
 # A round; with True a brief one, on short inputs, that only warms up.
 Round = Callable[[bool], dict[str, Any]]

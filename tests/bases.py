@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptmoe.methods import METHODS, DPTConfig, MethodConfig, PTConfig, PTMoEConfig
-from ptmoe.model import PromptedCausalLM, attach
+from ptmoe.models.attach import attach
+from ptmoe.models.causal import PromptedCausalLM
 
 HIDDEN, VOCABULARY, POSITIONS = 32, 100, 64
 PAD = 0

@@ -9,7 +9,8 @@ from bases import ARCHITECTURES, tiny, tiny_llama
 from safetensors.torch import load_file, save_file
 
 import ptmoe
-from ptmoe.adapter import from_peft, read_adapter, to_peft
+from ptmoe.adapters.folder import read_adapter
+from ptmoe.adapters.peft import from_peft, to_peft
 from ptmoe.methods import METHODS
 
 SIZES = {  # those of the methods whose folders are ours; the others are in test_weights.py

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from ptmoe import PtmoeError
-from ptmoe.loss import IGNORED
+from ptmoe.fast.loss import IGNORED
 from ptmoe.train import TrainOptions, train
 from ptmoe.train.batches import TokenBatches
 from ptmoe.train.data import collate

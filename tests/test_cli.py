@@ -119,7 +119,7 @@ def test_tasks_are_listed_and_shown(run):
 
 
 def test_convert_goes_to_peft_and_back(run, tmp_path):
-    from ptmoe.base_models import load_base
+    from ptmoe.models.bases import load_base
 
     ptmoe.attach(load_base("nano")[0], ptmoe.PTConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "pt")
     assert run("convert", tmp_path / "pt", tmp_path / "peft")[0] == 0
@@ -166,7 +166,7 @@ def test_a_misspelt_key_in_a_yaml_is_named_with_its_file(run, tmp_path):
 
 def test_an_evaluation_is_run_gone_on_with_and_its_predictions_graded_again(run, tmp_path):
     """On a data set in its own format; `score` gives what `eval` gave."""
-    from ptmoe.base_models import load_base
+    from ptmoe.models.bases import load_base
 
     ptmoe.attach(load_base("nano")[0], ptmoe.PTConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "adapter")
     records = [{"question": f"{n} and {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(12)]
@@ -238,7 +238,7 @@ def test_a_base_alone_is_evaluated_into_a_folder_of_its_own(run, tmp_path):
 def test_inspect_warns_of_a_collapse_and_shows_the_words_near_each_virtual_token(run, tmp_path):
     import torch
 
-    from ptmoe.base_models import load_base
+    from ptmoe.models.bases import load_base
 
     base, tokenizer = load_base("nano")
     model = ptmoe.attach(base, ptmoe.PTMoEConfig(num_virtual_tokens=4, num_experts=2, rank=4, recipe="paper"))
@@ -260,7 +260,7 @@ def test_inspect_warns_of_a_collapse_and_shows_the_words_near_each_virtual_token
 
 
 def test_inspect_says_what_has_nothing_to_show(run, tmp_path):
-    from ptmoe.base_models import load_base
+    from ptmoe.models.bases import load_base
 
     ptmoe.attach(load_base("nano")[0], ptmoe.LoRAConfig()).save_pretrained(tmp_path / "lora")
     status, _, err = run("inspect", tmp_path / "lora", "--task", "nano/mixed", "--examples", 5)

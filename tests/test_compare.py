@@ -23,7 +23,7 @@ from ptmoe.compare.processes import Processes
 from ptmoe.compare.run import Watcher, compare
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, PTMoEConfig
-from ptmoe.model import count_parameters
+from ptmoe.models.attach import count_parameters
 from ptmoe.report import read_comparison, read_run
 from ptmoe.report.results import scoreboards
 from ptmoe.train import TrainOptions
@@ -167,11 +167,11 @@ def test_no_size_at_all_is_closer_to_the_budget(budget, method):
 
 def test_a_method_that_changes_weights_is_counted_only_a_few_times(monkeypatch):
     """Each count builds the base without weights, which takes its time on a large one."""
-    import ptmoe.model
+    import ptmoe.models.attach
 
     counts = []
-    original = ptmoe.model.count_parameters
-    monkeypatch.setattr(ptmoe.model, "count_parameters", lambda *each: counts.append(each) or original(*each))
+    original = ptmoe.models.attach.count_parameters
+    monkeypatch.setattr(ptmoe.models.attach, "count_parameters", lambda *each: counts.append(each) or original(*each))
     picked = fit_budget(LlamaConfig(**LLAMA_1B), METHODS["lora"], 50_000_000)
     assert picked.rank == 50_000_000 // DESIGN["lora"]
     assert len(counts) <= 4

@@ -8,7 +8,7 @@ from bases import CONFIGS, prompted, tiny_llama
 from test_packing import ROWS, assert_same, labelled, loss_and_gradients
 from transformers import PreTrainedModel
 
-from ptmoe.compilation import compile_layers
+from ptmoe.fast.compiled import compile_layers
 
 INPUTS = labelled(ROWS, [0] * 5)
 

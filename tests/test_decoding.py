@@ -9,14 +9,14 @@ from bases import ARCHITECTURES, COMMON, CONFIGS, prompted, tiny, tokens
 from typer.testing import CliRunner
 
 import ptmoe
-from ptmoe.base_models import load_base
 from ptmoe.cli.main import app
 from ptmoe.evaluate import evaluate
-from ptmoe.evaluate.decoding import Decoder
 from ptmoe.evaluate.evaluation import _batches
 from ptmoe.evaluate.generation import complete
 from ptmoe.methods import METHODS
-from ptmoe.model import attach
+from ptmoe.models.attach import attach
+from ptmoe.models.bases import load_base
+from ptmoe.models.decoding import Decoder
 from ptmoe.tasks import load_task
 
 NEW = 12

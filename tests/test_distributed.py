@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptmoe import PtmoeError
-from ptmoe.loss import IGNORED
+from ptmoe.fast.loss import IGNORED
 from ptmoe.methods import PTMoEConfig
 from ptmoe.train import TrainOptions
 from ptmoe.train.batches import TokenBatches

@@ -13,14 +13,15 @@ import torch
 from bases import CONFIGS, prompted, tiny
 
 import ptmoe
-from ptmoe.base_models import load_base
 from ptmoe.evaluate import evaluate
 from ptmoe.evaluate.generation import NEAR_TIE, complete
-from ptmoe.linear import by_onednn
-from ptmoe.model import PromptedCausalLM, attach
+from ptmoe.fast.linear import by_onednn
+from ptmoe.models.attach import attach
+from ptmoe.models.bases import load_base
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.tasks import Example, load_task
 from ptmoe.tasks.scoring import bootstrap_interval
-from ptmoe.tokens import encode_prompt
+from ptmoe.tasks.tokens import encode_prompt
 
 TASK = "nano/all"
 

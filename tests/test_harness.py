@@ -23,9 +23,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ptmoe import PromptedCausalLM, PTConfig, PTMoEConfig, PtmoeError, attach, load_task, nano
-from ptmoe.base_models import load_base
 from ptmoe.evaluate import evaluate, harness
 from ptmoe.evaluate.harness import PromptedLM
+from ptmoe.models.bases import load_base
 
 PT_MOE = SELECTIVE_PROBATIONARY["PT-MoE probationary"]  # a mixture of all experts: every text gets a prompt of its own
 EXAMPLES = Path(__file__).parents[1] / "examples" / "lm_eval"

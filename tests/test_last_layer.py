@@ -7,7 +7,7 @@ from test_packing import ROWS, assert_same, labelled, loss_and_gradients
 from transformers import PreTrainedModel
 
 from ptmoe import METHODS, attach
-from ptmoe.last_layer import last_layer
+from ptmoe.fast.last_layer import last_layer
 
 NARROW = {"llama", "qwen2", "mistral", "gemma"}
 

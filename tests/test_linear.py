@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptmoe import METHODS, attach, linear
-from ptmoe.evaluate.decoding import Decoder
-from ptmoe.linear import by_onednn
+from ptmoe.fast.linear import by_onednn
+from ptmoe.models.decoding import Decoder
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
 

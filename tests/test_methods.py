@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, DPTConfig, PromptConfig, PTConfig, PTMoEConfig
 from ptmoe.methods.routing import SPREAD, Router, gate
-from ptmoe.model import attach, count_parameters
+from ptmoe.models.attach import attach, count_parameters
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
 

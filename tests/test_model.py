@@ -24,7 +24,8 @@ from transformers import Trainer, TrainingArguments
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import PTConfig, PTMoEConfig
-from ptmoe.model import PromptedCausalLM, attach
+from ptmoe.models.attach import attach
+from ptmoe.models.causal import PromptedCausalLM
 
 every_base = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 all_methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

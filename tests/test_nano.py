@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ptmoe import nano
-from ptmoe.base_models import load_base
 from ptmoe.evaluate import evaluate
 from ptmoe.methods import PTConfig
-from ptmoe.model import attach
+from ptmoe.models.attach import attach
+from ptmoe.models.bases import load_base
 from ptmoe.nano.pretrain import SEED, answer_loss, build_model, build_tokenizer, packed_batches, pretrain
 from ptmoe.nano.world import SKILLS, instructed
 from ptmoe.tasks import load_task

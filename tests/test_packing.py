@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import ptmoe.loss
+import ptmoe.fast.loss
 from ptmoe import METHODS, PtmoeError, attach
-from ptmoe.loss import IGNORED
-from ptmoe.model import PromptedCausalLM
-from ptmoe.packing import SHORT, SIMILAR, groups_of, why_not
+from ptmoe.fast.loss import IGNORED
+from ptmoe.fast.packing import SHORT, SIMILAR, groups_of, why_not
+from ptmoe.models.causal import PromptedCausalLM
 
 ROWS = [tokens(n, seed=n) for n in (9, 24, 5, 17, 24)]  # beyond and within a sliding window of 12
 
@@ -235,7 +235,7 @@ def test_the_loss_in_parts_is_the_loss(base: PreTrainedModel, packing: bool, mon
     whole = loss_and_gradients(model, inputs, packing)
     largest: list[int] = []
     base.get_output_embeddings().register_forward_hook(lambda _, __, out: largest.append(out.shape[:-1].numel()))
-    monkeypatch.setattr("ptmoe.model.LOGITS_AT_ONCE", 4 * VOCABULARY + 1)
+    monkeypatch.setattr("ptmoe.models.causal.LOGITS_AT_ONCE", 4 * VOCABULARY + 1)
     assert_same(loss_and_gradients(model, inputs, packing), whole)
     assert max(largest) == 4
     assert len(largest) == 1 + 4  # one position on the way through, then 15 in parts of 4
@@ -245,7 +245,7 @@ def test_the_loss_in_parts_of_a_global_batch(monkeypatch: pytest.MonkeyPatch) ->
     model = prompted(tiny_llama(), CONFIGS["PT"]).train()
     inputs = labelled(ROWS, [0] * 5, supervised=3) | {"num_items_in_batch": torch.tensor(40)}
     whole = loss_and_gradients(model, inputs, None)
-    monkeypatch.setattr("ptmoe.model.LOGITS_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr("ptmoe.models.causal.LOGITS_AT_ONCE", 4 * VOCABULARY)
     assert_same(loss_and_gradients(model, inputs, None), whole)
 
 
@@ -253,7 +253,7 @@ def test_a_head_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -
     model = attach(tiny_llama(), METHODS["ft"]()).train()
     inputs = labelled(ROWS, [0] * 5)
     whole = loss_and_gradients(model, inputs, None)
-    monkeypatch.setattr("ptmoe.model.LOGITS_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr("ptmoe.models.causal.LOGITS_AT_ONCE", 4 * VOCABULARY)
     assert_same(loss_and_gradients(model, inputs, None), whole)
     assert any("lm_head" in name or "embed_tokens" in name for name in whole)
 
@@ -263,8 +263,8 @@ def test_statistics_of_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = labelled(ROWS, [0] * 5, supervised=3)
     found = []
     for logits_at_once, skip in ((2**25, True), (4 * VOCABULARY, True), (2**25, False)):
-        monkeypatch.setattr("ptmoe.model.LOGITS_AT_ONCE", logits_at_once)
-        statistics = ptmoe.loss.TokenStatistics()
+        monkeypatch.setattr("ptmoe.models.causal.LOGITS_AT_ONCE", logits_at_once)
+        statistics = ptmoe.fast.loss.TokenStatistics()
         model(**inputs, token_statistics=statistics, skip_logits=skip)
         found.append((float(statistics.entropy), float(statistics.correct), statistics.count))
     assert found[0][2] == 3 * len(ROWS)

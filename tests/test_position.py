@@ -7,7 +7,7 @@ from bases import PT_MOE, batch, prompted, tiny_llama, tokens
 import ptmoe
 from ptmoe.methods import PTConfig, PTMoEConfig
 from ptmoe.methods.routing import gate, imbalance
-from ptmoe.model import attach
+from ptmoe.models.attach import attach
 
 AFTER = PTMoEConfig(**PT_MOE, position="after")
 ROWS = [tokens(5), tokens(9, 1), tokens(2, 2)]
@@ -76,7 +76,7 @@ def test_the_position_is_saved_and_peft_has_no_form_for_it(tmp_path):
     model = attach(tiny_llama(), PTConfig(num_virtual_tokens=3, position="after"))
     model.save_pretrained(tmp_path / "a")
     assert ptmoe.load_adapter(tiny_llama(), tmp_path / "a").method_config.position == "after"
-    from ptmoe.adapter import to_peft
+    from ptmoe.adapters.peft import to_peft
 
     with pytest.raises(ptmoe.PtmoeError, match="stands after the first token"):
         to_peft(tmp_path / "a", tmp_path / "b")

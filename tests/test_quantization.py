@@ -11,11 +11,12 @@ from torch import nn
 from torch.testing import assert_close
 
 import ptmoe
-from ptmoe.base_models import QUANTIZATIONS, load_base, load_tokenizer, quantization_of, quiet
 from ptmoe.compare import prepare, read_plan
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
-from ptmoe.model import attach
+from ptmoe.methods.base import QUANTIZATIONS, quantization_of
+from ptmoe.models.attach import attach
+from ptmoe.models.bases import load_base, load_tokenizer, quiet
 from ptmoe.train import TrainOptions, train
 
 pytest.importorskip("bitsandbytes")

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import ptmoe
-from ptmoe.base_models import load_tokenizer
+from ptmoe.models.bases import load_tokenizer
 from ptmoe.tasks.base import Example
-from ptmoe.tokens import encode_completion, encode_prompt
+from ptmoe.tasks.tokens import encode_completion, encode_prompt
 from ptmoe.train import TrainOptions, train
 from ptmoe.train import data as fitting
 from ptmoe.train import rows as storing

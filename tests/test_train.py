@@ -10,9 +10,9 @@ import yaml
 from safetensors.torch import load_file
 
 import ptmoe
-from ptmoe.base_models import load_base
+from ptmoe.models.bases import load_base
 from ptmoe.tasks import load_task
-from ptmoe.tokens import encode_completion, encode_prompt
+from ptmoe.tasks.tokens import encode_completion, encode_prompt
 from ptmoe.train import TrainOptions, train
 from ptmoe.train.data import collate, fit
 from ptmoe.train.trainer import DivergedError

@@ -13,9 +13,10 @@ from torch.testing import assert_close
 from transformers import TrainingArguments
 
 import ptmoe
-from ptmoe.adapter import load_adapter, read_adapter, to_peft
+from ptmoe.adapters.folder import read_adapter
+from ptmoe.adapters.peft import to_peft
 from ptmoe.methods import METHODS, PTConfig
-from ptmoe.model import attach, count_parameters
+from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.train import PromptTrainer
 
 ARCHITECTURES = ["llama", "gpt2", "opt", "phi", "gpt_neox"]
@@ -418,7 +419,7 @@ def test_a_start_that_needs_data_takes_it_from_the_training_data(method, tmp_pat
         ptmoe.train.TrainOptions(**options, method={"name": method}, eval_examples=4, output_dir=str(tmp_path / "run")),
         say=lambda _: None,
     )
-    again = load_adapter(ptmoe.base_models.load_base("nano")[0], run.folder).eval()
+    again = load_adapter(ptmoe.models.bases.load_base("nano")[0], run.folder).eval()
     ids = tokens(8)[None]
     assert_close(again(ids).logits, run.model(ids).logits, atol=1e-4, rtol=0)
     assert run.result.trainable_parameters == count_parameters(run.model.config, METHODS["lora"]())

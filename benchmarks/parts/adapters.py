@@ -9,8 +9,7 @@ from typing import Any
 
 from benchmarks.machine import Setting, memory
 from benchmarks.worker import Round
-from ptmoe.adapter import load_adapter
-from ptmoe.model import attach
+from ptmoe.models.attach import attach, load_adapter
 from ptmoe.train.options import method_config
 
 

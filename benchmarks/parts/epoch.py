@@ -16,8 +16,8 @@ from benchmarks.lengths import Lengths
 from benchmarks.machine import Setting, now
 from benchmarks.parts.step import SHORT, training_rows
 from benchmarks.worker import Round
-from ptmoe.base_models import load_tokenizer
-from ptmoe.model import attach
+from ptmoe.models.attach import attach
+from ptmoe.models.bases import load_tokenizer
 from ptmoe.train.data import collate
 from ptmoe.train.options import method_config
 from ptmoe.train.routing import RoutingCallback

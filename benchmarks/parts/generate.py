@@ -15,9 +15,9 @@ from benchmarks.lengths import Lengths, rows
 from benchmarks.machine import Setting, device, seconds
 from benchmarks.parts.step import SHORT
 from benchmarks.worker import Round
-from ptmoe.evaluate.decoding import Decoder
 from ptmoe.evaluate.generation import complete
-from ptmoe.model import attach
+from ptmoe.models.attach import attach
+from ptmoe.models.decoding import Decoder
 from ptmoe.train.options import method_config
 
 Answers = Callable[[list[list[int]], int], list[str]]  # to prompts, of so many new tokens

@@ -1,4 +1,4 @@
-"""A frozen linear layer of a base by itself, as `torch` computes it and as `ptmoe.linear` does."""
+"""A frozen linear layer of a base by itself, as `torch` computes it and as `ptmoe.fast.linear` does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.machine import Setting, memory, seconds
 from benchmarks.shapes import SHAPES
 from benchmarks.worker import Round
-from ptmoe.linear import _Forward
+from ptmoe.fast.linear import _Forward
 
 
 def layer(setting: Setting, way: str, of: str, rows: int, backward: bool, repeats: int) -> Round:

@@ -10,8 +10,8 @@ import torch
 from benchmarks.lengths import Lengths, rows
 from benchmarks.machine import Setting, device, seconds
 from benchmarks.worker import Round
-from ptmoe.compilation import compile_layers
-from ptmoe.model import attach
+from ptmoe.fast.compiled import compile_layers
+from ptmoe.models.attach import attach
 from ptmoe.train.data import collate
 from ptmoe.train.options import method_config
 

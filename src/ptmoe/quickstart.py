@@ -57,7 +57,7 @@ def run(
         raise PtmoeError(f"{folder} already holds a run: choose another --output-dir")
     plans = {method: options(method, task=task, seed=seed, recipe=recipe, steps=steps) for method in METHODS}
 
-    from ptmoe.base_models import quiet
+    from ptmoe.models.bases import quiet
 
     quiet()  # some libraries speak while they are imported
 

@@ -49,7 +49,7 @@ def run(
     if with_base:
         plan = plan.replace(methods=[{"name": BASE}, *plan.methods])
 
-    from ptmoe.base_models import quiet
+    from ptmoe.models.bases import quiet
 
     quiet()
     console = Console(highlight=False)

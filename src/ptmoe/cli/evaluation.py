@@ -43,12 +43,13 @@ def evaluate(
         raise PtmoeError(f"{len(tasks)} tasks and one list of ids {data['ids']}: evaluate that task by itself")
     asked = {name: load(name, split, data, skip_bad, console) for name in tasks}
 
-    from ptmoe.base_models import load_base, quantization_of, quiet
     from ptmoe.cli.inference import load as load_run
     from ptmoe.cli.progress import progress_bar
     from ptmoe.evaluate import evaluate as evaluate_task
-    from ptmoe.model import PromptedCausalLM
-    from ptmoe.tokens import uses_chat
+    from ptmoe.methods.base import quantization_of
+    from ptmoe.models.bases import load_base, quiet
+    from ptmoe.models.causal import PromptedCausalLM
+    from ptmoe.tasks.tokens import uses_chat
 
     quiet()
     if run is not None:

@@ -17,13 +17,14 @@ from ptmoe.errors import PtmoeError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ptmoe.model import PromptedCausalLM
+    from ptmoe.models.causal import PromptedCausalLM
 
 
 def load(adapter: Path, base: dict[str, Any]) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase]:
     """An adapter on its base: the one it names, or another in `base["name"]`."""
-    from ptmoe.adapter import load_adapter, local_folder, read_adapter
-    from ptmoe.base_models import check_quantization, load_base, quiet
+    from ptmoe.adapters.folder import local_folder, read_adapter
+    from ptmoe.models.attach import load_adapter
+    from ptmoe.models.bases import check_quantization, load_base, quiet
 
     quiet()
     check_quantization(base.get("quantization"))
@@ -53,7 +54,7 @@ def generate(
     import torch
 
     from ptmoe.tasks.base import Example
-    from ptmoe.tokens import encode_prompt
+    from ptmoe.tasks.tokens import encode_prompt
 
     if seed is not None:
         torch.manual_seed(seed)
@@ -77,7 +78,7 @@ def inspect(
 ) -> None:
     from ptmoe.cli.evaluation import chat_of
     from ptmoe.tasks import load_task, task_named
-    from ptmoe.tokens import uses_chat
+    from ptmoe.tasks.tokens import uses_chat
 
     examples = load_task(task, split, **data)
     model, tokenizer = load(adapter, base)
@@ -159,8 +160,9 @@ def show_routing(console: Console, routing: dict[str, Any], largest_share: float
 
 
 def convert(source: Path, target: Path, model: str | None) -> None:
-    from ptmoe.adapter import CONFIG_FILE, from_peft, read_config_file, to_peft
-    from ptmoe.base_models import load_base, quiet
+    from ptmoe.adapters.folder import CONFIG_FILE, read_config_file
+    from ptmoe.adapters.peft import from_peft, to_peft
+    from ptmoe.models.bases import load_base, quiet
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PtmoeError(f"{target} is there already: name a new folder")

@@ -19,7 +19,7 @@ def params(model: str, revision: str | None, method: str | None, fields: dict[st
     """Each method's trainable parameters on a base; with a budget, at the size that it picks."""
     from ptmoe.compare.budget import base_config, fit_budget, parse_budget, sizes_of
     from ptmoe.methods import METHODS
-    from ptmoe.model import count_parameters
+    from ptmoe.models.attach import count_parameters
 
     if method is not None and method not in METHODS:
         raise PtmoeError(f"unknown method {method!r}{near(method, METHODS)}")
@@ -116,9 +116,9 @@ def tasks_show(
     *,
     skip_bad: bool,
 ) -> None:
-    from ptmoe.base_models import load_tokenizer, quiet
+    from ptmoe.models.bases import load_tokenizer, quiet
     from ptmoe.tasks import Problems, is_file, stream_task, task_named
-    from ptmoe.tokens import encode_completion, encode_prompt, uses_chat
+    from ptmoe.tasks.tokens import encode_completion, encode_prompt, uses_chat
 
     quiet()
     tokenizer, positions = load_tokenizer(**base)

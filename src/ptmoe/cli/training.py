@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ptmoe.ranks import rank
+from ptmoe.runs.environment import rank
 from ptmoe.train.options import TrainOptions, method_config
 
 
@@ -17,7 +17,7 @@ def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, 
         options = TrainOptions(**chosen, method={"name": "pt-moe", **fields})
     method_config(options.method)  # a misspelt method should not wait for torch and the data
 
-    from ptmoe.base_models import quiet
+    from ptmoe.models.bases import quiet
 
     quiet()  # some libraries speak while they are imported
 

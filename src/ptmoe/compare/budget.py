@@ -91,7 +91,7 @@ def fit_budget(
     Raises:
         PtmoeError: the smallest size passes the budget, or a given field does not fit the method or the base.
     """
-    from ptmoe.model import count_parameters
+    from ptmoe.models.attach import count_parameters
 
     fixed = dict(fixed or {})
     config_class(**fixed)  # a misspelt field is said as such

@@ -24,7 +24,7 @@ def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], Non
     """Train and evaluate; returns the number of trainable parameters. Nothing of the model is kept."""
     import torch
 
-    from ptmoe.base_models import quiet
+    from ptmoe.models.bases import quiet
     from ptmoe.train.recipe import evaluate_base, train
 
     quiet()

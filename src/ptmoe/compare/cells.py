@@ -193,7 +193,7 @@ def _sized(
 
 
 def _count(base_config: Any, config: MethodConfig, quantization: str | None) -> int:
-    from ptmoe.model import count_parameters
+    from ptmoe.models.attach import count_parameters
 
     positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
     virtual = sizes_of(config).get("num_virtual_tokens", 0)

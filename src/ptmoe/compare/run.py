@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ptmoe import nano
-from ptmoe.base_models import check_quantization
 from ptmoe.compare.budget import base_config
 from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, trainable_tasks, variants
 from ptmoe.compare.folder import LOG_FILE, ComparisonFolder
 from ptmoe.compare.plan import PLAN_FILE, ComparePlan
 from ptmoe.errors import PtmoeError
+from ptmoe.models.bases import check_quantization
 
 MOST_JOBS = 8  # by default; each holds a base of its own
 

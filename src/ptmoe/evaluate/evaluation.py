@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe import __version__
-from ptmoe.base_models import quantization_of
 from ptmoe.errors import PtmoeError
-from ptmoe.evaluate.decoding import Decoder
 from ptmoe.evaluate.generation import complete
 from ptmoe.evaluate.predictions import Prediction, PredictionsFile
 from ptmoe.evaluate.routing import expert_similarity, summarise_routing
+from ptmoe.methods.base import quantization_of
+from ptmoe.models.decoding import Decoder
 from ptmoe.tasks import is_file, task_named
 from ptmoe.tasks.metrics import GRADERS
 from ptmoe.tasks.scoring import means, summarise
-from ptmoe.tokens import Prompt, encode_prompt
+from ptmoe.tasks.tokens import Prompt, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ptmoe.model import PromptedCausalLM
+    from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.tasks.base import Example, Task
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from ptmoe.evaluate.decoding import Decoder
+from ptmoe.models.decoding import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ptmoe.methods import Routing
-    from ptmoe.model import PromptedCausalLM
+    from ptmoe.models.causal import PromptedCausalLM
 
 # Scores of a row alone and in a batch were never more than a tenth of this apart in float32 (tests/test_evaluate.py).
 NEAR_TIE = 1e-3

@@ -31,11 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ptmoe import nano
-from ptmoe.adapter import load_adapter, local_folder, read_adapter
-from ptmoe.base_models import load_base
+from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError
-from ptmoe.model import PromptedCausalLM
-from ptmoe.ranks import world_size
+from ptmoe.models.attach import load_adapter
+from ptmoe.models.bases import load_base
+from ptmoe.models.causal import PromptedCausalLM
+from ptmoe.runs.environment import world_size
 
 try:
     from lm_eval.api.registry import register_model

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ptmoe.tokens import encode_prompt
+from ptmoe.tasks.tokens import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ptmoe.methods.base import PromptEncoder
-    from ptmoe.model import PromptedCausalLM
+    from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.tasks.base import Example
 
 

@@ -94,7 +94,7 @@ class ATTEMPT(PromptEncoder):
         return torch.cat([self.source_prompts, self.prompt[None]])
 
     def _read_source(self, folder: Path) -> Tensor:
-        from ptmoe.adapter import read_adapter
+        from ptmoe.adapters.folder import read_adapter
 
         saved = read_adapter(folder)
         prompt = saved.tensors.get("prompt")

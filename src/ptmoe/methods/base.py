@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ptmoe.base_models import QUANTIZATIONS
 from ptmoe.errors import PtmoeError
 from ptmoe.settings import Settings
 
@@ -26,6 +25,18 @@ if TYPE_CHECKING:
 
 Batches = Iterable[dict[str, Tensor]]  # of training: `input_ids`, `attention_mask` and `labels`, (B, L) each
 Size = Annotated[int, Field(ge=1)]
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+def quantization_of(base: PreTrainedModel) -> str | None:
+    """`"8bit"` or `"4bit"`, the name of another library's method, or None for plain weights."""
+    if not getattr(base, "is_quantized", False):
+        return None
+    for name in QUANTIZATIONS:
+        if getattr(base, f"is_loaded_in_{name}", False):
+            return name
+    method = base.hf_quantizer.quantization_config.quant_method
+    return str(getattr(method, "value", method))
 
 
 @dataclass
@@ -95,7 +106,7 @@ class MethodConfig(Settings):
     def check_quantization(cls, quantization: str | None) -> None:
         """
         Raises:
-            PtmoeError: the method cannot do with a base of this quantization (`ptmoe.base_models.quantization_of`).
+            PtmoeError: the method cannot do with a base of this quantization (`quantization_of`).
         """
         if quantization in cls.unfit_on:
             fit = " or ".join(["plain", *(one for one in QUANTIZATIONS if one not in cls.unfit_on)])

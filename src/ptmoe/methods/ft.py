@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ptmoe.base_models import QUANTIZATIONS, quantization_of
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Batches
+from ptmoe.methods.base import QUANTIZATIONS, Batches, quantization_of
 from ptmoe.methods.weights import Shared, WeightConfig, WeightEncoder
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ptmoe.base_models import quantization_of
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Batches
+from ptmoe.methods.base import Batches, quantization_of
 from ptmoe.methods.weights import Shared, TargetedConfig, WeightEncoder, named
 
 if TYPE_CHECKING:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ptmoe.base_models import QUANTIZATIONS, quantization_of
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Batches, Prompt
+from ptmoe.methods.base import QUANTIZATIONS, Batches, Prompt, quantization_of
 from ptmoe.methods.injected import ADAPTER, Injected, OwnOptimizer
 from ptmoe.methods.lora import LoRAConfig
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
-from ptmoe.loss import IGNORED
-from ptmoe.tokens import Prompt, encode_completion, encode_prompt
+from ptmoe.fast.loss import IGNORED
+from ptmoe.tasks.tokens import Prompt, encode_completion, encode_prompt
 from ptmoe.train.rows import Encoded, TokenCache, TokenRows, settings_of, token_blocks
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptmoe.base_models import check_quantization, load_base
 from ptmoe.errors import PtmoeError, near
-from ptmoe.ranks import world_size
+from ptmoe.models.bases import check_quantization, load_base
+from ptmoe.runs.environment import world_size
 from ptmoe.tasks import TASKS, Problems, is_file, load_task, stream_task, task_named, task_names
 from ptmoe.tasks import local as local_task
 from ptmoe.train.options import BASE, TrainOptions, method_config
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from ptmoe.evaluate import Evaluation
-    from ptmoe.model import PromptedCausalLM
+    from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.tasks.base import Example
     from ptmoe.train.rows import TokenRows
     from ptmoe.train.trainer import PromptTrainer
@@ -126,7 +126,7 @@ def train(
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
     _check_trainer_arguments(options)
 
-    from ptmoe.model import attach
+    from ptmoe.models.attach import attach
     from ptmoe.train.data import fit
 
     model, tokenizer, chat = _base(options)
@@ -208,8 +208,8 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
 
 def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase, bool]:
     """The base without an adapter, its tokenizer, and whether prompts go into its chat template."""
-    from ptmoe.model import PromptedCausalLM
-    from ptmoe.tokens import uses_chat
+    from ptmoe.models.causal import PromptedCausalLM
+    from ptmoe.tasks.tokens import uses_chat
 
     base, tokenizer = load_base(
         options.model, revision=options.revision, dtype=options.dtype, quantization=options.quantization
@@ -220,7 +220,7 @@ def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerB
 
 def _begin(folder: Path, options: TrainOptions) -> None:
     """The run folder with what is known before the run."""
-    from ptmoe.train.environment import environment
+    from ptmoe.runs.environment import environment
 
     folder.mkdir(parents=True, exist_ok=True)
     options.write(folder / "config.yaml")
@@ -304,7 +304,7 @@ def _trainer(
     import torch
     from transformers import TrainingArguments
 
-    from ptmoe.compilation import compile_layers
+    from ptmoe.fast.compiled import compile_layers
     from ptmoe.train.batches import TokenBatches
     from ptmoe.train.data import collate
     from ptmoe.train.routing import RoutingCallback

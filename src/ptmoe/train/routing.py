@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ptmoe.methods.base import Prompt, mean_input
 from ptmoe.methods.pt_moe import PTMoE
-from ptmoe.model import PromptedCausalLM, readable_tokens
+from ptmoe.models.causal import PromptedCausalLM, readable_tokens
 
 EXAMPLES = 512  # that the statistics and the first routing are taken from
 SETTLED = 0.95  # mean of the largest probability, from which on the gate hardens,

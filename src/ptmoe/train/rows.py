@@ -33,9 +33,9 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 
-from ptmoe import tokens
+from ptmoe.fast.loss import IGNORED
 from ptmoe.files import cache_folder, replaced
-from ptmoe.loss import IGNORED
+from ptmoe.tasks import tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ptmoe.adapter import read_adapter
+from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
-from ptmoe.model import PromptedCausalLM
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.train.batches import TokenBatches
 
 TRAINING_STATE = "training_state.safetensors"

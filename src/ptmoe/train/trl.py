@@ -41,8 +41,8 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.loss import TokenStatistics
-from ptmoe.model import PromptedCausalLM, readable_tokens
+from ptmoe.fast.loss import TokenStatistics
+from ptmoe.models.causal import PromptedCausalLM, readable_tokens
 from ptmoe.train.routing import RoutingCallback
 from ptmoe.train.trainer import PromptTrainer
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ptmoe.packing import AGREE
+from ptmoe.fast.packing import AGREE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

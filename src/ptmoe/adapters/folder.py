@@ -14,7 +14,7 @@ and stay within rounding when the same base is loaded in another dtype.
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,12 +26,10 @@ from torch import Tensor
 
 from ptmoe.errors import PtmoeError, near
 from ptmoe.files import replaced
-from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, PTConfig, VirtualTokensConfig
+from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, VirtualTokensConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ptmoe.model import PromptedCausalLM
+    from ptmoe.models.causal import PromptedCausalLM
 
 CONFIG_FILE = "adapter_config.json"
 OWN_CONFIG_FILE = "ptmoe_config.json"  # what CONFIG_FILE holds, where that is peft's
@@ -263,55 +261,6 @@ def _check_values(path: Path, found: dict[str, Tensor]) -> None:
             )
 
 
-def load_adapter(
-    base: PreTrainedModel | PromptedCausalLM, path: str | Path, *, name: str = "default", revision: str | None = None
-) -> PromptedCausalLM:
-    """Put a saved adapter in front of its base, or, of a weight-side method, into it.
-
-    Args:
-        base: the model that the adapter was trained on, or a `PromptedCausalLM` on it, which gets one adapter more.
-        path: an adapter folder, a run folder that holds one, or the name of a Hub repository.
-        name: the adapter's name on the model, for `set_adapter` and `adapter_names`.
-        revision: of the Hub repository.
-
-    Raises:
-        PtmoeError: a folder that is not a whole adapter, or one of another base.
-    """
-    from ptmoe.model import PromptedCausalLM, seeded
-
-    folder = local_folder(path, revision)
-    saved = read_adapter(folder)
-    inner = base.base_model if isinstance(base, PromptedCausalLM) else base
-    embedding = inner.get_input_embeddings().weight
-    origin = saved.envelope["base_model_name_or_path"]
-    hidden, mark = saved.envelope["hidden_size"], saved.envelope["embedding_fingerprint"]
-    if hidden is not None and embedding.shape[1] != hidden:
-        raise PtmoeError(
-            f"{folder} is for a base of hidden size {hidden} ({origin}), "
-            f"this one has {embedding.shape[1]} ({inner.name_or_path}): load the base it was trained on"
-        )
-    if mark is not None and not same_base(embedding, mark):
-        raise PtmoeError(
-            f"{folder} was trained on another base ({origin}) than this one ({inner.name_or_path}): "
-            "their embeddings differ; load the base it was trained on"
-        )
-
-    def make(base: PreTrainedModel) -> PromptEncoder:
-        with seeded(0):
-            encoder = saved.config.on_saved(base)
-        try:
-            saved.fill(encoder)
-        except PtmoeError:
-            with suppress(PtmoeError):  # nothing to undo yet, where it could not be undone
-                encoder.remove()
-            raise
-        return encoder
-
-    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
-    model.add_adapter(name, saved.config, make)
-    return model
-
-
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
     """The adapter folder that a path, a run folder or a Hub repository means; the last is downloaded."""
     folder = Path(path)
@@ -328,55 +277,3 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PtmoeError(f"no adapter folder {path}, and the Hub does not give it: {error}") from None
-
-
-def to_peft(source: str | Path, target: str | Path) -> None:
-    """Write a `pt` adapter folder as `peft`'s PROMPT_TUNING folder: the same prompt, the same logits.
-
-    Raises:
-        PtmoeError: an adapter of another method, which `peft` has no form for.
-    """
-    saved = read_adapter(source)
-    if saved.peft_config is not None:
-        raise PtmoeError(
-            f"{source} is a {saved.config.method} adapter: its folder is peft's own already, load it with "
-            "peft.PeftModel.from_pretrained"
-        )
-    if not isinstance(saved.config, PTConfig):
-        raise PtmoeError(f"{source} is a {saved.config.method} adapter: peft has a form for pt only")
-    if saved.config.position != "before":
-        raise PtmoeError(f"{source} stands after the first token: peft puts a prompt before it, and has no other form")
-    config = {
-        "peft_type": "PROMPT_TUNING",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": saved.envelope["base_model_name_or_path"],
-        "revision": saved.envelope["revision"],
-        "inference_mode": True,
-        "num_virtual_tokens": saved.config.num_virtual_tokens,
-        "token_dim": saved.envelope["hidden_size"],
-        "num_transformer_submodules": 1,
-        "prompt_tuning_init": "RANDOM",
-    }
-    write_adapter(target, config, {"prompt_embeddings": saved.tensors["prompt"]})
-
-
-def from_peft(source: str | Path, target: str | Path, base: PreTrainedModel) -> None:
-    """Write `peft`'s PROMPT_TUNING folder as a `pt` adapter folder for `base`.
-
-    Raises:
-        PtmoeError: another kind of folder, a damaged one, or one that does not fit the base.
-    """
-    source = Path(source)
-    written = read_config_file(source)
-    if written.get("peft_type") != "PROMPT_TUNING":
-        raise PtmoeError(f"{source}: peft_type={written.get('peft_type')!r}: only PROMPT_TUNING converts")
-    tensors = _read_tensors(source)
-    embedding = base.get_input_embeddings().weight
-    size: Any = written.get("num_virtual_tokens")  # PTConfig checks it
-    config = PTConfig(num_virtual_tokens=size, init="random")
-    shape = torch.empty(config.num_virtual_tokens, embedding.shape[1], device="meta")
-    _check_values(source / WEIGHTS_FILE, tensors)
-    _check_tensors(source / WEIGHTS_FILE, {"prompt_embeddings": shape}, tensors)
-    of_base = {"hidden_size": embedding.shape[1], "embedding_fingerprint": fingerprint(embedding)}
-    made = _config(config, of_base, written.get("base_model_name_or_path"), written.get("revision"))
-    write_adapter(target, made, {"prompt": tensors["prompt_embeddings"].float()})

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ptmoe import nano
 from ptmoe.errors import PtmoeError, near
+from ptmoe.methods.base import QUANTIZATIONS, quantization_of
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("8bit", "4bit")
 
 
 def load_base(
@@ -67,17 +67,6 @@ def check_quantization(quantization: str | None) -> None:
         raise PtmoeError(f"unknown quantization {quantization!r}{near(quantization, QUANTIZATIONS)}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise PtmoeError(f"quantization={quantization!r} needs bitsandbytes: pip install 'ptmoe[quantization]'")
-
-
-def quantization_of(base: PreTrainedModel) -> str | None:
-    """`"8bit"` or `"4bit"`, the name of another library's method, or None for plain weights."""
-    if not getattr(base, "is_quantized", False):
-        return None
-    for name in QUANTIZATIONS:
-        if getattr(base, f"is_loaded_in_{name}", False):
-            return name
-    method = base.hf_quantizer.quantization_config.quant_method
-    return str(getattr(method, "value", method))
 
 
 def _quantization_config(quantization: str) -> BitsAndBytesConfig:

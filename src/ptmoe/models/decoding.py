@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ptmoe.linear import by_onednn
+from ptmoe.fast.linear import by_onednn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ptmoe.model import PromptedCausalLM
+    from ptmoe.models.causal import PromptedCausalLM
 
 # Greedy whatever the base's own generation config asks for: some ship a repetition penalty.
 GREEDY: dict[str, Any] = {

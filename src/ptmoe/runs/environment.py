@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 
 PACKAGES = (
     "ptmoe",
@@ -25,6 +24,8 @@ PACKAGES = (
 
 def environment(seed: int) -> dict[str, Any]:
     """Versions, the project's commit where it is a checkout, the seed and the hardware."""
+    import torch
+
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
@@ -63,3 +64,11 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))

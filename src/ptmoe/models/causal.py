@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ptmoe.adapter import fingerprint
+from ptmoe.adapters.folder import fingerprint
 from ptmoe.errors import PtmoeError, near
-from ptmoe.last_layer import last_layer, narrowed
-from ptmoe.linear import by_onednn
-from ptmoe.loss import (
+from ptmoe.fast.last_layer import last_layer, narrowed
+from ptmoe.fast.linear import by_onednn
+from ptmoe.fast.loss import (
     IGNORED,
     LOGITS_AT_ONCE,
     Hidden,
@@ -30,19 +30,17 @@ from ptmoe.loss import (
     projected_at,
     supervised_positions,
 )
+from ptmoe.fast.packing import pack, packed_attention, why_not
 from ptmoe.methods.base import (
-    Batches,
-    InitialEmbeddings,
     MethodConfig,
     PromptEncoder,
     Routing,
     VirtualTokensConfig,
 )
-from ptmoe.packing import pack, packed_attention, why_not
-from ptmoe.splice import Spliced, align_right, splice
+from ptmoe.models.splice import Spliced, align_right, splice
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
 DEFAULT_NEW_TOKENS = 20  # of transformers, where neither the caller nor the base sets a length
@@ -351,7 +349,7 @@ class PromptedCausalLM(nn.Module):
 
         `push_to_hub=True` and its options are those of `transformers`.
         """
-        from ptmoe.adapter import save_adapter
+        from ptmoe.adapters.folder import save_adapter
 
         push_to_hub, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", None)
         for ignored in ("state_dict", "is_main_process", "safe_serialization"):  # `Trainer` passes them
@@ -809,84 +807,3 @@ def _new_tokens(bound: str, sources: list[dict[str, Any]], length: int) -> int |
         if source.get(f"{bound}_length") is not None:
             return cast(int, source[f"{bound}_length"]) - length
     return None
-
-
-def attach(
-    base: PreTrainedModel,
-    config: MethodConfig,
-    *,
-    seed: int = 0,
-    adapter_name: str = "default",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    batches: Batches | None = None,
-) -> PromptedCausalLM:
-    """Freeze `base` and put a fresh adapter in front of it, or, with a weight-side method, into it.
-
-    Args:
-        base: any causal language model of `transformers` that takes `inputs_embeds`, or a `PromptedCausalLM`, which
-            then gets one adapter more.
-        config: of any method.
-        seed: decides every initial value; the global random state is left alone.
-        adapter_name: its name, for `set_adapter` and `adapter_names`.
-        tokenizer: the base's, for `init="text"`; by default loaded from where the base came from.
-        batches: some of the training data, `input_ids`, `attention_mask` and `labels (B, L)`, for `eva` and `corda`,
-            which start from the activations that it gives.
-
-    Raises:
-        PtmoeError: a size that does not fit the base, a base without the modules that the method changes, a text
-            without tokens, or a method that needs `batches` and has none.
-    """
-    if config.needs_batches and batches is None:
-        raise PtmoeError(
-            f"{config.method} starts from the activations of training data: train it with `ptmoe train --method "
-            f"{config.method}`, or pass attach(…, batches=…)"
-        )
-    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
-
-    def tokenize(text: str) -> list[int]:
-        nonlocal tokenizer
-        if tokenizer is None:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-        return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def make(base: PreTrainedModel) -> PromptEncoder:
-        with seeded(seed):
-            encoder = config.on(base, batches)
-            source = InitialEmbeddings(base.get_input_embeddings(), torch.Generator().manual_seed(seed), tokenize)
-            encoder.initialise(source)
-        return encoder
-
-    model.add_adapter(adapter_name, config, make)
-    return model
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Within it the global random state starts from `seed`; afterwards it is what it was."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-def count_parameters(base_config: Any, config: MethodConfig) -> int:
-    """Trainable parameters of a method on a base, from the base's config alone: nothing is allocated.
-
-    Args:
-        base_config: a `transformers` config.
-        config: of any method.
-
-    Raises:
-        PtmoeError: a method or size that does not fit the base.
-    """
-    with torch.device("meta"):
-        if isinstance(config, VirtualTokensConfig):
-            text = base_config.get_text_config()
-            # OPT's smallest models embed narrower than they compute.
-            encoder = config.build(getattr(text, "word_embed_proj_dim", text.hidden_size))
-        else:
-            from transformers import AutoModelForCausalLM
-
-            encoder = config.on(AutoModelForCausalLM.from_config(base_config))
-    return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)

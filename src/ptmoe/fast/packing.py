@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ptmoe.splice import Spliced
+from ptmoe.models.splice import Spliced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,1 @@
+"""The adapter folder: written, read, checked. It knows encoders, no models."""

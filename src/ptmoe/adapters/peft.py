@@ -1,0 +1,77 @@
+"""`peft`'s PROMPT_TUNING folder, to and from a `pt` adapter folder: the same prompt, the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ptmoe.adapters.folder import (
+    WEIGHTS_FILE,
+    _check_tensors,
+    _check_values,
+    _config,
+    _read_tensors,
+    fingerprint,
+    read_adapter,
+    read_config_file,
+    write_adapter,
+)
+from ptmoe.errors import PtmoeError
+from ptmoe.methods import PTConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def to_peft(source: str | Path, target: str | Path) -> None:
+    """Write a `pt` adapter folder as `peft`'s PROMPT_TUNING folder: the same prompt, the same logits.
+
+    Raises:
+        PtmoeError: an adapter of another method, which `peft` has no form for.
+    """
+    saved = read_adapter(source)
+    if saved.peft_config is not None:
+        raise PtmoeError(
+            f"{source} is a {saved.config.method} adapter: its folder is peft's own already, load it with "
+            "peft.PeftModel.from_pretrained"
+        )
+    if not isinstance(saved.config, PTConfig):
+        raise PtmoeError(f"{source} is a {saved.config.method} adapter: peft has a form for pt only")
+    if saved.config.position != "before":
+        raise PtmoeError(f"{source} stands after the first token: peft puts a prompt before it, and has no other form")
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": saved.envelope["base_model_name_or_path"],
+        "revision": saved.envelope["revision"],
+        "inference_mode": True,
+        "num_virtual_tokens": saved.config.num_virtual_tokens,
+        "token_dim": saved.envelope["hidden_size"],
+        "num_transformer_submodules": 1,
+        "prompt_tuning_init": "RANDOM",
+    }
+    write_adapter(target, config, {"prompt_embeddings": saved.tensors["prompt"]})
+
+
+def from_peft(source: str | Path, target: str | Path, base: PreTrainedModel) -> None:
+    """Write `peft`'s PROMPT_TUNING folder as a `pt` adapter folder for `base`.
+
+    Raises:
+        PtmoeError: another kind of folder, a damaged one, or one that does not fit the base.
+    """
+    source = Path(source)
+    written = read_config_file(source)
+    if written.get("peft_type") != "PROMPT_TUNING":
+        raise PtmoeError(f"{source}: peft_type={written.get('peft_type')!r}: only PROMPT_TUNING converts")
+    tensors = _read_tensors(source)
+    embedding = base.get_input_embeddings().weight
+    size: Any = written.get("num_virtual_tokens")  # PTConfig checks it
+    config = PTConfig(num_virtual_tokens=size, init="random")
+    shape = torch.empty(config.num_virtual_tokens, embedding.shape[1], device="meta")
+    _check_values(source / WEIGHTS_FILE, tensors)
+    _check_tensors(source / WEIGHTS_FILE, {"prompt_embeddings": shape}, tensors)
+    of_base = {"hidden_size": embedding.shape[1], "embedding_fingerprint": fingerprint(embedding)}
+    made = _config(config, of_base, written.get("base_model_name_or_path"), written.get("revision"))
+    write_adapter(target, made, {"prompt": tensors["prompt_embeddings"].float()})

@@ -1,0 +1,1 @@
+"""A frozen base and its adapters as one model."""

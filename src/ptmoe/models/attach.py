@@ -1,0 +1,146 @@
+"""A base model and an adapter, fresh or saved, as one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from ptmoe.adapters.folder import local_folder, read_adapter, same_base
+from ptmoe.errors import PtmoeError
+from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PromptEncoder, VirtualTokensConfig
+from ptmoe.models.causal import PromptedCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def attach(
+    base: PreTrainedModel,
+    config: MethodConfig,
+    *,
+    seed: int = 0,
+    adapter_name: str = "default",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batches: Batches | None = None,
+) -> PromptedCausalLM:
+    """Freeze `base` and put a fresh adapter in front of it, or, with a weight-side method, into it.
+
+    Args:
+        base: any causal language model of `transformers` that takes `inputs_embeds`, or a `PromptedCausalLM`, which
+            then gets one adapter more.
+        config: of any method.
+        seed: decides every initial value; the global random state is left alone.
+        adapter_name: its name, for `set_adapter` and `adapter_names`.
+        tokenizer: the base's, for `init="text"`; by default loaded from where the base came from.
+        batches: some of the training data, `input_ids`, `attention_mask` and `labels (B, L)`, for `eva` and `corda`,
+            which start from the activations that it gives.
+
+    Raises:
+        PtmoeError: a size that does not fit the base, a base without the modules that the method changes, a text
+            without tokens, or a method that needs `batches` and has none.
+    """
+    if config.needs_batches and batches is None:
+        raise PtmoeError(
+            f"{config.method} starts from the activations of training data: train it with `ptmoe train --method "
+            f"{config.method}`, or pass attach(…, batches=…)"
+        )
+    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
+
+    def tokenize(text: str) -> list[int]:
+        nonlocal tokenizer
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def make(base: PreTrainedModel) -> PromptEncoder:
+        with seeded(seed):
+            encoder = config.on(base, batches)
+            source = InitialEmbeddings(base.get_input_embeddings(), torch.Generator().manual_seed(seed), tokenize)
+            encoder.initialise(source)
+        return encoder
+
+    model.add_adapter(adapter_name, config, make)
+    return model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it the global random state starts from `seed`; afterwards it is what it was."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def count_parameters(base_config: Any, config: MethodConfig) -> int:
+    """Trainable parameters of a method on a base, from the base's config alone: nothing is allocated.
+
+    Args:
+        base_config: a `transformers` config.
+        config: of any method.
+
+    Raises:
+        PtmoeError: a method or size that does not fit the base.
+    """
+    with torch.device("meta"):
+        if isinstance(config, VirtualTokensConfig):
+            text = base_config.get_text_config()
+            # OPT's smallest models embed narrower than they compute.
+            encoder = config.build(getattr(text, "word_embed_proj_dim", text.hidden_size))
+        else:
+            from transformers import AutoModelForCausalLM
+
+            encoder = config.on(AutoModelForCausalLM.from_config(base_config))
+    return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
+
+
+def load_adapter(
+    base: PreTrainedModel | PromptedCausalLM, path: str | Path, *, name: str = "default", revision: str | None = None
+) -> PromptedCausalLM:
+    """Put a saved adapter in front of its base, or, of a weight-side method, into it.
+
+    Args:
+        base: the model that the adapter was trained on, or a `PromptedCausalLM` on it, which gets one adapter more.
+        path: an adapter folder, a run folder that holds one, or the name of a Hub repository.
+        name: the adapter's name on the model, for `set_adapter` and `adapter_names`.
+        revision: of the Hub repository.
+
+    Raises:
+        PtmoeError: a folder that is not a whole adapter, or one of another base.
+    """
+    folder = local_folder(path, revision)
+    saved = read_adapter(folder)
+    inner = base.base_model if isinstance(base, PromptedCausalLM) else base
+    embedding = inner.get_input_embeddings().weight
+    origin = saved.envelope["base_model_name_or_path"]
+    hidden, mark = saved.envelope["hidden_size"], saved.envelope["embedding_fingerprint"]
+    if hidden is not None and embedding.shape[1] != hidden:
+        raise PtmoeError(
+            f"{folder} is for a base of hidden size {hidden} ({origin}), "
+            f"this one has {embedding.shape[1]} ({inner.name_or_path}): load the base it was trained on"
+        )
+    if mark is not None and not same_base(embedding, mark):
+        raise PtmoeError(
+            f"{folder} was trained on another base ({origin}) than this one ({inner.name_or_path}): "
+            "their embeddings differ; load the base it was trained on"
+        )
+
+    def make(base: PreTrainedModel) -> PromptEncoder:
+        with seeded(0):
+            encoder = saved.config.on_saved(base)
+        try:
+            saved.fill(encoder)
+        except PtmoeError:
+            with suppress(PtmoeError):  # nothing to undo yet, where it could not be undone
+                encoder.remove()
+            raise
+        return encoder
+
+    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
+    model.add_adapter(name, saved.config, make)
+    return model
