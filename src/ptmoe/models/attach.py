@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +13,9 @@ import torch
 from ptmoe.adapters.folder import local_folder, read_adapter, same_base
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PromptEncoder, VirtualTokensConfig
+from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.models.causal import PromptedCausalLM
+from ptmoe.settings import read_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -144,3 +147,50 @@ def load_adapter(
     model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
     model.add_adapter(name, saved.config, make)
     return model
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """An adapter on its base, ready to answer.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: the base's.
+        chat: whether the run was trained on prompts in the chat template; None where its folder does not say.
+    """
+
+    model: PromptedCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool | None
+
+
+def load_run(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    device: str | None = None,
+) -> LoadedRun:
+    """An adapter and the base it names, from a run folder, an adapter folder or a Hub repository.
+
+    Args:
+        path: of the run or adapter.
+        model: another base than the one that the adapter names: `"nano"`, a folder or a Hub repository.
+        revision: of the base; by default the adapter's, where it is the adapter's base.
+        dtype: of the base, as in `load_base`.
+        quantization: of the base, as in `load_base`.
+        device: as in `place`; by default the accelerator, where there is one.
+
+    Raises:
+        PtmoeError: no such adapter or base, an adapter of another base, or an unusable option.
+    """
+    check_quantization(quantization)
+    envelope = read_adapter(local_folder(path)).envelope
+    if model is None:
+        model, revision = envelope["base_model_name_or_path"], revision or envelope["revision"]
+    base, tokenizer = load_base(str(model), revision=revision, dtype=dtype, quantization=quantization, device=device)
+    config = Path(path) / "config.yaml"
+    chat = read_yaml(config).get("chat") if config.is_file() else None
+    return LoadedRun(load_adapter(base, path).eval(), tokenizer, chat)

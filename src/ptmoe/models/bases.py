@@ -15,6 +15,7 @@ from ptmoe.errors import PtmoeError, near
 from ptmoe.methods.base import QUANTIZATIONS, quantization_of
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -22,7 +23,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_base(
-    name: str, *, revision: str | None = None, dtype: str = "auto", quantization: str | None = None, **options: Any
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    device: str | torch.device | None = "cpu",
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, which gets a padding token where it has none.
 
@@ -33,6 +40,8 @@ def load_base(
         quantization: of the linear layers' weights, by `bitsandbytes`: `"8bit"` is LLM.int8(), which rounds what goes
             into a layer as well (on the CPU not in training), `"4bit"` NF4 with double quantization, as in QLoRA.
             Embeddings, head and norms stay in `dtype`. None is as saved.
+        device: where the model is put: `"cpu"`, as `transformers` has it, another name, or None for the accelerator,
+            where there is one.
         **options: go to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -43,17 +52,40 @@ def load_base(
 
     if dtype not in DTYPES:
         raise PtmoeError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
+    target = place(device)
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization)
+        options.setdefault("device_map", {"": target})  # quantized weights are made where they stay
     with _found(name) as where:
         tokenizer = _tokenizer(where, revision)
         model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)
     if quantization is not None and model.hf_quantizer.pre_quantized:
         raise PtmoeError(f"{name!r} is saved in {quantization_of(model)} already: leave {quantization} out")
     _settle(model)
+    if quantization is None and "device_map" not in options:
+        model.to(target)
     model.name_or_path = name
     model.config.name_or_path = name
     return cast("PreTrainedModel", model), tokenizer
+
+
+def place(device: str | torch.device | None = None) -> torch.device:
+    """The device of this name; None is the accelerator that `torch.accelerator` names, else the CPU.
+
+    Raises:
+        PtmoeError: no such device on this machine.
+    """
+    import torch
+
+    if device is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PtmoeError(f"device {str(device)!r} cannot be used on this machine: {reason}") from None
+    return found
 
 
 def check_quantization(quantization: str | None) -> None:
