@@ -28,10 +28,10 @@ def load(adapter: Path, base: dict[str, Any]) -> tuple[PromptedCausalLM, PreTrai
 
     quiet()
     check_quantization(base.get("quantization"))
-    envelope = read_adapter(local_folder(adapter)).envelope
+    saved = read_adapter(local_folder(adapter)).base
     # The revision is the named base's: another base has its own.
-    named = {} if "name" in base else {"revision": envelope["revision"]}
-    chosen = {"name": envelope["base_model_name_or_path"], **named, **base}
+    named = {} if "name" in base else {"revision": saved.revision}
+    chosen = {"name": saved.name_or_path, **named, **base}
     model, tokenizer = load_base(**chosen)
     return load_adapter(model, adapter).eval(), tokenizer
 

@@ -279,9 +279,9 @@ def _load(
     if adapter is None:
         raise PtmoeError("no adapter: give --model_args adapter=FOLDER, an adapter folder or a run folder")
     folder = local_folder(str(adapter))
-    saved = read_adapter(folder).envelope
+    saved = read_adapter(folder).base
     if base is None:
-        base, revision = saved["base_model_name_or_path"], revision or saved["revision"]
+        base, revision = saved.name_or_path, revision or saved.revision
     if not base:
         raise PtmoeError(f"{folder} names no base: give pretrained=NAME, the one that it was trained on")
     revision = None if revision is None else str(revision)  # the harness reads a number where it looks like one

@@ -77,7 +77,7 @@ class MethodConfig(Settings):
     default_learning_rate: ClassVar[float] = 0.03
     needs_batches: ClassVar[bool] = False  # starts from the activations that training inputs give
     fills_cache: ClassVar[bool] = False  # its prompt stands in the cache of all rows
-    alone: ClassVar[bool] = False  # changes what the base computes: a model holds one such adapter and no other
+    changes_layers: ClassVar[bool] = False  # of the base: a model holds one such adapter and no other
     unfit_on: ClassVar[tuple[str, ...]] = ()  # quantizations of the base that it cannot do with
 
     if TYPE_CHECKING:

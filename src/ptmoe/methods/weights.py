@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class WeightConfig(MethodConfig):
     """A method that changes the base's layers."""
 
-    alone: ClassVar[bool] = True
+    changes_layers: ClassVar[bool] = True
     num_virtual_tokens: ClassVar[int] = 0
     default_learning_rate: ClassVar[float] = 2e-3
 

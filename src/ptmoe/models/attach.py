@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ptmoe.adapters.folder import local_folder, read_adapter, same_base
+from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PromptEncoder, VirtualTokensConfig
 from ptmoe.models.bases import check_quantization, load_base
@@ -108,7 +108,8 @@ def load_adapter(
     """Put a saved adapter in front of its base, or, of a weight-side method, into it.
 
     Args:
-        base: the model that the adapter was trained on, or a `PromptedCausalLM` on it, which gets one adapter more.
+        base: the model that the adapter was trained on, or a `PromptedCausalLM` on it, which gets one adapter more;
+            as in `peft`, that does not become the active one.
         path: an adapter folder, a run folder that holds one, or the name of a Hub repository.
         name: the adapter's name on the model, for `set_adapter` and `adapter_names`.
         revision: of the Hub repository.
@@ -116,22 +117,10 @@ def load_adapter(
     Raises:
         PtmoeError: a folder that is not a whole adapter, or one of another base.
     """
-    folder = local_folder(path, revision)
-    saved = read_adapter(folder)
-    inner = base.base_model if isinstance(base, PromptedCausalLM) else base
-    embedding = inner.get_input_embeddings().weight
-    origin = saved.envelope["base_model_name_or_path"]
-    hidden, mark = saved.envelope["hidden_size"], saved.envelope["embedding_fingerprint"]
-    if hidden is not None and embedding.shape[1] != hidden:
-        raise PtmoeError(
-            f"{folder} is for a base of hidden size {hidden} ({origin}), "
-            f"this one has {embedding.shape[1]} ({inner.name_or_path}): load the base it was trained on"
-        )
-    if mark is not None and not same_base(embedding, mark):
-        raise PtmoeError(
-            f"{folder} was trained on another base ({origin}) than this one ({inner.name_or_path}): "
-            "their embeddings differ; load the base it was trained on"
-        )
+    saved = read_adapter(local_folder(path, revision))
+    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
+    inner = model.base_model
+    saved.base.check(inner.get_input_embeddings().weight, saved.folder, inner.name_or_path)
 
     def make(base: PreTrainedModel) -> PromptEncoder:
         with seeded(0):
@@ -144,8 +133,7 @@ def load_adapter(
             raise
         return encoder
 
-    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
-    model.add_adapter(name, saved.config, make)
+    model.add_adapter(name, saved.config, make, activate=False)
     return model
 
 
@@ -187,9 +175,9 @@ def load_run(
         PtmoeError: no such adapter or base, an adapter of another base, or an unusable option.
     """
     check_quantization(quantization)
-    envelope = read_adapter(local_folder(path)).envelope
+    saved = read_adapter(local_folder(path)).base
     if model is None:
-        model, revision = envelope["base_model_name_or_path"], revision or envelope["revision"]
+        model, revision = saved.name_or_path, revision or saved.revision
     base, tokenizer = load_base(str(model), revision=revision, dtype=dtype, quantization=quantization, device=device)
     config = Path(path) / "config.yaml"
     chat = read_yaml(config).get("chat") if config.is_file() else None
