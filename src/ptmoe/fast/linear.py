@@ -26,8 +26,8 @@ from ptmoe.files import cache_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MEASURED_ROWS, MEASURED_INPUTS, MEASURED_OUTPUTS = 256, 512, 1408
-MEASURED_TIMES = 9
+MEASURED = ((256, 512, 1408), (32, 512, 16384))  # rows, inputs and outputs: a layer, and a head at a few positions
+MEASURED_TIMES = 5
 WORTHWHILE = 0.95  # of torch's own time
 
 
@@ -110,7 +110,7 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @cache
 def _faster_here() -> bool:
     """Whether oneDNN was faster when this machine was first measured."""
-    key = f"{platform.machine()} {_processor()} {torch.__version__}"
+    key = f"{platform.machine()} {_processor()} {torch.__version__} {torch.get_num_threads()} threads"
     path = cache_folder() / "onednn" / hashlib.sha256(key.encode()).hexdigest()[:16]
     try:
         if not path.exists():
@@ -126,20 +126,21 @@ def _faster_here() -> bool:
 
 
 def _time_ratio() -> float:
-    """oneDNN's time for a product over torch's, each the fastest of several."""
-    rows = torch.ones(MEASURED_ROWS, MEASURED_INPUTS)
-    weight = torch.ones(MEASURED_OUTPUTS, MEASURED_INPUTS)
+    """oneDNN's time for a few products over torch's, each the fastest of several, in turns."""
 
-    def fastest(product: Callable[[Tensor, Tensor, None], Tensor]) -> float:
-        times = []
-        for _ in range(MEASURED_TIMES):
-            started = time.perf_counter()
-            product(rows, weight, None)
-            times.append(time.perf_counter() - started)
-        return min(times)
+    def seconds(product: Callable[[Tensor, Tensor, None], Tensor], rows: Tensor, weight: Tensor) -> float:
+        started = time.perf_counter()
+        product(rows, weight, None)
+        return time.perf_counter() - started
 
+    total = {_product: 0.0, nn.functional.linear: 0.0}
     with torch.no_grad():
-        return fastest(_product) / fastest(nn.functional.linear)
+        for count, inputs, outputs in MEASURED:
+            operands = torch.ones(count, inputs), torch.ones(outputs, inputs)
+            turns = [{product: seconds(product, *operands) for product in total} for _ in range(MEASURED_TIMES)]
+            for product in total:
+                total[product] += min(turn[product] for turn in turns)
+    return total[_product] / total[nn.functional.linear]
 
 
 def _processor() -> str:

@@ -82,6 +82,7 @@ class AdapterSet(nn.Module):
         self.active = ""
         self.enabled = True
         self._configs: dict[str, MethodConfig] = {}
+        self.eval()  # as a loaded model of `transformers`
 
     @property
     def in_use(self) -> bool:
