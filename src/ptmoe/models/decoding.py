@@ -59,11 +59,12 @@ class Decoder:
             return
         prompts = model.fixed_prompts()
         # With padding between prompt and tokens only explicit positions tell where a token is.
-        if prompts is not None and self.takes_positions and not self.rotates_by_length:
-            self.shapes = self.prefix = self._read(prompts)
-        else:
-            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            self.shapes = self._read(model.get_input_embeddings()(token))
+        with model.lock:
+            if prompts is not None and self.takes_positions and not self.rotates_by_length:
+                self.shapes = self.prefix = self._read(prompts)
+            else:
+                token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+                self.shapes = self._read(model.get_input_embeddings()(token))
 
     @torch.no_grad()
     def __call__(
@@ -103,41 +104,41 @@ class Decoder:
         inputs = self._first_inputs(*self._padded(prompts), experts, max_new_tokens)
         cache, positions = inputs["past_key_values"], inputs.get("position_ids")
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, max_new_tokens), value=1)
-        made: list[list[int]] = [[] for _ in prompts]
+        generated: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
-        for left in reversed(range(max_new_tokens)):
+        for remaining in reversed(range(max_new_tokens)):
             tokens, margins = _best(self.base(**inputs, **self.options).logits[:, -1], margin)
-            staying = []
-            for place, (row, ahead) in enumerate(zip(running, margins, strict=True)):
-                if not ahead >= margin:  # a NaN is no margin, too
-                    tokens[place] = self._alone(prompts[row], experts[row], made[row])
-            for place, (row, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
-                made[row].append(token)
-                if not ended(made[row]):
-                    staying.append(place)
-            if not staying or not left:
+            unfinished = []
+            for index, (row, lead) in enumerate(zip(running, margins, strict=True)):
+                if not lead >= margin:  # also where it is NaN
+                    tokens[index] = self._alone(prompts[row], experts[row], generated[row])
+            for index, (row, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
+                generated[row].append(token)
+                if not ended(generated[row]):
+                    unfinished.append(index)
+            if not unfinished or not remaining:
                 break
             positions = None if positions is None else positions[:, -1:] + 1
-            if len(staying) < len(running):
-                running = [running[place] for place in staying]
-                kept = torch.tensor(staying, device=tokens.device)
+            if len(unfinished) < len(running):
+                running = [running[index] for index in unfinished]
+                kept = torch.tensor(unfinished, device=tokens.device)
                 cache.batch_select_indices(kept)
                 tokens, mask = tokens[kept], mask[kept]
                 positions = None if positions is None else positions[kept]
             inputs = {
                 "input_ids": tokens[:, None],
-                "attention_mask": mask[:, : mask.shape[1] - left],
+                "attention_mask": mask[:, : mask.shape[1] - remaining],
                 "past_key_values": cache,
             }
             if positions is not None:
                 inputs["position_ids"] = positions
-        return made
+        return generated
 
-    def _alone(self, prompt: list[int], expert: int, made: list[int]) -> int:
-        """The next token of a row by itself, which is the same whatever batch it is in."""
-        if self.rotates_by_length:  # one pass is not what the row's own steps were
-            return self._decode([prompt], [expert], len(made) + 1, lambda _: False, 0.0)[0][-1]
-        ids, mask = self._padded([prompt + made])
+    def _alone(self, prompt: list[int], expert: int, generated: list[int]) -> int:
+        """The next token of a row decoded by itself: the same whatever batch it is in."""
+        if self.rotates_by_length:  # one pass rotates otherwise than the row's own steps
+            return self._decode([prompt], [expert], len(generated) + 1, lambda _: False, 0.0)[0][-1]
+        ids, mask = self._padded([prompt + generated])
         readable = torch.arange(ids.shape[1], device=ids.device)[None] < len(prompt)
         inputs = self.model.decoder_inputs(ids, mask, 1, readable)
         return int(self.base(**inputs, **self.options).logits[0, -1].argmax())
@@ -150,12 +151,12 @@ class Decoder:
         return ids, mask
 
     def _first_inputs(self, ids: Tensor, mask: Tensor, experts: Sequence[int], new: int) -> dict[str, Any]:
-        """What the base takes first, with a cache that has room for `new` tokens and holds what stands before them."""
+        """The arguments of the first pass, with a cache that has room for `new` tokens and holds a fixed prompt."""
         layers = DynamicCache(config=self.base.config).layers
         limits = [self.model.max_positions, *(layer.sliding_window for layer in layers if layer.is_sliding)]
         virtual = self.model.num_virtual_tokens
         needed = virtual + ids.shape[1] + new
-        # A window counts the padding behind the prompt too.
+        # A window counts the padding behind the prompt as well.
         if self.prefix is not None and all(limit is None or needed <= limit for limit in limits):
             chosen = torch.tensor(experts, device=ids.device)
             before = [(keys[chosen], values[chosen]) for keys, values in self.prefix]
@@ -218,10 +219,10 @@ def _rotates_by_length(base: PreTrainedModel) -> bool:
 
 
 def _best(scores: Tensor, margin: float) -> tuple[Tensor, list[float]]:
-    """The best tokens `(B,)` for scores `(B, V)`, and how far each is ahead of the next, if a margin is asked for."""
+    """The best tokens `(B,)` for scores `(B, V)`, and the lead of each over the next, if a margin is asked for."""
     if not margin:
         return scores.argmax(1), [0.0] * len(scores)
-    best, tokens = scores.topk(2, 1)  # of equal ones either may come first: no margin tells them apart
+    best, tokens = scores.topk(2, 1)  # of equal scores either may come first: their margin is 0
     return tokens[:, 0], (best[:, 0] - best[:, 1]).tolist()
 
 
