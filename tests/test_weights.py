@@ -37,7 +37,7 @@ SIZES = {
     "prefix-tuning": {"num_virtual_tokens": 4},
     "multitask-prompt-tuning": {"num_virtual_tokens": 4, "rank": 2},
 }
-WEIGHTS = [method for method in SIZES if METHODS[method].alone]
+WEIGHTS = [method for method in SIZES if METHODS[method].changes_layers]
 IN_PEFT = [method for method in SIZES if method not in ("ft", "hydralora", "p-tuning", "multitask-prompt-tuning")]
 REWRITES = {"pissa", "corda", "kasa"}  # the target modules' own weights, before training
 FITS = [
@@ -119,7 +119,7 @@ def test_training_lowers_the_loss_and_changes_the_methods_own_numbers_alone(meth
     assert all(unchanged) or method in REWRITES | {"ft"}
     if method == "ft":
         assert not any(torch.equal(parameter, before) for parameter, before in own if before.dim() > 1)
-    elif METHODS[method].alone:
+    elif METHODS[method].changes_layers:
         model.delete_adapter("default")
         assert all(torch.equal(parameter, before) for parameter, before in own)
         assert {id(parameter) for parameter in base.parameters()} == {id(parameter) for parameter, _ in own}
@@ -673,7 +673,7 @@ def by_hand(model, ids):
     if model.method_config.method == "prefix-tuning":
         from transformers import DynamicCache
 
-        layers, heads = base.config.num_hidden_layers, encoder.form.num_attention_heads
+        layers, heads = base.config.num_hidden_layers, encoder.resolved_config.num_attention_heads
         cache = DynamicCache()
         for index in range(layers):
             keys, values = (

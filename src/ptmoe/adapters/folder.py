@@ -222,7 +222,7 @@ def _read_config(folder: Path, written: dict[str, Any]) -> tuple[MethodConfig, d
     if peft_type not in by_type:
         raise PtmoeError(f"{folder / CONFIG_FILE}: peft_type={peft_type!r}{near(str(peft_type), by_type)}")
     method = by_type[peft_type]
-    unknown = [key for key in written if key not in ENVELOPE and key not in method.model_fields]
+    unknown = [key for key in written if key not in (*ENVELOPE, *method.model_fields, *method.retired)]
     if unknown:
         known = (*ENVELOPE, *method.model_fields)
         raise PtmoeError(f"{folder / CONFIG_FILE}: unknown key {unknown[0]!r}{near(unknown[0], known)}")

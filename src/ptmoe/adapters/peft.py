@@ -39,8 +39,6 @@ def to_peft(source: str | Path, target: str | Path) -> None:
         )
     if not isinstance(saved.config, PTConfig):
         raise PtmoeError(f"{source} is a {saved.config.method} adapter: peft has a form for pt only")
-    if saved.config.position != "before":
-        raise PtmoeError(f"{source} stands after the first token: peft puts a prompt before it, and has no other form")
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",

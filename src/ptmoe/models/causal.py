@@ -35,7 +35,6 @@ from ptmoe.methods.base import (
     MethodConfig,
     PromptEncoder,
     Routing,
-    VirtualTokensConfig,
 )
 from ptmoe.models.splice import Spliced, align_right, splice
 
@@ -79,7 +78,6 @@ class _Prompts:
     routing: Routing | None = None
     cache: Tensor | None = None
     auxiliary_loss: Tensor | None = None
-    after: Tensor | None = None  # (B,), true where the prompt stands after the first token; None where none does
 
     @property
     def length(self) -> int:
@@ -91,10 +89,6 @@ def readable_tokens(attention_mask: Tensor, labels: Tensor) -> Tensor:
     """`(B, L)`, true at the real tokens before each row's first supervised one: what the router may read."""
     supervised = (labels != IGNORED) & attention_mask.bool()
     return attention_mask.bool() & (supervised.long().cumsum(1) == 0)
-
-
-def _stands_after(encoder: PromptEncoder) -> bool:
-    return isinstance(encoder.config, VirtualTokensConfig) and encoder.config.position == "after"
 
 
 def _check_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
@@ -168,8 +162,8 @@ class PromptedCausalLM(nn.Module):
             raise PtmoeError(f"adapter name {name!r} cannot be used: choose another word, without dots")
         if name in self.encoders:
             raise PtmoeError(f"adapter {name!r} is there already: choose another name or delete_adapter({name!r})")
-        if self.encoders and (config.alone or self._changes_base):
-            changes = config.method if config.alone else self.method_config.method
+        if self.encoders and (config.changes_layers or self._changes_base):
+            changes = config.method if config.changes_layers else self.method_config.method
             raise PtmoeError(
                 f"{changes} changes the base's layers, so a model holds one such adapter and no other; this one holds "
                 f"{', '.join(self.encoders)}: use a base of its own, or delete_adapter"
@@ -180,7 +174,7 @@ class PromptedCausalLM(nn.Module):
             encoder.config.model_dump_json() + encoder.config.method, encoder.config
         )
         self.encoders[name] = encoder.to(self.device).train(self.training)
-        if config.alone:
+        if config.changes_layers:
             vars(self.base_model)[CHANGED_BY] = config.method
         self.set_adapter(name)
         return encoder
@@ -229,7 +223,7 @@ class PromptedCausalLM(nn.Module):
 
     @property
     def _changes_base(self) -> bool:
-        return bool(self.active_adapter) and self.method_config.alone
+        return bool(self.active_adapter) and self.method_config.changes_layers
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -397,10 +391,8 @@ class PromptedCausalLM(nn.Module):
         with torch.autocast(embeds.device.type, enabled=False):
             names = list(dict.fromkeys(adapter_names))
             if len(names) == 1 and names[0] != BASE:
-                encoder = self._encoder(names[0])
-                prompt = encoder(embeds, input_mask)
-                after = torch.ones_like(input_mask[:, 0]) if _stands_after(encoder) else None
-                return _Prompts(prompt.embeds, None, prompt.routing, prompt.cache, prompt.auxiliary_loss, after)
+                prompt = self._encoder(names[0])(embeds, input_mask)
+                return _Prompts(prompt.embeds, None, prompt.routing, prompt.cache, prompt.auxiliary_loss)
             parts = []
             for name in names:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=embeds.device)
@@ -419,8 +411,7 @@ class PromptedCausalLM(nn.Module):
                     padded = nn.functional.pad(made, (0, 0, longest - made.shape[1], 0))
                     prompts = prompts.index_copy(0, rows, padded)
                     lengths[rows] = made.shape[1]
-            behind = [name != BASE and _stands_after(self._encoder(name)) for name in adapter_names]
-            return _Prompts(prompts, lengths, after=torch.tensor(behind, device=embeds.device) if any(behind) else None)
+            return _Prompts(prompts, lengths)
 
     def _splice(
         self,
@@ -435,7 +426,7 @@ class PromptedCausalLM(nn.Module):
         embeds = self.get_input_embeddings()(input_ids)
         readable = attention_mask.bool() if input_mask is None else input_mask.bool() & attention_mask.bool()
         prompts = self.encode(embeds, readable, adapter_names)
-        spliced = splice(prompts.embeds, prompts.lengths, embeds, attention_mask, prompts.after)
+        spliced = splice(prompts.embeds, prompts.lengths, embeds, attention_mask)
         self._check_length(spliced, prompts)
         return spliced, prompts, attention_mask
 
@@ -545,11 +536,6 @@ class PromptedCausalLM(nn.Module):
             # A row without a prompt has nothing before its first token to predict it from.
             if prompts.lengths is not None or virtual == 0:
                 predicted = (before >= 0) & spliced.attention_mask[rows, before.clamp(min=0)].bool()
-                rows, columns = rows[predicted], columns[predicted]
-                before, targets = before[predicted], targets[predicted]
-            if prompts.after is not None:  # nor has a first token that the prompt stands behind
-                first = attention_mask.bool().int().argmax(1)  # (B,)
-                predicted = ~(prompts.after[rows] & (columns == first[rows]))
                 rows, before, targets = rows[predicted], before[predicted], targets[predicted]
             if self.training if skip_logits is None else skip_logits:
                 logits = None
@@ -743,7 +729,7 @@ class PromptedCausalLM(nn.Module):
     def fixed_prompts(self) -> Tensor | None:
         """`(N, T, H)`, prompts of which each input has exactly one before it, that of the highest gate; None where the
         active adapter composes a prompt for each input, or puts none before it."""
-        if not self.uses_adapter or _stands_after(self.encoder):
+        if not self.uses_adapter:
             return None
         with torch.autocast(self.device.type, enabled=False):
             return self.encoder.fixed_prompts()
