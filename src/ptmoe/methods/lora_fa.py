@@ -1,5 +1,5 @@
-"""LoRA-FA (Zhang et al. 2023, arXiv:2308.03303), with `peft`'s optimizer: A keeps its random start and B alone trains, on
-gradients projected by A.
+"""LoRA-FA (Zhang et al. 2023, arXiv:2308.03303), with `peft`'s optimizer: A keeps its random start and only B trains,
+on gradients projected by A.
 
 y = W x + (α / R) B A x                        A: (R, in), frozen; B: (out, R)
 

@@ -105,9 +105,7 @@ class PTMoE(RoutedEncoder):
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         config = self.config
-        routing = self.route(
-            input_embeds, input_mask, selective=config.selective, probationary=config.probationary
-        )
+        routing = self.route(input_embeds, input_mask, selective=config.selective, probationary=config.probationary)
         factor = torch.einsum("bn,ntr->btr", routing.gate, self.A)
         return Prompt(factor @ self.B, routing)
 
