@@ -45,8 +45,9 @@ def commands() -> str:
 
 
 def methods() -> str:
-    """The configs that `METHODS` lists, in its order."""
-    listed = (ROOT / "src/ptmoe/methods/__init__.py").read_text().partition("METHODS: ")[2].partition("}")[0]
-    names = [name for name in re.findall(r"\w+Config", listed) if name != "MethodConfig"]
+    """The configs in `METHODS`, in its order."""
+    from ptmoe.methods import METHODS
+
+    names = [config.__name__ for config in METHODS.values()]
     options = "    options: {merge_init_into_class: false, show_signature: false}"  # a config takes **values
     return "\n\n".join(f"::: ptmoe.methods.{name}\n{options}" for name in names)

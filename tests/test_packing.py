@@ -84,12 +84,6 @@ def test_several_adapters_and_the_base_in_one_batch() -> None:
     assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
 
 
-def test_the_prompt_after_the_first_token() -> None:
-    model = prompted(tiny_llama(), METHODS["pt"](num_virtual_tokens=4, position="after")).train()
-    inputs = labelled(ROWS, [3, 0, 1, 5, 2])
-    assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_layers_attend_as_the_first_time(base: PreTrainedModel, reentrant: bool) -> None:
     model = prompted(base, CONFIGS["PT"]).train()

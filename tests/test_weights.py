@@ -392,6 +392,13 @@ def test_splitting_a_batch_into_accumulation_steps_changes_nothing(method, tmp_p
     assert_close(parts, whole, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["lora", "ft"])
+def test_no_step_copies_all_weights_of_the_base(method, tmp_path):
+    trainer = fitted(method, tmp_path, max_steps=1, save_strategy="no")
+    copied = sum(value.numel() for value in trainer._last_good.values())
+    assert copied == (0 if method == "ft" else trainer.model.num_parameters(only_trainable=True))
+
+
 @pytest.mark.parametrize("method", ["riemannian", "lora-fa"])
 def test_the_trainer_takes_the_methods_own_optimizer_and_another_is_told(method, tmp_path):
     own = fitted(method, tmp_path / "own", max_steps=1, save_strategy="no")
@@ -673,7 +680,7 @@ def by_hand(model, ids):
     if model.method_config.method == "prefix-tuning":
         from transformers import DynamicCache
 
-        layers, heads = base.config.num_hidden_layers, encoder.form.num_attention_heads
+        layers, heads = base.config.num_hidden_layers, encoder.resolved_config.num_attention_heads
         cache = DynamicCache()
         for index in range(layers):
             keys, values = (

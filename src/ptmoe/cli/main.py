@@ -98,11 +98,8 @@ def train(
         list[str] | None, typer.Option(help="what LoRA and its kin change; q_proj and v_proj by default")
     ] = None,
     encoder_hidden_size: Annotated[int | None, typer.Option(help="of p-tuning's encoder")] = None,
-    position: Annotated[str | None, typer.Option(help="of the prompt: before or after the first token")] = None,
     selective: Selective = None,
     probationary: Probationary = None,
-    top_k: Annotated[int | None, typer.Option(help="experts that a selective gate keeps")] = None,
-    balance_loss: Annotated[float | None, typer.Option(help="weight of a loss for even use of the experts")] = None,
     router_noise: Annotated[float | None, typer.Option(help="σ of the router's noise in training")] = None,
     recipe: Annotated[Recipe | None, typer.Option(help="routing options of PT-MoE: ours, or as published")] = None,
     init: Annotated[str | None, typer.Option(help="of the prompt: vocabulary, text or random")] = None,
@@ -192,11 +189,8 @@ def train(
         alpha=alpha,
         target_modules=target_modules or None,
         encoder_hidden_size=encoder_hidden_size,
-        position=position,
         selective=selective,
         probationary=probationary,
-        top_k=top_k,
-        balance_loss=balance_loss,
         router_noise=router_noise,
         recipe=None if recipe is None else recipe.value,
         init=init,
@@ -338,7 +332,7 @@ def compare(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init, -noise or -position; with "
+            help="paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init or -noise; with "
             "--model nano on nano's world"
         ),
     ] = None,

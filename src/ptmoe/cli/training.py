@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from ptmoe.runs.environment import rank
-from ptmoe.train.options import TrainOptions, method_config
+from ptmoe.train.options import DEFAULT_METHOD, TrainOptions, method_config
 
 
 def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, resume: bool) -> None:
@@ -14,7 +14,7 @@ def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, 
     if config is not None:
         options = TrainOptions.read(config, **chosen, **({"method": fields} if fields else {}))
     else:
-        options = TrainOptions(**chosen, method={"name": "pt-moe", **fields})
+        options = TrainOptions(**chosen, method={"name": DEFAULT_METHOD, **fields})
     method_config(options.method)  # a misspelt method should not wait for torch and the data
 
     from ptmoe.models.bases import quiet

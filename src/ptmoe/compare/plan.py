@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from typing_extensions import Self
 
-from ptmoe.compare.budget import free_sizes, parse_budget
+from ptmoe.compare.budget import parse_budget
 from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
@@ -180,5 +180,5 @@ def _without_size(entry: Any) -> Any:
 
     if not isinstance(entry, dict) or entry.get("budget", 1) is None or entry.get("name") not in METHODS:
         return entry
-    replaced = ("budget", *free_sizes(METHODS[entry["name"]])[:1])
+    replaced = ("budget", *METHODS[entry["name"]].free_sizes[:1])
     return {name: value for name, value in entry.items() if name not in replaced}

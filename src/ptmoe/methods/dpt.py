@@ -13,13 +13,18 @@ from ptmoe.methods.factors import check_rank, random_factors, svd_factors
 
 
 class DPTConfig(PromptConfig):
-    """Decomposed prompt tuning: `R·(T + H)` trained numbers.
+    """Decomposed prompt tuning: `R·(T + H)` trainable parameters.
 
     Attributes:
         rank: `R`, at most min(T, H).
     """
 
     method: ClassVar[str] = "dpt"
+    order: ClassVar[int] = 30
+    paper_order: ClassVar[int | None] = 5
+    figure_color: ClassVar[tuple[str, str] | None] = ("#00805d", "#2fc79b")
+    figure_marker: ClassVar[str | None] = "^"
+    free_sizes: ClassVar[tuple[str, ...]] = ("rank", "num_virtual_tokens")
     rank: Size = 39
 
     def build(self, hidden_size: int) -> "DPT":
@@ -27,6 +32,8 @@ class DPTConfig(PromptConfig):
 
 
 class DPT(PromptEncoder):
+    """Tensors: `A (T, R)` and `B (R, H)`."""
+
     config: DPTConfig
 
     def __init__(self, config: DPTConfig, hidden_size: int) -> None:

@@ -16,33 +16,45 @@ if TYPE_CHECKING:
 
 
 class LowRankConfig(TargetedConfig):
-    """What LoRA and its kin share.
+    """What LoRA and its variants share.
 
     Attributes:
         rank: `R`.
-        alpha: `α`; by default `2·R`, so that the usual factor of 2 stays when the rank changes.
+        alpha: `α`; by default `2·R`, so that the usual factor of 2 is the same at every rank.
     """
 
+    free_sizes: ClassVar[tuple[str, ...]] = ("rank",)
     rank: Size = 1
     alpha: Size | None = None
 
     @property
     def scaling(self) -> float:
-        """By which the product of the factors is multiplied."""
+        """The factor of the low-rank product, `α / R`."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
 class LoRAConfig(LowRankConfig, InjectedConfig):
-    """LoRA: `R·(in + out)` trained numbers for each target module."""
+    """LoRA: `R·(in + out)` trainable parameters for each target module."""
 
     method: ClassVar[str] = "lora"
+    order: ClassVar[int] = 100
+    paper_order: ClassVar[int | None] = 2
+    figure_color: ClassVar[tuple[str, str] | None] = ("#5340b8", "#a79bf0")
+    figure_marker: ClassVar[str | None] = "P"
 
-    def peft_form(self, **common: Any) -> PeftConfig:
-        return self.lora(**common)
+    def initial_peft_config(self, **common: Any) -> PeftConfig:
+        return self.lora_config(**common)
 
-    def lora(self, **fields: Any) -> PeftConfig:
-        """`peft`'s config, with the fields that a variant adds."""
+    def lora_config(self, **fields: Any) -> PeftConfig:
+        """`peft`'s config of LoRA, with the fields that a variant adds."""
         from peft import LoraConfig
 
-        alpha = self.alpha or 2 * self.rank
-        return LoraConfig(**({"r": self.rank, "lora_alpha": alpha} | fields))
+        return LoraConfig(**({"r": self.rank, "lora_alpha": self.alpha or 2 * self.rank} | fields))
+
+
+class LoRAVariantConfig(LoRAConfig):
+    """A variant of LoRA, which is in no table of the paper."""
+
+    paper_order: ClassVar[int | None] = None
+    figure_color: ClassVar[tuple[str, str] | None] = None
+    figure_marker: ClassVar[str | None] = None

@@ -1,4 +1,4 @@
-"""P-tuning (Liu et al. 2021, arXiv:2103.10385), with `peft`'s prompt encoder: a small network composes the prompt.
+"""P-tuning (Liu et al. 2021, arXiv:2103.10385), with `peft`'s prompt encoder: a small network computes the prompt.
 
 P = W_3 ReLU(W_2 ReLU(W_1 E + b_1) + b_2) + b_3        E: (T, H), W_1: (h, H), W_2: (h, h), W_3: (H, h)
 """
@@ -14,13 +14,14 @@ from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptEncoder, Size, V
 
 
 class PTuningConfig(VirtualTokensConfig):
-    """P-tuning: `T·H + 2·h·H + h² + 2·h + H` trained numbers, all of which are saved.
+    """P-tuning: `T·H + 2·h·H + h² + 2·h + H` trainable parameters, all of which are saved.
 
     Attributes:
         encoder_hidden_size: `h`, the width of the network.
     """
 
     method: ClassVar[str] = "p-tuning"
+    order: ClassVar[int] = 60
     default_learning_rate: ClassVar[float] = 1e-3
     encoder_hidden_size: Size = 128
 
@@ -29,6 +30,8 @@ class PTuningConfig(VirtualTokensConfig):
 
 
 class PTuning(PromptEncoder):
+    """Tensors: those of `peft`'s prompt encoder."""
+
     config: PTuningConfig
 
     def __init__(self, config: PTuningConfig, hidden_size: int) -> None:
@@ -55,4 +58,4 @@ class PTuning(PromptEncoder):
         return prompt[None]
 
     def initialise(self, source: InitialEmbeddings) -> None:
-        """`peft` has drawn the network when it was built."""
+        """`peft` has initialised the network."""

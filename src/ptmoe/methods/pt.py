@@ -1,4 +1,4 @@
-"""PT, prompt tuning (Lester et al. 2021, arXiv:2104.08691): one trained prompt for every input.
+"""PT, prompt tuning (Lester et al. 2021, arXiv:2104.08691): one trainable prompt for every input.
 
 P = prompt                         prompt: (T, H)
 """
@@ -12,15 +12,21 @@ from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEn
 
 
 class PTConfig(PromptConfig):
-    """Prompt tuning. See `PromptConfig`; `T·H` trained numbers."""
+    """Prompt tuning: `T·H` trainable parameters. See `PromptConfig`."""
 
     method: ClassVar[str] = "pt"
+    order: ClassVar[int] = 20
+    paper_order: ClassVar[int | None] = 4
+    figure_color: ClassVar[tuple[str, str] | None] = ("#d55e00", "#f08a3c")
+    figure_marker: ClassVar[str | None] = "s"
 
     def build(self, hidden_size: int) -> "PT":
         return PT(self, hidden_size)
 
 
 class PT(PromptEncoder):
+    """Tensors: `prompt (T, H)`."""
+
     config: PTConfig
 
     def __init__(self, config: PTConfig, hidden_size: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError
@@ -63,13 +64,25 @@ def attach(
 
     def make(base: PreTrainedModel) -> PromptEncoder:
         with seeded(seed):
-            encoder = config.on(base, batches)
-            source = InitialEmbeddings(base.get_input_embeddings(), torch.Generator().manual_seed(seed), tokenize)
-            encoder.initialise(source)
+            encoder = config.encoder_for(base, batches)
+            generator = torch.Generator().manual_seed(seed)
+            encoder.initialise(InitialEmbeddings(base.get_input_embeddings(), generator, tokenize, read_prompt))
         return encoder
 
     model.add_adapter(adapter_name, config, make)
     return model
+
+
+def read_prompt(folder: str) -> Tensor:
+    """The prompt `(T, H)` of a saved `pt` adapter.
+
+    Raises:
+        PtmoeError: a folder that is not a whole adapter, or one of another method.
+    """
+    saved = read_adapter(folder)
+    if "prompt" not in saved.tensors:
+        raise PtmoeError(f"source prompt {folder}: needs a pt adapter, is a {saved.config.method} adapter")
+    return saved.tensors["prompt"]
 
 
 @contextmanager
@@ -98,7 +111,7 @@ def count_parameters(base_config: Any, config: MethodConfig) -> int:
         else:
             from transformers import AutoModelForCausalLM
 
-            encoder = config.on(AutoModelForCausalLM.from_config(base_config))
+            encoder = config.encoder_for(AutoModelForCausalLM.from_config(base_config))
     return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
 
 
@@ -124,7 +137,7 @@ def load_adapter(
 
     def make(base: PreTrainedModel) -> PromptEncoder:
         with seeded(0):
-            encoder = saved.config.on_saved(base)
+            encoder = saved.config.saved_encoder_for(base)
         try:
             saved.fill(encoder)
         except PtmoeError:

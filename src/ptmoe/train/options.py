@@ -16,6 +16,7 @@ from ptmoe.settings import Settings, read_yaml
 
 Count = Annotated[int, Field(ge=1)]
 BASE = "base"  # the method of a run that trains nothing
+DEFAULT_METHOD = "pt-moe"
 
 
 class TrainOptions(Settings):
@@ -54,7 +55,7 @@ class TrainOptions(Settings):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["8bit", "4bit"] | None = None
-    method: dict[str, Any] = {"name": "pt-moe"}
+    method: dict[str, Any] = {"name": DEFAULT_METHOD}
     task: str | None = None
     data: str | None = None
     data_dir: str | None = None
@@ -137,7 +138,7 @@ def method_config(method: dict[str, Any]) -> Any:
     from ptmoe.methods import METHODS
 
     fields = dict(method)
-    name = fields.pop("name", "pt-moe")
+    name = fields.pop("name", DEFAULT_METHOD)
     if name not in METHODS:
         raise PtmoeError(f"unknown method {name!r}{near(str(name), METHODS)}")
     return METHODS[name](**fields)
