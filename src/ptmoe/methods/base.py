@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -79,6 +80,7 @@ class MethodConfig(Settings):
     fills_cache: ClassVar[bool] = False  # its prompt stands in the cache of all rows
     alone: ClassVar[bool] = False  # changes what the base computes: a model holds one such adapter and no other
     unfit_on: ClassVar[tuple[str, ...]] = ()  # quantizations of the base that it cannot do with
+    shorthands: ClassVar[dict[str, FieldInfo]] = {}  # keys that set several fields at once; options of `ptmoe train`
 
     if TYPE_CHECKING:
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -52,6 +53,11 @@ class PTMoEConfig(PromptConfig):
     """
 
     method: ClassVar[str] = "pt-moe"
+    shorthands: ClassVar[dict[str, FieldInfo]] = {
+        "recipe": FieldInfo(
+            annotation=Literal["default", "paper"], description="routing options: ours, or as published"  # type: ignore[arg-type]
+        )
+    }
     num_experts: Size = 2
     rank: Size = 36
     selective: bool = True
