@@ -67,7 +67,7 @@ def quickstart(
     ] = "default",
     steps: Annotated[int | None, typer.Option(help="training steps of each method")] = None,
 ) -> None:
-    """See it learn: tune pt and pt-moe at one parameter budget on nano's mixed world, and compare."""
+    """See it learn: pt and pt-moe on nano's world. They are tuned at one parameter budget and compared."""
     from ptmoe.quickstart import run
 
     run(output_dir, task=task, seed=seed, recipe=recipe, **given(steps=steps))
@@ -81,7 +81,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the run's last checkpoint")] = False,
 ) -> None:
-    """Train an adapter and write its run folder; `ptmoe train RUN/config.yaml` repeats a run.
+    """Train an adapter and write its run folder. `ptmoe train RUN/config.yaml` repeats a run.
 
     A method's own options (--rank 8, …) are shown by `ptmoe train --method NAME --help`.
     """
@@ -94,9 +94,7 @@ def train(
 def generate(
     context: typer.Context,
     adapter: Adapter,
-    prompt: Annotated[
-        list[str] | None, typer.Argument(help="prompts; by default the lines of standard input")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Argument(help="prompts; by default the lines of standard input")] = None,
     model: AdapterBase = None,
     device: Device = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
@@ -154,9 +152,7 @@ def evaluate(
     ] = 32,
     tokens_per_batch: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="instead: as many rows as fit into this many tokens, new and virtual tokens included"
-        ),
+        typer.Option(min=1, help="instead: as many rows as fit into this many tokens, new and virtual tokens included"),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="of an answer; by default the task's")] = None,
     max_length: Annotated[
@@ -170,7 +166,7 @@ def evaluate(
         bool, typer.Option("--overwrite", help="start over instead of resuming an interrupted evaluation")
     ] = False,
 ) -> None:
-    """Answer tasks greedily and grade the answers; an interrupted evaluation is resumed."""
+    """Answer tasks greedily and grade the answers. An interrupted evaluation is resumed."""
     from ptmoe.cli.evaluation import evaluate as evaluate_run
 
     options = {"batch_size": batch_size, "overwrite": overwrite}
@@ -214,7 +210,7 @@ def score(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def harness(context: typer.Context) -> None:
-    """Run EleutherAI's lm_eval with its own options, and with --model ptmoe --model_args adapter=RUN."""
+    """Run EleutherAI's lm_eval on an adapter. The options are its own: --model ptmoe --model_args adapter=RUN …"""
     from ptmoe.evaluate.harness import main as run
 
     run(context.args)
@@ -232,7 +228,11 @@ def compare(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what would be run, and at what sizes")] = False,
 ) -> None:
-    """Train and evaluate methods × tasks × seeds on equal terms, and report; run again, it continues."""
+    """Compare methods × tasks × seeds on equal terms.
+
+    Each method is trained and evaluated with each task and seed, and a report is written. The same command continues a
+    comparison that was interrupted or extended.
+    """
     from ptmoe.cli.comparison import run
 
     run(plan, context.obj, with_base=with_base, dry_run=dry_run)
@@ -250,7 +250,7 @@ def inspect(
     device: Device = None,
     output_dir: Annotated[Path | None, typer.Option(help="where figures go; by default ADAPTER/inspect")] = None,
 ) -> None:
-    """Print and draw what an adapter holds: its experts' use by domain, their similarity, their nearest words."""
+    """Print and draw what an adapter has learned. For a routed method: its experts' use by domain and their similarity."""
     from ptmoe.cli.inference import inspect as run
 
     data = given(data_dir=data_dir, max_examples=examples)
@@ -272,7 +272,7 @@ def params(
         typer.Option(help="pick each method's free size to come closest without exceeding it: 80k, 1.5M"),
     ] = None,
 ) -> None:
-    """Count each method's trainable parameters on a base, from its config alone."""
+    """Count each method's trainable parameters on a base. The base's config is enough, no weights are loaded."""
     from ptmoe.cli.tables import params as run
 
     fields = given(num_virtual_tokens=num_virtual_tokens, num_experts=num_experts, rank=rank)
@@ -301,15 +301,13 @@ def tasks_show(
     examples: Annotated[int, typer.Option(min=1)] = 4,
     skip_bad: SkipBad = False,
     model: Model = "nano",
-    chat: Annotated[
-        bool | None, typer.Option(help="the tokenizer's chat template; by default for named tasks")
-    ] = None,
+    chat: Annotated[bool | None, typer.Option(help="the tokenizer's chat template; by default for named tasks")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="real tokens of an example; longer contexts are cut")
     ] = None,
     num_virtual_tokens: Annotated[int, typer.Option(min=0, help="T, length of the soft prompt")] = 40,
 ) -> None:
-    """Print examples as the model sees them: where the virtual tokens are, what is cut, what is supervised."""
+    """Print examples as the model sees them, with the virtual tokens' place, what is cut and what is supervised."""
     from ptmoe.cli.tables import tasks_show as run
 
     base = {"name": model, **context.obj}
@@ -324,7 +322,7 @@ def convert(
         str | None, typer.Option(help="the base, for a folder of peft's; by default the base that it names")
     ] = None,
 ) -> None:
-    """Convert a pt adapter to peft's PROMPT_TUNING folder, or back; the logits stay the same."""
+    """Convert a pt adapter to peft's PROMPT_TUNING, or back. The logits stay the same."""
     from ptmoe.cli.inference import convert as run
 
     run(source, target, model)

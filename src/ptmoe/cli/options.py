@@ -95,9 +95,9 @@ def described_fields(owner: type[Settings]) -> dict[str, FieldInfo]:
     docstrings = [inspect.cleandoc(parent.__doc__ or "") for parent in owner.__mro__]
     fields = {}
     for name, field in {**owner.model_fields, **getattr(owner, "shorthands", {})}.items():
-        fields[name] = field = copy(field)
         found = (re.search(rf"^ {{4}}{name}: (.+(?:\n {{8}}.+)*)", text, re.MULTILINE) for text in docstrings)
-        field.description = field.description or next((match[1] for match in found if match), None)
+        fields[name] = copy(field)
+        fields[name].description = field.description or next((match[1] for match in found if match), None)
     return fields
 
 

@@ -77,7 +77,7 @@ def tasks(data_dir: str | None) -> None:
     for name, members in GROUPS.items():
         console.print(f"group {name}: {', '.join(members)}")
     console.print(
-        "A task is downloaded when it is used, or read from --data-dir or $PTMOE_DATA_DIR. A JSON-lines file is a task too."
+        "A task is downloaded when used, or read from --data-dir or $PTMOE_DATA_DIR. A JSON-lines file is a task too."
     )
 
 

@@ -179,11 +179,7 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
         known = [_without_size(entry) for entry in known]
         given = {**given, **({"methods": known} if known else {})}
     if "methods" in changes:
-        changes["methods"] = [
-            entry
-            for asked in _entries(changes["methods"])
-            for entry in ([own for own in known if isinstance(own, dict) and asked == {"name": own.get("name")}] or [asked])
-        ]
+        changes["methods"] = [entry for asked in _entries(changes["methods"]) for entry in _known_as(asked, known)]
     plan = {**given, **changes}
     if "tasks" not in plan:
         raise PtmoeError(f"nothing to compare on: give a --task, or a --preset ({', '.join(PRESETS)})")
@@ -191,6 +187,11 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
         return ComparePlan(**plan)
     except PtmoeError as error:
         raise PtmoeError(f"{path}: {error}" if path is not None else str(error)) from None
+
+
+def _known_as(asked: Any, known: list[Any]) -> list[Any]:
+    """The known entries of a method that is only named, where there are any; else what was asked."""
+    return [entry for entry in known if isinstance(entry, dict) and asked == {"name": entry.get("name")}] or [asked]
 
 
 def _without_size(entry: Any) -> Any:

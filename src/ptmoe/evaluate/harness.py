@@ -53,8 +53,8 @@ REFUSED = "autogptq delta device_map gguf_file gptqmodel parallelize peft subfol
 
 # What the harness scores: the two texts, where there are any, and the tokens of the context and of its continuation.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-# One row of a batch: the indices of the requests that it answers, its context and its continuation. These requests share
-# the context and all but the last token of the continuation, so one row of logits serves them all.
+# One row of a batch: the indices of the requests that it answers, its context and its continuation. These requests
+# share the context and all but the last token of the continuation, so one row of logits serves them all.
 Row = tuple[list[int], list[int], list[int]]
 
 
@@ -62,10 +62,10 @@ class PromptedLM(HFLM):
     """A base model with an adapter, as the harness sees it: `hf` with a soft prompt composed for each context.
 
     Batching (including `batch_size="auto"`), chat templates, stop sequences, truncation and caching are `HFLM`'s own.
-    What differs: the router reads the context alone, and `max_length` leaves room for the virtual tokens. The context is
-    what the harness passes as such: its trailing spaces belong to the continuation, an empty context is the prefix token
-    (the tokenizer's BOS, else its EOS; `prefix_token_id` overrides it), a context that is too long loses its beginning,
-    and in `loglikelihood_rolling` the context is what precedes each window.
+    What differs: the router reads the context alone, and `max_length` leaves room for the virtual tokens. The context
+    is what the harness passes as such: its trailing spaces belong to the continuation, an empty context is the prefix
+    token (the tokenizer's BOS, else its EOS; `prefix_token_id` overrides it), a context that is too long loses its
+    beginning, and in `loglikelihood_rolling` the context is what precedes each window.
 
     `HFLM(pretrained=model)` itself does not accept a `PromptedCausalLM`: its scoring calls the model with context and
     continuation as one text, and nothing in that call tells them apart.
@@ -193,9 +193,7 @@ class PromptedLM(HFLM):
         longest, cut = self.max_length, 0
         for index, (texts, context, continuation) in enumerate(requests):
             if not context or not continuation:
-                raise PtmoeError(
-                    f"request {index}, {texts!r}: its context or its continuation has no token of its own"
-                )
+                raise PtmoeError(f"request {index}, {texts!r}: its context or its continuation has no token of its own")
             if len(continuation) > longest:
                 raise PtmoeError(
                     f"a continuation of {len(continuation)} tokens exceeds the {longest} that fit beside "
@@ -280,7 +278,7 @@ def _load(
         run = load_run(str(adapter), model=name, **base, **options)
     except TypeError as error:  # an option that neither transformers nor the model's class has
         base_name = repr(name) if name else f"the base of {adapter}"
-        raise PtmoeError(f"{', '.join(options)}: {base_name} does not load with it ({error})") from None
+        raise PtmoeError(f"{', '.join(options) or 'the base'}: {base_name} does not load with it ({error})") from None
     return run.model, run.tokenizer
 
 

@@ -55,7 +55,8 @@ class PTMoEConfig(PromptConfig):
     method: ClassVar[str] = "pt-moe"
     shorthands: ClassVar[dict[str, FieldInfo]] = {
         "recipe": FieldInfo(
-            annotation=Literal["default", "paper"], description="routing options: ours, or as published"  # type: ignore[arg-type]
+            annotation=Literal["default", "paper"],
+            description="routing options: ours, or as published",
         )
     }
     num_experts: Size = 2
