@@ -250,7 +250,10 @@ def inspect(
     device: Device = None,
     output_dir: Annotated[Path | None, typer.Option(help="where figures go; by default ADAPTER/inspect")] = None,
 ) -> None:
-    """Print and draw what an adapter has learned. For a routed method: its experts' use by domain and their similarity."""
+    """Print and draw what an adapter has learned.
+
+    That is the experts' use by domain, the similarity of their prompts, and the words nearest to each virtual token.
+    """
     from ptmoe.cli.inference import inspect as run
 
     data = given(data_dir=data_dir, max_examples=examples)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
-from functools import cache
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, cast, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from ptmoe.settings import Flag, Settings
 
-    Fields = Mapping[str, Sequence[FieldInfo]]  # by name; several methods may have a field of one name
+    Fields = dict[str, list[FieldInfo]]  # by name; several methods may have a field of one name
 
 HELP = ("-h", "--help")
 ARGUMENTS = "ptmoe.arguments"  # in a context's `meta`: what the command was given
@@ -52,8 +51,13 @@ def command_of(settings: str, *only: str, methods: bool = False) -> type[TyperCo
             return [*declared, *self.from_fields(context), help_option]
 
         def from_fields(self, context: Any) -> list[Any]:
-            options = _settings_options(settings, only)
-            return [*options, *(_method_options(context.meta.get(ARGUMENTS, HELP)) if methods else ())]
+            key = f"ptmoe.options.{self.name}"  # parsing needs the same objects each time it asks
+            if key not in context.meta:
+                fields = _settings_fields(settings, only)
+                if methods:
+                    fields |= _method_fields(context.meta.get(ARGUMENTS, HELP))
+                context.meta[key] = _options(fields)
+            return cast(list[Any], context.meta[key])
 
         def invoke(self, context: Any) -> Any:
             values = {option.name: context.params.pop(option.name) for option in self.from_fields(context)}
@@ -63,30 +67,25 @@ def command_of(settings: str, *only: str, methods: bool = False) -> type[TyperCo
     return SettingsCommand
 
 
-@cache
-def _settings_options(settings: str, only: tuple[str, ...]) -> tuple[Any, ...]:
+def _settings_fields(settings: str, only: Sequence[str]) -> Fields:
     module, _, name = settings.partition(":")
     fields = described_fields(getattr(importlib.import_module(module), name))
-    return _options({name: [field] for name, field in fields.items() if not only or name in only})
+    return {name: [field] for name, field in fields.items() if not only or name in only}
 
 
-def _method_options(arguments: Sequence[str]) -> tuple[Any, ...]:
+def _method_fields(arguments: Sequence[str]) -> Fields:
     """The fields of all methods' configs, as a YAML file may name the method; in a method's help, its own."""
-    if not {*HELP} & {*arguments}:
-        return _options_of_methods(None)
+    asks_for_help = not {*HELP}.isdisjoint(arguments)
     named = re.findall(r"^--method[=\n]([^:\n]*)", "\n".join(arguments), re.MULTILINE)
-    return _options_of_methods(named[-1]) if named else ()
-
-
-@cache
-def _options_of_methods(name: str | None) -> tuple[Any, ...]:
+    if asks_for_help and not named:
+        return {}
     from ptmoe.methods import METHODS
 
-    fields: dict[str, list[FieldInfo]] = {}
+    fields: Fields = {}
     for method, config in METHODS.items():
-        for key, field in described_fields(config).items() if name in (method, None) else ():
-            fields.setdefault(key, []).append(field)
-    return _options(fields)
+        for name, field in described_fields(config).items() if not asks_for_help or method == named[-1] else ():
+            fields.setdefault(name, []).append(field)
+    return fields
 
 
 def described_fields(owner: type[Settings]) -> dict[str, FieldInfo]:
@@ -101,7 +100,7 @@ def described_fields(owner: type[Settings]) -> dict[str, FieldInfo]:
     return fields
 
 
-def _options(fields: Fields) -> tuple[Any, ...]:
+def _options(fields: Fields) -> list[Any]:
     """What `typer` makes of a function with these parameters. A mapping is no option: only a YAML file can hold it."""
     parameters = [
         inspect.Parameter(
@@ -119,7 +118,7 @@ def _options(fields: Fields) -> tuple[Any, ...]:
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False)
     app.command()(function)
-    return tuple(typer.main.get_command(app).params)
+    return list(typer.main.get_command(app).params)
 
 
 def _option(name: str, fields: Sequence[FieldInfo]) -> Any:

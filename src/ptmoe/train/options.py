@@ -103,7 +103,8 @@ class SharedOptions(Settings):
 
 
 class TrainOptions(SharedOptions):
-    """A training run. Each field is an option of `ptmoe train`, except `trainer`, which only a YAML file can set.
+    """A training run. Each field is an option of `ptmoe train`, whose help describes it; `trainer` alone, a mapping of
+    other arguments of `transformers.TrainingArguments`, has no option.
 
     `output_dir` must not hold a run, unless that is resumed. It is not written to `config.yaml`, so that `ptmoe train
     RUN/config.yaml` repeats a run in a new folder.
@@ -134,7 +135,7 @@ class TrainOptions(SharedOptions):
     seed: Annotated[int, Field(ge=0)] = 0
     """of the initial values, the order of the data and the router's noise"""
     learning_rate: Rate | None = None
-    """by default the method's own"""
+    """by default the method's own (docs/findings.md)"""
     lr_scheduler_type: str = "linear"
     """linear, cosine, constant, … as in transformers"""
     warmup_steps: Annotated[float, Field(ge=0)] = 20
@@ -146,11 +147,12 @@ class TrainOptions(SharedOptions):
     tokens_per_batch: Count | None = None
     """instead of a number of rows: as many rows as fit into this many tokens, virtual tokens included"""
     packing: bool | None = None
-    """rows end to end, without padding; by default where that is exact"""
+    """rows end to end, without padding; by default where that is exact, and --packing fails where it is not"""
     gradient_checkpointing: bool = False
     """compute the layers again in the backward pass: less memory, a third slower"""
     torch_compile: bool = False
-    """compile the base's layers, which takes minutes at the start; falls back where it fails"""
+    """compile the base's layers, which takes minutes at the start; falls back where it fails
+    (docs/performance.md)"""
     bf16: bool = False
     """mixed precision in bfloat16"""
     fp16: bool = False
