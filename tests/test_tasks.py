@@ -132,7 +132,7 @@ def test_predictions_must_cover_exactly_the_examples():
     examples = load_task("nano/words", "test")[:3]
     with pytest.raises(ptmoe.PtmoeError, match="2 predictions for 3 examples"):
         ptmoe.score("nano/words", ["a", "b"], examples)
-    with pytest.raises(ptmoe.PtmoeError, match=r"lack 2 id\(s\).*hold 1 strange"):
+    with pytest.raises(ptmoe.PtmoeError, match=r"lack 2 id\(s\).*hold 1 unknown"):
         ptmoe.score("nano/words", {"test-0": "a", "x": "b"}, examples)
 
 
