@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 import ptmoe
-from ptmoe.cli import main
 from ptmoe.cli.options import described_fields
 from ptmoe.compare import ComparePlan
 from ptmoe.errors import PtmoeError
@@ -32,24 +31,6 @@ TRAIN = [
     "--eval-examples",
     "8",
 ]
-
-
-def command(*arguments, monkeypatch, capsys):
-    """Exit status, standard output and error of one command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["ptmoe", *map(str, arguments)])
-    try:
-        main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    said = capsys.readouterr()
-    return status, said.out, said.err
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
-    return lambda *arguments: command(*arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +363,7 @@ def test_gold_answers_score_100_from_the_command_line_and_bad_records_are_listed
 
 def test_what_cannot_be_evaluated_is_reported(run, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    for arguments, said in {
+    for arguments, message in {
         ("eval", "--task", "nano/mixed"): "give a run or adapter folder, or a base with --model",
         ("eval", "--task", "nano/mixed", "--model", "nano"): "name a folder with --output-dir",
         ("eval", tmp_path): "give a task with --task",
@@ -397,7 +378,7 @@ def test_what_cannot_be_evaluated_is_reported(run, tmp_path):
     }.items():
         status, _, err = run(*arguments)
         assert status == 2, arguments
-        assert said in err, (arguments, err)
+        assert message in err, (arguments, err)
 
 
 def test_a_base_alone_is_evaluated_into_a_folder_of_its_own(run, tmp_path):
