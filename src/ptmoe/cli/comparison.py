@@ -11,10 +11,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ptmoe import nano
+from ptmoe.cli.progress import progress_bar
 from ptmoe.compare.budget import sizes_of
 from ptmoe.compare.plan import read_plan
 from ptmoe.compare.run import Comparison, Watcher, compare, prepare
-from ptmoe.errors import PtmoeError
 from ptmoe.train.options import BASE
 
 if TYPE_CHECKING:
@@ -22,29 +22,11 @@ if TYPE_CHECKING:
 
     from ptmoe.compare.cells import Cell
 
-TRAINING_SHARE = 0.9  # of a cell's time, for the bar
+TRAINING_SHARE = 0.9  # of a cell's progress; the rest is its evaluation
 
 
-def run(
-    path: Path | None,
-    chosen: dict[str, Any],
-    methods: list[str] | None,
-    vary: list[str] | None,
-    seeds: str | None,
-    learning_rates: list[str] | None,
-    *,
-    with_base: bool,
-    dry_run: bool,
-) -> None:
+def run(path: Path | None, chosen: dict[str, Any], *, with_base: bool, dry_run: bool) -> None:
     """Work the plan out, show it, run what is not finished, and report."""
-    if methods:
-        chosen["methods"] = [_method(text) for text in methods]
-    if vary:
-        chosen["vary"] = dict(_values(text) for text in vary)
-    if seeds is not None:
-        chosen["seeds"] = _seeds(seeds)
-    if learning_rates:
-        chosen["learning_rate"] = _learning_rates(learning_rates)
     plan = read_plan(path, chosen)
     if with_base:
         plan = plan.replace(methods=[{"name": BASE}, *plan.methods])
@@ -62,84 +44,33 @@ def run(
     from ptmoe.report import comparison_summary, write_comparison_report
 
     try:
-        failed = _run(comparison, console)
+        with progress_bar() as progress:
+            failed = compare(comparison, _Bars(comparison, progress))
     except KeyboardInterrupt:
-        console.print(f"stopped; go on with: ptmoe compare {comparison.folder.path}")
+        console.print(f"stopped; continue with: ptmoe compare {comparison.folder.path}")
         raise SystemExit(130) from None
     if len(comparison.unfinished) < len(comparison.cells):
         console.print(comparison_summary(comparison.folder.path))
         console.print(f"report: {write_comparison_report(comparison.folder.path)}", markup=False)
-    for one in failed:
-        console.print(f"failed: {one['label']} on {one['task']}, seed {one['seed']}: {one['error']}", markup=False)
+    for cell in failed:
+        console.print(f"failed: {cell['label']} on {cell['task']}, seed {cell['seed']}: {cell['error']}", markup=False)
     if failed:
-        console.print(f"{len(failed)} of {len(comparison.cells)} cells failed; the same command tries them again")
+        console.print(f"{len(failed)} of {len(comparison.cells)} cells failed; the same command retries them")
         raise SystemExit(1)
 
 
-def _method(text: str) -> dict[str, Any]:
-    """`pt-moe`, or `pt-moe:rank=8,num_experts=4`."""
-    name, _, fields = text.partition(":")
-    entry: dict[str, Any] = {"name": name}
-    for piece in fields.split(",") if fields else []:
-        key, equals, value = piece.partition("=")
-        if not equals:
-            raise PtmoeError(f"--method {text!r}: {piece!r} is not FIELD=VALUE")
-        entry[key.strip()] = _scalar(value)
-    return entry
-
-
-def _values(text: str) -> tuple[str, list[Any]]:
-    """`rank=4,8,16`."""
-    name, equals, values = text.partition("=")
-    if not equals or not values:
-        raise PtmoeError(f"--vary {text!r}: needs FIELD=VALUE,VALUE,…")
-    return name.strip(), [_scalar(value) for value in values.split(",")]
-
-
-def _scalar(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _seeds(text: str) -> int | list[int]:
-    """`5` seeds from 0, or `0,3,5`."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise PtmoeError(f"--seeds {text!r}: needs how many, as 5, or which, as 0,3,5")
-    numbers = [int(part) for part in parts]
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _learning_rates(texts: list[str]) -> float | dict[str, Any]:
-    """`0.01` for all, or `pt=0.01` for each that is named."""
-    rates: dict[str, float] = {}
-    for text in texts:
-        name, _, rate = text.rpartition("=")
-        try:
-            rates[name] = float(rate)
-        except ValueError:
-            raise PtmoeError(f"--learning-rate {text!r}: needs a number, or METHOD=NUMBER") from None
-    if "" in rates and len(rates) > 1:
-        raise PtmoeError(f"--learning-rate {' '.join(texts)}: give one number for all, or one for each method")
-    return rates.get("", rates)
-
-
 def _show(comparison: Comparison, console: Console) -> None:
-    """The plan: what is the same for all methods, and each one's size."""
+    """The plan: what all methods share, and the size of each."""
     plan = comparison.plan
     if plan.preset is not None and plan.model == nano.NAME:
-        console.print(f"{plan.preset} on nano: in miniature, on nano's own world, since nano reads nothing else")
+        console.print(f"{plan.preset} on nano: in miniature, on nano's own world, as nano knows no other text")
     length = f"{plan.max_steps:,} steps" if plan.max_steps > 0 else f"{plan.num_train_epochs:g} epochs"
     batch = plan.per_device_train_batch_size * plan.gradient_accumulation_steps
     evaluations = dict.fromkeys(name for cell in comparison.cells for name in cell.eval_tasks)
     examples = f" ({plan.eval_examples:,} examples of each)" if plan.eval_examples else ""
     console.print(
-        f"{plan.model}: trained on {' and on '.join(plan.tasks)}, {length} of {batch} examples, the same in one order "
-        f"for all methods; evaluated greedily on {', '.join(evaluations)}{examples}",
+        f"{plan.model}: trained on {' and on '.join(plan.tasks)}, {length} of {batch} examples, in the same order for "
+        f"all methods; evaluated greedily on {', '.join(evaluations)}{examples}",
         markup=False,
     )
     table = Table("", "method", "size")
@@ -160,8 +91,8 @@ def _show(comparison: Comparison, console: Console) -> None:
             f"{sum(cell not in unfinished for cell in own)} of {len(own)}",
         )
     console.print(table)
-    for one in comparison.left_out:
-        console.print(f"left out: {one}", markup=False)
+    for left_out in comparison.left_out:
+        console.print(f"left out: {left_out}", markup=False)
     console.print(
         f"{len(comparison.cells)} cells (seeds {', '.join(map(str, plan.seeds))}), {len(unfinished)} to run, "
         f"{comparison.jobs} at once, in {comparison.folder.path}",
@@ -169,15 +100,8 @@ def _show(comparison: Comparison, console: Console) -> None:
     )
 
 
-def _run(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
-    from ptmoe.cli.progress import progress_bar
-
-    with progress_bar() as progress:
-        return compare(comparison, _Bars(comparison, progress))
-
-
 class _Bars(Watcher):
-    """A bar over the cells with the time left, and one for each cell that is running; a line for each that is done."""
+    """A bar for all cells with the remaining time, and a bar for each running cell; a line for each finished cell."""
 
     def __init__(self, comparison: Comparison, progress: Progress) -> None:
         self.comparison = comparison
@@ -185,7 +109,7 @@ class _Bars(Watcher):
         self.done = len(comparison.cells) - len(comparison.unfinished)
         self.all = progress.add_task("cells", total=len(comparison.cells), completed=self.done, note="")
         self.bars: dict[str, TaskID] = {}
-        self.shares: dict[str, float] = {}  # of the running cells
+        self.shares: dict[str, float] = {}  # of the running cells that are done
         self.since: dict[str, float] = {}
 
     def started(self, cell: Cell) -> None:
@@ -209,7 +133,7 @@ class _Bars(Watcher):
         from ptmoe.report import read_run
 
         scores = read_run(self.comparison.folder.run_folder(cell)).evaluations.values()
-        shown = ", ".join(f"{one.task} {one.score:.1f} %" for one in scores)
+        shown = ", ".join(f"{result.task} {result.score:.1f} %" for result in scores)
         self._end(cell, f"{shown} ({time.monotonic() - self.since[cell.name]:.0f} s)")
 
     def failed(self, cell: Cell, error: str) -> None:

@@ -20,22 +20,6 @@ if TYPE_CHECKING:
     from ptmoe.models.causal import PromptedCausalLM
 
 
-def load(adapter: Path, base: dict[str, Any]) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase]:
-    """An adapter on its base: the one it names, or another in `base["name"]`."""
-    from ptmoe.adapters.folder import local_folder, read_adapter
-    from ptmoe.models.attach import load_adapter
-    from ptmoe.models.bases import check_quantization, load_base, quiet
-
-    quiet()
-    check_quantization(base.get("quantization"))
-    saved = read_adapter(local_folder(adapter)).base
-    # The revision is the named base's: another base has its own.
-    named = {} if "name" in base else {"revision": saved.revision}
-    chosen = {"name": saved.name_or_path, **named, **base}
-    model, tokenizer = load_base(**chosen)
-    return load_adapter(model, adapter).eval(), tokenizer
-
-
 def generate(
     adapter: Path,
     prompts: list[str] | None,
@@ -43,19 +27,27 @@ def generate(
     options: dict[str, Any],
     *,
     seed: int | None,
-    chat: bool,
+    chat: bool | None,
     show_routing: bool,
 ) -> None:
+    """Print a completion of each prompt; an empty line for an empty prompt."""
     prompts = prompts or [line.rstrip("\n") for line in sys.stdin]
     if not any(prompt.strip() for prompt in prompts):
         raise PtmoeError("no prompt: give one as an argument, or lines on standard input")
-    model, tokenizer = load(adapter, base)
 
     import torch
 
+    from ptmoe.evaluate.generation import end_tokens
+    from ptmoe.models.attach import load_run
+    from ptmoe.models.bases import quiet
     from ptmoe.tasks.base import Example
     from ptmoe.tasks.tokens import encode_prompt
 
+    quiet()
+    loaded = load_run(adapter, **base)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    chat = bool(loaded.chat) if chat is None else chat
+    ends = {"eos_token_id": sorted(end_tokens(model, tokenizer)) or None, "pad_token_id": tokenizer.pad_token_id}
     if seed is not None:
         torch.manual_seed(seed)
     for prompt in prompts:
@@ -63,10 +55,10 @@ def generate(
             print()
             continue
         encoded = encode_prompt(Example("", prompt, "", (), ""), tokenizer, chat=chat)
-        assert encoded is not None
+        assert encoded is not None  # without a limit every prompt fits
         ids = torch.tensor([encoded.ids], device=model.device)
-        made = model.generate(input_ids=ids, pad_token_id=tokenizer.pad_token_id, **options)
-        print(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+        completed = model.generate(input_ids=ids, **ends, **options)
+        print(tokenizer.decode(completed[0, ids.shape[1] :], skip_special_tokens=True))
         routing = model.route(ids) if show_routing else None
         if routing is not None:
             gate = ", ".join(f"{value:.3f}" for value in routing.gate[0].tolist())
@@ -76,17 +68,20 @@ def generate(
 def inspect(
     adapter: Path, task: str, split: str, data: dict[str, Any], base: dict[str, Any], output_dir: Path | None
 ) -> None:
-    from ptmoe.cli.evaluation import chat_of
+    from ptmoe.models.attach import load_run
+    from ptmoe.models.bases import quiet
     from ptmoe.tasks import load_task, task_named
     from ptmoe.tasks.tokens import uses_chat
 
     examples = load_task(task, split, **data)
-    model, tokenizer = load(adapter, base)
+    quiet()
+    loaded = load_run(adapter, **base)
+    model, tokenizer = loaded.model, loaded.tokenizer
 
     from ptmoe.evaluate.routing import expert_similarity, route_examples, summarise_routing
     from ptmoe.report.figures import routing_figures
 
-    chat = uses_chat(task_named(task), tokenizer, chat_of(adapter))
+    chat = uses_chat(task_named(task), tokenizer, loaded.chat)
     gates = route_examples(model, tokenizer, examples, chat=chat)
     routing = summarise_routing(gates, [example.domain for example in examples], expert_similarity(model.encoder))
     console = Console()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -86,6 +87,7 @@ class MethodConfig(Settings):
     changes_layers: ClassVar[bool] = False  # a model holds one such adapter and no other
     trains_base: ClassVar[bool] = False  # its parameters are the base's own weights: too many to copy at every step
     unsupported_quantizations: ClassVar[tuple[str, ...]] = ()
+    shorthands: ClassVar[dict[str, FieldInfo]] = {}  # keys that set several fields at once; options of `ptmoe train`
     retired: ClassVar[dict[str, Any]] = {}  # removed fields, and the value at which they had no effect
 
     if TYPE_CHECKING:

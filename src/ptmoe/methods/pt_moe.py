@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
+from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -52,6 +53,12 @@ class PTMoEConfig(RoutedConfig):
     figure_color: ClassVar[tuple[str, str] | None] = ("#0072b2", "#4fa8e0")
     figure_marker: ClassVar[str | None] = "o"
     free_sizes: ClassVar[tuple[str, ...]] = ("rank", "num_virtual_tokens")
+    shorthands: ClassVar[dict[str, FieldInfo]] = {
+        "recipe": FieldInfo(
+            annotation=Literal["default", "paper"],
+            description="routing options: ours, or as published",
+        )
+    }
     retired: ClassVar[dict[str, Any]] = {**RoutedConfig.retired, "top_k": 1, "balance_loss": 0.0}
     rank: Size = 36
     selective: bool = True

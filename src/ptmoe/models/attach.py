@@ -172,7 +172,8 @@ def load_run(
     revision: str | None = None,
     dtype: str = "auto",
     quantization: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
 ) -> LoadedRun:
     """An adapter and the base it names, from a run folder, an adapter folder or a Hub repository.
 
@@ -183,15 +184,20 @@ def load_run(
         dtype: of the base, as in `load_base`.
         quantization: of the base, as in `load_base`.
         device: as in `place`; by default the accelerator, where there is one.
+        **options: go to the base's `from_pretrained`, as in `load_base`.
 
     Raises:
-        PtmoeError: no such adapter or base, an adapter of another base, or an unusable option.
+        PtmoeError: no such adapter or base, an adapter that names no base or belongs to another, or an unusable option.
     """
     check_quantization(quantization)
     saved = read_adapter(local_folder(path)).base
     if model is None:
         model, revision = saved.name_or_path, revision or saved.revision
-    base, tokenizer = load_base(str(model), revision=revision, dtype=dtype, quantization=quantization, device=device)
+    if not model:
+        raise PtmoeError(f"{path} names no base: give the model that it was trained on")
+    base, tokenizer = load_base(
+        model, revision=revision, dtype=dtype, quantization=quantization, device=device, **options
+    )
     config = Path(path) / "config.yaml"
     chat = read_yaml(config).get("chat") if config.is_file() else None
     return LoadedRun(load_adapter(base, path).eval(), tokenizer, chat)
