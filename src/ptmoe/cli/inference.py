@@ -112,7 +112,7 @@ def inspect(
 
 
 def nearest_words(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, k: int = 3) -> list[Any]:
-    """For each expert's prompt, or the one that there is, the nearest words of each virtual token."""
+    """The nearest words of each virtual token, for each expert's prompt or for the only prompt."""
     import torch
 
     from ptmoe.report.vocabulary import nearest_tokens
@@ -131,7 +131,13 @@ def nearest_words(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, k
 
 
 def show_routing(console: Console, routing: dict[str, Any], largest_share: float) -> None:
-    """Who goes where, how evenly, and whether it has collapsed: `largest_share` is that of the busiest expert."""
+    """Print which expert serves which domain, how evenly, and whether the routing has collapsed.
+
+    Args:
+        console: printed to.
+        routing: from `summarise_routing`.
+        largest_share: the busiest expert's share of the inputs.
+    """
     from ptmoe.report.runs import COLLAPSED_SHARE
 
     experts = routing["num_experts"]
@@ -155,12 +161,13 @@ def show_routing(console: Console, routing: dict[str, Any], largest_share: float
 
 
 def convert(source: Path, target: Path, model: str | None) -> None:
+    """Write a pt adapter as peft's PROMPT_TUNING folder, or the reverse."""
     from ptmoe.adapters.folder import CONFIG_FILE, read_config_file
     from ptmoe.adapters.peft import from_peft, to_peft
     from ptmoe.models.bases import load_base, quiet
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise PtmoeError(f"{target} is there already: name a new folder")
+        raise PtmoeError(f"{target} already exists: name a new or empty folder")
     if not (source / CONFIG_FILE).is_file():
         raise PtmoeError(f"{source} has no {CONFIG_FILE}: give an adapter folder")
     written = read_config_file(source)
