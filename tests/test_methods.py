@@ -300,6 +300,20 @@ def test_a_seed_decides_every_start_value_and_leaves_the_global_state_alone(meth
     assert all(not torch.equal(other[key], value) for key, value in first.items())
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (DPTConfig(num_virtual_tokens=4, rank=2), "needs a pt adapter, is a dpt adapter"),
+        (PTConfig(num_virtual_tokens=5), rf"needs a pt adapter of shape \(4, {HIDDEN}\), has shape \(5, {HIDDEN}\)"),
+    ],
+)
+def test_a_source_prompt_that_does_not_fit_is_named(source, message, tmp_path):
+    attach(tiny_llama(), source).save_pretrained(tmp_path)
+    config = METHODS["attempt"](num_virtual_tokens=4, num_sources=1, source_prompts=[str(tmp_path)])
+    with pytest.raises(PtmoeError, match=f"source prompt {tmp_path}: {message}"):
+        attach(tiny_llama(), config)
+
+
 # -- the router --------------------------------------------------------------------------------------------------------
 
 

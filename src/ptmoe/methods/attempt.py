@@ -10,8 +10,6 @@ where none are given. The published LayerNorm has trainable gains; here it has n
 matches the published parameter count.
 """
 
-from typing import ClassVar
-
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
@@ -31,13 +29,13 @@ class ATTEMPTConfig(PromptConfig):
             of random tokens of the vocabulary.
     """
 
-    method: ClassVar[str] = "attempt"
-    order: ClassVar[int] = 50
-    paper_order: ClassVar[int | None] = 7
-    figure_color: ClassVar[tuple[str, str] | None] = ("#8a6d00", "#e3c13b")
-    figure_marker: ClassVar[str | None] = "v"
-    free_sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "bottleneck")
-    routes: ClassVar[bool] = True
+    method = "attempt"
+    order = 50
+    paper_order = 7
+    figure_color = ("#8a6d00", "#e3c13b")
+    figure_marker = "v"
+    free_sizes = ("num_virtual_tokens", "bottleneck")
+    routes = True
     num_sources: Size = 2
     bottleneck: Size = 2
     source_prompts: list[str] = []
@@ -65,8 +63,7 @@ class ATTEMPT(PromptEncoder):
     config: ATTEMPTConfig
 
     def __init__(self, config: ATTEMPTConfig, hidden_size: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         tokens = config.num_virtual_tokens
         self.prompt = nn.Parameter(torch.empty(tokens, hidden_size))
         self.down = nn.Parameter(torch.empty(config.bottleneck, hidden_size))
@@ -92,9 +89,14 @@ class ATTEMPT(PromptEncoder):
     def initialise(self, source: InitialEmbeddings) -> None:
         sources, tokens, hidden = self.source_prompts.shape
         self.prompt.copy_(source.rows(self.config, tokens))
-        if self.config.source_prompts:
-            self.source_prompts.copy_(torch.stack([self._read(source, name) for name in self.config.source_prompts]))
-        else:
+        for index, folder in enumerate(self.config.source_prompts):
+            assert source.read_prompt is not None
+            prompt = source.read_prompt(folder)
+            if prompt.shape != self.prompt.shape:
+                needed, found = tuple(self.prompt.shape), tuple(prompt.shape)
+                raise PtmoeError(f"source prompt {folder}: needs a pt adapter of shape {needed}, has shape {found}")
+            self.source_prompts[index] = prompt
+        if not self.config.source_prompts:
             vocabulary = self.config.replace(init="vocabulary", init_text=None)
             self.source_prompts.copy_(source.rows(vocabulary, sources * tokens).view_as(self.source_prompts))
         for parameter in (self.down, self.up):
@@ -103,14 +105,3 @@ class ATTEMPT(PromptEncoder):
     def expert_prompts(self) -> Tensor:
         """`(S + 1, T, H)`: the sources, then the target."""
         return torch.cat([self.source_prompts, self.prompt[None]])
-
-    def _read(self, source: InitialEmbeddings, folder: str) -> Tensor:
-        if source.read_prompt is None:
-            raise PtmoeError(f"source prompt {folder} needs a reader of adapter folders: attach(base, config) has one")
-        prompt = source.read_prompt(folder)
-        if prompt.shape != self.prompt.shape:
-            raise PtmoeError(
-                f"source prompt {folder}: needs a pt adapter of shape {tuple(self.prompt.shape)}, is a prompt of shape "
-                f"{tuple(prompt.shape)}"
-            )
-        return prompt

@@ -22,7 +22,9 @@ from ptmoe.errors import PtmoeError
 from ptmoe.settings import Settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel as PreTrainedModel
+else:
+    PreTrainedModel = Any  # importing it takes a second
 
 Batches = Iterable[dict[str, Tensor]]  # training data: `input_ids`, `attention_mask` and `labels`, (B, L) each
 Size = Annotated[int, Field(ge=1)]  # a field of this type is part of what a table calls the method's size
@@ -199,13 +201,21 @@ class PromptEncoder(nn.Module):
 
     config: MethodConfig
 
+    def __init__(self, config: MethodConfig) -> None:
+        super().__init__()
+        self.config = config
+
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        """
+        """By default every row gets the single prompt of `fixed_prompts`.
+
         Args:
             input_embeds: `(B, L, H)`, the base's embeddings of the row.
             input_mask: `(B, L)`, true at the tokens that may decide the prompt: no padding, no answer.
         """
-        raise NotImplementedError
+        prompt = self.fixed_prompts()
+        if prompt is None:
+            raise NotImplementedError
+        return Prompt(prompt.expand(len(input_embeds), -1, -1))
 
     def initialise(self, source: InitialEmbeddings) -> None:
         """Fill the tensors from the base's embeddings, with no randomness but that of `source`'s generator."""
@@ -302,43 +312,38 @@ class InitialEmbeddings:
         read_prompt: the prompt `(T, H)` of a saved `pt` adapter, by its folder.
     """
 
-    embedding: nn.Module
+    embedding: nn.Embedding
     generator: torch.Generator
     tokenize: Callable[[str], list[int]] | None = None
     read_prompt: Callable[[str], Tensor] | None = None
 
-    @property
-    def weight(self) -> Tensor:
-        weight = self.embedding.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
     def rows(self, config: PromptConfig, count: int) -> Tensor:
         """`(count, H)` initial values in float32, as `config.init` says."""
+        vocabulary, hidden = self.embedding.weight.shape
         if config.init == "text":
             assert config.init_text is not None
             return self.text(config.init_text, count)
         if config.init == "vocabulary":
-            return self.embed(torch.randint(len(self.weight), (count,), generator=self.generator))
+            return self.embed(torch.randint(vocabulary, (count,), generator=self.generator))
         # The standard deviation of the whole vocabulary would read gigabytes; that of a sample is as good.
-        scale = self.embed(torch.arange(0, len(self.weight), max(1, len(self.weight) // 1024))).std()
-        return scale * self.normal(count, self.weight.shape[1])
+        scale = self.embed(torch.arange(0, vocabulary, max(1, vocabulary // 1024))).std()
+        return scale * self.normal(count, hidden)
 
     def text(self, text: str, count: int) -> Tensor:
-        """`(count, H)`: the embeddings of `text`, repeated or cut to `count` tokens."""
-        ids = self.token_ids(text)
-        return self.embed(torch.tensor((ids * -(-count // len(ids)))[:count]))
+        """`(count, H)`: the embeddings of `text`, repeated or cut to `count` tokens.
 
-    def token_ids(self, text: str) -> list[int]:
+        Raises:
+            PtmoeError: there is no tokenizer, or the text has no tokens.
+        """
         if self.tokenize is None:
             raise PtmoeError("init='text' needs the base's tokenizer: attach(base, config, tokenizer=…)")
         ids = self.tokenize(text)
         if not ids:
             raise PtmoeError(f"init_text={text!r} has no tokens: give a text that fits the task")
-        return ids
+        return self.embed(torch.tensor((ids * -(-count // len(ids)))[:count]))
 
     def embed(self, ids: Tensor) -> Tensor:
-        embeds: Tensor = self.embedding(ids.to(self.weight.device))
+        embeds: Tensor = self.embedding(ids.to(self.embedding.weight.device))
         return embeds.detach().float().cpu()
 
     def normal(self, *shape: int) -> Tensor:

@@ -5,25 +5,19 @@ W C = U Σ Vᵀ,  s B₀ A₀ = U_R Σ_R V_Rᵀ C⁻¹,  W' = W - s B₀ A₀   
 y = (W' + s B A) x = (W + s (B A - B₀ A₀)) x                           A: (R, in), B: (out, R)
 """
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from ptmoe.methods.base import Batches, quantization_of
-from ptmoe.methods.injected import Injected, model_inputs, peft_errors
+from ptmoe.methods.base import Batches, PreTrainedModel, quantization_of
+from ptmoe.methods.injected import Injected, PeftConfig, model_inputs, peft_errors
 from ptmoe.methods.pissa import PiSSAConfig
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedModel
 
 
 class CorDAConfig(PiSSAConfig):
     """CorDA: `R·(in + out)` trainable parameters for each target module. Saved as PiSSA is."""
 
-    method: ClassVar[str] = "corda"
-    order: ClassVar[int] = 150
-    needs_batches: ClassVar[bool] = True
+    method = "corda"
+    order = 150
+    needs_batches = True
 
     def initial_peft_config(self, **common: Any) -> PeftConfig:
         from peft.tuners.lora.config import CordaConfig

@@ -3,12 +3,10 @@
 P = A B                            A: (T, R), B: (R, H)
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Size
+from ptmoe.methods.base import InitialEmbeddings, PromptConfig, PromptEncoder, Size
 from ptmoe.methods.factors import check_rank, random_factors, svd_factors
 
 
@@ -19,12 +17,12 @@ class DPTConfig(PromptConfig):
         rank: `R`, at most min(T, H).
     """
 
-    method: ClassVar[str] = "dpt"
-    order: ClassVar[int] = 30
-    paper_order: ClassVar[int | None] = 5
-    figure_color: ClassVar[tuple[str, str] | None] = ("#00805d", "#2fc79b")
-    figure_marker: ClassVar[str | None] = "^"
-    free_sizes: ClassVar[tuple[str, ...]] = ("rank", "num_virtual_tokens")
+    method = "dpt"
+    order = 30
+    paper_order = 5
+    figure_color = ("#00805d", "#2fc79b")
+    figure_marker = "^"
+    free_sizes = ("rank", "num_virtual_tokens")
     rank: Size = 39
 
     def build(self, hidden_size: int) -> "DPT":
@@ -37,14 +35,10 @@ class DPT(PromptEncoder):
     config: DPTConfig
 
     def __init__(self, config: DPTConfig, hidden_size: int) -> None:
-        super().__init__()
+        super().__init__(config)
         check_rank(config.rank, config.num_virtual_tokens, hidden_size)
-        self.config = config
         self.A = nn.Parameter(torch.empty(config.num_virtual_tokens, config.rank))
         self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
-
-    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        return Prompt((self.A @ self.B).expand(len(input_embeds), -1, -1))
 
     def fixed_prompts(self) -> Tensor:
         return (self.A @ self.B)[None]

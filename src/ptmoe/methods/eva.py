@@ -7,26 +7,20 @@ y = W x + (α / R) B A x                        A: (R, in), B: (out, R)
 The rank is the same in all modules: the paper's redistribution would change the number of trainable parameters.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Batches
-from ptmoe.methods.injected import ADAPTER, Injected, model_inputs, peft_errors
-from ptmoe.methods.lora import LoRAVariantConfig
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedModel
+from ptmoe.methods.base import Batches, PreTrainedModel
+from ptmoe.methods.injected import ADAPTER, Injected, PeftConfig, model_inputs, peft_errors
+from ptmoe.methods.lora import LoRAFamilyConfig
 
 
-class EVAConfig(LoRAVariantConfig):
+class EVAConfig(LoRAFamilyConfig):
     """EVA: `R·(in + out)` trainable parameters for each target module."""
 
-    method: ClassVar[str] = "eva"
-    order: ClassVar[int] = 140
-    needs_batches: ClassVar[bool] = True
+    method = "eva"
+    order = 140
+    needs_batches = True
 
     def initial_peft_config(self, **common: Any) -> PeftConfig:
         from peft import EvaConfig

@@ -10,30 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import QUANTIZATIONS, Batches, quantization_of
+from ptmoe.methods.base import QUANTIZATIONS, Batches, PreTrainedModel, quantization_of
 from ptmoe.methods.weights import SharedParameters, WeightConfig, WeightEncoder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class FTConfig(WeightConfig):
     """Full fine-tuning: as many trainable parameters as the base has. `adapter_model.safetensors` holds all of them,
     under the base's own keys."""
 
-    method: ClassVar[str] = "ft"
-    order: ClassVar[int] = 90
-    paper_order: ClassVar[int | None] = 1
-    figure_color: ClassVar[tuple[str, str] | None] = ("#1f2937", "#f3f4f6")
-    figure_marker: ClassVar[str | None] = "p"
-    default_learning_rate: ClassVar[float] = 1e-4
-    trains_base: ClassVar[bool] = True
-    unsupported_quantizations: ClassVar[tuple[str, ...]] = QUANTIZATIONS
+    method = "ft"
+    order = 90
+    paper_order = 1
+    figure_color = ("#1f2937", "#f3f4f6")
+    figure_marker = "p"
+    default_learning_rate = 1e-4
+    trains_base = True
+    unsupported_quantizations = QUANTIZATIONS
 
     def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> FT:
         self.check_quantization(quantization_of(base))

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptmoe.methods.base import Batches, InitialEmbeddings, Size, fill_as_linear
+from ptmoe.methods.base import Batches, InitialEmbeddings, PreTrainedModel, Size, fill_as_linear
 from ptmoe.methods.lora import LowRankConfig
 from ptmoe.methods.weights import WeightEncoder, features_of, modules_named
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class HydraLoRAConfig(LowRankConfig):
@@ -33,11 +30,11 @@ class HydraLoRAConfig(LowRankConfig):
         num_experts: `N`, the number of B matrices; with a single one it is LoRA.
     """
 
-    method: ClassVar[str] = "hydralora"
-    order: ClassVar[int] = 110
-    paper_order: ClassVar[int | None] = 3
-    figure_color: ClassVar[tuple[str, str] | None] = ("#882255", "#d9739f")
-    figure_marker: ClassVar[str | None] = "X"
+    method = "hydralora"
+    order = 110
+    paper_order = 3
+    figure_color = ("#882255", "#d9739f")
+    figure_marker = "X"
     num_experts: Size = 2
 
     def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> HydraLoRA:
@@ -50,19 +47,15 @@ class HydraLoRA(WeightEncoder):
     def __init__(self, config: HydraLoRAConfig, base: PreTrainedModel) -> None:
         super().__init__(config, base)
         modules = modules_named(base, config.target_modules or [])
-        self.parts = nn.ModuleDict(  # whose keys may have no dots
-            {name.replace(".", "/"): HydraHeads(config, *features_of(module)) for name, module in modules.items()}
-        )
+        self.heads = [HydraHeads(config, *features_of(module)) for module in modules.values()]
+        names = (name.replace(".", "/") for name in modules)  # a ModuleDict's keys may have no dots
+        self.parts = nn.ModuleDict(dict(zip(names, self.heads, strict=True)))
         self.hooks = [
-            module.register_forward_hook(heads.add)
-            for module, heads in zip(modules.values(), self._heads(), strict=True)
+            module.register_forward_hook(heads.add) for module, heads in zip(modules.values(), self.heads, strict=True)
         ]
 
-    def _heads(self) -> list[HydraHeads]:
-        return [heads for heads in self.parts.values() if isinstance(heads, HydraHeads)]
-
     def initialise(self, source: InitialEmbeddings) -> None:
-        for heads in self._heads():
+        for heads in self.heads:
             heads.initialise(source.generator)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -70,12 +63,12 @@ class HydraLoRA(WeightEncoder):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        for heads in self._heads():
+        for heads in self.heads:
             heads.enabled = False
         try:
             yield
         finally:
-            for heads in self._heads():
+            for heads in self.heads:
                 heads.enabled = True
 
     def remove(self) -> None:

@@ -4,17 +4,12 @@ feed-forward part, for each input.
 y = l ⊙ (W x)        or        y = W (l ⊙ x)
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.injected import InjectedConfig
-from ptmoe.methods.weights import check_modules_exist, linear_names
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedModel
+from ptmoe.methods.base import PreTrainedModel
+from ptmoe.methods.injected import InjectedConfig, PeftConfig
+from ptmoe.methods.weights import linear_names
 
 
 class IA3Config(InjectedConfig):
@@ -26,22 +21,21 @@ class IA3Config(InjectedConfig):
         feedforward_modules: those of them whose input is scaled; by default `peft`'s.
     """
 
-    method: ClassVar[str] = "ia3"
-    order: ClassVar[int] = 200
-    default_learning_rate: ClassVar[float] = 1e-2
+    method = "ia3"
+    order = 200
+    default_learning_rate = 1e-2
     feedforward_modules: list[str] | None = None
 
-    def target_names(self, base: PreTrainedModel) -> list[str]:
+    def default_names(self, base: PreTrainedModel) -> list[str]:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as DEFAULTS
 
-        names = DEFAULTS.get(base.config.model_type) if self.target_modules is None else self.target_modules
+        names: list[str] | None = DEFAULTS.get(base.config.model_type)
         if names is None:
             raise PtmoeError(
                 f"peft has no default modules of {type(base).__name__} for ia3: name some of its own in target_modules "
                 f"({linear_names(base)})"
             )
-        check_modules_exist(self.method, base, names)
-        return sorted(names)
+        return names
 
     def resolved(self, base: PreTrainedModel) -> tuple[InjectedConfig, dict[str, Any]]:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as DEFAULTS

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Batches, quantization_of
+from ptmoe.methods.base import Batches, PreTrainedModel, quantization_of
 from ptmoe.methods.weights import SharedParameters, TargetedConfig, WeightEncoder, modules_named
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
+    from peft import PeftConfig as PeftConfig
+    from peft import PeftModel as PeftModel
+else:
+    PeftConfig = PeftModel = Any  # importing peft takes seconds
 
 ADAPTER = "default"  # its name within peft: a model holds one
 
@@ -142,9 +144,17 @@ class InjectedConfig(TargetedConfig):
 
 
 class OwnOptimizer(Injected):
-    """A method that consists in how LoRA's weights are optimised."""
+    """A method that consists in how the weights are optimised. Its config has `create_optimizer(peft_model, …)`."""
 
+    config: Any
     has_optimizer = False
+
+    def optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        self.has_optimizer = True
+        optimizer: torch.optim.Optimizer = self.config.create_optimizer(
+            self.peft_model, lr=learning_rate, weight_decay=weight_decay
+        )
+        return optimizer
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Any:
         if self.training and torch.is_grad_enabled() and not self.has_optimizer:

@@ -8,22 +8,17 @@ The target modules' own weights are replaced by `W'` before training, so they ca
 `delete_adapter` restore them to the bit from a copy.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from ptmoe.methods.base import QUANTIZATIONS, Prompt
-from ptmoe.methods.injected import Injected
-from ptmoe.methods.lora import LoRAVariantConfig
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
+from ptmoe.methods.injected import Injected, PeftConfig
+from ptmoe.methods.lora import LoRAFamilyConfig
 
 
 class KaSA(Injected):
-    rewrites_weights: ClassVar[bool] = True
+    rewrites_weights = True
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         prompt = super().forward(input_embeds, input_mask)
@@ -32,13 +27,13 @@ class KaSA(Injected):
         return prompt
 
 
-class KaSAConfig(LoRAVariantConfig):
+class KaSAConfig(LoRAFamilyConfig):
     """KaSA: `R·(in + out + 1)` trainable parameters for each target module."""
 
-    method: ClassVar[str] = "kasa"
-    order: ClassVar[int] = 160
-    unsupported_quantizations: ClassVar[tuple[str, ...]] = QUANTIZATIONS
-    encoder_class: ClassVar[type[Injected]] = KaSA
+    method = "kasa"
+    order = 160
+    unsupported_quantizations = QUANTIZATIONS
+    encoder_class = KaSA
 
     def initial_peft_config(self, **common: Any) -> PeftConfig:
         from peft import KasaConfig

@@ -3,16 +3,11 @@
 y = W x + (α / R) B A x            A: (R, in), B: (out, R)
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from ptmoe.methods.base import Size
-from ptmoe.methods.injected import InjectedConfig
+from ptmoe.methods.injected import InjectedConfig, PeftConfig
 from ptmoe.methods.weights import TargetedConfig
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 
 class LowRankConfig(TargetedConfig):
@@ -23,7 +18,7 @@ class LowRankConfig(TargetedConfig):
         alpha: `α`; by default `2·R`, so that the usual factor of 2 is the same at every rank.
     """
 
-    free_sizes: ClassVar[tuple[str, ...]] = ("rank",)
+    free_sizes = ("rank",)
     rank: Size = 1
     alpha: Size | None = None
 
@@ -33,14 +28,8 @@ class LowRankConfig(TargetedConfig):
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
-class LoRAConfig(LowRankConfig, InjectedConfig):
-    """LoRA: `R·(in + out)` trainable parameters for each target module."""
-
-    method: ClassVar[str] = "lora"
-    order: ClassVar[int] = 100
-    paper_order: ClassVar[int | None] = 2
-    figure_color: ClassVar[tuple[str, str] | None] = ("#5340b8", "#a79bf0")
-    figure_marker: ClassVar[str | None] = "P"
+class LoRAFamilyConfig(LowRankConfig, InjectedConfig):
+    """LoRA or one of the variants that `peft` has: its fields, and `peft`'s config of it."""
 
     def initial_peft_config(self, **common: Any) -> PeftConfig:
         return self.lora_config(**common)
@@ -52,9 +41,11 @@ class LoRAConfig(LowRankConfig, InjectedConfig):
         return LoraConfig(**({"r": self.rank, "lora_alpha": self.alpha or 2 * self.rank} | fields))
 
 
-class LoRAVariantConfig(LoRAConfig):
-    """A variant of LoRA, which is in no table of the paper."""
+class LoRAConfig(LoRAFamilyConfig):
+    """LoRA: `R·(in + out)` trainable parameters for each target module."""
 
-    paper_order: ClassVar[int | None] = None
-    figure_color: ClassVar[tuple[str, str] | None] = None
-    figure_marker: ClassVar[str | None] = None
+    method = "lora"
+    order = 100
+    paper_order = 2
+    figure_color = ("#5340b8", "#a79bf0")
+    figure_marker = "P"

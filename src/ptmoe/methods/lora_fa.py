@@ -6,36 +6,22 @@ y = W x + (α / R) B A x                        A: (R, in), frozen; B: (out, R)
 `PromptTrainer` uses the encoder's optimizer.
 """
 
-from __future__ import annotations
+from typing import Any
 
-from typing import ClassVar
-
-import torch
-
-from ptmoe.methods.injected import ADAPTER, Injected, OwnOptimizer
-from ptmoe.methods.lora import LoRAVariantConfig
+from ptmoe.methods.injected import ADAPTER, OwnOptimizer, PeftModel
+from ptmoe.methods.lora import LoRAFamilyConfig
 
 
-class LoRAFA(OwnOptimizer):
-    def optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from peft.optimizers import create_lorafa_optimizer
-
-        self.has_optimizer = True
-        peft_config = self.peft_model.peft_config[ADAPTER]
-        optimizer: torch.optim.Optimizer = create_lorafa_optimizer(
-            self.peft_model,
-            r=peft_config.r,
-            lora_alpha=peft_config.lora_alpha,
-            lr=learning_rate,
-            weight_decay=weight_decay,
-        )
-        return optimizer
-
-
-class LoRAFAConfig(LoRAVariantConfig):
+class LoRAFAConfig(LoRAFamilyConfig):
     """LoRA-FA: `R·out` trainable parameters for each target module."""
 
-    method: ClassVar[str] = "lora-fa"
-    order: ClassVar[int] = 180
-    frozen: ClassVar[str | None] = "lora_A"
-    encoder_class: ClassVar[type[Injected]] = LoRAFA
+    method = "lora-fa"
+    order = 180
+    frozen = "lora_A"
+    encoder_class = OwnOptimizer
+
+    def create_optimizer(self, model: PeftModel, **options: float) -> Any:
+        from peft.optimizers import create_lorafa_optimizer
+
+        lora = model.peft_config[ADAPTER]
+        return create_lorafa_optimizer(model, r=lora.r, lora_alpha=lora.lora_alpha, **options)

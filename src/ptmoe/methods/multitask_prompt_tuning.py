@@ -9,12 +9,10 @@ is not implemented. U and V start near zero, as in `peft`, and so does the promp
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Size
+from ptmoe.methods.base import InitialEmbeddings, PromptConfig, PromptEncoder, Size
 
 
 class MultitaskPromptTuningConfig(PromptConfig):
@@ -24,8 +22,8 @@ class MultitaskPromptTuningConfig(PromptConfig):
         rank: `R`, of the task's matrix.
     """
 
-    method: ClassVar[str] = "multitask-prompt-tuning"
-    order: ClassVar[int] = 80
+    method = "multitask-prompt-tuning"
+    order = 80
     rank: Size = 1
 
     def build(self, hidden_size: int) -> MultitaskPromptTuning:
@@ -38,11 +36,10 @@ class MultitaskPromptTuning(PromptEncoder):
     config: MultitaskPromptTuningConfig
 
     def __init__(self, config: MultitaskPromptTuningConfig, hidden_size: int) -> None:
-        super().__init__()
+        super().__init__(config)
         from peft import MultitaskPromptTuningConfig as PeftConfig
         from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
 
-        self.config = config
         peft_config = PeftConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=config.num_virtual_tokens,
@@ -51,9 +48,6 @@ class MultitaskPromptTuning(PromptEncoder):
             num_ranks=config.rank,
         )
         self.prompts = MultitaskPromptEmbedding(peft_config, None)
-
-    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        return Prompt(self.fixed_prompts().expand(len(input_embeds), -1, -1))
 
     def fixed_prompts(self) -> Tensor:
         tokens = torch.arange(self.config.num_virtual_tokens, device=self.prompts.embedding.weight.device)

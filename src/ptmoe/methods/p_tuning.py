@@ -5,12 +5,10 @@ P = W_3 ReLU(W_2 ReLU(W_1 E + b_1) + b_2) + b_3        E: (T, H), W_1: (h, H), W
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptEncoder, Size, VirtualTokensConfig
+from ptmoe.methods.base import InitialEmbeddings, PromptEncoder, Size, VirtualTokensConfig
 
 
 class PTuningConfig(VirtualTokensConfig):
@@ -20,9 +18,9 @@ class PTuningConfig(VirtualTokensConfig):
         encoder_hidden_size: `h`, the width of the network.
     """
 
-    method: ClassVar[str] = "p-tuning"
-    order: ClassVar[int] = 60
-    default_learning_rate: ClassVar[float] = 1e-3
+    method = "p-tuning"
+    order = 60
+    default_learning_rate = 1e-3
     encoder_hidden_size: Size = 128
 
     def build(self, hidden_size: int) -> PTuning:
@@ -35,11 +33,10 @@ class PTuning(PromptEncoder):
     config: PTuningConfig
 
     def __init__(self, config: PTuningConfig, hidden_size: int) -> None:
-        super().__init__()
+        super().__init__(config)
         from peft import PromptEncoderConfig
         from peft.tuners.p_tuning import PromptEncoder as Network
 
-        self.config = config
         self.network = Network(
             PromptEncoderConfig(
                 num_virtual_tokens=config.num_virtual_tokens,
@@ -48,9 +45,6 @@ class PTuning(PromptEncoder):
                 encoder_hidden_size=config.encoder_hidden_size,
             )
         )
-
-    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        return Prompt(self.fixed_prompts().expand(len(input_embeds), -1, -1))
 
     def fixed_prompts(self) -> Tensor:
         device = next(self.network.parameters()).device

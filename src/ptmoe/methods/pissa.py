@@ -8,26 +8,20 @@ The target modules' own weights are replaced by `W'` before training, so they ca
 untouched base, as `peft` converts it. A loaded adapter that trains on is that LoRA.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ptmoe.methods.base import QUANTIZATIONS
-from ptmoe.methods.injected import Injected
-from ptmoe.methods.lora import LoRAVariantConfig
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedModel
+from ptmoe.methods.base import QUANTIZATIONS, PreTrainedModel
+from ptmoe.methods.injected import Injected, PeftConfig
+from ptmoe.methods.lora import LoRAFamilyConfig
 
 
 class Residual(Injected):
     """LoRA on what remains of the weights without the initial product."""
 
-    rewrites_weights: ClassVar[bool] = True
+    rewrites_weights = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -48,13 +42,13 @@ class Residual(Injected):
             value.copy_(tensors[key][: len(value), : value.shape[1]])
 
 
-class PiSSAConfig(LoRAVariantConfig):
+class PiSSAConfig(LoRAFamilyConfig):
     """PiSSA: `R·(in + out)` trainable parameters for each target module."""
 
-    method: ClassVar[str] = "pissa"
-    order: ClassVar[int] = 130
-    unsupported_quantizations: ClassVar[tuple[str, ...]] = QUANTIZATIONS
-    encoder_class: ClassVar[type[Injected]] = Residual
+    method = "pissa"
+    order = 130
+    unsupported_quantizations = QUANTIZATIONS
+    encoder_class = Residual
 
     def initial_peft_config(self, **common: Any) -> PeftConfig:
         return self.lora_config(init_lora_weights="pissa", **common)
@@ -64,6 +58,6 @@ class PiSSAConfig(LoRAVariantConfig):
         saved.r, saved.lora_alpha = 2 * saved.r, 2 * saved.lora_alpha  # the same factor
         return saved
 
-    def saved_encoder_for(self, base: PreTrainedModel) -> Injected:
+    def saved_encoder_for(self, base: PreTrainedModel) -> Injected:  # of LoRA, so the base may be quantized
         config, common = self.resolved(base)
         return Injected(config, base, self.saved_peft_config(**common))

@@ -10,17 +10,13 @@ would lose the prefix, so it is refused; so is gradient checkpointing, which dro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedModel
+from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PreTrainedModel, Prompt, PromptEncoder, Size
 
 
 class PrefixTuningConfig(MethodConfig):
@@ -30,11 +26,11 @@ class PrefixTuningConfig(MethodConfig):
         num_virtual_tokens: `T`, the length of the prefix.
     """
 
-    method: ClassVar[str] = "prefix-tuning"
-    order: ClassVar[int] = 70
-    free_sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
-    fills_cache: ClassVar[bool] = True
-    default_learning_rate: ClassVar[float] = 0.01
+    method = "prefix-tuning"
+    order = 70
+    free_sizes = ("num_virtual_tokens",)
+    fills_cache = True
+    default_learning_rate = 0.01
     num_virtual_tokens: Size = 20
 
     def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> PrefixTuning:
@@ -47,14 +43,13 @@ class PrefixTuning(PromptEncoder):
     config: PrefixTuningConfig
 
     def __init__(self, config: PrefixTuningConfig, base: PreTrainedModel) -> None:
-        super().__init__()
+        super().__init__(config)
         from peft import PrefixTuningConfig as PeftPrefixConfig
         from peft.tuners.prefix_tuning import PrefixEncoder
         from peft.utils.other import _prepare_prompt_learning_config
 
         _check_cache(base)
-        self.config = config
-        self.resolved_config: PeftConfig = _prepare_prompt_learning_config(
+        self.resolved_config = _prepare_prompt_learning_config(
             PeftPrefixConfig(
                 task_type="CAUSAL_LM",
                 num_virtual_tokens=config.num_virtual_tokens,

@@ -6,7 +6,7 @@ g  = p ⊙ 1[i = argmax p]            selective, probationary          (N,)
 P  = (Σ_i g_i A_i) B                A: (N, T, R), B: (R, H)          (T, H)
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
@@ -34,32 +34,26 @@ class PTMoEConfig(RoutedConfig):
         rank: `R`, at most min(T, H).
         selective: keep the most probable expert only.
         probationary: multiply the kept expert by its router probability.
-        router_noise: σ of the multiplicative noise on the router's logits, in training only.
-        router_init: `"gradient"` starts the router so that inputs whose loss asks for the same change of the prompt
-            share an expert; `"random"`, as a linear layer starts.
-        router_standardize: train the router on standardised inputs; folded into `W` and `b` when saved.
-        routing_anneal: start with the soft gate and harden it to the chosen one.
         distinct_experts: start every expert from its own part of one joint SVD, over different tokens of the
             vocabulary; off, all start the same.
         init_text: one text, from which all experts start the same, as in the paper; or one for each expert, and a
             joint SVD.
 
-    `recipe="paper"` turns off the options that the paper does not have.
+    The router's options are those of `RoutedConfig`, all on; `recipe="paper"` turns off what the paper does not have.
     """
 
-    method: ClassVar[str] = "pt-moe"
-    order: ClassVar[int] = 10
-    paper_order: ClassVar[int | None] = 8
-    figure_color: ClassVar[tuple[str, str] | None] = ("#0072b2", "#4fa8e0")
-    figure_marker: ClassVar[str | None] = "o"
-    free_sizes: ClassVar[tuple[str, ...]] = ("rank", "num_virtual_tokens")
-    shorthands: ClassVar[dict[str, FieldInfo]] = {
+    method = "pt-moe"
+    order = 10
+    paper_order = 8
+    figure_color = ("#0072b2", "#4fa8e0")
+    figure_marker = "o"
+    free_sizes = ("rank", "num_virtual_tokens")
+    shorthands = {
         "recipe": FieldInfo(
-            annotation=Literal["default", "paper"],
-            description="routing options: ours, or as published",
+            annotation=Literal["default", "paper"], description="routing options: ours, or as published"
         )
     }
-    retired: ClassVar[dict[str, Any]] = {**RoutedConfig.retired, "top_k": 1, "balance_loss": 0.0}
+    retired = {**RoutedConfig.retired, "top_k": 1, "balance_loss": 0.0}
     rank: Size = 36
     selective: bool = True
     probationary: bool = True
@@ -111,8 +105,8 @@ class PTMoE(RoutedEncoder):
         self.router = Router(hidden_size, config.num_experts)
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        config = self.config
-        routing = self.route(input_embeds, input_mask, selective=config.selective, probationary=config.probationary)
+        options = {"selective": self.config.selective, "probationary": self.config.probationary}
+        routing = self.route(input_embeds, input_mask, **options)
         factor = torch.einsum("bn,ntr->btr", routing.gate, self.A)
         return Prompt(factor @ self.B, routing)
 

@@ -7,30 +7,22 @@ y = W x + (α / R) B A x                        A: (R, in), B: (out, R)
 `PromptTrainer` uses the encoder's optimizer.
 """
 
-from __future__ import annotations
-
-from typing import ClassVar
+from typing import Any
 
 import torch
 
-from ptmoe.methods.injected import Injected, OwnOptimizer
-from ptmoe.methods.lora import LoRAVariantConfig
+from ptmoe.methods.injected import OwnOptimizer, PeftModel
+from ptmoe.methods.lora import LoRAFamilyConfig
 
 
-class Riemannian(OwnOptimizer):
-    def optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from peft.optimizers import create_riemannian_optimizer
-
-        self.has_optimizer = True
-        optimizer: torch.optim.Optimizer = create_riemannian_optimizer(
-            self.peft_model, torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay
-        )
-        return optimizer
-
-
-class RiemannianConfig(LoRAVariantConfig):
+class RiemannianConfig(LoRAFamilyConfig):
     """Riemannian preconditioned LoRA: `R·(in + out)` trainable parameters for each target module."""
 
-    method: ClassVar[str] = "riemannian"
-    order: ClassVar[int] = 170
-    encoder_class: ClassVar[type[Injected]] = Riemannian
+    method = "riemannian"
+    order = 170
+    encoder_class = OwnOptimizer
+
+    def create_optimizer(self, model: PeftModel, **options: float) -> Any:
+        from peft.optimizers import create_riemannian_optimizer
+
+        return create_riemannian_optimizer(model, torch.optim.AdamW, **options)

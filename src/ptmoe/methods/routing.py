@@ -65,15 +65,15 @@ class Router(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         """Fold the statistics into `W` and `b`: the same function, bit for bit, in the published coordinates."""
-        weight, bias = self.published()
-        self.weight.copy_(weight)
-        if self.bias is not None and bias is not None:
-            self.bias.copy_(bias)
+        for parameter, published in zip(self.parameters(), self.published(), strict=True):
+            parameter.copy_(published)
         self.mean = self.scale = None
 
-    def published(self) -> tuple[Tensor, Tensor | None]:
-        """`W (N, H)` and `b (N,)` on the raw mean embedding."""
-        if self.mean is None or self.scale is None or self.bias is None:
+    def published(self) -> tuple[Tensor, ...]:
+        """`W (N, H)` and, if there is one, `b (N,)`, on the raw mean embedding."""
+        if self.bias is None:
+            return (self.weight,)
+        if self.mean is None or self.scale is None:
             return self.weight, self.bias
         weight = self.weight / self.scale
         return weight, self.bias - weight @ self.mean
@@ -115,12 +115,13 @@ class RoutingStatistics:
         self.confidence: Tensor | float = 0.0
 
     @torch.no_grad()
-    def observe(self, probabilities: Tensor) -> None:
-        """Count a batch `(B, N)` without waiting for the device."""
+    def observe(self, probabilities: Tensor) -> Tensor:
+        """Count a batch `(B, N)` without waiting for the device; returns the mean of its largest probabilities."""
         largest, expert = probabilities.max(1)
         self.inputs += len(probabilities)
         self.chosen = self.chosen + nn.functional.one_hot(expert, probabilities.shape[1]).sum(0)
         self.confidence = self.confidence + largest.sum()
+        return largest.mean()
 
     def read(self) -> dict[str, float | list[float]]:
         """`expert_use` (each expert's share of the inputs) and `routing_confidence` (mean of the largest probability),
@@ -148,7 +149,7 @@ class RoutedConfig(PromptConfig):
         routing_anneal: start with the soft gate and harden it to the chosen one.
     """
 
-    routes: ClassVar[bool] = True
+    routes = True
     router_bias: ClassVar[bool] = True
     num_experts: Size = 2
     router_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
@@ -185,8 +186,7 @@ class RoutedEncoder(PromptEncoder):
     router: Router
 
     def __init__(self, config: RoutedConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.hardness = 1.0
         self.confidence: Tensor | float = 0.0
         self.statistics = RoutingStatistics()
@@ -213,10 +213,8 @@ class RoutedEncoder(PromptEncoder):
         probabilities = self.router(mean_input(input_embeds, input_mask), self.config.router_noise).softmax(1)
         hardness = self.hardness if self.training else 1.0
         if self.training:
-            self.statistics.observe(probabilities)
-            with torch.no_grad():
-                confidence = probabilities.max(1).values.mean()
-                self.confidence = self.confidence + CONFIDENCE_PACE * (confidence - self.confidence)
+            confidence = self.statistics.observe(probabilities)
+            self.confidence = self.confidence + CONFIDENCE_PACE * (confidence - self.confidence)
         chosen = gate(probabilities, selective=selective, probationary=probationary, hardness=hardness)
         return Routing(chosen, probabilities)
 
@@ -224,8 +222,7 @@ class RoutedEncoder(PromptEncoder):
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        published = zip(("router.weight", "router.bias"), self.router.published(), strict=True)
-        return {**self.state_dict(), **{key: tensor for key, tensor in published if tensor is not None}}
+        return self.state_dict() | dict(zip(("router.weight", "router.bias"), self.router.published(), strict=False))
 
     def finish_training(self) -> None:
         """From the coordinates and the soft gate of training to the published form."""

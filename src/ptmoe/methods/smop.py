@@ -4,8 +4,6 @@ p = softmax(W x̄ ⊙ (1 + ε)),  ε ~ N(0, σ²) in training               W: (
 P = p_k prompts_k,  k = argmax p                                     prompts: (N, T, H)
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -14,23 +12,18 @@ from ptmoe.methods.routing import RoutedConfig, RoutedEncoder, Router
 
 
 class SMoPConfig(RoutedConfig):
-    """Sparse mixture of prompts: `N·T·H + N·H` trainable parameters.
+    """Sparse mixture of prompts: `N·T·H + N·H` trainable parameters. See `RoutedConfig`.
 
     Attributes:
-        num_virtual_tokens: `T`, the length of each prompt.
-        num_experts: `N`, the number of prompts.
-        router_noise: σ of the multiplicative noise on the router's logits, in training only.
-        router_init: `"gradient"` starts the router so that inputs whose loss asks for the same change of the prompt
-            share an expert; `"random"`, as a linear layer starts.
-        routing_anneal: start with the soft gate and harden it to the chosen one.
+        num_virtual_tokens: `T`, the length of each of the `num_experts` prompts.
     """
 
-    method: ClassVar[str] = "smop"
-    order: ClassVar[int] = 40
-    paper_order: ClassVar[int | None] = 6
-    figure_color: ClassVar[tuple[str, str] | None] = ("#b0568a", "#e092be")
-    figure_marker: ClassVar[str | None] = "D"
-    router_bias: ClassVar[bool] = False
+    method = "smop"
+    order = 40
+    paper_order = 6
+    figure_color = ("#b0568a", "#e092be")
+    figure_marker = "D"
+    router_bias = False
     num_virtual_tokens: Size = 20
 
     def build(self, hidden_size: int) -> "SMoP":

@@ -3,17 +3,12 @@
 y = W x + λ_b ⊙ (B (λ_d ⊙ (A x)))        A: (R, in), B: (out, R), random, the same for all modules
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from ptmoe.methods.base import Size
-from ptmoe.methods.injected import InjectedConfig
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
+from ptmoe.methods.injected import InjectedConfig, PeftConfig
 
 
 class VeRAConfig(InjectedConfig):
@@ -24,10 +19,10 @@ class VeRAConfig(InjectedConfig):
         projection_prng_key: the seed of the random matrices, which are saved as well.
     """
 
-    method: ClassVar[str] = "vera"
-    order: ClassVar[int] = 190
-    free_sizes: ClassVar[tuple[str, ...]] = ("rank",)
-    default_learning_rate: ClassVar[float] = 1e-2
+    method = "vera"
+    order = 190
+    free_sizes = ("rank",)
+    default_learning_rate = 1e-2
     rank: Size = 256
     projection_prng_key: Annotated[int, Field(ge=0)] = 0
 

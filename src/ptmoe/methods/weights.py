@@ -7,24 +7,21 @@ Because all rows of a batch go through the same layers, a model holds one such a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ptmoe.methods.base import InitialEmbeddings, MethodConfig, PreTrainedModel, Prompt, PromptEncoder
 
 
 class WeightConfig(MethodConfig):
     """A method that changes the base's layers."""
 
-    changes_layers: ClassVar[bool] = True
+    changes_layers = True
     num_virtual_tokens: ClassVar[int] = 0
-    default_learning_rate: ClassVar[float] = 2e-3
+    default_learning_rate = 2e-3
 
 
 class TargetedConfig(WeightConfig):
@@ -44,16 +41,23 @@ class TargetedConfig(WeightConfig):
         Raises:
             PtmoeError: it has no linear module of such a name; the names it has are listed.
         """
-        names = self.target_modules
-        if names is None:
-            names = ["q_proj", "v_proj"]
-            if not all(modules_named(base, [name]) for name in names):
-                from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
-
-                defaults = DEFAULTS.get(base.config.model_type, names)
-                names = defaults if isinstance(defaults, list) else names
-        check_modules_exist(self.method, base, names)
+        names = self.default_names(base) if self.target_modules is None else self.target_modules
+        for name in names:
+            if not modules_named(base, [name]):
+                raise PtmoeError(
+                    f"{self.method} does not fit {type(base).__name__}, which has no linear module {name!r}: name some "
+                    f"of its own in target_modules ({linear_names(base)})"
+                )
         return sorted(names)
+
+    def default_names(self, base: PreTrainedModel) -> list[str]:
+        names = ["q_proj", "v_proj"]
+        if all(modules_named(base, [name]) for name in names):
+            return names
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+        defaults = DEFAULTS.get(base.config.model_type)
+        return defaults if isinstance(defaults, list) else names
 
 
 def linear_modules(base: PreTrainedModel) -> dict[str, nn.Module]:
@@ -79,19 +83,6 @@ def modules_named(base: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.M
     return {full: module for full, module in linear_modules(base).items() if f".{full}".endswith(endings)}
 
 
-def check_modules_exist(method: str, base: PreTrainedModel, names: Iterable[str]) -> None:
-    """
-    Raises:
-        PtmoeError: the base has no linear module of one of these names.
-    """
-    for name in names:
-        if not modules_named(base, [name]):
-            raise PtmoeError(
-                f"{method} does not fit {type(base).__name__}, which has no linear module {name!r}: name some of its "
-                f"own in target_modules ({linear_names(base)})"
-            )
-
-
 def features_of(module: nn.Module) -> tuple[int, int]:
     """The numbers of input and output features of a linear module."""
     if isinstance(module, nn.Linear):  # the weight of a 4-bit one has another shape
@@ -106,8 +97,7 @@ class WeightEncoder(PromptEncoder):
     base: PreTrainedModel
 
     def __init__(self, config: WeightConfig, base: PreTrainedModel) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         vars(self)["base"] = base  # not a submodule: it would be saved with the adapter
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
