@@ -55,7 +55,7 @@ def quickstart(
     steps: Annotated[int | None, typer.Option(help="training steps of each method")] = None,
 ) -> None:
     """See it learn: tune pt and pt-moe at one parameter budget on nano's mixed world, and compare."""
-    from ptmoe.quickstart import run
+    from ptmoe.cli.comparison import quickstart as run
 
     run(output_dir, task=task, seed=seed, recipe=recipe.value, **given(steps=steps))
 
@@ -333,12 +333,12 @@ def harness(context: typer.Context) -> None:
 @app.command()
 def compare(
     plan: Annotated[
-        Path | None, typer.Argument(help="YAML file, or a comparison's folder to go on with; options take precedence")
+        Path | None, typer.Argument(help="YAML file, or a comparison's folder to resume; options take precedence")
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init, -noise or -position; with "
+            help="quickstart, paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init, -noise or -position; with "
             "--model nano on nano's world"
         ),
     ] = None,

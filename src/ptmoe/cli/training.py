@@ -21,7 +21,7 @@ def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, 
 
     quiet()  # some libraries speak while they are imported
 
-    from ptmoe.cli.evaluation import evaluation_table
+    from ptmoe.cli.evaluation import evaluation_table, report_run
     from ptmoe.cli.progress import progress_bar, training_bar
     from ptmoe.train import train
     from ptmoe.train.steps import StepsCallback
@@ -36,9 +36,11 @@ def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, 
         )
     result = trained.result
     console.print(
-        f"{result.method}: {result.trainable_parameters:,} trained parameters, {result.steps:,} steps on "
+        f"{result.method}: {result.trainable_parameters:,} trainable parameters, {result.steps:,} steps on "
         f"{result.examples:,} examples in {result.train_seconds:.0f} s"
     )
     if trained.evaluations:
         console.print(evaluation_table([evaluation.summary() for evaluation in trained.evaluations]))
+    if rank() == 0:
+        report_run(trained.folder, console)
     console.print(f"run folder: {trained.folder}")

@@ -24,14 +24,14 @@ from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
 from ptmoe.files import write_whole
+from ptmoe.runs.folders import PLAN_FILE
 from ptmoe.settings import Settings, read_yaml
 from ptmoe.train.options import Count
 
-PLAN_FILE = "comparison.yaml"
 # How the command works, not what is compared: in no YAML that it writes.
 UNTOLD = frozenset({"output_dir", "strict", "jobs"})
 # What a later run in the same folder may add to.
-EXTENSIBLE = frozenset({"preset", "methods", "tasks", "seeds", "vary", "budget", "learning_rate"})
+EXTENSIBLE = frozenset({"preset", "title", "methods", "tasks", "seeds", "vary", "budget", "learning_rate"})
 
 
 def _entries(value: Any) -> Any:
@@ -65,6 +65,7 @@ class ComparePlan(Settings):
         model: `nano`, a folder, or a Hub repository; `revision` of the latter.
         dtype, quantization: of the frozen base, as in `ptmoe train`.
         preset: where the plan came from (`ptmoe.compare.presets`).
+        title: of the report.
         methods: each a name, or `{"name": …}` with fields of the method's config and, if they differ from the plan's, a
             `learning_rate` and a `budget` (None: none). A `label` names it in the table and its folder. `base` is the
             untouched base, which is evaluated once.
@@ -90,6 +91,7 @@ class ComparePlan(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["8bit", "4bit"] | None = None
     preset: str | None = None
+    title: str | None = None
     methods: Annotated[list[dict[str, Any]], BeforeValidator(_entries), Field(min_length=1)] = [
         {"name": "pt"},
         {"name": "pt-moe"},
