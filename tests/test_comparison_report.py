@@ -581,7 +581,7 @@ def test_the_names_of_crowded_points_do_not_cover_each_other(label):
     parameters = {name: 80_000 + 200 * number for number, name in enumerate(names)}
     with drawing():
         figure = score_by_parameters(board, parameters, styles(dict.fromkeys(names, "pt")))
-        figure.canvas.draw()
+        figure.draw_without_rendering()
     texts = [text for text in figure.axes[0].texts if text.get_text()]
     boxes = [Text.get_window_extent(text) for text in texts]
     assert len(boxes) == 7

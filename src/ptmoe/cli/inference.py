@@ -127,7 +127,7 @@ def inspect(
 
 
 def show_routing(console: Console, routing: RoutingSummary, examples: Mapping[str, int]) -> None:
-    """Which expert each domain goes to, how evenly, and whether the routing has collapsed; `examples` of each domain."""
+    """Which expert each domain goes to, how evenly, and whether routing has collapsed; `examples` of each domain."""
     from ptmoe.runs.records import collapsed_expert
 
     experts = routing.num_experts

@@ -338,8 +338,8 @@ def compare(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="quickstart, paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init, -noise or -position; with "
-            "--model nano on nano's world"
+            help="quickstart, paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init, -noise or "
+            "-position; with --model nano on nano's world"
         ),
     ] = None,
     model: Annotated[

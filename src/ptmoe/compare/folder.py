@@ -1,4 +1,4 @@
-"""A comparison's folder (`ptmoe.runs.records` has its layout): which cells are finished, which failed, and a lock on it."""
+"""A comparison's folder (`ptmoe.runs.records` has its layout): what is finished, what failed, and a lock on it."""
 
 from __future__ import annotations
 

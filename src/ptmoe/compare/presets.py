@@ -1,4 +1,4 @@
-"""The paper's comparisons (arXiv:2505.09519) as plans, on a real model and in miniature on nano's world, and the quickstart.
+"""The paper's comparisons (arXiv:2505.09519) as plans, on a real model and in miniature on nano; and the quickstart.
 
 A preset is what `ComparePlan` takes; a plan's own values and flags take precedence. The ablations change one thing of
 PT-MoE and keep the number of trainable parameters as near to the standard form's as the change allows: its rank is

@@ -1,4 +1,4 @@
-"""Running a plan: a finished cell never twice, an interrupted cell anew, a failed cell reported while the others run."""
+"""Running a plan: a finished cell never twice, an interrupted one anew, a failed one reported while the others run."""
 
 from __future__ import annotations
 

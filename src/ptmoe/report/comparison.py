@@ -214,89 +214,68 @@ def read_comparison(folder: str | Path) -> Comparison:
         raise PtmoeError(f"{folder} is not a folder: give the folder of a comparison")
     plan = read_yaml(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else {}
     cells, left_out = _cells(folder)
-    left_out += _failures(folder, cells)
     if not cells:
         first = next((f"; {cell.label} on {cell.task}: {cell.reason}" for cell in left_out if cell.reason), "")
         raise PtmoeError(
-            f"{folder} has no finished cell ({counted_states(left_out) or 'no cell at all'}{first}): a finished cell has "
-            f"a cells/LABEL/TASK/seed-N/{CELL_FILE}; run `ptmoe compare` to its end"
+            f"{folder} has no finished cell ({counted_states(left_out) or 'no cell at all'}{first}): a finished cell "
+            f"has a cells/LABEL/TASK/seed-N/{CELL_FILE}; run `ptmoe compare` to its end"
         )
     place = _order(plan)
     cells.sort(key=lambda cell: (place(cell), cell.seed))
-    return Comparison(folder, plan, tuple(cells), (*_last_states(left_out), *_not_started(cells, left_out)))
+    return Comparison(folder, plan, tuple(cells), (*left_out, *_not_started(cells, left_out)))
 
 
 def _cells(folder: Path) -> tuple[list[Cell], list[LeftOut]]:
-    cells: list[Cell] = []
-    left_out: list[LeftOut] = []
+    """The finished cells, and the others, each with its last failure rather than that it is unfinished."""
+    cells: dict[tuple[str, str, int | None], Cell] = {}
+    left_out: dict[tuple[str, str, int | None], LeftOut] = {}
     for path in sorted((folder / "cells").glob("*/*/seed-*"), key=lambda path: _natural(path.as_posix())):
         label, task, seed = (part.replace("__", "/") for part in path.parts[-3:])
         number = seed.removeprefix("seed-")
-        named = (label, task, int(number) if number.isdecimal() else None)
+        key = (label, task, int(number) if number.isdecimal() else None)
         if not (path / CELL_FILE).is_file():
-            left_out.append(LeftOut(*named, "unfinished"))
+            left_out[key] = LeftOut(*key, "unfinished")
             continue
         try:
-            cell = _cell(path)
-            _check_against(cell, cells)
+            cell = _cell(path, list(cells.values()))
         except PtmoeError as error:
-            left_out.append(LeftOut(*named, "damaged", str(error)))
+            left_out[key] = LeftOut(*key, "damaged", str(error))
         else:
-            cells.append(cell)
-    return cells, left_out
+            cells[cell.label, cell.task, cell.seed] = cell
+    try:
+        failures = Failure.read_lines(folder / FAILED_FILE) if (folder / FAILED_FILE).exists() else []
+    except PtmoeError as error:
+        failures, left_out["–", "–", None] = [], LeftOut("–", "–", None, "damaged", str(error))
+    for failure in failures:
+        known = left_out.get(failure.cell)
+        if failure.cell not in cells and (known is None or known.state != "damaged"):
+            left_out[failure.cell] = LeftOut(*failure.cell, "failed", failure.error)
+    return list(cells.values()), list(left_out.values())
 
 
-def _cell(path: Path) -> Cell:
+def _cell(path: Path, others: Sequence[Cell]) -> Cell:
+    """A finished cell whose files agree; with `others`, a label is one method at one size, and no cell is there twice."""
     record, run = CellRecord.read(path / CELL_FILE), read_run(path)
-    tasks = [
-        member
-        for name in record.eval_tasks
-        for member in ([name] if name in run.evaluations else GROUPS.get(name, [name]))
-    ]
+    tasks: list[str] = []
+    for name in record.eval_tasks:
+        tasks += [name] if name in run.evaluations else GROUPS.get(name, [name])
     if not tasks:
         raise PtmoeError(f"{path / CELL_FILE}: eval_tasks is empty")
     if absent := [task for task in tasks if task not in run.evaluations]:
         raise PtmoeError(f"{path / 'eval'} lacks {', '.join(absent)}")
     for name in ("method", "trainable_parameters"):
-        if getattr(run.result, name) != getattr(record, name):
-            raise PtmoeError(
-                f"{path}: {CELL_FILE} has {name}={getattr(record, name)}, result.json {getattr(run.result, name)}"
-            )
-    return Cell(**{**dict(record), "eval_tasks": tuple(dict.fromkeys(tasks)), "run": run})
-
-
-def _check_against(cell: Cell, cells: Sequence[Cell]) -> None:
-    """A label is one method at one size, and a cell of it is there once."""
-    for other in cells:
-        if other.label != cell.label:
-            continue
+        value, trained = getattr(record, name), getattr(run.result, name)
+        if value != trained:
+            raise PtmoeError(f"{path}: {CELL_FILE} has {name}={value}, result.json {trained}")
+    for other in (other for other in others if other.label == record.label):
         for name in ("method", "size", "trainable_parameters"):
-            if getattr(other, name) != getattr(cell, name):
-                raise PtmoeError(
-                    f"{cell.run.folder}: {name}={getattr(cell, name)}, but {getattr(other, name)} in "
-                    f"{other.run.folder}, which has the same label"
-                )
-        if (other.task, other.seed) == (cell.task, cell.seed):
-            raise PtmoeError(f"{cell.run.folder} repeats {other.run.folder}")
-
-
-def _failures(folder: Path, cells: Sequence[Cell]) -> list[LeftOut]:
-    """What failed and was not finished since."""
-    try:
-        failures = Failure.read_lines(folder / FAILED_FILE) if (folder / FAILED_FILE).exists() else []
-    except PtmoeError as error:
-        return [LeftOut("–", "–", None, "damaged", str(error))]
-    finished = {(cell.label, cell.task, cell.seed) for cell in cells}
-    return [LeftOut(*failure.cell, "failed", failure.error) for failure in failures if failure.cell not in finished]
-
-
-def _last_states(left_out: Sequence[LeftOut]) -> list[LeftOut]:
-    """One entry for each cell: its last failure, rather than that it is unfinished."""
-    kept: dict[tuple[Any, ...], LeftOut] = {}
-    for cell in left_out:
-        if cell[:3] not in kept or kept[cell[:3]].state in ("unfinished", "failed"):
-            kept[cell[:3]] = cell
-    return list(kept.values())
+            value, earlier = getattr(record, name), getattr(other, name)
+            if value != earlier:
+                where = f"{other.run.folder}, which has the same label"
+                raise PtmoeError(f"{path}: {name}={value}, but {earlier} in {where}")
+        if (other.task, other.seed) == (record.task, record.seed):
+            raise PtmoeError(f"{path} repeats {other.run.folder}")
+    return Cell(**{**dict(record), "eval_tasks": tuple(dict.fromkeys(tasks)), "run": run})
 
 
 def _not_started(cells: Sequence[Cell], left_out: Sequence[LeftOut]) -> Iterator[LeftOut]:
@@ -312,10 +291,12 @@ def _not_started(cells: Sequence[Cell], left_out: Sequence[LeftOut]) -> Iterator
 
 
 def _order(plan: Mapping[str, Any]) -> Any:
-    """Sorts cells by where the plan lists the label or the method, otherwise by the methods' own order; then by task."""
+    """Sorts cells by the plan's labels or methods, otherwise by the methods' own order; then by task."""
     from ptmoe.methods import METHODS
 
-    labels, tasks = _names(plan, "labels", "methods"), _names(plan, "tasks", "task")
+    entries = [entry if isinstance(entry, dict) else {"name": entry} for entry in plan.get("methods") or []]
+    labels = [entry.get("label", entry.get("name")) for entry in entries]
+    tasks = plan.get("tasks") or []
     ranks = {name: getattr(config, "order", rank) for rank, (name, config) in enumerate(METHODS.items())}
 
     def key(cell: Cell) -> tuple[Any, ...]:
@@ -324,13 +305,6 @@ def _order(plan: Mapping[str, Any]) -> Any:
         return listed, ranks.get(cell.method, -1), _natural(cell.label), task, _natural(cell.task)
 
     return key
-
-
-def _names(plan: Mapping[str, Any], *keys: str) -> list[str]:
-    """The names under a plan's keys: a list of names or of mappings with a label or name, or a single name."""
-    values = [value if isinstance(value, list | dict) else [value] for key in keys if (value := plan.get(key))]
-    entries = [entry for value in values for entry in value]
-    return [str(entry.get("label", entry.get("name"))) if isinstance(entry, dict) else str(entry) for entry in entries]
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

@@ -152,8 +152,8 @@ def curve_points(comparison: Comparison, against: Literal["step", "seconds"]) ->
 
 
 def learning_curves(points: pd.DataFrame, looks: Mapping[str, Style], theme: Theme = LIGHT) -> Figure:
-    """Each label's mean training loss over its seeds, from one task's `curve_points`; the band goes from the lowest seed
-    to the highest."""
+    """Each label's mean training loss over its seeds, from one task's `curve_points`; the band goes from the lowest
+    seed to the highest."""
     axes = _plot(height=3.1)
     for label, curve in points.groupby("method", sort=False):
         color, marker = looks[label]
@@ -200,7 +200,7 @@ def scores_by_domain(
         found = [(place + offset, score) for place, row in enumerate(scores.values()) if (score := row.get(label))]
         for place, score in found:
             axes.plot(score.ends, [place, place], color=color, linewidth=1.4, alpha=0.55, zorder=2)
-        style = {
+        style: dict[str, Any] = {
             "color": color,
             "marker": marker,
             "markersize": 5.5,
@@ -208,7 +208,8 @@ def scores_by_domain(
             "clip_on": False,
             "zorder": 3,
         }
-        axes.plot([score.mean for _, score in found], [place for place, _ in found], label=plain(label), **style)
+        means, places = [score.mean for _, score in found], [place for place, _ in found]
+        axes.plot(means, places, label=plain(label), **style)
     for edge in range(1, len(scores)):
         axes.axhline(edge - 0.5, color=theme.ink if edge == overall else theme.faint, linewidth=0.8, zorder=1)
     axes.set_yticks(range(len(scores)), [plain(name, LONGEST_DOMAIN) for name in scores])

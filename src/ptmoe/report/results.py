@@ -59,12 +59,9 @@ class Column(NamedTuple):
 
 
 class PairedTest(NamedTuple):
-    """Two labels on one task's examples.
+    """Two labels on the examples of the column `name` that both answered, with the seeds that both have.
 
     Attributes:
-        name: of the column.
-        examples: that both answered.
-        seeds: that both have.
         difference: first less second, with the bootstrap's 95 % interval over examples.
         p: two-sided, of the sign-flip test.
         p_holm: corrected for the number of tasks; None for the average.
@@ -79,8 +76,8 @@ class PairedTest(NamedTuple):
 
 
 class PairedTests(NamedTuple):
-    """Between the first two labels of a table by average: a test for each task, and of the two averages where every task
-    has one; `notes` name the tasks that have no test, or one on some of their examples only, and why."""
+    """Between the first two labels of a table by average: a test for each task, and of the two averages where every
+    task has one; `notes` name the tasks that have no test, or one on some of their examples only, and why."""
 
     first: str
     second: str
@@ -97,8 +94,8 @@ class Board:
         metric: of all columns.
         ranks: whether it is the one that ranks methods on these tasks.
         columns: the tasks.
-        scores: by label and column name or `AVERAGE`; nothing where no cell is finished. A label that lacks a task has no
-            average, since averages over different tasks cannot be compared.
+        scores: by label and column name or `AVERAGE`; nothing where no cell is finished. A label that lacks a task has
+            no average, since averages over different tasks cannot be compared.
         ranking: the labels that have an average, the highest first.
         paired: tests between the first two of them; None where there are fewer.
     """
@@ -133,13 +130,11 @@ def _board(comparison: Comparison, metric: str, rows: pd.DataFrame) -> Board:
         for trained_on, task in pairs
     )
     scores: dict[tuple[str, str], Score] = {}
-    for label in comparison.labels:
-        of_label = rows[rows["label"] == label]
+    for label, of_label in rows.groupby("label", sort=False):
         found = {column.name: score_rows(of_label, column) for column in columns}
         scores |= {(label, name): score_of(part) for name, part in found.items() if len(part)}
         if all(map(len, found.values())):
-            average = _average([scores[label, name] for name in found], pd.concat(found.values()))
-            scores[label, AVERAGE] = average
+            scores[label, AVERAGE] = _average([scores[label, name] for name in found], pd.concat(found.values()))
     ranked = [label for label in comparison.labels if (label, AVERAGE) in scores]
     ranking = tuple(sorted(ranked, key=lambda label: -scores[label, AVERAGE].mean))
     paired = _paired_tests(comparison, metric, columns, *ranking[:2]) if len(ranking) > 1 else None

@@ -22,19 +22,11 @@ Value = str | int | float | Score | None
 
 
 class Entry(NamedTuple):
-    """A place of a table, as printed: its text, the interval around it, and whether it is the highest of its column."""
+    """A place of a table as printed, and whether it is the highest of its column."""
 
     text: str
-    around: str = ""
+    around: str = ""  # the interval
     best: bool = False
-
-
-class Download(NamedTuple):
-    """A table's file, and an address that holds its contents."""
-
-    kind: str
-    file: str
-    address: str
 
 
 @dataclass(frozen=True)
@@ -77,8 +69,8 @@ class Table:
     def entries(self, row: int) -> list[Entry]:
         """A row as printed."""
         return [
-            Entry(self._text(value, column), interval_text(value), (row, place) in self.best)
-            for place, (column, value) in enumerate(zip(self.columns, self.rows[row], strict=True))
+            Entry(self._text(value, self.columns[place]), interval_text(value), (row, place) in self.best)
+            for place, value in enumerate(self.rows[row])
         ]
 
     def _text(self, value: Value, column: str) -> str:
@@ -87,49 +79,47 @@ class Table:
             return number
         if number is None or not math.isfinite(number):
             return "–"
-        if column in self.formats:
-            return self.formats[column](number)
-        return f"{number:,}" if isinstance(number, int) else f"{round(number, 1) + 0.0:,.1f}"  # the sum makes −0 a 0
+        default = "{:,}".format if isinstance(number, int) else decimals(1)
+        return str(self.formats.get(column, default)(number))
 
     def frame(self) -> pd.DataFrame:
         """The numbers as they are; an interval's ends and kind follow its number."""
-        header = ["source"] if self.sources else []
-        rows: list[list[Any]] = [[source] for source in self.sources] or [[] for _ in self.rows]
-        for place, column in enumerate(self.columns):
+        columns: list[tuple[str, Sequence[Any]]] = [("source", self.sources)] if self.sources else []
+        for place, name in enumerate(self.columns):
             values = [row[place] for row in self.rows]
-            intervals = any(isinstance(value, Score) and value.low is not None for value in values)
-            header += [column, *([f"{column} low", f"{column} high", f"{column} interval over"] if intervals else [])]
-            for row, value in zip(rows, values, strict=True):
-                row.append(_finite(value.mean if isinstance(value, Score) else value))
-                if intervals:
-                    row += value[2:] if isinstance(value, Score) else [None] * 3
-        unique = [name if header.index(name) == place else f"{name} #{place}" for place, name in enumerate(header)]
-        return pd.DataFrame(rows, columns=unique, dtype=object)
+            scores: list[Any] = [value if isinstance(value, Score) else Score(value) for value in values]  # type: ignore[arg-type]
+            columns.append((name, [_finite(score.mean) for score in scores]))
+            if any(score.low is not None for score in scores):
+                columns += [(f"{name} {end}", [getattr(score, end) for score in scores]) for end in ("low", "high")]
+                columns.append((f"{name} interval over", [score.over for score in scores]))
+        names = [name for name, _ in columns]
+        unique = [name if names.index(name) == place else f"{name} #{place}" for place, name in enumerate(names)]
+        return pd.DataFrame(
+            {name: pd.Series(values, dtype=object) for name, (_, values) in zip(unique, columns, strict=True)}
+        )
 
-    def files(self) -> dict[str, str]:
-        """The text of each of its files, by name."""
-        return {f"{self.stem}{ending}": write(self) for ending, (_, _, write) in FORMATS.items()}
+    def files(self) -> dict[str, tuple[str, str]]:
+        """By the name of each of its files, the format and the text."""
+        return {f"{self.stem}{ending}": (kind, write(self)) for ending, (kind, _, write) in FORMATS.items()}
 
-    def downloads(self) -> list[Download]:
+    def downloads(self) -> list[tuple[str, str, str]]:
+        """Each file's format and name, and an address that holds its contents."""
+        mimes = [mime for _, mime, _ in FORMATS.values()]
         return [
-            Download(
-                kind, f"{self.stem}{ending}", f"data:{mime};charset=utf-8;base64,{b64encode(text.encode()).decode()}"
-            )
-            for (ending, (kind, mime, _)), text in zip(FORMATS.items(), self.files().values(), strict=True)
+            (kind, name, f"data:{mime};charset=utf-8;base64,{b64encode(text.encode()).decode()}")
+            for (name, (kind, text)), mime in zip(self.files().items(), mimes, strict=True)
         ]
 
 
-def interval_text(value: Value, digits: int = 1) -> str:
+def interval_text(value: Value) -> str:
     """The interval as printed: ± over seeds, where it is symmetric, and its ends over examples."""
     if not isinstance(value, Score) or value.low is None or value.high is None:
         return ""
-    if value.over == "seeds":
-        return f"± {(value.high - value.low) / 2:.{digits}f}"
-    return f"[{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return f"± {(value.high - value.low) / 2:.1f}" if value.over == "seeds" else f"[{value.low:.1f}, {value.high:.1f}]"
 
 
 def decimals(digits: int) -> Callable[[Any], str]:
-    return lambda value: f"{round(value, digits) + 0.0:,.{digits}f}"
+    return lambda value: f"{round(value, digits) + 0.0:,.{digits}f}"  # the sum makes −0 a 0
 
 
 def best_rows(values: Sequence[Score | None]) -> list[int]:
@@ -163,9 +153,8 @@ def short_count(value: float) -> str:
 
 
 def to_csv(table: Table) -> str:
-    frame = table.frame().map(_inert)
-    text: str = frame.rename(columns=_inert).to_csv(index=False, lineterminator="\r\n")
-    return text
+    frame = table.frame().map(_inert).rename(columns=_inert)
+    return str(frame.to_csv(index=False, lineterminator="\r\n"))
 
 
 def to_json(table: Table) -> str:
@@ -174,40 +163,35 @@ def to_json(table: Table) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    sources = bool(table.sources)
-    header = [*(["source"] if sources else []), *table.columns]
-    lines = [[_markdown(name) for name in header], ["---"] * (1 + sources) + ["---:"] * (len(table.columns) - 1)]
-    for row in range(len(table.rows)):
-        line = [_markdown(table.source(row))] if sources else []
-        for text, around, best in table.entries(row):
-            line.append(" ".join([f"**{_markdown(text)}**" if best else _markdown(text), _markdown(around)]).strip())
-        lines.append(line)
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [list(map(_markdown, table.columns)), *_printed(table, _markdown, "**{}**")]
+    if table.sources:
+        rows = [[_markdown(source), *row] for source, row in zip(["source", *table.sources], rows, strict=True)]
+    rows.insert(1, ["---"] * (1 + bool(table.sources)) + ["---:"] * (len(table.columns) - 1))
+    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"**{_markdown(table.title)}**\n\n{body}\n" + (f"\n{_markdown(table.note)}\n" if table.note else "")
 
 
 def to_latex(table: Table) -> str:
-    width, source = len(table.columns), table.source(0) if table.rows else ""
-    lines = [
-        "% needs \\usepackage{booktabs}",
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{_latex(f'{table.title}. {table.note}'.strip())}}}",
-        rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}",
-        r"\toprule",
-        rf"{' & '.join(map(_latex, table.columns))} \\",
-        r"\midrule",
-    ]
-    for row in range(len(table.rows)):
-        if table.source(row) != source:
-            source = table.source(row)
-            lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{_latex(source)}}}}} \\"]
-        entries = [
-            " ".join([rf"\textbf{{{_latex(text)}}}" if best else _latex(text), _latex(around)]).strip()
-            for text, around, best in table.entries(row)
-        ]
-        lines.append(rf"{' & '.join(entries)} \\")
+    caption, width = _latex(f"{table.title}. {table.note}".strip()), len(table.columns)
+    lines = ["% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
+    lines += [rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}", r"\toprule"]
+    lines += [" & ".join(map(_latex, table.columns)) + r" \\", r"\midrule"]
+    for row, entries in enumerate(_printed(table, _latex, r"\textbf{{{}}}")):
+        if row and table.source(row) != table.source(row - 1):
+            source = _latex(table.source(row))
+            lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{source}}}}} \\"]
+        lines.append(" & ".join(entries) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def _printed(table: Table, escaped: Callable[[str], str], bold: str) -> list[list[str]]:
+    return [
+        [
+            f"{bold.format(escaped(entry.text)) if entry.best else escaped(entry.text)} {escaped(entry.around)}".strip()
+            for entry in table.entries(row)
+        ]
+        for row in range(len(table.rows))
+    ]
 
 
 FORMATS: dict[str, tuple[str, str, Callable[[Table], str]]] = {
@@ -233,26 +217,11 @@ def _markdown(value: str) -> str:
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", line)
 
 
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        "±": r"$\pm$",
-        "×": r"$\times$",
-        "−": r"$-$",
-        "–": "--",
-        "“": "``",
-        "”": "''",
-        "’": "'",
-        "…": r"\dots{}",
-        **{character: f"\\{character}" for character in "&%$#_{}"},
-    }
-)
+_MARKS = "\\ textbackslash ~ textasciitilde ^ textasciicircum < textless > textgreater | textbar … dots".split()
+_LATEX = {mark: rf"\{name}{{}}" for mark, name in zip(_MARKS[::2], _MARKS[1::2], strict=True)}
+_LATEX |= {mark: f"\\{mark}" for mark in "&%$#_{}"} | {"±": r"$\pm$", "×": r"$\times$", "−": r"$-$", "–": "--"}
+_LATEX |= {"“": "``", "”": "''", "’": "'"}
 
 
 def _latex(value: str) -> str:
-    return " ".join(value.split()).translate(_LATEX)
+    return "".join(_LATEX.get(character, character) for character in " ".join(value.split()))

@@ -14,7 +14,6 @@ from ptmoe.runs.folders import Run
 from ptmoe.runs.records import EvaluationSummary, RoutingSummary
 
 OURS = "this comparison"
-BY_RUN = ("method", "trained on", "seed")
 
 
 def score_table(comparison: Comparison, board: Board) -> Table:
@@ -65,8 +64,8 @@ def _score_notes(board: Board, several: bool, published: Sequence[str] | None) -
         yield "The average is the plain mean over the tasks, as in the paper."
     if by_domain := [column.name for column in board.columns if column.of == MEAN]:
         yield (
-            f"{', '.join(by_domain)}: the plain mean of the four types, the paper’s form; the mean over all examples is "
-            "under “By domain”."
+            f"{', '.join(by_domain)}: the plain mean of the four types, the paper’s form; the mean over all examples "
+            "is under “By domain”."
         )
     if published is not None:
         yield f"Published rows: {'; '.join(published) or 'the same base, training data and examples'}."
@@ -77,10 +76,10 @@ def paired_table(tests: PairedTests, metric: str) -> Table:
     several = len(tests.tasks) > 1
     corrected = "; p (Holm) is corrected for the number of tasks" if several else ""
     note = (
-        f"{tests.first} less {tests.second}, in points of {metric_name(metric)}, each example’s score the mean over the "
-        "seeds that both have. Interval: 95 %, percentile bootstrap over examples. p: two-sided sign-flip permutation test "
-        f"on the same examples, 10,000 draws{corrected}. Both take the trained seeds as given: they speak of these adapters "
-        "on other examples, and the ± above of other seeds."
+        f"{tests.first} less {tests.second}, in points of {metric_name(metric)}, each example’s score the mean over "
+        "the seeds that both have. Interval: 95 %, percentile bootstrap over examples. p: two-sided sign-flip "
+        f"permutation test on the same examples, 10,000 draws{corrected}. Both take the trained seeds as given: they "
+        "speak of these adapters on other examples, and the ± above of other seeds."
     )
     return Table(
         f"paired {metric}",
@@ -175,16 +174,8 @@ def left_out_table(comparison: Comparison) -> Table:
 
 @dataclass(frozen=True)
 class Routed:
-    """A run that may have routed, and what a report calls it.
-
-    Attributes:
-        label: its method, with its size where there are several.
-        trained_on: a task, or a file.
-        seed: of the training.
-        run: its folder's contents.
-        title: in a figure's title.
-        seed_note: which seed it is, where there are several.
-    """
+    """A run that may have routed, and what a report calls it: `title` in a figure's title, and `seed_note`, which seed
+    it is, where there are several."""
 
     label: str
     trained_on: str
@@ -194,8 +185,8 @@ class Routed:
     seed_note: str = ""
 
     @property
-    def names(self) -> list[Value]:
-        return [self.label, self.trained_on, self.seed]
+    def names(self) -> dict[str, Value]:
+        return {"method": self.label, "trained on": self.trained_on, "seed": self.seed}
 
     @property
     def prompt_similarity(self) -> list[list[float]]:
@@ -209,98 +200,88 @@ class Routed:
                 yield task, summary, summary.routing
 
 
-def routing_tables(runs: Sequence[Routed]) -> dict[str, Table]:
-    """What every seed's routing was, in tables of a row for each run and what their columns name: `routing` of each
-    task, `use` by domain, over `training`, the prompts' `similarity`, and the nearest `words`."""
+def _listed(name: str, title: str, rows: Sequence[dict[str, Value]], note: str = "") -> Table:
+    formats = dict.fromkeys(("entropy, nats", "effective experts", "mutual information, nats"), decimals(2))
+    formats |= dict.fromkeys(("cosine", "mean gate", "routing confidence", "hardness"), decimals(3))
+    columns = list(rows[0]) if rows else []
+    return Table(name, title, columns, [list(row.values()) for row in rows], note, formats=formats)
 
-    def table(name: str, title: str, columns: str, rows: Sequence[Sequence[Value]], note: str = "") -> Table:
-        digits = {
-            "entropy, nats": 2,
-            "effective experts": 2,
-            "mutual information, nats": 2,
-            "cosine": 3,
-            "mean gate": 3,
+
+def routing_table(runs: Sequence[Routed]) -> Table:
+    """A row for each run and task: entropy, mutual information, and the largest share."""
+    rows = [
+        run.names
+        | {
+            "task": task,
+            "experts": routing.num_experts,
+            "entropy, nats": routing.entropy,
+            "effective experts": math.exp(routing.entropy),
+            "mutual information, nats": routing.mutual_information,
+            "largest share, %": 100 * max(summary.overall_shares),
+            "collapsed": "no" if summary.collapsed_expert is None else "yes",
         }
-        digits |= {"routing confidence": 3, "hardness": 3}
-        formats = {name: decimals(count) for name, count in digits.items()}
-        return Table(name, title, (*BY_RUN, *columns.split("; ")), rows, note, formats=formats)
+        for run in runs
+        for task, summary, routing in run.routings()
+    ]
+    note = (
+        "Entropy is of the experts’ use over all inputs of the task, and its exponential the number of experts that "
+        "are effectively in use. Mutual information is of expert and domain: 0 where the expert says nothing about the "
+        "domain. Collapsed: one of several experts takes at least 95 %."
+    )
+    return _listed("routing", "Routing of every seed", rows, note)
 
-    routing = [
-        [
-            *run.names,
-            task,
-            of.num_experts,
-            of.entropy,
-            math.exp(of.entropy),
-            of.mutual_information,
-            100 * max(summary.overall_shares),
-            "no" if summary.collapsed_expert is None else "yes",
-        ]
+
+def expert_use_table(runs: Sequence[Routed]) -> Table:
+    """A row for each run, task, domain and expert."""
+    rows = [
+        run.names | {"task": task, "domain": domain, "expert": expert, "inputs, %": 100 * share, "mean gate": gate}
         for run in runs
-        for task, summary, of in run.routings()
+        for task, _, routing in run.routings()
+        for domain, use in routing.use.items()
+        for expert, (share, gate) in enumerate(zip(use, routing.mean_gate[domain], strict=True))
     ]
-    use = [
-        [*run.names, task, domain, expert, 100 * of.use[domain][expert], of.mean_gate[domain][expert]]
-        for run in runs
-        for task, _, of in run.routings()
-        for domain in of.use
-        for expert in range(of.num_experts)
-    ]
-    training = [
-        [*run.names, log.step, expert, 100 * share, log.routing_confidence, log.hardness]
+    note = "The share of a domain’s inputs whose largest gate is the expert’s, and the mean of its gate."
+    return _listed("expert-use", "Expert use by domain", rows, note)
+
+
+def training_table(runs: Sequence[Routed]) -> Table:
+    """A row for each run, logged step and expert."""
+    rows = [
+        run.names
+        | {"step": log.step, "expert": expert, "inputs, %": 100 * share}
+        | {"routing confidence": log.routing_confidence, "hardness": log.hardness}
         for run in runs
         for log in run.run.logs
-        if log.step is not None
         for expert, share in enumerate(log.expert_use or ())
     ]
-    similarity = [
-        [*run.names, first, second, run.prompt_similarity[first][second]]
+    note = (
+        "The share of the training inputs that an expert took since the step before, the mean of the router’s largest "
+        "probability, and how far the gate had hardened."
+    )
+    return _listed("routing-over-training", "Routing over training", rows, note)
+
+
+def similarity_table(runs: Sequence[Routed]) -> Table:
+    """A row for each run and pair of experts."""
+    rows = [
+        run.names | {"expert": first, "other expert": second, "cosine": row[second]}
         for run in runs
-        for first in range(len(run.prompt_similarity))
+        for first, row in enumerate(run.prompt_similarity)
         for second in range(first)
     ]
-    words = [
-        [*run.names, expert, place, rank, word, cosine]
+    return _listed("prompt-similarity", "Similarity of the experts’ prompts", rows)
+
+
+def nearest_table(runs: Sequence[Routed]) -> Table:
+    """A row for each run, expert, virtual token and word."""
+    rows = [
+        run.names | {"expert": expert, "virtual token": place, "rank": rank, "word": word, "cosine": cosine}
         for run in runs
         for expert, tokens in enumerate(run.run.nearest.experts if run.run.nearest else ())
         for place, nearest in enumerate(tokens, start=1)
         for rank, (word, cosine) in enumerate(nearest, start=1)
     ]
-    return {
-        "routing": table(
-            "routing",
-            "Routing of every seed",
-            "task; experts; entropy, nats; effective experts; mutual information, nats; largest share, %; collapsed",
-            routing,
-            "Entropy is of the experts’ use over all inputs of the task, and its exponential the number of experts that are "
-            "effectively in use. Mutual information is of expert and domain: 0 where the expert says nothing about the "
-            "domain. Collapsed: one of several experts takes at least 95 %.",
-        ),
-        "use": table(
-            "expert-use",
-            "Expert use by domain",
-            "task; domain; expert; inputs, %; mean gate",
-            use,
-            "The share of a domain’s inputs whose largest gate is the expert’s, and the mean of its gate.",
-        ),
-        "training": table(
-            "routing-over-training",
-            "Routing over training",
-            "step; expert; inputs, %; routing confidence; hardness",
-            training,
-            "The share of the training inputs that an expert took since the step before, the mean of the router’s largest "
-            "probability, and how far the gate had hardened.",
-        ),
-        "similarity": table(
-            "prompt-similarity", "Similarity of the experts’ prompts", "expert; other expert; cosine", similarity
-        ),
-        "words": table(
-            "nearest-words",
-            "Nearest words of the virtual tokens",
-            "expert; virtual token; rank; word; cosine",
-            words,
-        ),
-    }
+    return _listed("nearest-words", "Nearest words of the virtual tokens", rows)
 
 
 def words_table(run: Routed) -> Table | None:

@@ -114,7 +114,8 @@ def styles(methods: Mapping[str, str], theme: Theme = LIGHT) -> dict[str, Style]
             turn = alike.index(label)
             share = -0.2 + 0.85 * turn / (len(alike) - 1)
             towards = to_rgb(theme.ink if share > 0 else theme.surface)
-            color = to_hex(np.average([to_rgb(color), towards], axis=0, weights=[1 - abs(share), abs(share)]))
+            mixed = np.average([to_rgb(color), towards], axis=0, weights=[1 - abs(share), abs(share)])
+            color = to_hex((mixed[0], mixed[1], mixed[2]))
             marker = MARKERS[turn % len(MARKERS)]
         found[label] = Style(color, marker)
     return found

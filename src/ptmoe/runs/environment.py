@@ -27,7 +27,7 @@ def environment(seed: int, fast_paths: dict[str, str | None] | None = None) -> E
     import torch
 
     return Environment(
-        versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         commit=_commit(),
         seed=seed,
         hardware={

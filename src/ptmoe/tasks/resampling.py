@@ -62,8 +62,8 @@ def sign_flip_p(groups: Sequence[Group]) -> float:
 
 
 def _distinct(values: Values) -> tuple[Values, NDArray[np.int64]]:
-    """The distinct values and how often each occurs. Where there are too many to draw quickly, they are first rounded to
-    a thousandth of their range, which moves a mean over that many examples by less than is ever printed."""
+    """The distinct values and how often each occurs. Where there are too many to draw quickly, they are first rounded
+    to a thousandth of their range, which moves a mean over that many examples by less than is ever printed."""
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= MOST_DISTINCT:
         return distinct, counts
