@@ -15,12 +15,12 @@ from typing import Any
 from transformers import AutoConfig
 
 from ptmoe import nano
+from ptmoe.compare import prepare, read_plan
 from ptmoe.compare.budget import fit_budget
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate import evaluate
 from ptmoe.methods import METHODS
 from ptmoe.models.bases import quiet
-from ptmoe.quickstart import options
 from ptmoe.tasks import load_task
 from ptmoe.train import train
 
@@ -66,11 +66,10 @@ def fields(method: str) -> dict[str, Any]:
 
 
 def run(method: str, rate: float) -> dict[str, Any]:
+    changes = {"methods": [fields(method)], "learning_rate": rate, "seeds": [SEED], "tasks": [TASK], "eval_examples": 1}
+    (cell,) = prepare(read_plan(None, {"preset": "quickstart", **changes})).cells
     with tempfile.TemporaryDirectory() as folder:
-        plan = options("pt", task=TASK, seed=SEED).replace(
-            method=fields(method), learning_rate=rate, output_dir=str(Path(folder) / "run"), eval_examples=1
-        )
-        trained = train(plan, say=lambda _: None)
+        trained = train(cell.options.replace(output_dir=str(Path(folder) / "run")), say=lambda _: None)
     held_out = load_task(TASK, "validation")
     accuracy = evaluate(trained.model, trained.tokenizer, held_out, split="validation").metrics["accuracy"]
     return {

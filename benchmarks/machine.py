@@ -77,7 +77,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def describe() -> dict[str, Any]:
     """Hardware, versions, and the commit, which says where the measured code has changed since."""
-    found = environment(seed=0)
+    found = environment(seed=0).model_dump()
     commit = found["commit"] or "unknown"
     changed = subprocess.run(
         ["git", "status", "--porcelain", *MEASURED], cwd=ROOT, capture_output=True, text=True, check=False

@@ -1,10 +1,10 @@
-"""The tables of README and docs/findings.md: ways to train, on one of nano's worlds, over many seeds.
+"""The tables of README and docs/findings.md: variants of the quickstart's methods, on one of nano's worlds, over seeds.
 
     python benchmarks/seeds.py --task nano/mixed --output docs/results/mixed.jsonl
     python benchmarks/seeds.py --task nano/mixed --cells table tried --seeds 2 --output docs/results/tried.jsonl
 
-Each finished cell (way, seed) is a line, written as it comes; a run that is started again goes on where it stopped.
-A training is that of `ptmoe quickstart --task … --seed …`, but for what its cell changes.
+Each finished cell (variant, seed) is a line, written as it comes; an interrupted run resumes. A training is that of
+`ptmoe quickstart --task … --seed …`, the preset `quickstart` of `ptmoe compare`, but for what its cell changes.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from ptmoe.compare import prepare, read_plan
 from ptmoe.models.bases import quiet
-from ptmoe.quickstart import options
 from ptmoe.train import train
 
 MOE: dict[str, Any] = {"method": "pt-moe"}
@@ -65,7 +65,7 @@ def finished(path: Path) -> list[dict[str, Any]]:
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: a row for each cell, over its seeds."""
     rows = [
-        "| | trained numbers | accuracy %, mean | lowest | highest | seeds |",
+        "| | trainable parameters | accuracy %, mean | lowest | highest | seeds |",
         "|---|---|---|---|---|---|",
     ]
     for name in CELLS:
@@ -81,19 +81,20 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def measure(task: str, name: str, seed: int) -> dict[str, Any]:
     cell = CELLS[name]
-    plan = options(cell["method"], task=task, seed=seed)
-    method = plan.method | cell.get("fields", {})
+    planned = {"methods": [cell["method"]], "tasks": [task], "seeds": [seed]}
+    options = prepare(read_plan(None, {"preset": "quickstart", **planned})).cells[0].options
+    method = options.method | cell.get("fields", {})
     with tempfile.TemporaryDirectory() as folder, constants(cell.get("constants", {})):
-        trained = train(plan.replace(method=method, output_dir=f"{folder}/run", **cell.get("options", {})))
+        trained = train(options.replace(method=method, output_dir=f"{folder}/run", **cell.get("options", {})))
     summary = trained.evaluations[0].summary()
     return {
         "task": task,
         "cell": name,
         "seed": seed,
-        "accuracy": round(summary["metrics"]["accuracy"], 2),
+        "accuracy": round(summary.metrics["accuracy"], 2),
         "trainable_parameters": trained.result.trainable_parameters,
-        "by_domain": {domain: part["accuracy"] for domain, part in summary["by_domain"].items()},
-        "use": summary["routing"] and summary["routing"]["use"],
+        "by_domain": {domain: part["accuracy"] for domain, part in summary.by_domain.items()},
+        "use": summary.routing and summary.routing.use,
     }
 
 

@@ -1,106 +1,139 @@
-"""Comparison folders with made-up scores, as `ptmoe compare` writes them."""
+"""Run and comparison folders with invented scores, made by the code that writes them in earnest."""
 
-import json
+from dataclasses import replace
 
 import numpy as np
-import yaml
 
+from ptmoe.evaluate import Evaluation
+from ptmoe.runs.folders import (
+    CELL_FILE,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    INSPECT_FOLDER,
+    METRICS_FILE,
+    NEAREST_FILE,
+    RESULT_FILE,
+    cell_folder,
+    predictions_file,
+)
+from ptmoe.runs.predictions import PredictionsFile
+from ptmoe.runs.records import CellRecord, Environment, LogLine, NearestWords, Prediction, Result, write_lines
 from ptmoe.tasks import TASKS
-from ptmoe.tasks.scoring import summarise
+from ptmoe.train import TrainOptions
 
 DOMAINS = ("harbor", "market", "garden", "castle")
 SVAMP_TYPES = ("addition", "division", "multiplication", "subtraction")
 SIZES = {"pt": {"num_virtual_tokens": 20}, "pt-moe": {"num_virtual_tokens": 10, "rank": 10, "num_experts": 4}}
 COUNTS = {"base": 0, "pt": 3840, "dpt": 3700, "smop": 4096, "pt-moe": 3764, "lora": 8192}
+ONE_EACH = [[1.0, 0.0, 0.0, 0.0], [0.0, 0.9, 0.1, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]]
+ALL_ON_SECOND = [[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.1, 0.9, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+ENVIRONMENT = Environment(
+    versions={"python": "3.11.7", "torch": "2.99.1", "peft": None},
+    commit="c0ffee1234",
+    seed=0,
+    hardware={"processor": "Abacus 9000", "cores": 2, "accelerator": None},
+)
 
 
-def write_cell(folder, label, task, seed, *, skill=0.5, tasks=None, examples=60, use=None, **options):
-    """One finished cell; `skill` is the chance that an example is answered right.
+def write_run(folder, method="pt-moe", task="nano/mixed", seed=0, *, skill=0.5, tasks=None, examples=60, **options):
+    """A finished run; `skill` is the chance that an example is answered right.
 
-    Options: method, parameters, size, fields (of the method), model, finished, nearest.
+    Options: name, parameters, fields (of the method), model, logs, nearest, and of `evaluation`: metric, domains,
+    sizes, use, gates.
     """
-    method = options.get("method", label)
     parameters = options.get("parameters", COUNTS.get(method, 5000))
-    size = options.get("size", SIZES.get(method, {}))
-    tasks = tasks or [task]
-    place = folder / "cells" / label.replace("/", "__") / task.replace("/", "__") / f"seed-{seed}"
-    for name in ("eval", "predictions"):
-        (place / name).mkdir(parents=True)
-    for number, evaluated in enumerate(tasks):
-        chance = np.random.default_rng([seed, number, *label.encode()])
-        _evaluate(place, evaluated, np.clip(skill - 0.05 * number, 0, 1), examples, use, chance)
-    config = {
-        "model": options.get("model", "nano"),
-        "method": {"name": method, **options.get("fields", {})},
-        "seed": seed,
-    }
-    (place / "config.yaml").write_text(yaml.safe_dump(config))
-    environment = {
-        "versions": {"python": "3.11.7", "torch": "2.99.1", "peft": None},
-        "commit": "c0ffee1234",
-        "seed": seed,
-        "hardware": {"processor": "Abacus 9000", "cores": 2, "accelerator": None},
-    }
-    _json(place / "environment.json", environment)
-    result = {"name": method, "method": method, "trainable_parameters": parameters, "train_seconds": 60.0 + seed}
-    _json(place / "result.json", {**result, "steps": 200 if parameters else 0})
+    folder.mkdir(parents=True)
+    method_fields = {"name": method, **options.get("fields", {})}
+    config = TrainOptions(model=options.get("model", "nano"), method=method_fields, task=task, seed=seed)
+    config.replace(learning_rate=0.0123).write(folder / CONFIG_FILE)
+    ENVIRONMENT.model_copy(update={"seed": seed}).write(folder / ENVIRONMENT_FILE)
+    Result(
+        name=options.get("name", method),
+        method=method,
+        trainable_parameters=parameters,
+        train_seconds=60.0 + seed,
+        steps=200 if parameters else 0,
+    ).write(folder / RESULT_FILE)
+    routing = {"expert_use": [0.25] * 4, "routing_confidence": 0.6} if options.get("use") else {}
     if parameters:
-        logs = [
-            {
-                "step": step,
-                "seconds": step / (7 + seed),
-                "loss": (3.2 - 2 * skill) + 2 * skill * np.exp(-step / 60) + 0.05 * seed,
-            }
-            for step in range(10, 201, 10)
+        falling = [
+            (step, (3.2 - 2 * skill) + 2 * skill * np.exp(-step / 60) + 0.05 * seed) for step in range(10, 201, 10)
         ]
-        if use:
-            logs = [
-                {**log, "expert_use": [0.25] * len(use[0]), "routing_confidence": 0.6, "hardness": log["step"] / 200}
-                for log in logs
-            ]
-        (place / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+        logs = [
+            LogLine(step=step, seconds=step / (7 + seed), loss=loss, epoch=0.5, **routing) for step, loss in falling
+        ]
+        write_lines(folder / METRICS_FILE, options.get("logs", logs))
     if options.get("nearest"):
-        (place / "routing").mkdir()
-        _json(place / "routing" / "nearest.json", {"experts": options["nearest"]})
-    if options.get("finished", True):
-        cell = {"label": label, "method": method, "size": size, "task": task, "eval_tasks": tasks, "seed": seed}
-        _json(place / "cell.json", {**cell, "trainable_parameters": parameters})
+        NearestWords(experts=options["nearest"]).write(folder / INSPECT_FOLDER / NEAREST_FILE)
+    for number, evaluated in enumerate(tasks if tasks is not None else [task]):
+        chance = np.random.default_rng([seed, number, *options.get("name", method).encode()])
+        made = evaluation(evaluated, float(np.clip(skill - 0.05 * number, 0, 1)), examples, chance, **options)
+        # Not in the order of the ids, as a real file is not.
+        ordered = [made.predictions[place] for place in chance.permutation(len(made.predictions))]
+        file = PredictionsFile(predictions_file(folder, evaluated, made.split), {}, [each.id for each in ordered])
+        file.resume()
+        file.append(ordered)
+        made.write(folder)
+    return folder
+
+
+def evaluation(evaluated, skill, examples, chance, **options):
+    """Options: metric; domains with their sizes; `use` of the experts in each domain with a hard gate, or the `gates`
+    of each with a soft one; split."""
+    task = TASKS.get(evaluated) or replace(TASKS["nano/mixed"], name=evaluated)
+    metric = options.get("metric", task.metric)
+    known = {"svamp": SVAMP_TYPES, "nano/mixed": DOMAINS, "nano/facts": DOMAINS}
+    domains = options.get("domains", known.get(evaluated, ("",)))
+    sizes = options.get("sizes", [len(range(place, examples, len(domains))) for place in range(len(domains))])
+    predictions = []
+    for place, (domain, size) in enumerate(zip(domains, sizes, strict=True)):
+        for turn in range(size):
+            right = float(chance.random() < skill - 0.08 * place)
+            scores = {metric: right}
+            if metric == "f1":
+                scores = {"exact_match": right * (chance.random() < 0.8), "f1": right or 0.25}
+            gate = None
+            if options.get("use"):
+                expert = np.searchsorted(np.cumsum(options["use"][place]), (turn + 0.5) / size)
+                gate = np.eye(len(options["use"][place]))[expert].tolist()
+            if options.get("gates"):
+                gate = options["gates"][place]
+            predictions.append(Prediction(f"{evaluated}-{domain}-{turn}", "?", "!", [], scores, domain, gate))
+    experts = len(predictions[0].gate) if predictions[0].gate else 0
+    square = [[1.0 if i == j else 0.37 for j in range(experts)] for i in range(experts)]
+    return Evaluation(
+        task=replace(task, metric=metric),
+        split=options.get("split", "test"),
+        predictions=predictions,
+        seconds=1.0,
+        settings={},
+        expert_similarity=square or None,
+        soft_gate=bool(options.get("gates")),
+    )
+
+
+def write_cell(folder, label, task, seed, **options):
+    """One finished cell, `write_run` with its record. Options beside those of it: method, size, finished."""
+    method = options.pop("method", label)
+    size, finished = options.pop("size", SIZES.get(method, {})), options.pop("finished", True)
+    place = write_run(folder / cell_folder(label, task, seed), method, task, seed, name=label, **options)
+    if finished:
+        CellRecord(
+            label=label,
+            method=method,
+            size=size,
+            task=task,
+            eval_tasks=options.get("tasks") or [task],
+            seed=seed,
+            trainable_parameters=options.get("parameters", COUNTS.get(method, 5000)),
+        ).write(place / CELL_FILE)
     return place
 
 
-def _evaluate(place, name, skill, examples, use, chance):
-    task = TASKS[name]
-    domains = {"svamp": SVAMP_TYPES, "nano/mixed": DOMAINS, "nano/facts": DOMAINS}.get(name, ("",))
-    asked = [domains[number % len(domains)] for number in range(examples)]
-    marks = []
-    for number in range(examples):
-        right = chance.random() < skill - 0.08 * (number % len(domains))
-        if task.grader == "qa":
-            marks.append({"exact_match": float(right and chance.random() < 0.8), "f1": float(right) or 0.25})
-        else:
-            marks.append({"accuracy": float(right)})
-    routing = None
-    if use:
-        rows = dict(zip(domains, use, strict=False))
-        shared = {"num_experts": len(use[0]), "use": rows, "mean_gate": rows}
-        square = [[1.0 if i == j else 0.2 for j in range(len(use[0]))] for i in range(len(use[0]))]
-        routing = {**shared, "entropy": 1.25, "mutual_information": 0.87, "prompt_similarity": square}
-    stem = name.replace("/", "__")
-    _json(
-        place / "eval" / f"{stem}.json", {**summarise(task, "test", marks, asked), "routing": routing, "seconds": 1.0}
-    )
-    with (place / "predictions" / f"{stem}.jsonl").open("w") as file:
-        # Not in the order of the ids, as a real file is not.
-        for number in chance.permutation(examples):
-            line = {
-                "id": f"{name}-{number}",
-                "prompt": "?",
-                "completion": "!",
-                "references": [],
-                "scores": marks[number],
-            }
-            file.write(json.dumps({**line, "domain": asked[number], "gate": None}) + "\n")
+def write_plan(folder, **plan):
+    """`comparison.yaml`, as `ptmoe compare` writes it."""
+    from ptmoe.compare import ComparePlan
+    from ptmoe.runs.folders import PLAN_FILE
 
-
-def _json(path, value):
-    path.write_text(json.dumps(value))
+    folder.mkdir(parents=True, exist_ok=True)
+    ComparePlan(**{"tasks": ["nano/mixed"], **plan}).write(folder / PLAN_FILE)

@@ -10,21 +10,25 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from comparisons import DOMAINS, SVAMP_TYPES, write_cell
+from comparisons import ALL_ON_SECOND, DOMAINS, ONE_EACH, SVAMP_TYPES, write_cell, write_plan
 from matplotlib.image import imread
+from matplotlib.text import Text
+from ptmoe.runs.folders import FAILED_FILE
+from ptmoe.runs.records import Failure, write_lines
 from rich.console import Console
 from scipy import stats
-from test_report import ALL_ON_SECOND, ONE_EACH, Page
+from test_report import Page
 
 from ptmoe.errors import PtmoeError
-from ptmoe.report import comparison_summary, nearest_tokens, read_comparison, write_comparison_report
-from ptmoe.report.comparison_figures import curve_of, score_by_parameters, styles
-from ptmoe.report.figures import DARK, LIGHT
-from ptmoe.report.frame import Frame, Row, decimal, rows, text, to_csv, to_latex, to_markdown
+from ptmoe.evaluate.nearest_words import nearest_tokens
+from ptmoe.report import comparison_summary, read_comparison, write_report
+from ptmoe.report.comparison import MEAN
+from ptmoe.report.figures import curve_points, score_by_parameters
 from ptmoe.report.published import paper, published_for
-from ptmoe.report.results import Row as Result
-from ptmoe.report.results import Score, scoreboards
-from ptmoe.report.statistics import Group, bootstrap_interval, holm, paired_test, t_interval, t_quantile
+from ptmoe.report.results import AVERAGE, Board, Score, boards, holm, paired_test, t_interval
+from ptmoe.report.table import Table, to_csv, to_latex, to_markdown
+from ptmoe.report.theme import DARK, LIGHT, drawing, styles
+from ptmoe.tasks.resampling import Group, bootstrap_interval
 
 TASKS = ("nano/mixed", "nano/facts")
 
@@ -42,11 +46,9 @@ def folder(tmp_path_factory):
                     use = {"smop": ALL_ON_SECOND, "pt-moe": ONE_EACH}.get(label)
                     nearest = words if label == "pt-moe" else None
                     write_cell(folder, label, task, seed, skill=skill + 0.02 * seed, use=use, nearest=nearest)
-    (folder / "comparison.yaml").write_text(
-        "title: Four methods\nmethods: [base, smop, pt, pt-moe]\nseeds: [0, 1, 2]\n"
-    )
-    failed = {"label": "smop", "task": "nano/facts", "seed": 2, "error": "DivergedError: the loss became NaN"}
-    (folder / "failed.jsonl").write_text(json.dumps(failed) + "\n")
+    write_plan(folder, title="Four methods", methods=["base", "smop", "pt", "pt-moe"], seeds=[0, 1, 2])
+    failure = Failure(label="smop", task="nano/facts", seed=2, error="DivergedError: the loss became NaN")
+    write_lines(folder / FAILED_FILE, [failure])
     return folder
 
 
@@ -57,7 +59,7 @@ def comparison(folder):
 
 @pytest.fixture(scope="module")
 def page(folder):
-    return Page(write_comparison_report(folder))
+    return Page(write_report(folder))
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +88,6 @@ def download(page, kind, number=0):
 # Statistics
 
 
-def test_student_quantiles_are_those_of_the_tables():
-    for freedom in (1, 2, 3, 4, 9, 30, 200):
-        assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=1e-8)
-
-
 def test_an_interval_over_seeds_is_students():
     values = [71.0, 74.5, 69.25, 73.0]
     expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
@@ -111,15 +108,14 @@ def test_a_sign_flip_test_agrees_with_all_sign_arrangements():
     sums = np.array(list(product((1, -1), repeat=12))) @ differences
     exact = np.mean(np.abs(sums) >= abs(differences.sum()))
     test = paired_test([Group(1.0, differences)])
-    assert test.difference == pytest.approx(differences.mean())
+    assert test.difference.mean == pytest.approx(differences.mean())
     assert test.p == pytest.approx(exact, abs=0.015)
 
 
 def test_groups_weigh_as_told_and_not_by_their_sizes():
     groups = [Group(0.5, np.ones(10)), Group(0.5, np.zeros(990))]
     test = paired_test(groups)
-    assert test.difference == 0.5
-    assert test.interval == (0.5, 0.5)
+    assert test.difference[:4] == (0.5, (), 0.5, 0.5)
     assert test.p < 0.01
 
 
@@ -131,6 +127,14 @@ def test_many_distinct_values_are_tested_like_few():
     values = np.random.default_rng(0).normal(0.1, 1, 3000)
     expected = stats.ttest_1samp(values, 0).pvalue
     assert paired_test([Group(1.0, values)]).p == pytest.approx(expected, rel=0.3, abs=2e-4)
+
+
+def test_ten_thousand_scores_are_resampled_in_less_memory_than_their_picks():
+    """All distinct, as a mean F1 over seeds is; rounding them moves the interval by nothing that is printed."""
+    values = np.random.default_rng(0).uniform(0, 100, 10_000)
+    half = 1.96 * values.std() / 100
+    expected = (values.mean() - half, values.mean() + half)
+    assert bootstrap_interval([Group(1.0, values)]) == pytest.approx(expected, abs=0.05)
 
 
 def test_holm_multiplies_the_smallest_most_and_keeps_the_order():
@@ -154,7 +158,7 @@ def test_no_finished_cell_is_an_error_that_says_what_there_is(tmp_path):
         read_comparison(tmp_path)
     write_cell(tmp_path, "pt", "nano/mixed", 0, finished=False)
     with pytest.raises(PtmoeError, match="1 unfinished"):
-        write_comparison_report(tmp_path)
+        write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
     with pytest.raises(PtmoeError, match="not a folder"):
         read_comparison(tmp_path / "nowhere")
@@ -164,10 +168,10 @@ def test_unfinished_failed_and_missing_cells_are_told_apart(tmp_path):
     for seed in range(3):
         write_cell(tmp_path, "pt", "nano/mixed", seed)
     write_cell(tmp_path, "dpt", "nano/mixed", 0, finished=False)
-    failures = [{"label": "dpt", "task": "nano/mixed", "seed": 1, "error": text} for text in ("first", "last")]
-    failures.append({"label": "pt", "task": "nano/mixed", "seed": 2, "error": "finished since"})
-    (tmp_path / "failed.jsonl").write_text("".join(json.dumps(one) + "\n" for one in failures))
-    found = {(one.label, one.seed): (one.state, one.reason) for one in read_comparison(tmp_path).left_out}
+    failures = [Failure(label="dpt", task="nano/mixed", seed=1, error=text) for text in ("first", "last")]
+    failures.append(Failure(label="pt", task="nano/mixed", seed=2, error="finished since"))
+    write_lines(tmp_path / FAILED_FILE, failures)
+    found = {(cell.label, cell.seed): (cell.state, cell.reason) for cell in read_comparison(tmp_path).left_out}
     assert found == {
         ("dpt", 0): ("unfinished", ""),
         ("dpt", 1): ("failed", "last"),
@@ -216,66 +220,89 @@ def test_sizes_of_a_method_stand_in_the_order_of_their_numbers(tmp_path):
     for experts in (10, 2):
         write_cell(tmp_path, f"pt-moe N={experts}", "nano/mixed", 0, method="pt-moe", size={"num_experts": experts})
     write_cell(tmp_path, "pt", "nano/mixed", 0)
+    write_plan(tmp_path, methods=["pt", "pt-moe"])
     assert read_comparison(tmp_path).labels == ["pt", "pt-moe N=2", "pt-moe N=10"]
+
+
+def test_without_a_plan_methods_have_their_own_order(tmp_path, monkeypatch):
+    from ptmoe.methods import METHODS
+
+    for label in ("lora", "pt", "base"):
+        write_cell(tmp_path, label, "nano/mixed", 0)
+    for order, name in enumerate(("pt", "lora")):
+        monkeypatch.setattr(METHODS[name], "order", order, raising=False)
+    assert read_comparison(tmp_path).labels == ["base", "pt", "lora"]
 
 
 # Results
 
 
 def test_a_score_is_the_mean_over_seeds_with_students_interval(folder, comparison):
-    (board,) = scoreboards(comparison)
-    row = next(row for row in board.rows if row.label == "pt")
-    for column, score in zip(board.columns, row.scores, strict=True):
+    (board,) = boards(comparison)
+    for column in board.columns:
+        score = board.scores["pt", column.name]
         values = [one["metrics"]["accuracy"] for one in on_disk(folder, "pt", column.task)]
         assert len(values) == 3
         assert score.mean == pytest.approx(np.mean(values))
         expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
-        assert score.interval == pytest.approx(expected)
-        assert score.over == "seeds"
+        assert (score.low, score.high) == pytest.approx(expected)
+        assert (score.over, score.seeds) == ("seeds", (0, 1, 2))
 
 
 def test_the_average_is_the_plain_mean_over_tasks_with_each_seeds_own_average(folder, comparison):
-    (board,) = scoreboards(comparison)
-    row = next(row for row in board.rows if row.label == "pt-moe")
+    (board,) = boards(comparison)
+    average = board.scores["pt-moe", AVERAGE]
     values = [
         np.mean([one["metrics"]["accuracy"], other["metrics"]["accuracy"]])
         for one, other in zip(*(on_disk(folder, "pt-moe", task) for task in TASKS), strict=True)
     ]
-    assert row.average.mean == pytest.approx(np.mean(values))
-    assert row.average.interval == pytest.approx(t_interval(values))
+    assert average.mean == pytest.approx(np.mean(values))
+    assert (average.low, average.high) == pytest.approx(t_interval(values))
 
 
 def test_one_seed_has_its_examples_interval_and_what_trains_nothing_never_another(tmp_path):
     for seed in range(2):
         write_cell(tmp_path, "base", "nano/mixed", seed, skill=0.3)
     write_cell(tmp_path, "pt", "nano/mixed", 0)
-    (board,) = scoreboards(read_comparison(tmp_path))
-    for row in board.rows:
-        first = on_disk(tmp_path, row.label, "nano/mixed")[0]
-        assert row.average.interval == pytest.approx(first["interval"]["accuracy"])
-        assert row.average.over == "examples"
+    (board,) = boards(read_comparison(tmp_path))
+    for label in ("base", "pt"):
+        first = on_disk(tmp_path, label, "nano/mixed")[0]
+        average = board.scores[label, AVERAGE]
+        assert (average.low, average.high) == pytest.approx(first["interval"]["accuracy"])
+        assert average.over == "examples"
+
+
+def test_an_average_over_tasks_of_a_single_seed_adds_the_half_widths_as_squares(tmp_path):
+    for task in TASKS:
+        write_cell(tmp_path, "pt", task, 0)
+    (board,) = boards(read_comparison(tmp_path))
+    average, parts = board.scores["pt", AVERAGE], [board.scores["pt", task] for task in TASKS]
+    assert average.mean - average.low == pytest.approx(np.hypot(*(part.mean - part.low for part in parts)) / 2)
+    write_cell(tmp_path, "pt", TASKS[0], 1)
+    (board,) = boards(read_comparison(tmp_path))
+    assert board.scores["pt", AVERAGE][1:] == ((0, 1), None, None, None), "other seeds of each task: no interval"
 
 
 def test_a_method_that_lacks_a_task_has_no_average_and_cannot_lead(tmp_path):
     for task in TASKS:
         write_cell(tmp_path, "pt", task, 0, skill=0.3)
     write_cell(tmp_path, "pt-moe", TASKS[0], 0, skill=0.95)
-    (board,) = scoreboards(read_comparison(tmp_path))
-    averages = {row.label: row.average for row in board.rows}
-    assert averages["pt-moe"] is None
-    assert [row.label for row in board.ranking] == ["pt"]
+    (board,) = boards(read_comparison(tmp_path))
+    assert ("pt-moe", AVERAGE) not in board.scores
+    assert board.ranking == ("pt",)
     assert board.paired is None
 
 
 def test_svamp_stands_as_the_mean_of_its_types_and_both_forms_are_offered(maths):
-    (board,) = scoreboards(read_comparison(maths))
+    (board,) = boards(read_comparison(maths))
     column = next(column for column in board.columns if column.task == "svamp")
     (evaluation,) = on_disk(maths, "pt", "gsm8k", "svamp")
     types = np.mean([evaluation["by_domain"][name]["accuracy"] for name in SVAMP_TYPES])
-    row = next(row for row in board.rows if row.label == "pt")
-    assert row.scores[board.columns.index(column)].mean == pytest.approx(types)
+    score = board.scores["pt", "svamp"]
+    assert (column.of, score.mean) == (MEAN, pytest.approx(types))
+    assert score.low < types < score.high, "an interval over the examples of each type, from the predictions"
     assert evaluation["metrics"]["accuracy"] != pytest.approx(types)  # 61 examples are not of four equal parts
-    write_comparison_report(maths)
+    write_report(maths)
     shown = list(csv.DictReader((maths / "tables" / "domains-accuracy-svamp.csv").open()))
     (ours,) = [row for row in shown if row["method"] == "pt"]
     assert float(ours["all examples"]) == pytest.approx(evaluation["metrics"]["accuracy"])
@@ -285,20 +312,20 @@ def test_svamp_stands_as_the_mean_of_its_types_and_both_forms_are_offered(maths)
 def test_questions_have_a_table_for_f1_and_one_for_exact_match(tmp_path):
     for label in ("pt", "pt-moe"):
         write_cell(tmp_path, label, "mrqa-in", 0, tasks=["mrqa/squad", "mrqa/drop"])
-    boards = scoreboards(read_comparison(tmp_path))
-    assert [(board.metric, board.ranks) for board in boards] == [("f1", True), ("exact_match", False)]
-    assert [column.name for column in boards[0].columns] == ["mrqa/squad", "mrqa/drop"]
+    found = boards(read_comparison(tmp_path))
+    assert [(board.metric, board.ranks) for board in found] == [("f1", True), ("exact_match", False)]
+    assert [column.name for column in found[0].columns] == ["mrqa/squad", "mrqa/drop"]
 
 
 def test_a_task_that_follows_two_trainings_has_a_column_for_each(tmp_path):
     for task in TASKS:
         write_cell(tmp_path, "pt", task, 0, tasks=["nano/mixed"])
-    (board,) = scoreboards(read_comparison(tmp_path))
+    (board,) = boards(read_comparison(tmp_path))
     assert [column.name for column in board.columns] == ["nano/mixed after nano/facts", "nano/mixed after nano/mixed"]
 
 
 def test_the_first_two_by_average_are_tested_on_the_same_examples(folder, comparison):
-    (board,) = scoreboards(comparison)
+    (board,) = boards(comparison)
     tests = board.paired
     assert (tests.first, tests.second) == ("pt-moe", "pt")
     assert tests.notes == ()
@@ -312,19 +339,19 @@ def test_the_first_two_by_average_are_tested_on_the_same_examples(folder, compar
         return {name: 100 * np.mean(values) for name, values in found.items()}
 
     everything = []
-    for one in tests.tasks:
-        first, second = scores("pt-moe", one.name), scores("pt", one.name)
+    for test in tests.tasks:
+        first, second = scores("pt-moe", test.name), scores("pt", test.name)
         differences = np.array([first[name] - second[name] for name in first])
         everything.append(differences)
-        assert (one.examples, one.seeds) == (60, (0, 1, 2))
-        assert one.test.difference == pytest.approx(differences.mean())
+        assert (test.examples, test.seeds) == (60, (0, 1, 2))
+        assert test.difference.mean == pytest.approx(differences.mean())
         flips = np.random.default_rng(5).choice([-1, 1], (20_000, 60)) @ differences / 60
-        assert one.test.p == pytest.approx(np.mean(np.abs(flips) >= differences.mean() - 1e-9), abs=2e-3)
+        assert test.p == pytest.approx(np.mean(np.abs(flips) >= differences.mean() - 1e-9), abs=2e-3)
         generator = np.random.default_rng(6)
         means = [generator.choice(differences, 60).mean() for _ in range(5000)]
-        assert one.test.interval == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=1.0)
-    assert [one.p_holm for one in tests.tasks] == holm([one.test.p for one in tests.tasks])
-    assert tests.average.test.difference == pytest.approx(np.mean([one.mean() for one in everything]))
+        assert test.difference[2:4] == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=1.0)
+    assert [test.p_holm for test in tests.tasks] == holm([test.p for test in tests.tasks])
+    assert tests.average.difference.mean == pytest.approx(np.mean([each.mean() for each in everything]))
 
 
 def test_predictions_that_are_missing_leave_a_task_untested_and_say_so(tmp_path):
@@ -332,8 +359,8 @@ def test_predictions_that_are_missing_leave_a_task_untested_and_say_so(tmp_path)
         for task in TASKS:
             write_cell(tmp_path, label, task, 0)
     (tmp_path / "cells" / "pt" / "nano__facts" / "seed-0" / "predictions" / "nano__facts.jsonl").unlink()
-    (board,) = scoreboards(read_comparison(tmp_path))
-    assert [one.name for one in board.paired.tasks] == ["nano/mixed"]
+    (board,) = boards(read_comparison(tmp_path))
+    assert [test.name for test in board.paired.tasks] == ["nano/mixed"]
     assert board.paired.average is None
     ((name, why),) = board.paired.notes
     assert name == "nano/facts"
@@ -343,7 +370,7 @@ def test_predictions_that_are_missing_leave_a_task_untested_and_say_so(tmp_path)
 def test_examples_that_only_one_method_answered_are_left_out_of_the_test(tmp_path):
     write_cell(tmp_path, "pt", "nano/mixed", 0, examples=60)
     write_cell(tmp_path, "pt-moe", "nano/mixed", 0, examples=48)
-    (board,) = scoreboards(read_comparison(tmp_path))
+    (board,) = boards(read_comparison(tmp_path))
     assert board.paired.tasks[0].examples == 48
     assert "only the 48 of 60" in board.paired.notes[0][1]
 
@@ -445,7 +472,11 @@ def test_every_seeds_routing_is_in_a_table(folder, page):
         (label, str(seed)) for label in ("smop", "pt-moe") for seed in range(3)
     ]
     assert {row["collapsed"] for row in rows if row["method"] == "smop"} == {"yes"}
-    assert {row["mutual information, nats"] for row in rows} == {"0.87"}
+    for row in rows:
+        (path,) = (folder / "cells" / row["method"] / row["trained on"].replace("/", "__")).glob(
+            f"seed-{row['seed']}/eval/*"
+        )
+        assert float(row["mutual information, nats"]) == json.loads(path.read_text())["routing"]["mutual_information"]
 
 
 def test_hostile_names_are_shown_and_not_run(tmp_path):
@@ -453,8 +484,8 @@ def test_hostile_names_are_shown_and_not_run(tmp_path):
     write_cell(tmp_path, "hostile", "nano/mixed", 0, method="pt", use=ONE_EACH, nearest=[[[["</td><script>", 0.5]]]])
     place = tmp_path / "cells" / "hostile" / "nano__mixed" / "seed-0" / "cell.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "label": label}))
-    (tmp_path / "comparison.yaml").write_text("title: </title><script>alert(1)</script>\n")
-    page = Page(write_comparison_report(tmp_path, "</pre><script>"))
+    write_plan(tmp_path, title="</title><script>alert(1)</script>")
+    page = Page(write_report(tmp_path, "</pre><script>"))
     assert "script" not in page.tags
     assert "x" not in page.addresses
     assert page.tables[0][1][0].startswith(label)
@@ -462,20 +493,20 @@ def test_hostile_names_are_shown_and_not_run(tmp_path):
 
 def test_a_spreadsheet_takes_no_text_for_a_formula():
     bad = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", 'a"b', "fine"]
-    frame = Frame("a", "a", ("=name", "score"), rows([[text(one), decimal(-2.5)] for one in bad]))
-    header, *lines = csv.reader(io.StringIO(to_csv(frame)))
+    table = Table("a", "a", ("=name", "score"), [[name, -2.5] for name in bad])
+    header, *lines = csv.reader(io.StringIO(to_csv(table)))
     assert header[0] == "'=name"
     assert [line[0] for line in lines] == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "'\t=1", 'a"b', "fine"]
     assert {line[1] for line in lines} == {"-2.5"}  # a number is no text
 
 
 def test_markdown_and_latex_show_a_name_as_it_is():
-    frame = Frame("a", "a", ("method",), (Row((text("a|b_c*<i>\n$x^2$ & 50 % #1 \\ {}"),)),))
-    line = to_markdown(frame).splitlines()[4]
+    table = Table("a", "a", ("method",), [["a|b_c*<i>\n$x^2$ & 50 % #1 \\ {}"]])
+    line = to_markdown(table).splitlines()[4]
     assert line == r"| a\|b\_c\*&lt;i&gt; \$x^2\$ &amp; 50 % \#1 \\ {} |"
     assert (
         r"a\textbar{}b\_c*\textless{}i\textgreater{} \$x\textasciicircum{}2\$ \& 50 \% \#1 \textbackslash{} \{\} \\"
-        in to_latex(frame)
+        in to_latex(table)
     )
 
 
@@ -503,21 +534,19 @@ def test_the_papers_averages_follow_from_its_own_scores():
 
 def test_published_rows_stand_beside_the_same_tasks_and_say_in_what_they_differ(maths):
     comparison = read_comparison(maths)
-    (board,) = scoreboards(comparison)
+    (board,) = boards(comparison)
     published = published_for(comparison, board)
-    moe = published.rows[-1]
-    assert (moe.method, moe.parameters, moe.scores) == ("PT-MoE", "80k", (35.63, 56.77, 71.83))
-    assert moe.average == pytest.approx((35.63 + 56.77 + 71.83) / 3)
-    assert not published.same_base
+    average = pytest.approx((35.63 + 56.77 + 71.83) / 3)
+    assert published.rows["PT-MoE"] == ("80k", [35.63, 56.77, 71.83], average)
     assert "another base: the paper tuned Llama-3.2-1B-Instruct, here it is nano" in published.notes
     assert any("gsm8k has 1,319 there, 61 here" in note for note in published.notes)
-    page = Page(write_comparison_report(maths))
+    page = Page(write_report(maths))
     sources = [row["source"] for row in json.loads(download(page, "application/json"))["rows"]]
     assert sources == ["this comparison"] * 2 + ["published: arXiv:2505.09519, Llama-3.2-1B-Instruct"] * 8
 
 
 def test_nothing_published_stands_beside_tasks_of_our_own(comparison):
-    (board,) = scoreboards(comparison)
+    (board,) = boards(comparison)
     assert published_for(comparison, board) is None
 
 
@@ -526,42 +555,48 @@ def test_nothing_published_stands_beside_tasks_of_our_own(comparison):
 
 def test_a_learning_curve_is_the_mean_over_seeds_with_their_range(comparison):
     cells = comparison.of("pt", "nano/mixed")
-    curve = curve_of("pt", cells, "step")
     losses = np.array([[log.loss for log in cell.run.logs] for cell in cells])
-    assert list(curve.at) == [log.step for log in cells[0].run.logs]
-    assert curve.mean == pytest.approx(losses.mean(0))
-    assert curve.low == pytest.approx(losses.min(0))
-    assert curve.high == pytest.approx(losses.max(0))
-    by_second = curve_of("pt", cells, "seconds")
-    assert by_second.at[-1] == pytest.approx(np.mean([cell.run.logs[-1].seconds for cell in cells]))
-    assert list(by_second.mean) == list(curve.mean)
-    assert curve_of("base", comparison.of("base"), "step") is None
+
+    def curve(label, against):
+        points = curve_points(comparison, against)
+        return points[(points["method"] == label) & (points["trained on"] == "nano/mixed")]
+
+    found = curve("pt", "step")
+    assert list(found["at"]) == [log.step for log in cells[0].run.logs]
+    assert list(found["mean loss"]) == pytest.approx(losses.mean(0))
+    assert list(found["lowest seed"]) == pytest.approx(losses.min(0))
+    assert list(found["highest seed"]) == pytest.approx(losses.max(0))
+    assert set(found["seeds"]) == {3}
+    by_second = curve("pt", "seconds")
+    assert by_second["at"].iloc[-1] == pytest.approx(np.mean([cell.run.logs[-1].seconds for cell in cells]))
+    assert list(by_second["mean loss"]) == list(found["mean loss"])
+    assert curve("base", "step").empty
 
 
-def test_the_names_of_crowded_points_do_not_cover_each_other(comparison):
-    names = [f"method-{number}" for number in range(7)]
-    score = Score(50.0, (0, 1), (48.0, 52.0), "seeds")
-    crowded = [Result(name, "pt", {}, 80_000 + 200 * number, (score,), score) for number, name in enumerate(names)]
-    looks = dict.fromkeys(names, styles(comparison)["pt"])
-    figure = score_by_parameters(crowded, "accuracy", looks)
-    figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+@pytest.mark.parametrize("label", ["method-{}", "a longer name, {}"])
+def test_the_names_of_crowded_points_do_not_cover_each_other(label):
+    names = [label.format(number) for number in range(7)]
+    score = Score(50.0, (0, 1), 48.0, 52.0, "seeds")
+    board = Board("accuracy", True, (), {(name, AVERAGE): score for name in names}, tuple(names), None)
+    parameters = {name: 80_000 + 200 * number for number, name in enumerate(names)}
+    with drawing():
+        figure = score_by_parameters(board, parameters, styles(dict.fromkeys(names, "pt")))
+        figure.draw_without_rendering()
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    boxes = [Text.get_window_extent(text) for text in texts]
     assert len(boxes) == 7
-    assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
+    assert not any(box.overlaps(other) for index, box in enumerate(boxes) for other in boxes[:index])
 
 
-def test_methods_without_a_colour_of_their_own_are_told_apart(tmp_path):
-    for label in ("dora", "vera", "ia3", "prefix-tuning"):
-        write_cell(tmp_path, label, "nano/mixed", 0)
+def test_methods_without_a_colour_of_their_own_are_told_apart():
+    methods = {label: label for label in ("dora", "vera", "ia3", "prefix-tuning")}
     for theme in (LIGHT, DARK):
-        looks = styles(read_comparison(tmp_path), theme)
+        looks = styles(methods, theme)
         assert len({look.color for look in looks.values()}) == len({look.marker for look in looks.values()}) == 4
 
 
-def test_sizes_of_one_method_have_colours_of_their_own(tmp_path):
-    for experts in (1, 2, 4):
-        write_cell(tmp_path, f"pt-moe N={experts}", "nano/mixed", 0, method="pt-moe", size={"num_experts": experts})
-    looks = styles(read_comparison(tmp_path))
+def test_sizes_of_one_method_have_colours_of_their_own():
+    looks = styles({f"pt-moe N={experts}": "pt-moe" for experts in (1, 2, 4)})
     assert len({look.color for look in looks.values()}) == len({look.marker for look in looks.values()}) == 3
 
 
@@ -592,7 +627,7 @@ def test_the_nearest_words_are_those_of_the_highest_cosine():
 def test_a_large_vocabulary_in_parts_gives_the_same_words(monkeypatch):
     prompt, embedding = torch.eye(4), torch.randn(26, 4, generator=torch.Generator().manual_seed(1))
     whole = nearest_tokens(prompt, embedding, Letters(), k=4)
-    monkeypatch.setattr("ptmoe.report.vocabulary.ROWS", 3)
+    monkeypatch.setattr("ptmoe.evaluate.nearest_words.ROWS", 3)
     assert nearest_tokens(prompt, embedding, Letters(), k=4) == whole
 
 

@@ -24,7 +24,7 @@ def replaced(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, text: str) -> None:
     """Write a file at once: it is there as it was, or as it is to be."""
     with replaced(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def cache_folder() -> Path:

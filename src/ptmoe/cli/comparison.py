@@ -1,8 +1,9 @@
-"""`ptmoe compare`."""
+"""`ptmoe compare`, and `ptmoe quickstart`, which is one of its presets."""
 
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,12 @@ from rich.table import Table
 from ptmoe import nano
 from ptmoe.cli.progress import progress_bar
 from ptmoe.compare.budget import sizes_of
-from ptmoe.compare.plan import read_plan
+from ptmoe.compare.plan import ComparePlan, read_plan
+from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.run import Comparison, Watcher, compare, prepare
+from ptmoe.errors import PtmoeError, near
+from ptmoe.runs.folders import read_run
+from ptmoe.tasks import TASKS
 from ptmoe.train.options import BASE
 
 if TYPE_CHECKING:
@@ -30,18 +35,47 @@ def run(path: Path | None, chosen: dict[str, Any], *, with_base: bool, dry_run: 
     plan = read_plan(path, chosen)
     if with_base:
         plan = plan.replace(methods=[{"name": BASE}, *plan.methods])
+    _compare(plan, Console(highlight=False), dry_run=dry_run)
 
+
+def quickstart(output_dir: Path | None, *, task: str, seed: int, recipe: str, steps: int | None = None) -> Path:
+    """The preset `quickstart` on a task of nano's world, with one seed; returns the comparison's folder.
+
+    Raises:
+        PtmoeError: a task that is not of nano's world, or a folder of another comparison.
+    """
+    worlds = [name for name in TASKS if name.startswith("nano/") and name != "nano/skills"]
+    if task not in worlds:
+        raise PtmoeError(f"unknown task {task!r}{near(task, worlds)}")
+    folder = output_dir or Path("runs") / f"quickstart-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    methods = [
+        {**method, **({"recipe": recipe} if method["name"] == "pt-moe" else {})}
+        for method in PRESETS["quickstart"][1]["methods"]
+    ]
+    changes = {"methods": methods, "tasks": [task], "seeds": [seed], "output_dir": str(folder), "jobs": 1}
+    length = {} if steps is None else {"max_steps": steps}
+    plan = read_plan(None, {"preset": "quickstart", "title": f"quickstart: {task}", **changes, **length})
+    console = Console(highlight=False)
+    console.print(f"nano on {task}: each domain asks for something else, and no instruction says what")
+    command = f"ptmoe quickstart --task {task} --seed {seed} --recipe {recipe} --steps {plan.max_steps}"
+    _compare(plan, console, show=False, command=command)
+    return folder
+
+
+def _compare(
+    plan: ComparePlan, console: Console, *, dry_run: bool = False, show: bool = True, command: str | None = None
+) -> None:
     from ptmoe.models.bases import quiet
 
     quiet()
-    console = Console(highlight=False)
     comparison = prepare(plan, say=console.print, data=not dry_run)
-    _show(comparison, console)
+    if show:
+        _show(comparison, console)
     if dry_run:
         return
 
     # The report's libraries are optional: a missing one should show before the training, not after.
-    from ptmoe.report import comparison_summary, write_comparison_report
+    from ptmoe.report import comparison_summary, write_report
 
     try:
         with progress_bar() as progress:
@@ -51,9 +85,10 @@ def run(path: Path | None, chosen: dict[str, Any], *, with_base: bool, dry_run: 
         raise SystemExit(130) from None
     if len(comparison.unfinished) < len(comparison.cells):
         console.print(comparison_summary(comparison.folder.path))
-        console.print(f"report: {write_comparison_report(comparison.folder.path)}", markup=False)
-    for cell in failed:
-        console.print(f"failed: {cell['label']} on {cell['task']}, seed {cell['seed']}: {cell['error']}", markup=False)
+        console.print(f"report: {write_report(comparison.folder.path, command)}", markup=False)
+    for failure in failed:
+        line = f"failed: {failure.label} on {failure.task}, seed {failure.seed}: {failure.error}"
+        console.print(line, markup=False)
     if failed:
         console.print(f"{len(failed)} of {len(comparison.cells)} cells failed; the same command retries them")
         raise SystemExit(1)
@@ -62,8 +97,8 @@ def run(path: Path | None, chosen: dict[str, Any], *, with_base: bool, dry_run: 
 def _show(comparison: Comparison, console: Console) -> None:
     """The plan: what all methods share, and the size of each."""
     plan = comparison.plan
-    if plan.preset is not None and plan.model == nano.NAME:
-        console.print(f"{plan.preset} on nano: in miniature, on nano's own world, as nano knows no other text")
+    if plan.preset is not None and plan.model == nano.NAME != PRESETS[plan.preset][0]["model"]:
+        console.print(f"{plan.preset} on nano: in miniature, on nano's own world, since nano reads nothing else")
     length = f"{plan.max_steps:,} steps" if plan.max_steps > 0 else f"{plan.num_train_epochs:g} epochs"
     batch = plan.per_device_train_batch_size * plan.gradient_accumulation_steps
     evaluations = dict.fromkeys(name for cell in comparison.cells for name in cell.eval_tasks)
@@ -130,10 +165,8 @@ class _Bars(Watcher):
         self.progress.console.print(f"{cell.name}: {line}", markup=False)
 
     def finished(self, cell: Cell) -> None:
-        from ptmoe.report import read_run
-
-        scores = read_run(self.comparison.folder.run_folder(cell)).evaluations.values()
-        shown = ", ".join(f"{result.task} {result.score:.1f} %" for result in scores)
+        summaries = read_run(self.comparison.folder.run_folder(cell)).evaluations.values()
+        shown = ", ".join(f"{summary.task} {summary.score:.1f} %" for summary in summaries)
         self._end(cell, f"{shown} ({time.monotonic() - self.since[cell.name]:.0f} s)")
 
     def failed(self, cell: Cell, error: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from ptmoe.tasks import Problems, load_task, task_named, task_names
 
 if TYPE_CHECKING:
     from ptmoe.models.causal import PromptedCausalLM
+    from ptmoe.runs.records import EvaluationSummary
     from ptmoe.tasks.base import Example
 
 
@@ -87,6 +87,20 @@ def evaluate(
         summaries.append(evaluation.summary())
     console.print(evaluation_table(summaries))
     console.print(f"results: {folder / 'eval'}, predictions: {folder / 'predictions'}")
+    report_run(folder, console)
+
+
+def report_run(folder: Path, console: Console) -> None:
+    """Write the page of a run folder; a folder without a finished run, as of an adapter or a base alone, has none."""
+    try:
+        from ptmoe.report.page import write_run_report
+
+        page = write_run_report(folder)
+    except PtmoeError as error:  # the results are there: what is missing for a page must not fail the command
+        console.print(f"no report: {error}", markup=False)
+    else:
+        if page is not None:
+            console.print(f"report: {page}", markup=False)
 
 
 def _warn_of_near_ties(model: PromptedCausalLM, console: Console) -> None:
@@ -109,30 +123,36 @@ def load(name: str, split: str, data: dict[str, Any], skip_bad: bool, console: C
     return examples
 
 
-def evaluation_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """A row for each task: its metrics with their 95 % intervals; for several tasks the mean of each metric."""
-    names = list(dict.fromkeys(metric for summary in summaries for metric in summary["metrics"]))
-    notes = [note for note in ("cut", "unanswered") if any(summary[note] for summary in summaries)]
+def evaluation_table(summaries: Sequence[EvaluationSummary]) -> Table:
+    """A row for each task: its metrics with their 95 % intervals; with several tasks their plain mean."""
+    names = list(dict.fromkeys(metric for summary in summaries for metric in summary.metrics))
+    notes = [note for note in ("cut", "unanswered") if any(getattr(summary, note) for summary in summaries)]
     table = Table("task")
     for column in ("examples", *(f"{name}, %" for name in names), *notes):
         table.add_column(column, justify="right")
     for summary in summaries:
-        metrics = summary["metrics"]
-        cells = [_with_interval(summary, name) if name in metrics else "–" for name in names]
-        table.add_row(summary["task"], f"{summary['examples']:,}", *cells, *(f"{summary[note]:,}" for note in notes))
-        if len(summary["by_domain"]) > 1:
-            for domain, part in summary["by_domain"].items():
-                table.add_row(f"  {domain}", f"{part['examples']:,}", *(f"{part[name]:.2f}" for name in metrics))
-            table.add_row("  mean of these", "", *(f"{value:.2f}" for value in summary["mean_of_domains"].values()))
+        cells = [_with_interval(summary, name) if name in summary.metrics else "–" for name in names]
+        counts = (f"{getattr(summary, note):,}" for note in notes)
+        table.add_row(summary.task, f"{summary.examples:,}", *cells, *counts)
+        if len(summary.by_domain) > 1:
+            for domain, part in summary.by_domain.items():
+                scores = (f"{part[name]:.2f}" if name in part else "–" for name in names)
+                table.add_row(f"  {domain}", f"{part['examples']:,}", *scores)
+            means = summary.mean_of_domains
+            table.add_row("  mean of these", "", *(f"{means[name]:.2f}" if name in means else "–" for name in names))
     if len(summaries) > 1:
+        averages = []
+        for name in names:
+            values = [summary.metrics[name] for summary in summaries if name in summary.metrics]
+            averages.append(f"{sum(values) / len(values):.2f}" if len(values) == len(summaries) else "–")
         table.add_section()
-        table.add_row("mean", "", *(_mean([summary["metrics"].get(name) for summary in summaries]) for name in names))
+        table.add_row("mean", "", *averages)
     return table
 
 
-def _with_interval(summary: dict[str, Any], metric: str) -> str:
-    low, high = summary["interval"][metric]
-    return f"{summary['metrics'][metric]:.2f} [{low:.2f}, {high:.2f}]"
+def _with_interval(summary: EvaluationSummary, metric: str) -> str:
+    low, high = summary.interval[metric]
+    return f"{summary.metrics[metric]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _mean(values: Sequence[float | None]) -> str:
@@ -151,6 +171,7 @@ def score(
     output: Path | None,
 ) -> None:
     """Grade a file of predictions without a model."""
+    from ptmoe.runs.records import EvaluationSummary
     from ptmoe.tasks.predictions import read_predictions
     from ptmoe.tasks.scoring import grade, summarise
 
@@ -158,12 +179,11 @@ def score(
     texts = read_predictions(predictions)
     examples = load(name, split, data, skip_bad, console)
     marks = grade(name, texts, examples, missing_as_wrong=missing_as_wrong)
-    summary = {
+    summary = EvaluationSummary(
         **summarise(task_named(name), split, marks, [example.domain for example in examples]),
-        "unanswered": sum(example.id not in texts for example in examples),
-        "cut": 0,
-    }
+        unanswered=sum(example.id not in texts for example in examples),
+    )
     console.print(evaluation_table([summary]))
     if output is not None:
-        output.write_text(json.dumps(summary, indent=2) + "\n")
+        summary.write(output)
         console.print(f"written: {output}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,7 @@ from rich.table import Table
 from ptmoe.errors import PtmoeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ptmoe.models.causal import PromptedCausalLM
+    from ptmoe.runs.records import RoutingSummary
 
 
 def generate(
@@ -68,8 +66,10 @@ def generate(
 def inspect(
     adapter: Path, task: str, split: str, data: dict[str, Any], base: dict[str, Any], output_dir: Path | None
 ) -> None:
+    from ptmoe.cli.evaluation import report_run
     from ptmoe.models.attach import load_run
     from ptmoe.models.bases import quiet
+    from ptmoe.runs.folders import INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE, is_run
     from ptmoe.tasks import load_task, task_named
     from ptmoe.tasks.tokens import uses_chat
 
@@ -78,16 +78,21 @@ def inspect(
     loaded = load_run(adapter, **base)
     model, tokenizer = loaded.model, loaded.tokenizer
 
-    from ptmoe.evaluate.routing import expert_similarity, route_examples, summarise_routing
-    from ptmoe.report.figures import routing_figures
+    from ptmoe.evaluate.nearest_words import nearest_words
+    from ptmoe.evaluate.routing import expert_similarity, route_examples, soft_gate, summarise_routing
+    from ptmoe.report import routing_figures
+    from ptmoe.report.theme import drawing
 
     chat = uses_chat(task_named(task), tokenizer, loaded.chat)
     gates = route_examples(model, tokenizer, examples, chat=chat)
-    routing = summarise_routing(gates, [example.domain for example in examples], expert_similarity(model.encoder))
+    domains = [example.domain for example in examples]
+    routing = summarise_routing(
+        gates, domains, similarity=expert_similarity(model.encoder), soft_gate=soft_gate(model.method_config)
+    )
     console = Console()
     nearest = nearest_words(model, tokenizer)
-    folder = output_dir or adapter / "inspect"
-    if routing is None and not nearest:
+    folder = output_dir or adapter / INSPECT_FOLDER
+    if routing is None and not nearest.experts:
         raise PtmoeError(
             f"{adapter} is a {model.method_config.method} adapter: it has neither a gate of each input nor virtual "
             "tokens in the embeddings' space, there is nothing to show"
@@ -97,65 +102,44 @@ def inspect(
     if routing is None:
         console.print("it does not route: one prompt serves every input")
     else:
-        chosen = Counter(max(range(len(gate)), key=gate.__getitem__) for gate in gates if gate is not None)
-        show_routing(console, routing, max(chosen.values()) / len(gates))
-        (folder / "routing.json").write_text(json.dumps(routing, indent=2) + "\n")
-        for name, figure in routing_figures(routing).items():
-            figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-    words = Table("virtual token", *(f"expert {i}" if len(nearest) > 1 else "prompt" for i in range(len(nearest))))
-    for index, row in enumerate(zip(*nearest, strict=True)):
+        show_routing(console, routing, Counter(domains))
+        routing.write(folder / ROUTING_FILE)
+        with drawing():
+            for name, figure in routing_figures(routing).items():
+                figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    prompts = [f"expert {i}" for i in range(len(nearest.experts))] if len(nearest.experts) > 1 else ["prompt"]
+    words = Table("virtual token", *prompts)
+    for index, row in enumerate(zip(*nearest.experts, strict=True)):
         words.add_row(f"P_{index + 1}", *(" ".join(f"{word!r} {cosine:.2f}" for word, cosine in near) for near in row))
     console.print("the nearest words of the vocabulary, by cosine")
     console.print(words)
-    (folder / "nearest.json").write_text(json.dumps({"experts": nearest}, indent=2, ensure_ascii=False) + "\n")
+    nearest.write(folder / NEAREST_FILE)
     console.print(f"figures and numbers: {folder}")
+    if output_dir is None and is_run(adapter):
+        report_run(adapter, console)  # now with these words
 
 
-def nearest_words(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, k: int = 3) -> list[Any]:
-    """The nearest words of each virtual token, for each expert's prompt or for the only prompt."""
-    import torch
+def show_routing(console: Console, routing: RoutingSummary, examples: Mapping[str, int]) -> None:
+    """Which expert each domain goes to, how evenly, and whether routing has collapsed; `examples` of each domain."""
+    from ptmoe.runs.records import collapsed_expert
 
-    from ptmoe.report.vocabulary import nearest_tokens
-
-    encoder = model.encoder
-    prompts = encoder.expert_prompts()
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, torch.Tensor)
-    if prompts is None:
-        with torch.no_grad():
-            nothing = torch.zeros(1, 1, embedding.shape[1], device=embedding.device)
-            prompts = encoder(nothing, torch.ones(1, 1, dtype=torch.bool, device=embedding.device)).embeds
-    if not prompts.shape[1]:
-        return []
-    return [nearest_tokens(prompt, embedding, tokenizer, k) for prompt in prompts]
-
-
-def show_routing(console: Console, routing: dict[str, Any], largest_share: float) -> None:
-    """Print which expert serves which domain, how evenly, and whether the routing has collapsed.
-
-    Args:
-        console: printed to.
-        routing: from `summarise_routing`.
-        largest_share: the busiest expert's share of the inputs.
-    """
-    from ptmoe.report.runs import COLLAPSED_SHARE
-
-    experts = routing["num_experts"]
+    experts = routing.num_experts
     table = Table("domain", *(f"expert {i}" for i in range(experts)))
-    for domain, use in routing["use"].items():
+    for domain, use in routing.use.items():
         table.add_row(domain or "all", *(f"{100 * share:.1f} %" for share in use))
     console.print(table)
     console.print(
-        f"entropy of the use {routing['entropy']:.3f} nats (even: {math.log(experts):.3f}), "
-        f"mutual information of expert and domain {routing['mutual_information']:.3f} nats"
+        f"entropy of the use {routing.entropy:.3f} nats (even: {math.log(experts):.3f}), "
+        f"mutual information of expert and domain {routing.mutual_information:.3f} nats"
     )
-    if largest_share >= COLLAPSED_SHARE and experts > 1:
+    shares = routing.overall_shares(examples)
+    if collapsed_expert(shares) is not None:
         console.print(
             f"[bold]warning[/bold]: the routing has collapsed, one of {experts} experts takes "
-            f"{100 * largest_share:.1f} % of the inputs"
+            f"{100 * max(shares):.1f} % of the {'gate' if routing.is_soft else 'inputs'}"
         )
     similarity = Table("cosine of the prompts", *(f"expert {i}" for i in range(experts)))
-    for index, row in enumerate(routing["prompt_similarity"] or []):
+    for index, row in enumerate(routing.prompt_similarity or []):
         similarity.add_row(f"expert {index}", *(f"{value:.3f}" for value in row))
     console.print(similarity)
 

@@ -67,8 +67,8 @@ def quickstart(
     ] = "default",
     steps: Annotated[int | None, typer.Option(help="training steps of each method")] = None,
 ) -> None:
-    """See it learn: pt and pt-moe on nano's world. They are tuned at one parameter budget and compared."""
-    from ptmoe.quickstart import run
+    """See it learn: tune pt and pt-moe at one parameter budget on nano's mixed world, and compare."""
+    from ptmoe.cli.comparison import quickstart as run
 
     run(output_dir, task=task, seed=seed, recipe=recipe, **given(steps=steps))
 

@@ -21,7 +21,7 @@ def run(config: Path | None, chosen: dict[str, Any], *, resume: bool) -> None:
 
     quiet()  # some libraries print while they are imported
 
-    from ptmoe.cli.evaluation import evaluation_table
+    from ptmoe.cli.evaluation import evaluation_table, report_run
     from ptmoe.cli.progress import progress_bar, training_bar
     from ptmoe.train import train
     from ptmoe.train.steps import StepsCallback
@@ -41,4 +41,6 @@ def run(config: Path | None, chosen: dict[str, Any], *, resume: bool) -> None:
     )
     if trained.evaluations:
         console.print(evaluation_table([evaluation.summary() for evaluation in trained.evaluations]))
+    if rank() == 0:
+        report_run(trained.folder, console)
     console.print(f"run folder: {trained.folder}")

@@ -1,6 +1,6 @@
-"""One cell, in this process or in a process that works through several (`python -m ptmoe.compare.cell`).
+"""One cell, in this process or in a worker process for several (`python -m ptmoe.compare.cell`).
 
-The process reads a line for each cell, the run's options as JSON, and answers with lines while it works:
+A worker reads a line for each cell, the run's options as JSON, and answers with lines:
 
     {"step": 10, "steps": 300, "loss": 0.41}     {"say": "…"}     and at last {"trainable": 3840} or {"error": "…"}
 """
@@ -21,7 +21,7 @@ from ptmoe.train.steps import Progress, StepsCallback
 
 
 def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], None]) -> int:
-    """Train and evaluate; returns the number of trainable parameters. Nothing of the model is kept."""
+    """Train and evaluate; returns the number of trainable parameters. The model is released."""
     import torch
 
     from ptmoe.models.bases import quiet
@@ -40,8 +40,8 @@ def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], Non
             torch.cuda.empty_cache()
 
 
-def in_words(error: Exception) -> str:
-    """What a failed cell is listed with; the way to an unforeseen error goes to standard error."""
+def error_message(error: Exception) -> str:
+    """What a failed cell is listed with; the traceback of an unforeseen error goes to standard error."""
     if isinstance(error, PtmoeError):
         return str(error)
     traceback.print_exception(error)
@@ -49,7 +49,7 @@ def in_words(error: Exception) -> str:
 
 
 def main() -> None:
-    # Libraries that print must not speak between the answers.
+    # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -64,7 +64,7 @@ def main() -> None:
                 lambda said: answer(say=said),
             )
         except Exception as error:
-            answer(error=in_words(error))
+            answer(error=error_message(error))
         else:
             answer(trainable=trainable)
 

@@ -12,6 +12,7 @@ from ptmoe.compare.budget import fit_budget, sizes_of
 from ptmoe.compare.plan import ComparePlan, budgets
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError, near
+from ptmoe.runs.folders import cell_folder, file_name
 from ptmoe.tasks import TASKS, Problems, is_file, stream_task, task_names
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 
@@ -81,8 +82,8 @@ class Cell:
 
     @property
     def place(self) -> Path:
-        """Its folder within the comparison's."""
-        return Path("cells", file_name(self.variant.label), file_name(self.task), f"seed-{self.seed}")
+        """Where it lies within the comparison."""
+        return cell_folder(self.variant.label, self.task, self.seed)
 
     def record(self) -> dict[str, Any]:
         """The content of `cell.json`, without the number of trainable parameters."""
@@ -105,13 +106,6 @@ class LeftOut:
 
     def __str__(self) -> str:
         return f"{self.what}: {self.reason}"
-
-
-def file_name(name: str) -> str:
-    """The folder name of a label or task; a task that is a file goes by the file's name."""
-    if is_file(name):
-        name = Path(name).name.partition(".")[0]
-    return name.replace("/", "__")
 
 
 def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ()) -> tuple[list[Variant], list[LeftOut]]:

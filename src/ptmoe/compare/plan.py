@@ -24,14 +24,15 @@ from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
 from ptmoe.files import write_whole
+from ptmoe.runs.folders import PLAN_FILE
 from ptmoe.settings import Flag, read_yaml
 from ptmoe.train.options import Count, Rate, SharedOptions, method_entry, scalar
 
-PLAN_FILE = "comparison.yaml"
 # How the command works rather than what is compared: not written to the YAML file.
 UNWRITTEN = frozenset({"output_dir", "strict", "jobs"})
+
 # What a later run in the same folder may add to.
-EXTENSIBLE = frozenset({"preset", "methods", "tasks", "seeds", "vary", "budget", "learning_rate"})
+EXTENSIBLE = frozenset({"preset", "title", "methods", "tasks", "seeds", "vary", "budget", "learning_rate"})
 
 
 def _listed(value: Any) -> Any:
@@ -99,8 +100,10 @@ class ComparePlan(SharedOptions):
     """
 
     preset: str | None = None
-    """paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init, -noise or -position; with --model nano on
+    """quickstart, paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init or -noise; with --model nano on
     nano's world"""
+    title: str | None = None
+    """of the report"""
     model: str = "nano"
     """nano, a folder, or a Hugging Face Hub repository; by default the preset's, else nano"""
     methods: Annotated[

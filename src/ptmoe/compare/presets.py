@@ -1,8 +1,8 @@
-"""The paper's comparisons (arXiv:2505.09519) as plans: on a real model, and in miniature on nano's world.
+"""The paper's comparisons (arXiv:2505.09519) as plans, on a real model and in miniature on nano; and the quickstart.
 
 A preset is what `ComparePlan` takes; a plan's own values and flags take precedence. The ablations change one thing of
-PT-MoE and hold the number of trained parameters as near to the standard form's as the change allows: its rank is picked
-anew at the budget.
+PT-MoE and keep the number of trainable parameters as near to the standard form's as the change allows: its rank is
+picked anew at the budget.
 """
 
 from __future__ import annotations
@@ -70,6 +70,20 @@ NANO_QUESTION_ANSWERING: Plan = NANO_TRAINING | {
 }
 NANO_MATHEMATICS: Plan = NANO_TRAINING | {"tasks": ["nano/mixed"], "eval_tasks": ["nano/mixed", "nano/skills"]}
 
+# The untouched base, one soft prompt for every input, and a prompt composed for each input with no more trainable
+# parameters, in under three minutes. docs/findings.md has ten seeds of it.
+QUICKSTART: Plan = NANO_TRAINING | {
+    "title": "Quickstart",
+    "methods": [
+        {"name": "base"},
+        {"name": "pt", "num_virtual_tokens": 20},
+        {"name": "pt-moe", "num_virtual_tokens": 10, "num_experts": 4, "rank": 10},
+    ],
+    "tasks": ["nano/mixed"],
+    "eval_examples": 1000,
+    "seeds": 1,
+}
+
 PT_MOE: Plan = {"name": "pt-moe", "num_virtual_tokens": 40, "num_experts": 2, "rank": 36}
 NANO_PT_MOE: Plan = {"name": "pt-moe", "num_virtual_tokens": 10, "num_experts": 4, "rank": 10}
 
@@ -122,6 +136,7 @@ NANO_TEXTS = ["Add the numbers.", "Swap the numbers.", "Name the larger number."
 
 # Of each preset, the plan on a real model and the one on nano. A length of 10 on nano stands for 40: inputs are short.
 PRESETS: dict[str, tuple[Plan, Plan]] = {
+    "quickstart": (QUICKSTART, QUICKSTART),
     "paper-qa": (
         QUESTION_ANSWERING | {"methods": PAPER_METHODS},
         NANO_QUESTION_ANSWERING | {"methods": NANO_METHODS, "budget": NANO_BUDGET},

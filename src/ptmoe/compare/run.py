@@ -1,4 +1,4 @@
-"""Running a plan: a finished cell never twice, a broken-off one anew, a failed one reported while the rest goes on."""
+"""Running a plan: a finished cell never twice, an interrupted one anew, a failed one reported while the others run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from contextlib import closing, redirect_stderr
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from ptmoe import nano
 from ptmoe.compare.budget import base_config
 from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, trainable_tasks, variants
-from ptmoe.compare.folder import LOG_FILE, ComparisonFolder
-from ptmoe.compare.plan import PLAN_FILE, ComparePlan
+from ptmoe.compare.folder import ComparisonFolder
+from ptmoe.compare.plan import ComparePlan
 from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import check_quantization
+from ptmoe.runs.folders import LOG_FILE, PLAN_FILE
+from ptmoe.runs.records import Failure
 
-MOST_JOBS = 8  # by default; each holds a base of its own
+MOST_JOBS = 8  # by default; each loads the base once more
 
 
 class Watcher:
-    """Told what happens, cell by cell; does nothing with it. Calls may come from several threads."""
+    """Called with what happens, cell by cell, and does nothing with it. Calls may come from several threads."""
 
     def started(self, cell: Cell) -> None: ...
 
@@ -38,12 +39,12 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A plan worked out.
+    """A resolved plan and its cells.
 
     Attributes:
-        plan: what was asked, every method's settings decided.
-        whole: what the folder holds with it: the plan, and what was compared there before.
-        folder: where.
+        plan: what was asked for, with all settings of every method.
+        whole: the plan and what was compared in the same folder before.
+        folder: of the comparison.
         cells: those of `plan`, in the order they are run.
         variants: of `plan`.
         left_out: what cannot be run.
@@ -68,12 +69,12 @@ class Comparison:
 
 
 def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool = True) -> Comparison:
-    """Work a plan out; nothing is written but downloaded data.
+    """Resolve a plan to its cells; nothing is written but downloaded data.
 
     Args:
-        plan: what is asked.
-        say: told what is downloaded.
-        data: look whether the data is there; without, that is left open.
+        plan: what is asked for.
+        say: called with a line for each download.
+        data: check that the data is there.
 
     Raises:
         PtmoeError: an unknown model, method, task or option; no data; a folder of another comparison; no cell that can
@@ -120,35 +121,34 @@ def _place(plan: ComparePlan) -> Path:
 
 
 def _resolved(plan: ComparePlan, made: Sequence[Variant]) -> ComparePlan:
-    """The same plan with nothing left to work out."""
-    return plan.replace(methods=[one.entry() for one in made], vary={}, budget=[], learning_rate=None)
+    """The same plan with every setting of every method."""
+    return plan.replace(methods=[variant.entry() for variant in made], vary={}, budget=[], learning_rate=None)
 
 
 def _united(before: ComparePlan, plan: ComparePlan, known: Sequence[Variant], made: Sequence[Variant]) -> ComparePlan:
-    every = {one.label: one for one in (*known, *made)}
+    every = {variant.label: variant for variant in (*known, *made)}
     return plan.replace(
         preset=before.preset,
-        methods=[one.entry() for one in every.values()],
+        methods=[variant.entry() for variant in every.values()],
         tasks=list(dict.fromkeys([*before.tasks, *plan.tasks])),
         seeds=list(dict.fromkeys([*before.seeds, *plan.seeds])),
     )
 
 
-def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[dict[str, Any]]:
+def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[Failure]:
     """Run the cells that are not finished.
 
-    Ctrl-C, or a killed process, leaves the folder so that the same plan goes on: what was finished stays, what was
-    begun is redone.
+    After an interruption the same plan resumes: finished cells stay, the others are run anew.
 
     Args:
         comparison: from `prepare`.
-        watcher: told what happens.
+        watcher: called with what happens.
 
     Returns:
-        The cells of the plan that failed: `label`, `task`, `seed`, `error`.
+        The cells of the plan that failed.
 
     Raises:
-        PtmoeError: another command is at work in the folder.
+        PtmoeError: another command is using the folder.
     """
     watcher = watcher or Watcher()
     folder = comparison.folder
@@ -163,7 +163,7 @@ def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[dict
                     folder.fail(cell, outcome)
                     watcher.failed(cell, outcome)
         planned = {(cell.variant.label, cell.task, cell.seed) for cell in comparison.cells}
-        return [one for one in folder.failures() if (one["label"], one["task"], one["seed"]) in planned]
+        return [failure for failure in folder.failures() if failure.cell in planned]
 
 
 def _outcomes(
@@ -185,7 +185,7 @@ def _outcomes(
                 lambda line: watcher.said(cell, line),
             )
         except Exception as error:
-            return here.in_words(error)
+            return here.error_message(error)
 
     if comparison.jobs == 1:
         for cell in cells:

@@ -1,4 +1,4 @@
-"""Answer every example of a task greedily, grade it, and say which expert it was routed to."""
+"""Answer every example of a task greedily, grade the answers, and record which expert each input was routed to."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ptmoe import __version__
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import complete
-from ptmoe.evaluate.predictions import Prediction, PredictionsFile
-from ptmoe.evaluate.routing import expert_similarity, summarise_routing
+from ptmoe.evaluate.routing import expert_similarity, soft_gate, summarise_routing
 from ptmoe.methods.base import quantization_of
 from ptmoe.models.decoding import Decoder
-from ptmoe.tasks import is_file, task_named
+from ptmoe.runs.folders import evaluation_file, predictions_file
+from ptmoe.runs.predictions import PredictionsFile
+from ptmoe.runs.records import EvaluationSummary, Prediction
+from ptmoe.tasks import task_named
 from ptmoe.tasks.metrics import GRADERS
 from ptmoe.tasks.scoring import means, summarise
 from ptmoe.tasks.tokens import Prompt, encode_prompt
@@ -39,6 +41,7 @@ class Evaluation:
         seconds: of this evaluation, without what an interrupted one had done.
         settings: what decided the predictions.
         expert_similarity: cosines of the expert prompts `(N, N)`.
+        soft_gate: whether the gate mixes all experts.
     """
 
     task: Task
@@ -47,39 +50,36 @@ class Evaluation:
     seconds: float
     settings: dict[str, Any]
     expert_similarity: list[list[float]] | None = None
+    soft_gate: bool = False
 
     @property
     def metrics(self) -> dict[str, float]:
         """Means over the examples, in percent."""
         return means([prediction.scores for prediction in self.predictions])
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> EvaluationSummary:
         """What `eval/TASK.json` holds."""
-        made = self.predictions
-        routed = [one for one in made if one.gate is not None]
-        return {
-            **summarise(self.task, self.split, [one.scores for one in made], [one.domain for one in made]),
-            "cut": sum(one.cut > 0 for one in made),
-            "unanswered": sum(not one.answered for one in made),
-            "routing": summarise_routing(
-                [one.gate for one in routed], [one.domain for one in routed], self.expert_similarity
-            ),
-            "seconds": round(self.seconds, 3),
-            "settings": self.settings,
-        }
+        predictions = self.predictions
+        scores, domains = [each.scores for each in predictions], [each.domain for each in predictions]
+        routed = [each for each in predictions if each.gate is not None]
+        routing = summarise_routing(
+            [each.gate for each in routed],
+            [each.domain for each in routed],
+            similarity=self.expert_similarity,
+            soft_gate=self.soft_gate,
+        )
+        return EvaluationSummary(
+            **summarise(self.task, self.split, scores, domains),
+            cut=sum(each.cut > 0 for each in predictions),
+            unanswered=sum(not each.answered for each in predictions),
+            routing=routing,
+            seconds=round(self.seconds, 3),
+            settings=self.settings,
+        )
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Path) -> None:
         """`eval/TASK.json` in a run folder."""
-        path = folder / "eval" / f"{file_name(self.task.name, self.split)}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.summary(), indent=2) + "\n")
-        return path
-
-
-def file_name(task: str, split: str) -> str:
-    """What a task's files are called; a task that is a file goes by its name."""
-    name = Path(task).name.partition(".")[0] if is_file(task) else task.replace("/", "__")
-    return name if split == "test" or is_file(task) else f"{name}.{split}"
+        self.summary().write(evaluation_file(folder, self.task.name, self.split))
 
 
 def evaluate(
@@ -149,10 +149,12 @@ def evaluate(
         "max_length": room,
         "chat": chat,
     }
-    similarity = expert_similarity(model.encoder) if model.uses_adapter else None
+    similarity, soft = None, False
+    if model.uses_adapter:
+        similarity, soft = expert_similarity(model.encoder), soft_gate(model.method_config)
     file, done = None, []
     if folder is not None:
-        path = folder / "predictions" / f"{file_name(task.name, split)}.jsonl"
+        path = predictions_file(folder, task.name, split)
         file = PredictionsFile(path, settings, [examples[i].id for i in order], overwrite=overwrite)
         done = file.resume()
     if progress is not None:
@@ -175,7 +177,7 @@ def evaluate(
                 progress(len(done), len(order))
     finally:
         model.train(was_training)
-    evaluation = Evaluation(task, split, done, time.monotonic() - started, settings, similarity)
+    evaluation = Evaluation(task, split, done, time.monotonic() - started, settings, similarity, soft)
     if folder is not None:
         evaluation.write(folder)
     return evaluation

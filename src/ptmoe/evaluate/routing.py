@@ -1,4 +1,4 @@
-"""What the gates of many inputs say: who goes where, how evenly, and whether domains and experts belong together."""
+"""The routing of many inputs: which expert each domain goes to, how evenly experts are used, and how alike they are."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ptmoe.runs.records import RoutingSummary
 from ptmoe.tasks.tokens import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ptmoe.methods.base import PromptEncoder
+    from ptmoe.methods.base import MethodConfig, PromptEncoder
     from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.tasks.base import Example
 
 
 def summarise_routing(
-    gates: Sequence[Sequence[float] | None], domains: Sequence[str], similarity: list[list[float]] | None = None
-) -> dict[str, Any] | None:
+    gates: Sequence[Sequence[float] | None],
+    domains: Sequence[str],
+    *,
+    similarity: list[list[float]] | None = None,
+    soft_gate: bool = False,
+) -> RoutingSummary | None:
     """Use, entropy and mutual information of a task's routing; None where nothing was routed.
 
     Args:
         gates: each input's gate over the `N` experts.
         domains: each input's domain.
-        similarity: `(N, N)`, of the expert prompts; passed through.
-
-    Returns:
-        `use` and `mean_gate` by domain, each a list of `N` (`use`: the share of inputs whose largest gate is this
-        expert's); `entropy` of the use over all inputs and `mutual_information` of expert and domain, in nats.
+        similarity: `(N, N)`, cosines of the expert prompts.
+        soft_gate: whether the gate mixes all experts.
     """
     if not gates or gates[0] is None:
         return None
@@ -43,14 +45,20 @@ def summarise_routing(
     for domain, expert in zip(domains, chosen, strict=True):
         joint[names.index(domain), expert] += 1
     share = joint / joint.sum()
-    return {
-        "num_experts": experts,
-        "use": {name: (row / row.sum()).tolist() for name, row in zip(names, joint, strict=True)},
-        "mean_gate": {name: gate[[d == name for d in domains]].mean(0).tolist() for name in names},
-        "entropy": _entropy(share.sum(0)),
-        "mutual_information": _entropy(share.sum(0)) + _entropy(share.sum(1)) - _entropy(share.ravel()),
-        "prompt_similarity": similarity,
-    }
+    return RoutingSummary(
+        num_experts=experts,
+        use={name: (row / row.sum()).tolist() for name, row in zip(names, joint, strict=True)},
+        mean_gate={name: gate[[domain == name for domain in domains]].mean(0).tolist() for name in names},
+        entropy=_entropy(share.sum(0)),
+        mutual_information=_entropy(share.sum(0)) + _entropy(share.sum(1)) - _entropy(share.ravel()),
+        prompt_similarity=similarity,
+        soft_gate=soft_gate,
+    )
+
+
+def soft_gate(config: MethodConfig) -> bool:
+    """Whether a method's gate mixes all experts, so that an input's largest entry does not decide its prompt alone."""
+    return bool(getattr(config, "soft_gate", not getattr(config, "selective", config.method != "attempt")))
 
 
 def _entropy(distribution: np.ndarray[Any, np.dtype[np.float64]]) -> float:
@@ -70,7 +78,7 @@ def route_examples(
     gates: list[list[float] | None] = []
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
-        rows = [prompt.ids for one in chunk if (prompt := encode_prompt(one, tokenizer, chat=chat))]
+        rows = [prompt.ids for example in chunk if (prompt := encode_prompt(example, tokenizer, chat=chat))]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)

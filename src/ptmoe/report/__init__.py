@@ -1,20 +1,16 @@
-"""From finished run folders, or a comparison of many, to tables, figures and one HTML page."""
+"""From a comparison's folder, or one run's, to tables, figures and one HTML page."""
 
 import importlib
 from typing import Any
 
-# matplotlib and jinja2 are the optional part `report`: a table needs neither, so nothing is imported before its use.
+# matplotlib and jinja2 are the optional part `report`, which the terminal's table does not need.
 _HOMES = {
     "Comparison": "comparison",
-    "Run": "runs",
-    "read_comparison": "comparison",
-    "read_run": "runs",
-    "read_runs": "runs",
     "comparison_summary": "summary",
-    "comparison_table": "table",
-    "nearest_tokens": "vocabulary",
-    "write_comparison_report": "comparison_html",
-    "write_report": "html",
+    "read_comparison": "comparison",
+    "routing_figures": "figures",
+    "write_report": "page",
+    "write_run_report": "page",
 }
 
 __all__ = list(_HOMES)

@@ -1,65 +1,37 @@
-"""A comparison's folder as typed values: methods at their sizes × tasks × seeds.
-
-COMPARISON/comparison.yaml                 the resolved plan
-COMPARISON/cells/LABEL/TASK/seed-N/        a run folder; its `cell.json` is written last, so a cell with one is finished
-COMPARISON/failed.jsonl                    a line for each cell that failed
+"""A comparison's folder, or a single run's, as cells and one long table: a row for each score of each cell.
 
 A label is one method at one size, trained on each task with each seed. A cell that is damaged is named and left out;
-the others are reported.
+the others are reported. A single run is a comparison of one cell.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
 
 from ptmoe.errors import PtmoeError
-from ptmoe.report.runs import Run, parse, parse_lines, read_run, yaml_mapping
+from ptmoe.report.published import paper
+from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, Run, read_run
+from ptmoe.runs.predictions import read_predictions
+from ptmoe.runs.records import CellRecord, EvaluationSummary, Failure
+from ptmoe.settings import read_yaml
 from ptmoe.tasks import GROUPS
+from ptmoe.tasks.resampling import Group, bootstrap_interval
 
-# PT-MoE's paper lists the methods so; a label stands where its method does, unless the plan says otherwise.
-PAPER_ORDER = ("base", "ft", "lora", "hydralora", "pt", "dpt", "smop", "attempt", "pt-moe")
-
-
-@dataclass(frozen=True)
-class CellFile:
-    """`cell.json`."""
-
-    label: str
-    method: str
-    task: str
-    eval_tasks: list[str]
-    seed: int
-    trainable_parameters: int
-    size: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Mark:
-    """One line of `predictions/TASK.jsonl`, as far as a comparison needs it; scores by metric, from 0 to 1."""
-
-    id: str
-    scores: dict[str, float]
-    domain: str = ""
+ALL, MEAN = "all examples", "mean of domains"  # in the column `of` of the long table, beside the domains
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A finished cell.
-
-    Attributes:
-        label: a method at a size.
-        method, size: what that is.
-        task: that it was trained on.
-        eval_tasks: that it was evaluated on, each in `run.evaluations`.
-        seed: of the training.
-        trainable_parameters: that were trained.
-        run: its folder's contents.
-    """
+    """A finished cell: its record, with the groups among `eval_tasks` resolved, and its run."""
 
     label: str
     method: str
@@ -70,25 +42,19 @@ class Cell:
     trainable_parameters: int
     run: Run
 
-    def marks(self, task: str) -> dict[str, Mark]:
-        """Each example's scores on an evaluated task, by example id.
+    def marks(self, task: str) -> pd.DataFrame:
+        """Each example's score by metric, from 0 to 1, and its `domain`; the index is the example's id.
 
         Raises:
-            PtmoeError: the predictions are missing or damaged, or an id repeats.
+            PtmoeError: the predictions are missing or damaged.
         """
-        path = self.run.predictions[task]
-        if not path.is_file():
-            raise PtmoeError(f"{path} is missing")
-        lines = parse_lines(Mark, path)
-        marks = {mark.id: mark for mark in lines}
-        if len(marks) < len(lines) or not marks:
-            raise PtmoeError(f"{path}: {len(lines)} line(s) with {len(marks)} different id(s), needs one for each")
-        return marks
+        predictions = read_predictions(self.run.predictions[task])
+        rows = [{**prediction.scores, "domain": prediction.domain} for prediction in predictions]
+        return pd.DataFrame(rows, index=[prediction.id for prediction in predictions])
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A cell that the numbers do without: it failed, is damaged, was begun, or was not begun."""
+class LeftOut(NamedTuple):
+    """A cell that the numbers do without."""
 
     label: str
     task: str
@@ -98,196 +64,247 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """One line of `failed.jsonl`."""
-
-    label: str
-    task: str
-    error: str
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """What a comparison's folder holds.
-
+    """
     Attributes:
         folder: where it was read from.
-        plan: `comparison.yaml`.
-        cells: those that are finished, at least one, ordered by label, task and seed.
+        plan: the mapping in `comparison.yaml`, or a single run's in `config.yaml`.
+        cells: those that are finished, at least one, in the order of the plan's methods and tasks, and by seed.
         left_out: all others.
+        single: whether it is a single run.
     """
 
     folder: Path
     plan: dict[str, Any]
     cells: tuple[Cell, ...]
     left_out: tuple[LeftOut, ...] = ()
+    single: bool = False
 
     @property
     def labels(self) -> list[str]:
         return list(dict.fromkeys(cell.label for cell in self.cells))
 
     @property
-    def seeds(self) -> list[int]:
-        """Of what was trained."""
-        return sorted({cell.seed for cell in self.cells if cell.trainable_parameters})
+    def tasks(self) -> list[str]:
+        """That were trained on."""
+        return list(dict.fromkeys(cell.task for cell in self.cells))
+
+    @property
+    def bases(self) -> list[str]:
+        return list(dict.fromkeys(str(cell.run.config.get("model", "nano")) for cell in self.cells))
 
     def of(self, label: str, task: str | None = None) -> list[Cell]:
         """The cells of a label, or only those that were trained on a task, by seed."""
         return [cell for cell in self.cells if cell.label == label and task in (None, cell.task)]
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """The long table that every score in a table, a figure and a download comes from: in percent, a row for each
+        cell, evaluated task, metric, and domain (`of`), with the 95 % interval over examples where there is one."""
+        rows = [
+            {
+                "label": cell.label,
+                "method": cell.method,
+                "size": size_text(cell.size),
+                "trainable parameters": cell.trainable_parameters,
+                "trained on": cell.task,
+                "task": task,
+                "seed": cell.seed,
+                "of": of,
+                "metric": metric,
+                "ranks": metric == summary.metric,
+                "score": score,
+                "score low": low,
+                "score high": high,
+                "examples": examples,
+                "steps": cell.run.result.steps,
+                "seconds of training": cell.run.result.train_seconds,
+            }
+            for cell in self.cells
+            for task in cell.eval_tasks
+            for summary in [cell.run.evaluations[task]]
+            for of, examples, scores in _parts(summary)
+            for metric, score in scores.items()
+            for low, high in [_interval(cell, task, of, metric)]
+        ]
+        return pd.DataFrame(rows)
+
+
+def _parts(summary: EvaluationSummary) -> Iterator[tuple[str, int, Mapping[str, float]]]:
+    yield ALL, summary.examples, summary.metrics
+    yield MEAN, summary.examples, summary.mean_of_domains
+    for domain, part in summary.by_domain.items():
+        name = f"{domain} (domain)" if domain in (ALL, MEAN) else domain
+        yield name, int(part["examples"]), {metric: score for metric, score in part.items() if metric != "examples"}
+
+
+def _interval(cell: Cell, task: str, of: str, metric: str) -> tuple[float | None, float | None]:
+    if of == ALL:
+        return cell.run.evaluations[task].interval.get(metric, (None, None))
+    if of == MEAN and task in paper()["mean_of_domains"]:  # not in the file, and shown in the main table
+        try:
+            return bootstrap_interval(score_groups([cell.marks(task)], metric, by_domain=True))
+        except PtmoeError:
+            pass
+    return None, None
+
+
+def score_groups(
+    marks: Sequence[pd.DataFrame], metric: str, *, by_domain: bool, less: Sequence[pd.DataFrame] = ()
+) -> list[Group]:
+    """Per-example scores in percent, each the mean over seeds, in the groups that a figure is the mean of.
+
+    Args:
+        marks: of each seed (`Cell.marks`); the examples that all of them have are used.
+        metric: of the scores.
+        by_domain: the figure is the plain mean of the domains, not the mean over all examples.
+        less: of another method: then the values are the differences on the same examples.
+
+    Raises:
+        PtmoeError: there is no such example, or a prediction lacks the metric.
+    """
+    ids = sorted(set.intersection(*(set(frame.index) for frame in (*marks, *less))))
+    if not ids:
+        raise PtmoeError("no example was answered by all of them")
+    try:
+        values, other = (
+            np.mean([100 * frame.loc[ids, metric] for frame in of] or [[0.0]], axis=0) for of in (marks, less)
+        )
+    except KeyError as error:
+        raise PtmoeError(f"a line of the predictions has no score {error}") from None
+    domains = marks[0].loc[ids, "domain"].to_numpy()
+    parts = [(values - other)[domains == name] for name in sorted(set(domains))] if by_domain else [values - other]
+    return [Group(1 / len(parts), part) for part in parts]
+
+
+def size_text(size: Mapping[str, Any]) -> str:
+    """`T=40, N=2, R=36`, as the paper writes them; other sizes go by their own names."""
+    symbols = {"num_virtual_tokens": "T", "rank": "R", "num_experts": "N"}
+    return ", ".join(f"{symbols.get(name, name)}={value}" for name, value in size.items())
+
+
+def counted_states(left_out: Sequence[LeftOut]) -> str:
+    """`2 failed, 1 not started`."""
+    states = [cell.state for cell in left_out]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def single_run(folder: str | Path) -> Comparison:
+    """A run folder as a comparison of one cell.
+
+    Raises:
+        PtmoeError: as `read_run`.
+    """
+    run = read_run(folder)
+    seed = run.environment.seed if run.environment.seed is not None else int(run.config.get("seed", 0))
+    task = str(run.config.get("task") or run.config.get("data") or "–")
+    method, parameters = run.result.method, run.result.trainable_parameters
+    cell = Cell(run.result.name, method, {}, task, tuple(run.evaluations), seed, parameters, run)
+    return Comparison(Path(folder), run.config, (cell,), single=True)
 
 
 def read_comparison(folder: str | Path) -> Comparison:
     """Read a comparison's folder.
 
     Raises:
-        PtmoeError: it is none, its plan is damaged, or no cell in it is finished.
+        PtmoeError: it is not a folder, its plan is damaged, or no cell in it is finished.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise PtmoeError(f"{folder} is not a folder: give the folder of a comparison")
-    path = folder / "comparison.yaml"
-    plan = yaml_mapping(path) if path.exists() else {}
+    plan = read_yaml(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else {}
     cells, left_out = _cells(folder)
-    left_out += _failures(folder, cells)
     if not cells:
-        states = [one.state for one in left_out]
-        counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "no cell at all"
-        first = next((f"; {one.label} on {one.task}: {one.reason}" for one in left_out if one.reason), "")
+        first = next((f"; {cell.label} on {cell.task}: {cell.reason}" for cell in left_out if cell.reason), "")
         raise PtmoeError(
-            f"{folder} has no finished cell ({counted}{first}): a finished cell has a "
-            "cells/LABEL/TASK/seed-N/cell.json; run `ptmoe compare` to its end"
+            f"{folder} has no finished cell ({counted_states(left_out) or 'no cell at all'}{first}): a finished cell "
+            f"has a cells/LABEL/TASK/seed-N/{CELL_FILE}; run `ptmoe compare` to its end"
         )
-    order = _order(plan)
-    tasks = _listed(plan, "tasks", "task")
-    places = {task: tasks.index(task) if task in tasks else len(tasks) for task in {cell.task for cell in cells}}
-    cells.sort(key=lambda cell: (order(cell.label, cell.method), places[cell.task], _natural(cell.task), cell.seed))
-    return Comparison(folder, plan, tuple(cells), (*_last_words(left_out), *_not_started(cells, left_out)))
+    place = _order(plan)
+    cells.sort(key=lambda cell: (place(cell), cell.seed))
+    return Comparison(folder, plan, tuple(cells), (*left_out, *_not_started(cells, left_out)))
 
 
 def _cells(folder: Path) -> tuple[list[Cell], list[LeftOut]]:
-    cells: list[Cell] = []
-    left_out: list[LeftOut] = []
-    for place in sorted((folder / "cells").glob("*/*/seed-*"), key=lambda path: _natural(path.as_posix())):
-        label, task, seed = _named(place)
-        if not (place / "cell.json").is_file():
-            left_out.append(LeftOut(label, task, seed, "unfinished"))
+    """The finished cells, and the others, each with its last failure rather than that it is unfinished."""
+    cells: dict[tuple[str, str, int | None], Cell] = {}
+    left_out: dict[tuple[str, str, int | None], LeftOut] = {}
+    for path in sorted((folder / "cells").glob("*/*/seed-*"), key=lambda path: _natural(path.as_posix())):
+        label, task, seed = (part.replace("__", "/") for part in path.parts[-3:])
+        number = seed.removeprefix("seed-")
+        key = (label, task, int(number) if number.isdecimal() else None)
+        if not (path / CELL_FILE).is_file():
+            left_out[key] = LeftOut(*key, "unfinished")
             continue
         try:
-            cell = _cell(place)
-            _check_against(cell, cells)
+            cell = _cell(path, list(cells.values()))
         except PtmoeError as error:
-            left_out.append(LeftOut(label, task, seed, "damaged", str(error)))
+            left_out[key] = LeftOut(*key, "damaged", str(error))
         else:
-            cells.append(cell)
-    return cells, left_out
-
-
-def _cell(place: Path) -> Cell:
-    written = parse(CellFile, place / "cell.json")
-    run = read_run(place)
-    named = [member for name in written.eval_tasks for member in _members(name, run)]
-    if not named:
-        raise PtmoeError(f"{place / 'cell.json'}: eval_tasks is empty")
-    if absent := [task for task in named if task not in run.evaluations]:
-        raise PtmoeError(f"{place / 'eval'} lacks {', '.join(absent)}")
-    for name, value in (("method", written.method), ("trainable_parameters", written.trainable_parameters)):
-        if getattr(run.result, name) != value:
-            raise PtmoeError(f"{place}: cell.json says {name}={value}, result.json {getattr(run.result, name)}")
-    return Cell(
-        label=written.label,
-        method=written.method,
-        size=written.size,
-        task=written.task,
-        eval_tasks=tuple(dict.fromkeys(named)),
-        seed=written.seed,
-        trainable_parameters=written.trainable_parameters,
-        run=run,
-    )
-
-
-def _members(name: str, run: Run) -> Sequence[str]:
-    return [name] if name in run.evaluations else GROUPS.get(name, [name])
-
-
-def _check_against(cell: Cell, cells: Sequence[Cell]) -> None:
-    """A label is one method at one size, and a cell of it is there once."""
-    for other in cells:
-        if other.label != cell.label:
-            continue
-        for name in ("method", "size", "trainable_parameters"):
-            if getattr(other, name) != getattr(cell, name):
-                raise PtmoeError(
-                    f"{cell.run.folder}: {name}={getattr(cell, name)}, but {getattr(other, name)} in "
-                    f"{other.run.folder}, which has the same label"
-                )
-        if (other.task, other.seed) == (cell.task, cell.seed):
-            raise PtmoeError(f"{cell.run.folder} repeats {other.run.folder}")
-
-
-def _failures(folder: Path, cells: Sequence[Cell]) -> list[LeftOut]:
-    """What failed and was not finished since."""
-    path = folder / "failed.jsonl"
-    if not path.exists():
-        return []
+            cells[cell.label, cell.task, cell.seed] = cell
     try:
-        failures = parse_lines(Failure, path)
+        failures = Failure.read_lines(folder / FAILED_FILE) if (folder / FAILED_FILE).exists() else []
     except PtmoeError as error:
-        return [LeftOut("–", "–", None, "damaged", str(error))]
-    finished = {(cell.label, cell.task, cell.seed) for cell in cells}
-    return [
-        LeftOut(one.label, one.task, one.seed, "failed", one.error)
-        for one in failures
-        if (one.label, one.task, one.seed) not in finished
-    ]
+        failures, left_out["–", "–", None] = [], LeftOut("–", "–", None, "damaged", str(error))
+    for failure in failures:
+        known = left_out.get(failure.cell)
+        if failure.cell not in cells and (known is None or known.state != "damaged"):
+            left_out[failure.cell] = LeftOut(*failure.cell, "failed", failure.error)
+    return list(cells.values()), list(left_out.values())
 
 
-def _last_words(left_out: Sequence[LeftOut]) -> list[LeftOut]:
-    """One entry for each cell: its last failure, rather than that it is unfinished."""
-    kept: dict[tuple[str, str, int | None], LeftOut] = {}
-    for one in left_out:
-        key = (one.label, one.task, one.seed)
-        if key not in kept or kept[key].state in ("unfinished", "failed"):
-            kept[key] = one
-    return list(kept.values())
+def _cell(path: Path, others: Sequence[Cell]) -> Cell:
+    """A finished cell whose files agree. With `others`, a label is one method at one size, and each cell is unique."""
+    record, run = CellRecord.read(path / CELL_FILE), read_run(path)
+    tasks: list[str] = []
+    for name in record.eval_tasks:
+        tasks += [name] if name in run.evaluations else GROUPS.get(name, [name])
+    if not tasks:
+        raise PtmoeError(f"{path / CELL_FILE}: eval_tasks is empty")
+    if absent := [task for task in tasks if task not in run.evaluations]:
+        raise PtmoeError(f"{path / 'eval'} lacks {', '.join(absent)}")
+    for name in ("method", "trainable_parameters"):
+        value, trained = getattr(record, name), getattr(run.result, name)
+        if value != trained:
+            raise PtmoeError(f"{path}: {CELL_FILE} has {name}={value}, result.json {trained}")
+    for other in (other for other in others if other.label == record.label):
+        for name in ("method", "size", "trainable_parameters"):
+            value, earlier = getattr(record, name), getattr(other, name)
+            if value != earlier:
+                where = f"{other.run.folder}, which has the same label"
+                raise PtmoeError(f"{path}: {name}={value}, but {earlier} in {where}")
+        if (other.task, other.seed) == (record.task, record.seed):
+            raise PtmoeError(f"{path} repeats {other.run.folder}")
+    return Cell(**{**dict(record), "eval_tasks": tuple(dict.fromkeys(tasks)), "run": run})
 
 
 def _not_started(cells: Sequence[Cell], left_out: Sequence[LeftOut]) -> Iterator[LeftOut]:
-    """What the grid of all labels, tasks and seeds that anything is known of lacks."""
+    """What is missing from the grid of all labels, tasks and seeds that anything is known of."""
     known = {(cell.label, cell.task, cell.seed) for cell in cells}
-    known |= {(one.label, one.task, one.seed) for one in left_out if one.seed is not None}
-    trained = {cell.label for cell in cells if cell.trainable_parameters} | {one.label for one in left_out}
+    known |= {(cell.label, cell.task, cell.seed) for cell in left_out if cell.seed is not None}
+    trained = {cell.label for cell in cells if cell.trainable_parameters} | {cell.label for cell in left_out}
     labels, tasks, seeds = (sorted({key[part] for key in known}, key=str) for part in range(3))
     for label, task, seed in product(labels, tasks, seeds):
-        # What trains nothing is the same for every seed and every task it was trained on.
+        # What trains nothing is the same for every seed and every task.
         if label in trained and (label, task, seed) not in known:
             yield LeftOut(str(label), str(task), int(seed), "not started")
 
 
-def _named(place: Path) -> tuple[str, str, int | None]:
-    """Label, task and seed that a cell's folders name."""
-    label, task, seed = (part.replace("__", "/") for part in place.parts[-3:])
-    number = seed.removeprefix("seed-")
-    return label, task, int(number) if number.isdecimal() else None
-
-
 def _order(plan: Mapping[str, Any]) -> Any:
-    """Where a label stands: as the plan lists labels or methods, else as the paper does; then by its own numbers."""
-    listed = _listed(plan, "labels", "methods")
-    places = {name: place for place, name in reversed(list(enumerate([*listed, *PAPER_ORDER])))}
-    last = len(places) + len(listed)
+    """Sorts cells by the plan's labels or methods, otherwise by the methods' own order; then by task."""
+    from ptmoe.methods import METHODS
 
-    def key(label: str, method: str) -> tuple[Any, ...]:
-        return places.get(label, places.get(method, last)), _natural(label)
+    entries = [entry if isinstance(entry, dict) else {"name": entry} for entry in plan.get("methods") or []]
+    labels = [entry.get("label", entry.get("name")) for entry in entries]
+    tasks = plan.get("tasks") or []
+    ranks = {name: getattr(config, "order", rank) for rank, (name, config) in enumerate(METHODS.items())}
+
+    def key(cell: Cell) -> tuple[Any, ...]:
+        listed = next((labels.index(name) for name in (cell.label, cell.method) if name in labels), len(labels))
+        task = tasks.index(cell.task) if cell.task in tasks else len(tasks)
+        return listed, ranks.get(cell.method, -1), _natural(cell.label), task, _natural(cell.task)
 
     return key
-
-
-def _listed(plan: Mapping[str, Any], *keys: str) -> list[str]:
-    """The names under a plan's keys: a list of them, of mappings with a label or name, a mapping by name, or one."""
-    values = [plan[key] for key in keys if plan.get(key)]
-    written = [one for value in values for one in (value if isinstance(value, list | dict) else [value])]
-    return [str(one.get("label", one.get("name"))) if isinstance(one, dict) else str(one) for one in written]
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

@@ -1,189 +1,147 @@
-"""What every report's page is made of: pictures in both colour modes, tables of facts, and the template."""
+"""`report.html`: what a comparison or a run found, as one file that needs nothing else."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ptmoe.errors import PtmoeError
-from ptmoe.report.figures import DARK, LIGHT, Theme
-from ptmoe.report.frame import Frame, file_name
-from ptmoe.report.runs import Run
+from ptmoe.report.sections import Gallery, Section, sections, trained_text  # isort: skip  it says what to install
 
-try:
-    from jinja2 import Environment, StrictUndefined, Template
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-except ModuleNotFoundError:
-    raise PtmoeError("a report needs jinja2 and matplotlib: pip install 'ptmoe[report]'") from None
+from jinja2 import Environment, StrictUndefined
 
-PNG_DPI = 200
-LONGEST_PART = 11  # letters
+from ptmoe.report.comparison import Comparison, counted_states, read_comparison, single_run
+from ptmoe.report.results import ALPHA, AVERAGE, Board, Score, boards
+from ptmoe.report.table import file_name, interval_text, metric_name
+from ptmoe.report.tables import p_text
+from ptmoe.runs.folders import CONFIG_FILE, PLAN_FILE, Run, is_run
+from ptmoe.runs.records import EvaluationSummary
+
+LONGEST_PART = 11  # letters of a word that is too long for a column
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure in both colour modes, as data URIs; `alt` says what it shows to those who do not see it."""
+def write_run_report(folder: str | Path) -> Path | None:
+    """The page of a single run; None, and nothing is written, where the folder holds no finished run.
 
-    title: str
-    note: str
-    alt: str
-    light: str
-    dark: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a page under a heading.
-
-    Attributes:
-        heading: of it.
-        explanation: of what it shows.
-        tables: shown first.
-        pictures: shown next.
-        folded: tables that open when asked for.
-        numbers: tables that are too long to show, to download.
+    Raises:
+        PtmoeError: the run is damaged.
     """
-
-    heading: str
-    explanation: str = ""
-    tables: Sequence[Frame] = ()
-    pictures: Sequence[Picture] = ()
-    folded: Sequence[Frame] = ()
-    numbers: Sequence[Frame] = ()
-
-    @property
-    def anchor(self) -> str:
-        return file_name(self.heading, set())
-
-    @property
-    def frames(self) -> list[Frame]:
-        return [*self.tables, *self.folded, *self.numbers]
+    return _write(single_run(folder)) if is_run(Path(folder)) else None
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Named values of runs: a column for each run, or one for all where they agree on everything."""
+def write_report(folder: str | Path, command: str | None = None) -> Path:
+    """Write `report.html`, `figures/*.{png,svg}` and `tables/*.{csv,json,md,tex}` into a comparison's folder.
 
-    columns: list[str]
-    rows: list[tuple[str, list[str], bool]]  # name, values, whether the runs differ
+    Args:
+        folder: as `ptmoe compare` writes it.
+        command: what repeats all of it; by default `ptmoe compare FOLDER/comparison.yaml`.
 
+    Returns:
+        The page's path.
 
-@dataclass
-class Gallery:
-    """Draws the figures of a page and writes each, in light colours, as PNG and SVG.
-
-    Attributes:
-        folder: for the files; it is made.
-        names: of the files so far.
+    Raises:
+        PtmoeError: no cell is finished, or the plan is damaged.
     """
-
-    folder: Path
-    names: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def picture(self, title: str, alt: str, draw: Callable[[Theme], Figure], note: str = "") -> Picture:
-        name = file_name(title, self.names)
-        light = draw(LIGHT)
-        drawn = _svg(light)
-        (self.folder / f"{name}.svg").write_bytes(drawn)
-        light.set_layout_engine("none")  # laid out already, which takes longer than drawing
-        light.savefig(self.folder / f"{name}.png", dpi=PNG_DPI)
-        return Picture(title, note, alt, _data_uri(drawn), _data_uri(_svg(draw(DARK))))
+    return _write(read_comparison(folder), command)
 
 
-@dataclass(frozen=True)
-class Warned:
-    """What a reader has to know before the numbers."""
-
-    heading: str
-    lines: list[str]
-
-
-def write_page(
-    folder: Path,
-    *,
-    title: str,
-    subtitle: str = "",
-    summary: Sequence[str],
-    warnings: Sequence[Warned],
-    sections: Sequence[Section],
-    configuration: Facts,
-    environment: Facts,
-    command: str,
-) -> Path:
-    """Write `folder/report.html` and `folder/tables/*`; returns the page's path."""
-    tables = folder / "tables"
-    tables.mkdir(parents=True, exist_ok=True)
-    files_so_far: set[str] = set()
-    sections = [_with_own_files(section, files_so_far) for section in sections]
-    for section in sections:
-        for frame in section.frames:
-            frame.write(tables)
-    path = folder / "report.html"
-    page = _template().render(
-        parts=parts,
-        title=title,
-        subtitle=subtitle,
-        summary=summary,
-        warnings=warnings,
-        sections=sections,
-        configuration=configuration,
-        environment=environment,
+def _write(comparison: Comparison, command: str | None = None) -> Path:
+    folder, first, found = comparison.folder, comparison.cells[0], boards(comparison)
+    gallery = Gallery(folder / "figures", {cell.label: cell.method for cell in comparison.cells})
+    shown = list(_own_files(sections(comparison, found, gallery)))
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    for section in shown:
+        for table in (*section.tables, *section.folded, *section.numbers):
+            for name, (_, text) in table.files().items():
+                (folder / "tables" / name).write_text(text, encoding="utf-8", newline="")
+    verb, file, title = "compare", PLAN_FILE, f"Comparison {folder.resolve().name}"
+    if comparison.single:
+        verb, file, title = "train", CONFIG_FILE, f"{first.label} on {first.task}"
+    if command is None:
+        trained = any(cell.trainable_parameters for cell in comparison.cells)
+        command = f"ptmoe {verb} {shlex.quote((folder / file).as_posix())}" if trained else ""
+    text = files("ptmoe.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(text).render(
+        parts=lambda name: re.findall(rf"[^\W_]{{1,{LONGEST_PART}}}[\W_]*|[\W_]+", name),
+        title=str(comparison.plan.get("title") or title),
+        subtitle=_extent(comparison),
+        summary=[_in_words(comparison, board) for board in found if board.ranks] or ["Nothing was evaluated."],
+        warnings=list(_warnings(comparison)),
+        sections=shown,
+        facts=[
+            ("Configuration", *facts([file], [flat(comparison.plan)])),
+            ("Versions, commit and hardware", *_environments(comparison)),
+        ],
         command=command,
     )
+    path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def parts(name: str) -> list[str]:
-    """A name in the parts that it may be broken into: after a mark, and within a word that is too long for a column."""
-    return re.findall(rf"[^\W_]{{1,{LONGEST_PART}}}[\W_]*|[\W_]+", name)
+def _own_files(shown: Iterable[Section]) -> Iterator[Section]:
+    """The same sections, their tables under names of files that no other table of the page has."""
+    used: set[str] = set()
+    for section in shown:
+        tables, folded, numbers = (
+            [replace(table, name=file_name(table.name, used)) for table in part]
+            for part in (section.tables, section.folded, section.numbers)
+        )
+        yield replace(section, tables=tables, folded=folded, numbers=numbers)
 
 
-def facts(names: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> Facts:
-    keys = list(dict.fromkeys(key for run in runs for key in run))
-    rows = []
-    for key in keys:
-        values = [_written(run[key]) if key in run else "–" for run in runs]
-        rows.append((key, values, len(set(values)) > 1))
-    if any(differ for *_, differ in rows):
-        return Facts(list(names), rows)
-    return Facts(["all runs" if len(runs) > 1 else names[0]], [(key, values[:1], False) for key, values, _ in rows])
+def _extent(comparison: Comparison) -> str:
+    """How much of what is compared."""
+    tasks = comparison.tasks
+    seeds = {cell.seed for cell in comparison.cells if cell.trainable_parameters}
+    cells = [_counted(len(comparison.labels), "method"), _counted(len(seeds), "seed")]
+    cells.append(_counted(len(comparison.cells), "finished cell"))
+    trained = f"trained on {listed(tasks) if len(tasks) < 4 else _counted(len(tasks), 'task')}"
+    return " · ".join([f"base {listed(comparison.bases)}", trained, *([] if comparison.single else cells)])
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options under dotted names; those of a list go by their label, name or number."""
-    options: dict[str, Any] = {}
-    for key, value in config.items():
-        inner = value
-        if isinstance(value, list) and all(isinstance(one, dict) for one in value):
-            inner = {str(one.get("label", one.get("name", place))): one for place, one in enumerate(value)}
-        if isinstance(inner, dict) and inner:
-            options |= flat(inner, f"{prefix}{key}.")
-        else:
-            options[f"{prefix}{key}"] = value
-    return options
+def _in_words(comparison: Comparison, board: Board) -> str:
+    """What a table shows, in sentences that hold for any data."""
+    metric = metric_name(board.metric)
+    where = f"on {board.columns[0].name}" if len(board.columns) == 1 else f"on average over {len(board.columns)} tasks"
+    if not board.ranking:
+        return f"No method has a finished cell for each task, so no average {metric} can be compared."
+    trained = [trained_text(comparison.of(label)[0].trainable_parameters) for label in board.ranking]
+    scores = [board.scores[label, AVERAGE] for label in board.ranking]
+    found = f"{board.ranking[0]} reaches {metric} {_score_text(scores[0])} {where} with {trained[0]}"
+    if len(scores) == 1:
+        return f"{found}."
+    other = board.ranking[1]
+    if f"{scores[0].mean:.1f}" == f"{scores[1].mean:.1f}":
+        found += f", level with {other}."
+    else:
+        found += f", the most of {len(scores)}; {other} follows with {_score_text(scores[1])} and {trained[1]}."
+    tests = board.paired
+    test = tests and (tests.average or (tests.tasks[0] if len(board.columns) == len(tests.tasks) == 1 else None))
+    if not test:
+        return f"{found} The two were not tested on the same examples."
+    verdict = "more than chance explains" if test.p < ALPHA else "which chance explains as well"
+    p = p_text(test.p)
+    return (
+        f"{found} On the same {test.examples:,} examples they differ by {test.difference.mean:.1f} points "
+        f"{interval_text(test.difference)}, {verdict} (p {p if p.startswith('<') else f'= {p}'})."
+    )
 
 
-def environment_facts(run: Run) -> dict[str, Any]:
-    """Commit, seed, hardware and versions."""
-    environment = run.environment
-    return {
-        "commit": environment.commit or "not a checkout",
-        "seed": environment.seed if environment.seed is not None else run.config.get("seed"),
-        **environment.hardware,
-        **{name: version or "not installed" for name, version in environment.versions.items()},
-    }
+def _score_text(score: Score) -> str:
+    if score.over == "seeds":
+        return f"{score.mean:.1f} {interval_text(score)} % ({len(score.seeds)} seeds)"
+    return f"{score.mean:.1f} % {interval_text(score)}".strip()
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def listed(words: Iterable[str]) -> str:
@@ -192,30 +150,78 @@ def listed(words: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _with_own_files(section: Section, so_far: set[str]) -> Section:
-    """The same section, its tables' names made into those of files that no other table of the page has."""
-
-    def named(frames: Sequence[Frame]) -> list[Frame]:
-        return [replace(frame, name=file_name(frame.name, so_far)) for frame in frames]
-
-    return replace(section, tables=named(section.tables), folded=named(section.folded), numbers=named(section.numbers))
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _svg(figure: Figure) -> bytes:
-    drawn = io.BytesIO()
-    with rc_context({"svg.hashsalt": "ptmoe"}):  # the same figure gives the same bytes
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()
-
-
-def _data_uri(svg: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
+    """What a reader has to know before the numbers: a heading, and lines below it."""
+    lines = []
+    for label in comparison.labels:
+        for trained_on in comparison.tasks:
+            cells = comparison.of(label, trained_on)
+            for task in dict.fromkeys(task for cell in cells for task in cell.eval_tasks):
+                fallen = [
+                    (cell.seed, text) for cell in cells if (text := _collapse(cell.run, cell.run.evaluations[task]))
+                ]
+                if fallen:
+                    after = f" trained on {trained_on}" if trained_on != task else ""
+                    of = f"{len(fallen)} of {_counted(len(cells), 'seed')}"
+                    lines.append(f"{label}{after} on {task}, {of}; with seed {fallen[0][0]} {fallen[0][1]}")
+    if lines:
+        yield "Routing collapsed.", lines
+    if comparison.left_out:
+        counted = counted_states(comparison.left_out)
+        yield "Not every cell is in the numbers.", [f"{counted}; they are listed under “Cells that are left out”."]
 
 
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(files("ptmoe.report").joinpath("report.html.j2").read_text(encoding="utf-8"))
+def _collapse(run: Run, summary: EvaluationSummary) -> str:
+    """That a run's routing collapsed on a task, in words; empty where it did not."""
+    expert, shares = summary.collapsed_expert, summary.overall_shares
+    if expert is None or summary.routing is None:
+        return ""
+    off = [key for key in ("router_standardize", "routing_anneal") if run.config["method"].get(key) is False]
+    guard = f" Off in this run, and meant against it: {', '.join(off)}." if off else ""
+    takes = f"takes {100 * shares[expert]:.1f} % of the {'gate' if summary.routing.is_soft else 'inputs'}"
+    return f"expert {expert} {takes}, the other {len(shares) - 1} next to nothing.{guard}"
+
+
+Facts = tuple[list[str], list[tuple[str, list[str], bool]]]
+
+
+def facts(names: Sequence[str], mappings: Sequence[Mapping[str, Any]]) -> Facts:
+    """The columns' names, and the rows: a name, its value in each mapping, and whether they differ."""
+    rows = []
+    for key in dict.fromkeys(key for mapping in mappings for key in mapping):
+        values = [mapping.get(key, "–") for mapping in mappings]
+        texts = [
+            value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
+            for value in values
+        ]
+        rows.append((key, texts, len(set(texts)) > 1))
+    return list(names), rows
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under dotted names; those of a list go by their label, name or number."""
+    options: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = value
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+            inner = {str(entry.get("label", entry.get("name", place))): entry for place, entry in enumerate(value)}
+        if isinstance(inner, dict) and inner:
+            options |= flat(inner, f"{prefix}{key}.")
+        else:
+            options[f"{prefix}{key}"] = value
+    return options
+
+
+def _environments(comparison: Comparison) -> Facts:
+    """Seeds differ by plan; what else the cells ran on is a column for each different machine or set of versions."""
+    different: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for cell in comparison.cells:
+        environment = cell.run.environment
+        known = {"commit": environment.commit or "not a checkout", **environment.hardware}
+        known |= {"seed": cell.seed} if comparison.single else {}
+        known |= {name: version or "not installed" for name, version in environment.versions.items()}
+        paths = environment.fast_paths or {}
+        known |= {f"fast path: {name}": "in use" if why is None else why for name, why in paths.items()}
+        different.setdefault(repr(known), ([], known))[0].append(f"{cell.label}/{cell.task}/seed-{cell.seed}")
+    names = [f"{cells[0]} and {len(cells) - 1} more" if len(cells) > 1 else cells[0] for cells, _ in different.values()]
+    return facts(names if len(names) > 1 else ["value"], [known for _, known in different.values()])

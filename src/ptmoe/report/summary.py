@@ -1,4 +1,4 @@
-"""A comparison in a terminal: methods × tasks, parameters and the average, as the report's first tables have them."""
+"""A comparison in a terminal of 80 columns: methods × tasks, or the domains of a single task, with parameters."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ptmoe.report.comparison import Comparison, read_comparison
-from ptmoe.report.comparison_tables import best_scores, score_entry
-from ptmoe.report.frame import short_count
-from ptmoe.report.results import Score, Scoreboard, scoreboards
-from ptmoe.report.table import metric_name
+from ptmoe.report.comparison import ALL, MEAN, Comparison, counted_states, read_comparison
+from ptmoe.report.results import AVERAGE, Board, Score, boards
+from ptmoe.report.table import best_rows, interval_text, metric_name, short_count
+from ptmoe.report.tables import domain_scores
 
 LONGEST_HEADER = 10
 MANY_PARAMETERS = 10_000_000
-MOST_TASKS = 6  # beside the methods, the average among them; more stand in rows
+MOST_COLUMNS = 6  # of scores; where there are more, and no more methods than this, they are rows
 INTERVALS = {
     "seeds": "± 95 % interval over seeds (Student’s t)",
     "examples": "[ ] 95 % interval over one seed’s examples (bootstrap)",
@@ -26,71 +25,75 @@ INTERVALS = {
 
 
 def comparison_summary(comparison: Comparison | str | Path) -> RenderableType:
-    """A table for each metric that ranks methods; where tasks are many they stand in rows, so that all fits.
+    """A table for each metric that ranks methods; many columns of scores become rows, so that all fits.
 
     Raises:
         PtmoeError: a folder that `read_comparison` refuses.
     """
     if not isinstance(comparison, Comparison):
         comparison = read_comparison(comparison)
-    shown: list[RenderableType] = [_table(board) for board in scoreboards(comparison) if board.ranks]
+    shown: list[RenderableType] = [_table(comparison, board) for board in boards(comparison) if board.ranks]
     if comparison.left_out:
-        states = [one.state for one in comparison.left_out]
-        counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        shown.append(Text(f"without {len(states)} cell(s): {counted}"))
+        shown.append(Text(f"without {len(comparison.left_out)} cell(s): {counted_states(comparison.left_out)}"))
     return Group(*shown)
 
 
-def _table(board: Scoreboard) -> Table:
-    tasks = [column.name for column in board.columns]
-    columns = [list(column) for column in zip(*(row.scores for row in board.rows), strict=True)]
-    if len(tasks) > 1:
-        tasks.append("average")
-        columns.append([row.average for row in board.rows])
-    # 80 columns of a terminal have room for the intervals of a few; of many, only the average keeps its own.
-    crowded = len(tasks) * (len(board.rows) if len(tasks) > MOST_TASKS else 2) > 8
-    scores = {
-        name: _cells(column, with_interval=not crowded or place == len(tasks) - 1)
-        for place, (name, column) in enumerate(zip(tasks, columns, strict=True))
+def _table(comparison: Comparison, board: Board) -> Table:
+    labels, metric = comparison.labels, metric_name(board.metric)
+    names = [column.name for column in board.columns] + [AVERAGE] * (len(board.columns) > 1)
+    scores: dict[str, list[Score | None]] = {
+        name: [board.scores.get((label, name)) for label in labels] for name in names
     }
-    over = {score.over for column in columns for score in column if score and score.over}
+    title = f"{metric}, %"
+    seconds: dict[str, list[Text]] = {}
+    if len(names) == 1:
+        title, scores = f"{metric} on {names[0]}, %", {metric: scores[names[0]]}
+        parts = domain_scores(comparison, board.columns[0], board.metric)
+        domains = {of: [row[label] for label in labels] for of, row in parts.items() if of not in (ALL, MEAN)}
+        if min(len(domains), len(labels)) < MOST_COLUMNS:
+            scores |= domains
+        took = {label: [cell.run.result.train_seconds for cell in comparison.of(label)] for label in labels}
+        seconds["seconds"] = [Text(f"{sum(times) / len(times):,.0f}") for times in took.values()]
+    # 80 columns have room for the intervals of a few scores; of many, only the total keeps its own.
+    total = metric if len(board.columns) == 1 else AVERAGE
+    transposed = len(scores) > MOST_COLUMNS
+    crowded = len(scores) * (len(labels) if transposed else 2) > 8
+    texts = {name: _texts(column, intervals=not crowded or name == total) for name, column in scores.items()}
+    over = {score.over for name, column in scores.items() for score in column if score and score.over}
     table = Table(
-        title=Text(f"{metric_name(board.metric)}, %"),
+        title=Text(title),
         caption=Text("; ".join(INTERVALS[kind] for kind in sorted(over))),
         box=box.SIMPLE_HEAD,
         padding=(0, 1) if not crowded else (0, 1, 0, 0),
         pad_edge=False,
     )
-    labels = [Text(row.label) for row in board.rows]
-    parameters = [
-        Text(f"{count:,}" if count < MANY_PARAMETERS else short_count(count))
-        for count in (row.trainable_parameters for row in board.rows)
-    ]
-    if len(tasks) <= MOST_TASKS:
+    counts = [comparison.of(label)[0].trainable_parameters for label in labels]
+    parameters = [Text(f"{count:,}" if count < MANY_PARAMETERS else short_count(count)) for count in counts]
+    if not transposed:
         table.add_column(Text("method"), overflow="fold")
-        for name, cells in {"trainable\nparameters": parameters, **scores}.items():
+        columns = {"trainable\nparameters": parameters, **texts, **seconds}
+        for name, cells in columns.items():
             # Numbers are never cut; a long header is, where there is no room.
-            table.add_column(_broken(name), justify="right", overflow="fold", min_width=max(map(len, cells)))
-        for line in zip(labels, parameters, *scores.values(), strict=True):
+            table.add_column(_folding(name), justify="right", overflow="fold", min_width=max(map(len, cells)))
+        for line in zip(map(Text, labels), *columns.values(), strict=True):
             table.add_row(*line)
         return table
-    table.add_column(Text("task"), overflow="fold")
-    for label, cell in zip(labels, parameters, strict=True):
-        table.add_column(label, justify="right", overflow="fold", min_width=min(len(cell), 7))
-    for name, cells in {**scores, "trainable parameters": parameters}.items():
+    table.add_column(Text("task" if len(board.columns) > 1 else "domain"), overflow="fold")
+    for label, count in zip(labels, parameters, strict=True):
+        table.add_column(Text(label), justify="right", overflow="fold", min_width=min(len(count), 7))
+    for name, cells in {**texts, "trainable parameters": parameters, **seconds}.items():
         table.add_row(Text(name), *cells)
     return table
 
 
-def _cells(column: Sequence[Score | None], *, with_interval: bool) -> list[Text]:
-    best = best_scores(column)
-    entries = [score_entry(score) for score in column]
+def _texts(column: Sequence[Score | None], *, intervals: bool) -> list[Text]:
+    best = best_rows(column)
     return [
-        Text(entry.printed if with_interval else entry.text, "bold" if index in best else "")
-        for index, entry in enumerate(entries)
+        Text("–" if score is None else f"{score.mean:.1f} {interval_text(score) if intervals else ''}".strip(), style)
+        for score, style in ((score, "bold" if row in best else "") for row, score in enumerate(column))
     ]
 
 
-def _broken(name: str) -> Text:
+def _folding(name: str) -> Text:
     """A header that folds where its words do."""
     return Text(name.replace("/", "/\n").replace("_", "_\n") if len(name) > LONGEST_HEADER else name)

@@ -1,12 +1,12 @@
-"""What a run ran on: `environment.json`."""
+"""What a run runs on, and which of its processes this is."""
 
 import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
+from ptmoe.runs.records import Environment
 
 PACKAGES = (
     "ptmoe",
@@ -22,22 +22,23 @@ PACKAGES = (
 )
 
 
-def environment(seed: int) -> dict[str, Any]:
-    """Versions, the project's commit where it is a checkout, the seed and the hardware."""
+def environment(seed: int, fast_paths: dict[str, str | None] | None = None) -> Environment:
+    """Versions, the project's commit where it is a checkout, the seed, the hardware and the fast paths in use."""
     import torch
 
-    return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "commit": _commit(),
-        "seed": seed,
-        "hardware": {
+    return Environment(
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        commit=_commit(),
+        seed=seed,
+        hardware={
             "platform": platform.platform(),
             "processor": _processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-    }
+        fast_paths=fast_paths,
+    )
 
 
 def _version(package: str) -> str | None:
@@ -49,12 +50,12 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     try:
-        made = subprocess.run(
+        found = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return made.stdout.strip()
+    return found.stdout.strip()
 
 
 def _processor() -> str:

@@ -11,8 +11,8 @@ from ptmoe.errors import PtmoeError
 from ptmoe.tasks import task_named
 from ptmoe.tasks.base import Example, Task
 from ptmoe.tasks.metrics import GRADERS
+from ptmoe.tasks.resampling import Group, bootstrap_interval
 
-BOOTSTRAP_SAMPLES = 2000
 Marks = dict[str, float]  # by metric, from 0 to 1
 
 
@@ -94,7 +94,9 @@ def summarise(task: Task, split: str, marks: Sequence[Marks], domains: Sequence[
         "examples": len(marks),
         "metric": task.metric,
         "metrics": means(marks),
-        "interval": {name: bootstrap_interval([mark[name] for mark in marks]) for name in marks[0]},
+        "interval": {
+            name: bootstrap_interval([Group(1.0, np.array([100 * mark[name] for mark in marks]))]) for name in marks[0]
+        },
         "by_domain": by_domain,
         "mean_of_domains": {
             name: sum(part[name] for part in by_domain.values()) / len(by_domain) for name in marks[0] if by_domain
@@ -105,11 +107,3 @@ def summarise(task: Task, split: str, marks: Sequence[Marks], domains: Sequence[
 def means(marks: Sequence[Marks]) -> Marks:
     """The mean of each metric, in percent."""
     return {name: 100 * sum(mark[name] for mark in marks) / len(marks) for name in marks[0]}
-
-
-def bootstrap_interval(scores: Sequence[float]) -> list[float]:
-    """The 95 % percentile bootstrap interval of a mean, in percent; deterministic."""
-    values = np.sort(np.asarray(scores, dtype=float))  # the examples' order must not matter
-    generator = np.random.default_rng(0)
-    resampled = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(BOOTSTRAP_SAMPLES)]
-    return [float(100 * edge) for edge in np.quantile(resampled, (0.025, 0.975))]

@@ -1,15 +1,11 @@
-"""A training run from options to a run folder, in one straight line.
-
-RUN/config.yaml  environment.json  metrics.jsonl  checkpoints/  adapter/  result.json  eval/  predictions/
-"""
+"""A training run from options to a run folder (`ptmoe.runs.records` has its layout), in one straight line."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
@@ -17,7 +13,16 @@ from typing import TYPE_CHECKING
 
 from ptmoe.errors import PtmoeError, near
 from ptmoe.models.bases import check_quantization, load_base
-from ptmoe.runs.environment import world_size
+from ptmoe.runs.environment import environment, world_size
+from ptmoe.runs.folders import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+)
+from ptmoe.runs.records import Result
 from ptmoe.tasks import TASKS, Problems, is_file, load_task, stream_task, task_named, task_names
 from ptmoe.tasks import local as local_task
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
@@ -32,24 +37,7 @@ if TYPE_CHECKING:
     from ptmoe.train.rows import TokenRows
     from ptmoe.train.trainer import PromptTrainer
 
-RUN_FILES = ("config.yaml", "result.json", "adapter", "metrics.jsonl", "checkpoints")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run was and took; `result.json`."""
-
-    name: str
-    method: str
-    trainable_parameters: int
-    train_seconds: float
-    steps: int
-    examples: int = 0
-    examples_cut: int = 0
-    examples_left_out: int = 0
-
-    def write(self, folder: Path) -> None:
-        (folder / "result.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+RUN_FILES = (CONFIG_FILE, RESULT_FILE, ADAPTER_FOLDER, METRICS_FILE, CHECKPOINTS_FOLDER)
 
 
 @dataclass
@@ -160,7 +148,7 @@ def train(
     trainer = _trainer(model, fitted.rows, options, folder, callbacks)
     first = trainer.is_world_process_zero()
     if first:
-        _begin(folder, options)
+        _begin(folder, options, model)
     started = time.monotonic()
     _fit(trainer, folder, resume)
     result = Result(
@@ -177,7 +165,7 @@ def train(
     trainer.accelerator.state.destroy_process_group()  # the others leave while the first evaluates
     if not first:
         return Trained(folder, result, model, tokenizer, [])
-    result.write(folder)
+    result.write(folder / RESULT_FILE)
     evaluations = _evaluate(model, tokenizer, held_out, options, folder)
     return Trained(folder, result, model, tokenizer, evaluations)
 
@@ -201,8 +189,9 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     model, tokenizer, chat = _base(options)
     model.to(PartialState().device)  # where a trainer would put it
     options = options.replace(method={"name": BASE}, chat=chat)
-    _begin(folder, options)
-    Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0).write(folder)
+    _begin(folder, options, model)
+    result = Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0)
+    result.write(folder / RESULT_FILE)
     _evaluate(model, tokenizer, held_out, options, folder)
 
 
@@ -218,13 +207,12 @@ def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerB
     return PromptedCausalLM(base), tokenizer, chat
 
 
-def _begin(folder: Path, options: TrainOptions) -> None:
+def _begin(folder: Path, options: TrainOptions, model: PromptedCausalLM) -> None:
     """The run folder with what is known before the run."""
-    from ptmoe.runs.environment import environment
-
     folder.mkdir(parents=True, exist_ok=True)
-    options.write(folder / "config.yaml")
-    (folder / "environment.json").write_text(json.dumps(environment(options.seed), indent=2) + "\n")
+    options.write(folder / CONFIG_FILE)
+    fast_paths = getattr(model, "fast_paths", None)
+    environment(options.seed, None if fast_paths is None else fast_paths()).write(folder / ENVIRONMENT_FILE)
 
 
 def _evaluate(
@@ -280,7 +268,7 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise PtmoeError(f"{folder} is a file: name a folder for the run")
     held = [name for name in RUN_FILES if (folder / name).exists()]
-    if resume and not any((folder / "checkpoints").glob("checkpoint-*")):
+    if resume and not any((folder / CHECKPOINTS_FOLDER).glob("checkpoint-*")):
         raise PtmoeError(f"{folder} holds no checkpoint to resume from")
     if held and not resume:
         raise PtmoeError(
@@ -343,11 +331,11 @@ def _trainer(
     try:
         trainer = PromptTrainer(
             model=model,
-            args=TrainingArguments(output_dir=str(folder / "checkpoints"), **chosen),
+            args=TrainingArguments(output_dir=str(folder / CHECKPOINTS_FOLDER), **chosen),
             train_dataset=rows,
             data_collator=collate,
             batches=batches,
-            callbacks=[RoutingCallback(), MetricsFile(folder / "metrics.jsonl"), *callbacks],
+            callbacks=[RoutingCallback(), MetricsFile(folder / METRICS_FILE), *callbacks],
         )
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         if made and folder.exists():  # the trainer makes its folder first
@@ -373,7 +361,7 @@ def _fit(trainer: PromptTrainer, folder: Path, resume: bool) -> None:
         raise
     model.eval()
     if trainer.is_world_process_zero():
-        model.save_pretrained(folder / "adapter")
+        model.save_pretrained(folder / ADAPTER_FOLDER)
 
 
 TRAINER_FIELDS = frozenset(

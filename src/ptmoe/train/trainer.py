@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
 from ptmoe.models.causal import PromptedCausalLM
+from ptmoe.runs.records import LogLine, append_line, write_lines
 from ptmoe.train.batches import TokenBatches
 
 TRAINING_STATE = "training_state.safetensors"
@@ -291,11 +292,9 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if state.global_step and self.path.exists():
-            kept = [
-                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step
-            ]
-            self.before = json.loads(kept[-1])["seconds"] if kept else 0.0
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+            kept = [line for line in LogLine.read_lines(self.path) if (line.step or 0) <= state.global_step]
+            self.before = kept[-1].seconds or 0.0 if kept else 0.0
+        write_lines(self.path, kept)
         self.started = time.monotonic()
 
     def on_log(
@@ -308,6 +307,5 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        line = {"step": state.global_step, "seconds": round(self.before + time.monotonic() - self.started, 3), **logs}
-        with self.path.open("a") as opened:
-            opened.write(json.dumps(line) + "\n")
+        seconds = round(self.before + time.monotonic() - self.started, 3)
+        append_line(self.path, LogLine(**{"step": state.global_step, "seconds": seconds, **logs}))

@@ -1,8 +1,8 @@
-"""`predictions/TASK.jsonl`: a line for each answered example, written as it comes, and gone on with after a kill.
+"""`predictions/TASK.jsonl`: a line for each answered example, appended as it comes, and resumed after an interruption.
 
-Beside it lies `TASK.settings.json`, all that decides a prediction. Lines are in the order in which examples are
-answered, the longest prompts first, which is the same for every batch size: so what a killed evaluation has written is
-the beginning of the whole file, and whatever a kill left of a line is written anew.
+Beside it lies `TASK.settings.json`, everything that decides a prediction. Lines are in the order in which examples are
+answered, the longest prompts first, which is the same for every batch size: so what an interrupted evaluation has
+written is the beginning of the whole file, and whatever is left of a broken line is written anew.
 """
 
 from __future__ import annotations
@@ -10,39 +10,31 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ptmoe.errors import PtmoeError
 from ptmoe.files import write_whole
+from ptmoe.runs.records import Prediction
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One answered example.
+def read_predictions(path: Path) -> list[Prediction]:
+    """All predictions of a task.
 
-    Attributes:
-        id: the example's.
-        references: the example's.
-        domain: the example's.
-        prompt: as the model was given it; cut where it was.
-        completion: the model's.
-        scores: by metric, from 0 to 1.
-        gate: over the experts; None for a method that does not route.
-        cut: tokens of the context that were left out of the prompt.
-        answered: false where the prompt does not fit the base even without its context; such an example scores 0.
+    Raises:
+        PtmoeError: the file is missing or empty, a line is no prediction, or an id repeats.
     """
-
-    id: str
-    prompt: str
-    completion: str
-    references: list[str]
-    scores: dict[str, float]
-    domain: str = ""
-    gate: list[float] | None = None
-    cut: int = 0
-    answered: bool = True
+    if not path.is_file():
+        raise PtmoeError(f"{path} is missing")
+    predictions = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            predictions.append(Prediction.parse(line))
+        except (ValueError, TypeError, KeyError):
+            raise PtmoeError(f"{path}, line {number} is no prediction") from None
+    if not predictions or len({prediction.id for prediction in predictions}) < len(predictions):
+        raise PtmoeError(f"{path}: {len(predictions)} line(s), needs one for each example and no id twice")
+    return predictions
 
 
 class PredictionsFile:
@@ -52,7 +44,7 @@ class PredictionsFile:
         path: of the JSON lines.
         settings: what decides the predictions, as JSON.
         ids: of the examples, in the order in which they are answered.
-        overwrite: forget what is there.
+        overwrite: discard what is there.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], ids: Sequence[str], *, overwrite: bool = False) -> None:
@@ -65,10 +57,10 @@ class PredictionsFile:
             self.settings_path.unlink(missing_ok=True)
 
     def resume(self) -> list[Prediction]:
-        """What is there already, after checking that it belongs to this evaluation; what a kill broke off is dropped.
+        """What is there already, after a check that it belongs to this evaluation; a broken last line is dropped.
 
         Raises:
-            PtmoeError: it belongs to another one, or was changed.
+            PtmoeError: it belongs to another evaluation, or was changed.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
@@ -82,8 +74,8 @@ class PredictionsFile:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    prediction = Prediction(**json.loads(line))
-                except (ValueError, TypeError):
+                    prediction = Prediction.parse(line)
+                except (ValueError, TypeError, KeyError):
                     raise self._foreign(f"line {number + 1} is no prediction") from None
                 if number >= len(self.ids) or prediction.id != self.ids[number]:
                     raise self._foreign(f"line {number + 1} has the id {prediction.id!r}")
@@ -94,21 +86,19 @@ class PredictionsFile:
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Add lines; whole ones, as far as the system writes them."""
-        text = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions)
         with self.path.open("ab") as file:
-            # A lone surrogate that a model may write has no UTF-8.
-            file.write(text.encode("utf-8", errors="backslashreplace"))
+            file.write(b"".join(prediction.line() for prediction in predictions))
 
     def _check_settings(self) -> None:
         try:
-            written = json.loads(self.settings_path.read_text())
+            written = json.loads(self.settings_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise self._foreign(f"{self.settings_path.name} is missing or damaged") from None
         written = written if isinstance(written, dict) else {}
         changed = [key for key in {**written, **self.settings} if written.get(key) != self.settings.get(key)]
         if changed:
-            said = ", ".join(f"{key} was {written.get(key)!r}, is {self.settings.get(key)!r}" for key in changed)
-            raise self._foreign(said)
+            differences = (f"{key} was {written.get(key)!r}, is {self.settings.get(key)!r}" for key in changed)
+            raise self._foreign(", ".join(differences))
 
     def _foreign(self, why: str) -> PtmoeError:
         return PtmoeError(

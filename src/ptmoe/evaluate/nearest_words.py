@@ -5,12 +5,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ptmoe.errors import PtmoeError
+from ptmoe.runs.records import NearestWords
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from ptmoe.models.causal import PromptedCausalLM
+
 ROWS = 16_384  # of the embedding at once, so that a large vocabulary is never copied as a whole
+
+
+def nearest_words(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, k: int = 3) -> NearestWords:
+    """For each expert's prompt, or the only prompt that there is, the nearest words of each virtual token."""
+    import torch
+
+    encoder = model.encoder
+    prompts = encoder.expert_prompts()  # (N, T, H)
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    if prompts is None:
+        with torch.no_grad():
+            nothing = torch.zeros(1, 1, embedding.shape[1], device=embedding.device)
+            prompts = encoder(nothing, torch.ones(1, 1, dtype=torch.bool, device=embedding.device)).embeds
+    if not prompts.shape[1]:
+        return NearestWords(experts=[])
+    return NearestWords(experts=[nearest_tokens(prompt, embedding, tokenizer, k) for prompt in prompts])
 
 
 def nearest_tokens(
@@ -25,8 +45,7 @@ def nearest_tokens(
         k: at least 1.
 
     Returns:
-        Of each virtual token, `k` pairs of a token's text and its cosine. `routing/nearest.json` in a run folder holds
-        `{"experts": [nearest_tokens(expert, …) for each expert]}`.
+        For each virtual token, `k` pairs of a token's text and its cosine.
 
     Raises:
         PtmoeError: shapes that do not fit each other, or a `k` that the vocabulary has no room for.
