@@ -28,8 +28,7 @@ class ScaledConfig(PromptConfig):
 
 class Scaled(PromptEncoder):
     def __init__(self, config: ScaledConfig, hidden_size: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.prompt = nn.Parameter(torch.empty(config.num_virtual_tokens, hidden_size))
         self.scale = nn.Parameter(torch.empty(config.num_virtual_tokens, 1))
 
