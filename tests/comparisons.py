@@ -38,8 +38,7 @@ ENVIRONMENT = Environment(
 def write_run(folder, method="pt-moe", task="nano/mixed", seed=0, *, skill=0.5, tasks=None, examples=60, **options):
     """A finished run; `skill` is the chance that an example is answered right.
 
-    Options: name, parameters, fields (of the method), model, logs, nearest, and of `evaluation`: metric, domains,
-    sizes, use, gates.
+    Options: name, parameters, fields (of the method), model, logs, nearest, and those of `evaluation`.
     """
     parameters = options.get("parameters", COUNTS.get(method, 5000))
     folder.mkdir(parents=True)

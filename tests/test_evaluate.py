@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from bases import CONFIGS, prompted, tiny
@@ -20,7 +21,7 @@ from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.tasks import Example, load_task
-from ptmoe.tasks.scoring import bootstrap_interval
+from ptmoe.tasks.resampling import Group, bootstrap_interval
 from ptmoe.tasks.tokens import encode_prompt
 
 TASK = "nano/all"
@@ -55,8 +56,8 @@ def test_batch_sizes_1_3_and_32_give_the_same_file_and_scores(routed, examples, 
     results = {size: evaluated(routed, examples, tmp_path / str(size), batch_size=size) for size in (1, 3, 32)}
     assert predictions(tmp_path / "1") == predictions(tmp_path / "3") == predictions(tmp_path / "32")
     summaries = [one.summary() for one in results.values()]
-    assert all(one["metrics"] == summaries[0]["metrics"] for one in summaries)
-    assert all(one["interval"] == summaries[0]["interval"] for one in summaries)
+    assert all(summary.metrics == summaries[0].metrics for summary in summaries)
+    assert all(summary.interval == summaries[0].interval for summary in summaries)
     lines = [json.loads(line) for line in predictions(tmp_path / "1").splitlines()]
     assert len({max(range(3), key=line["gate"].__getitem__) for line in lines}) > 1, (
         "one expert takes all: tells nothing"
@@ -186,7 +187,7 @@ def test_a_long_context_is_cut_from_its_end_and_counted_and_a_question_that_does
     path.write_text("".join(json.dumps(one) + "\n" for one in (long, hopeless, {**long, "context": "Ann."})))
     evaluation = evaluated(routed, load_task(str(path)), tmp_path, max_length=120)
     summary = evaluation.summary()
-    assert (summary["cut"], summary["unanswered"], summary["examples"]) == (1, 1, 3)
+    assert (summary.cut, summary.unanswered, summary.examples) == (1, 1, 3)
     by_id = {one.id: one for one in evaluation.predictions}
     assert by_id["long-1"].prompt.startswith("Ann has the key. Bob has")
     assert by_id["long-1"].prompt.endswith("\n\nQuestion: Who has the key?\nAnswer:")
@@ -275,10 +276,13 @@ def test_bad_limits_and_no_examples_are_refused(routed, examples):
 
 
 def test_the_interval_is_the_binomials_for_marks_and_does_not_depend_on_their_order():
+    def bootstrap(marks):
+        return bootstrap_interval([Group(1.0, 100 * np.array(marks))])
+
     marks = [1.0] * 30 + [0.0] * 70
-    low, high = bootstrap_interval(marks)
+    low, high = bootstrap(marks)
     assert 20 <= low <= 23
     assert 37 <= high <= 40
     shuffled = random.Random(0).sample(marks, 100)
-    assert bootstrap_interval(shuffled) == [low, high]
-    assert bootstrap_interval([1.0] * 5) == [100.0, 100.0]
+    assert bootstrap(shuffled) == (low, high)
+    assert bootstrap([1.0] * 5) == (100.0, 100.0)

@@ -25,7 +25,7 @@ def accuracy_by_domain(base, task):
     prompted = attach(model, PTConfig(num_virtual_tokens=1))
     with prompted.disable_adapter():
         evaluation = evaluate(prompted, tokenizer, load_task(task, "test"), batch_size=250)
-    return evaluation.metrics["accuracy"], evaluation.summary()["by_domain"]
+    return evaluation.metrics["accuracy"], evaluation.summary().by_domain
 
 
 def test_told_in_words_every_skill_is_answered_at_least_90_percent_right(base):

@@ -24,7 +24,6 @@ from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
 from ptmoe.files import write_whole
-from ptmoe.runs.folders import PLAN_FILE
 from ptmoe.settings import Flag, read_yaml
 from ptmoe.train.options import Count, Rate, SharedOptions, method_entry, scalar
 
@@ -163,6 +162,8 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
     Raises:
         PtmoeError: no such file, not YAML, an unknown preset, or an unknown key or unfit value.
     """
+    from ptmoe.runs.folders import PLAN_FILE  # not for `ptmoe compare --help`: it imports numpy
+
     changes = dict(changes or {})
     folder = Path(path) if path is not None and Path(path).is_dir() else None
     file = folder / PLAN_FILE if folder else Path(path) if path is not None else None

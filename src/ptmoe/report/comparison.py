@@ -254,7 +254,7 @@ def _cells(folder: Path) -> tuple[list[Cell], list[LeftOut]]:
 
 
 def _cell(path: Path, others: Sequence[Cell]) -> Cell:
-    """A finished cell whose files agree. With `others`, a label is one method at one size, and each cell is unique."""
+    """A finished cell whose files agree; with `others`, a label is one method at one size, and no cell repeats."""
     record, run = CellRecord.read(path / CELL_FILE), read_run(path)
     tasks: list[str] = []
     for name in record.eval_tasks:
