@@ -8,8 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import pytest
 import torch
-from bases import ARCHITECTURES, tiny
 from transformers import PreTrainedModel
+
+from testing.bases import ARCHITECTURES, tiny
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=5)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from bases import CONFIGS, batch, prompted, tiny, tokens
 from torch import nn
 
 import ptmoe
 from ptmoe.models.adapter_set import BASE, AdapterSet
+from testing.bases import CONFIGS, batch, prompted, tiny, tokens
 
 IDS, MASK = batch([tokens(5, 1), tokens(3, 2), tokens(8, 3), tokens(1, 4)], [0, 2, 0, 4])
 

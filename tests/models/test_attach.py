@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from bases import CONFIGS, prompted, tiny_llama, tokens
 
 import ptmoe
 from ptmoe.models.attach import load_run
 from ptmoe.models.bases import load_base, place
+from testing.bases import CONFIGS, prompted, tiny_llama, tokens
 
 
 def test_an_adapter_that_is_loaded_beside_another_is_neither_active_nor_training(base, tmp_path):

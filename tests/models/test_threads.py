@@ -4,11 +4,11 @@ import threading
 
 import pytest
 import torch
-from bases import CONFIGS, VOCABULARY, prompted, tiny, tokens
-from test_packing import ROWS, labelled
 
 from ptmoe.fast import linear, lock
 from ptmoe.models.decoding import Decoder
+from testing.bases import CONFIGS, VOCABULARY, prompted, tiny, tokens
+from testing.losses import ROWS, labelled
 
 STEPS = 40
 

@@ -1,0 +1,639 @@
+"""Comparisons: plans and their cells, budgets, and runs that survive interruptions and failures."""
+
+import json
+import sys
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import yaml
+from hypothesis import given, settings
+from transformers import LlamaConfig
+
+from ptmoe.compare import ComparePlan, fit_budget, parse_budget, prepare, read_plan
+from ptmoe.compare import cell as cell_module
+from ptmoe.compare.folder import ComparisonFolder
+from ptmoe.compare.presets import NANO_BUDGET, PRESETS
+from ptmoe.compare.processes import Processes
+from ptmoe.compare.run import Watcher, compare
+from ptmoe.errors import PtmoeError
+from ptmoe.methods import METHODS, PTMoEConfig
+from ptmoe.models.attach import count_parameters
+from ptmoe.report import read_comparison
+from ptmoe.report.results import boards
+from ptmoe.runs.folders import read_run
+from ptmoe.train import TrainOptions
+from ptmoe.train.options import SharedOptions
+from testing.bases import tiny
+
+LLAMA_1B = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+DESIGN = {  # docs of the paper's sizes on it
+    "ft": 1_235_814_400,
+    "lora": 106_496,
+    "hydralora": 278_528,
+    "pt": 81_920,
+    "dpt": 81_432,
+    "smop": 86_016,
+    "attempt": 90_112,
+    "pt-moe": 80_706,
+}
+SHORT = {"max_steps": 4, "eval_examples": 10, "per_device_train_batch_size": 4, "max_examples": 16, "jobs": 1}
+TWO = {**SHORT, "methods": ["pt", "dpt"], "budget": 900, "tasks": ["nano/mixed"], "seeds": 2}
+
+
+@pytest.fixture(scope="module")
+def llama_1b(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases") / "llama-1b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_1B))
+    return str(folder)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Cells that train nothing, and a list of the cells that were run; `trained.does` is called in each."""
+
+    class Trained(list):
+        does = staticmethod(lambda options: None)
+
+        def run(self, options, progress, say):
+            self.append((options.method["name"], options.task, options.seed))
+            folder = Path(options.output_dir)
+            assert not folder.exists(), "a cell starts in a folder of its own"
+            folder.mkdir(parents=True)
+            (folder / "config.yaml").write_text("half of a run")
+            self.does(options)
+            return 7
+
+    cells = Trained()
+    monkeypatch.setattr(cell_module, "run_cell", cells.run)
+    return cells
+
+
+def prepared(folder, **changes):
+    return prepare(read_plan(None, {**TWO, "output_dir": str(folder), **changes}), say=lambda line: None)
+
+
+def listed(comparison):
+    return [(cell.variant.config.method, cell.task, cell.seed) for cell in comparison.cells]
+
+
+# -- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_read_as_people_write_it():
+    written = {"80k": 80_000, "1.5M": 1_500_000, "80_000": 80_000, "80,000": 80_000, "80000": 80_000, "2B": 2 * 10**9}
+    assert {text: parse_budget(text) for text in written} == written
+    assert parse_budget(3840) == 3840
+    for text in ("", "k", "80q", "-5", "0", "1.5", "0.0001k"):
+        with pytest.raises(PtmoeError, match="needs a whole number"):
+            parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture"),
+    [*((method, "llama") for method in METHODS), *product(("pt-moe", "prefix-tuning", "lora"), ("gpt2", "opt"))],
+)
+def test_a_budget_picks_the_size_that_comes_closest_without_exceeding_it(method, architecture):
+    base, config_class = tiny(architecture).config, METHODS[method]
+
+    @settings(max_examples=6)
+    @given(budget=st.integers(1, 6_000), tokens=st.sampled_from([None, 3, 17]))
+    def check(budget, tokens):
+        fixed = {"num_virtual_tokens": tokens} if tokens and "num_virtual_tokens" in config_class.model_fields else {}
+        try:
+            picked = fit_budget(base, config_class, budget, fixed)
+        except PtmoeError as error:
+            smallest = dict.fromkeys(config_class.free_sizes, 1) | fixed
+            try:
+                assert count_parameters(base, config_class(**smallest)) > budget
+            except PtmoeError as unfit:  # the base has no place for the method at all
+                assert str(unfit) == str(error)  # noqa: PT017
+            else:
+                assert f"budget {budget:,} is below {method}'s" in str(error)  # noqa: PT017
+            return
+        assert count_parameters(base, picked) <= budget
+        assert fixed.items() <= picked.model_dump().items()
+        for name in config_class.free_sizes:
+            if name in fixed:
+                continue
+            larger = picked.replace(**{name: getattr(picked, name) + 1})
+            if name == "num_virtual_tokens" and larger.num_virtual_tokens > base.max_position_embeddings // 2:
+                return
+            with suppress(PtmoeError):  # as large as the base or the other sizes allow
+                assert count_parameters(base, larger) > budget
+            return
+
+    check()
+
+
+@settings(max_examples=25)
+@given(budget=st.integers(300, 200_000), method=st.sampled_from(["pt", "dpt", "smop", "attempt", "pt-moe"]))
+def test_no_size_at_all_is_closer_to_the_budget(budget, method):
+    """Against every value of the free size, on a base that is wide enough for all of them."""
+    base, config_class = LlamaConfig(hidden_size=96, max_position_embeddings=9000), METHODS[method]
+    field = config_class.free_sizes[0]
+    fitting = {}
+    for size in range(1, 2200):
+        try:
+            count = count_parameters(base, config_class(**{field: size}))
+        except PtmoeError:
+            break
+        if count > budget:
+            break
+        fitting[count] = size
+    if fitting:
+        assert getattr(fit_budget(base, config_class, budget), field) == fitting[max(fitting)]
+
+
+def test_a_method_that_changes_weights_is_counted_only_a_few_times(monkeypatch):
+    """Each count builds the base without weights, which is slow for a large base."""
+    import ptmoe.models.attach
+
+    counts = []
+    original = ptmoe.models.attach.count_parameters
+    monkeypatch.setattr(ptmoe.models.attach, "count_parameters", lambda *each: counts.append(each) or original(*each))
+    picked = fit_budget(LlamaConfig(**LLAMA_1B), METHODS["lora"], 50_000_000)
+    assert picked.rank == 50_000_000 // DESIGN["lora"]
+    assert len(counts) <= 4
+
+
+def test_pt_moe_loses_tokens_only_where_rank_1_exceeds_the_budget():
+    base = LlamaConfig(**LLAMA_1B)
+    picked = fit_budget(base, PTMoEConfig, 80_000, {"num_virtual_tokens": 40, "num_experts": 2})
+    assert (picked.rank, count_parameters(base, picked)) == (35, 78_578)
+    least = fit_budget(base, PTMoEConfig, 6_170)
+    assert (least.rank, least.num_virtual_tokens, count_parameters(base, least)) == (1, 12, 6_170)
+
+
+def test_params_shows_what_a_budget_picks(run, llama_1b):
+    status, out, _ = run("params", "--budget", "3840")
+    assert status == 0
+    assert "num_virtual_tokens=40, num_experts=2, rank=12" in out
+    assert "95.1 %" in out
+    assert "budget 3,840 is below hydralora's smallest size (rank=1) on this base, 7,680" in out
+    status, out, _ = run("params", "--model", llama_1b, "--method", "pt-moe", "--budget", "80k")
+    assert "78,578" in out
+    assert "98.2 %" in out
+    status, _, err = run("params", "--model", llama_1b, "--method", "lora", "--budget", "80k")
+    assert (status, "below lora's smallest size (rank=1) on this base, 106,496" in err) == (2, True)
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+def test_options_and_a_yaml_file_are_equivalent_and_options_take_precedence(run, tmp_path, monkeypatch):
+    written = {
+        "methods": ["pt", {"name": "pt-moe", "num_experts": 4}],
+        "tasks": "nano/mixed",
+        "seeds": 3,
+        "max_steps": 9,
+    }
+    (tmp_path / "plan.yaml").write_text(
+        yaml.safe_dump({**written, "budget": "3.84k", "vary": {"router_noise": [0, 0.1]}})
+    )
+    monkeypatch.chdir(tmp_path)
+    from_file = run("compare", "plan.yaml", "--dry-run", "--output-dir", "c", "--seeds", "0,4")
+    flags = "--method pt --method pt-moe:num_experts=4 --task nano/mixed --seeds 0,4 --max-steps 9 --budget 3840"
+    from_flags = run("compare", *flags.split(), "--vary", "router_noise=0,0.1", "--dry-run", "--output-dir", "c")
+    assert from_file == from_flags
+    status, out, _ = from_file
+    assert status == 0
+    for word in ("pt-moe router_noise=0.1", "num_virtual_tokens=40, num_experts=4, rank=8", "seeds 0, 4", "4 cells"):
+        assert word in out
+    assert "left out: pt router_noise=0: pt has no 'router_noise' to vary" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml"], "a dry run writes nothing"
+
+
+def test_a_yaml_file_may_hold_what_the_options_hold(tmp_path):
+    texts = {
+        "methods": ["pt", "lora:rank=2,target_modules=[q_proj,k_proj]"],
+        "vary": ["router_noise=0,0.1", "seed=1"],
+        "seeds": "0,4",
+        "learning_rate": ["0.01"],
+        "budget": "3.84k",
+    }
+    values = {
+        "methods": [{"name": "pt"}, {"name": "lora", "rank": 2, "target_modules": ["q_proj", "k_proj"]}],
+        "vary": {"router_noise": [0, 0.1], "seed": [1]},
+        "seeds": [0, 4],
+        "learning_rate": 0.01,
+        "budget": [3840],
+    }
+    plans = []
+    for written in (texts, values):
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"tasks": ["nano/mixed"], **written}))
+        plans.append(read_plan(tmp_path / "plan.yaml"))
+    assert plans[0] == plans[1]
+    by_name = read_plan(None, {"tasks": "nano/mixed", "learning_rate": ["pt=0.01", "lora=0.1"]})
+    assert by_name.learning_rate == {"pt": 0.01, "lora": 0.1}
+
+
+def test_train_and_compare_share_their_common_options():
+    shared = SharedOptions.model_fields.keys()
+    common = TrainOptions.model_fields.keys() & ComparePlan.model_fields.keys()
+    assert common - shared == {"learning_rate"}, "which for a comparison may differ by method"
+
+
+def test_the_resolved_plan_is_complete_and_gives_the_same_cells(tmp_path, trained):
+    first = prepared(tmp_path / "c", learning_rate={"pt": 0.5})
+    compare(first)
+    again = prepare(read_plan(tmp_path / "c"))
+    assert again.plan.replace(jobs=1) == first.plan
+    assert again.cells == first.cells
+    assert again.plan.methods[0]["learning_rate"] == 0.5
+    assert again.plan.methods[1]["learning_rate"] == METHODS["dpt"].default_learning_rate
+    assert again.plan.methods[1]["rank"] == 3
+
+
+def test_all_methods_are_trained_and_evaluated_on_equal_terms(tmp_path):
+    own = {"method", "learning_rate"}
+    terms = [cell.options.model_dump(exclude=own) for cell in prepared(tmp_path / "c").cells if cell.seed == 1]
+    assert len(terms) == 2
+    assert terms[0] == terms[1]
+    assert terms[0]["eval_task"] == "nano/mixed"
+
+
+def test_a_whole_table_of_the_first_seed_comes_before_the_second(tmp_path):
+    comparison = prepared(tmp_path / "c", methods=["pt-moe", "pt"], budget=None, seeds=[3, 1])
+    assert [(cell.seed, cell.variant.label) for cell in comparison.cells] == [
+        (3, "pt"),
+        (3, "pt-moe"),
+        (1, "pt"),
+        (1, "pt-moe"),
+    ]
+
+
+def test_learning_rates_and_recipes_can_be_varied(tmp_path):
+    asked = {"methods": ["pt", "pt-moe"], "budget": None}
+    rates = prepared(tmp_path / "c", **asked, vary={"learning_rate": [0.1, 0.01]}).variants
+    assert [variant.label for variant in rates[:2]] == ["pt learning_rate=0.1", "pt learning_rate=0.01"]
+    assert [variant.learning_rate for variant in rates] == [0.1, 0.01, 0.1, 0.01]
+    recipes = prepared(tmp_path / "c", **asked, vary={"recipe": ["default", "paper"]})
+    assert [variant.config.routing_anneal for variant in recipes.variants] == [True, False]
+    assert [left_out.what for left_out in recipes.left_out] == ["pt recipe=default", "pt recipe=paper"]
+
+
+def test_labels_are_unique_and_folders_safe(tmp_path):
+    both = [{"name": "pt", "num_virtual_tokens": 3}, {"name": "pt", "num_virtual_tokens": 4}]
+    variants = prepared(tmp_path / "c", methods=both, budget=None).variants
+    assert [variant.label for variant in variants] == ["pt", "pt num_virtual_tokens=4 learning_rate=0.03"]
+    assert len(prepared(tmp_path / "c", methods=[both[0], both[0]], budget=None).variants) == 1
+    named = [{**entry, "label": "a/b"} for entry in both]
+    place = prepared(tmp_path / "c", methods=named[:1]).cells[0].place
+    assert place.parts == ("cells", "a__b", "nano__mixed", "seed-0")
+    with pytest.raises(PtmoeError, match="cannot name a folder"):
+        prepared(tmp_path / "c", methods=[{"name": "pt", "label": "../x"}])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_runs_on_nano(preset, tmp_path):
+    asked = {"preset": preset, "model": "nano", "seeds": 2, "output_dir": str(tmp_path / "c")}
+    comparison = prepare(read_plan(None, asked))
+    assert not comparison.left_out
+    trained = [variant for variant in comparison.variants if not variant.is_base]
+    assert len(comparison.cells) == 2 * len(trained) + (preset == "quickstart") >= 4
+    assert all(cell.task.startswith("nano/") and cell.options.max_steps <= 400 for cell in comparison.cells)
+    allowed = {"ft", "hydralora"}  # over the budget in the paper, too
+    for variant in comparison.variants:
+        assert variant.trainable_parameters <= NANO_BUDGET or variant.config.method in allowed
+
+
+@pytest.mark.parametrize("preset", ["paper-qa", "paper-math"])
+def test_the_papers_presets_have_its_sizes_and_tasks_on_its_model(preset, llama_1b, tmp_path):
+    asked = {"preset": preset, "model": llama_1b, "output_dir": str(tmp_path / "c")}
+    comparison = prepare(read_plan(None, asked), data=False)
+    assert {variant.label: variant.trainable_parameters for variant in comparison.variants} == DESIGN
+    assert len(comparison.cells[0].eval_tasks) == {"paper-qa": 12, "paper-math": 5}[preset]
+    assert comparison.jobs == 1
+
+
+def test_the_papers_ablations_keep_the_budget_of_its_standard_form(llama_1b):
+    def sizes(preset, *fields):
+        variants = prepare(read_plan(None, {"preset": preset, "model": llama_1b}), data=False).variants
+        return [tuple(getattr(variant.config, field) for field in fields) for variant in variants]
+
+    assert sizes("ablate-length", "num_virtual_tokens", "rank") == [(20, 20), (40, 36), (60, 35), (80, 35)]
+    assert sizes("ablate-experts", "num_experts", "rank") == [(1, 38), (2, 36), (4, 33), (8, 27)]
+    assert sizes("ablate-noise", "router_noise", "rank") == [(0, 36), (0.05, 36), (0.1, 36), (0.2, 36)]
+    assert len(set(sizes("ablate-routing", "selective", "probationary"))) == 4
+
+
+def test_a_preset_can_be_narrowed_and_given_another_budget(llama_1b):
+    asked = {"preset": "paper-math", "model": llama_1b, "methods": ["pt", "pt-moe"], "budget": ["40k"]}
+    comparison = prepare(read_plan(None, {**asked, "num_train_epochs": 1}), data=False)
+    assert [(variant.label, variant.trainable_parameters) for variant in comparison.variants] == [
+        ("pt", 38_912),
+        ("pt-moe", 38_146),
+    ]
+    assert comparison.variants[1].config.num_virtual_tokens == 40
+    epochs = read_plan(None, {"preset": "paper-math", "model": "nano", "num_train_epochs": 1})
+    assert epochs.max_steps == -1, "or the preset's steps would override the epochs that were asked for"
+
+
+def test_the_help_names_every_preset(run):
+    status, out, _ = run("compare", "--help")
+    assert status == 0
+    assert not [name for name in PRESETS if name.removeprefix("ablate") not in out]
+
+
+MISTAKES = {
+    ("--preset", "paper-maths"): "unknown preset 'paper-maths'; did you mean 'paper-math'?",
+    (): "nothing to compare on: give a --task, or a --preset (quickstart, paper-qa",
+    ("nowhere.yaml",): "no plan nowhere.yaml",
+    ("--task", "nano/mixd"): "unknown task 'nano/mixd'; did you mean 'nano/mixed'?",
+    ("--task", "nano/mixed", "--method", "ptmoe"): "unknown method 'ptmoe'; did you mean 'pt-moe'?",
+    ("--task", "nano/mixed", "--method", "dpt:rnk=3"): "unknown key 'rnk'; did you mean 'rank'?",
+    ("--task", "nano/mixed", "--method", "dpt:rank"): "'rank' is not FIELD=VALUE",
+    ("--task", "nano/mixed", "--vary", "rank"): "needs FIELD=VALUE,VALUE",
+    ("--task", "nano/mixed", "--seeds", "x"): "needs how many, as 5, or which, as 0,3,5",
+    ("--task", "nano/mixed", "--seeds", "0"): "seeds=0: needs at least one",
+    ("--task", "nano/mixed", "--budget", "80q"): "budget '80q': needs a whole number of parameters",
+    ("--task", "nano/mixed", "--learning-rate", "x"): "needs a number, or METHOD=NUMBER",
+    ("--task", "nano/mixed", "--learning-rate", "dpt=1"): "learning_rate of 'dpt', which is not compared",
+    ("--task", "nano/mixed", "--model", "./nowhere"): "unknown model './nowhere'",
+    ("--task", "nano/mixed", "--max-steps", "0"): "max_steps=0",
+    ("--task", "nano/mixed", "--eval-task", "svamp", "--data-dir", "."): "holds no test split of svamp",
+    ("--task", "math_problems"): "no cell is left: math_problems: math_problems has no train split",
+    ("--task", "nano/mixed", "--budget", "100"): "pt: budget 100 is below pt's smallest size (num_virtual_tokens=1)",
+    (
+        "--task",
+        "nano/mixed",
+        "--budget",
+        "300",
+        "--strict",
+    ): "strict, and this cannot be run: pt-moe: budget 300 is below pt-moe's smallest",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_mistake_stops_before_any_cell_with_a_helpful_error(arguments, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("compare", *arguments)
+    assert status == 2
+    assert MISTAKES[arguments] in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_is_named_and_left_out(tmp_path):
+    asked = {"methods": ["pt", "pt-moe", "dpt"], "budget": 300, "tasks": ["nano/mixed", "math-out"]}
+    comparison = prepared(tmp_path / "c", **asked, eval_tasks=["nano/mixed"])
+    assert {(method, task) for method, task, _ in listed(comparison)} == {("pt", "nano/mixed"), ("dpt", "nano/mixed")}
+    named = [str(left_out) for left_out in comparison.left_out]
+    assert named[0].startswith("math-out: ")
+    assert "has no train split: it can only be evaluated on" in named[0]
+    assert named[1].startswith("pt-moe: budget 300 is below pt-moe's smallest size")
+    too_long = prepared(tmp_path / "c", methods=["pt"], budget=None, vary={"num_virtual_tokens": [4, 2048]})
+    assert [str(left_out) for left_out in too_long.left_out] == [
+        "pt num_virtual_tokens=2048: 2048 virtual tokens leave no room for an input: the base has 2048 positions"
+    ]
+
+
+def test_a_presets_evaluation_without_data_is_left_out_and_a_requested_evaluation_stops(llama_1b, tmp_path):
+    line = json.dumps({"question": "2 and 2?", "answer": "#### 4"}) + "\n"
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(line)
+    asked = {"preset": "paper-math", "model": llama_1b, "data_dir": str(tmp_path), "output_dir": str(tmp_path / "c")}
+    comparison = prepare(read_plan(None, {**asked, "methods": ["pt"]}))
+    assert "gsm8k" in comparison.cells[0].eval_tasks
+    assert "asdiv" not in comparison.cells[0].eval_tasks
+    assert any("evaluation on asdiv: " in str(left_out) for left_out in comparison.left_out)
+    with pytest.raises(PtmoeError, match="strict, and this cannot be run: evaluation on"):
+        prepare(read_plan(None, {**asked, "methods": ["pt"], "strict": True}))
+    with pytest.raises(PtmoeError, match="holds no test split of asdiv"):
+        prepare(read_plan(None, {**asked, "preset": None, "tasks": ["gsm8k"], "eval_tasks": ["asdiv"]}))
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_comparison_continues_with_what_is_missing(tmp_path, trained):
+    comparison = prepared(tmp_path / "c")
+
+    def interrupted(options):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+
+    trained.does = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        compare(comparison)
+    half = tmp_path / "c" / comparison.cells[2].place
+    assert (half / "config.yaml").exists()
+    assert not (half / "cell.json").exists()
+
+    trained.does = lambda options: None
+    assert compare(prepared(tmp_path / "c")) == []
+    assert trained[3:] == listed(comparison)[2:], (
+        "the half-written cell anew and the last; the finished ones never twice"
+    )
+    compare(prepare(read_plan(tmp_path / "c")))
+    assert len(trained) == 5
+    assert json.loads((half / "cell.json").read_text()) == {
+        "label": comparison.cells[2].variant.label,
+        "method": comparison.cells[2].variant.config.method,
+        "size": {"num_virtual_tokens": 4} if trained[2][0] == "pt" else {"num_virtual_tokens": 40, "rank": 3},
+        "task": "nano/mixed",
+        "eval_tasks": ["nano/mixed"],
+        "seed": 1,
+        "trainable_parameters": 7,
+    }
+
+
+def test_a_failed_cell_is_reported_and_the_others_still_run(tmp_path, trained):
+    def broken(options):
+        if (options.method["name"], options.seed) == ("dpt", 0):
+            raise RuntimeError("out of memory")
+        if (options.method["name"], options.seed) == ("pt", 1):
+            raise PtmoeError("the loss became nan")
+
+    trained.does = broken
+    failed = compare(prepared(tmp_path / "c"))
+    assert len(trained) == 4
+    assert sorted((*failure.cell, failure.error) for failure in failed) == [
+        ("dpt", "nano/mixed", 0, "RuntimeError: out of memory"),
+        ("pt", "nano/mixed", 1, "the loss became nan"),
+    ]
+    assert "in broken" in (tmp_path / "c" / "log.txt").read_text(), "the traceback of an unforeseen error"
+    lines = (tmp_path / "c" / "failed.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [failure.model_dump() for failure in failed]
+
+    trained.does = lambda options: None
+    assert compare(prepared(tmp_path / "c")) == []
+    assert sorted(trained[4:]) == [("dpt", "nano/mixed", 0), ("pt", "nano/mixed", 1)]
+    assert not (tmp_path / "c" / "failed.jsonl").exists()
+
+
+def test_more_seeds_methods_and_tasks_extend_a_comparison(tmp_path, trained):
+    compare(prepared(tmp_path / "c"))
+    more = {"seeds": 3, "tasks": ["nano/words", "nano/mixed"], "methods": ["smop", "dpt"]}
+    compare(prepared(tmp_path / "c", **more, budget=[900, 1200]))
+    plan = read_plan(tmp_path / "c")
+    assert plan.seeds == [0, 1, 2]
+    assert plan.tasks == ["nano/mixed", "nano/words"]
+    labels = ["pt", "dpt", "smop budget=900", "smop budget=1200", "dpt budget=1200"]
+    assert [entry["label"] for entry in plan.methods] == labels
+    assert len(trained) == 4 + 4 * 2 * 3 - 2, "dpt at 900 kept its label and its two cells"
+
+
+def test_the_untouched_base_is_one_cell_for_each_task_whatever_seeds_budgets_and_sweeps(tmp_path, trained):
+    compare(prepared(tmp_path / "c", seeds=[3, 5]))
+    assert ("base", "nano/mixed", 0) not in trained
+    before = len(trained)
+    compare(prepared(tmp_path / "c", methods=["base"], seeds=[3, 5], vary={"rank": [1, 2]}))
+    assert trained[before:] == [("base", "nano/mixed", 0)], "added to what is there"
+    with_base = {"methods": ["base", "pt"], "seeds": [3, 5, 7], "tasks": ["nano/mixed", "nano/words"]}
+    compare(prepared(tmp_path / "c", **with_base))
+    assert [cell for cell in trained if cell[0] == "base"] == [("base", "nano/mixed", 0), ("base", "nano/words", 0)]
+    compare(prepare(read_plan(tmp_path / "c")))
+    assert len(set(trained)) == len(trained), "no cell twice"
+    assert [entry["label"] for entry in read_plan(tmp_path / "c").methods] == ["pt", "dpt", "base"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_base_is_a_row_of_the_report_that_nothing_was_trained_for(run, tmp_path, jobs):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**TWO, "methods": ["pt"], "jobs": jobs}))
+    arguments = ("compare", tmp_path / "plan.yaml", "--with-base", "--output-dir", tmp_path / "c")
+    status, out, _ = run(*arguments)
+    assert status == 0
+    assert "3 cells (seeds 0, 1), 3 to run" in out
+    place = tmp_path / "c" / "cells" / "base" / "nano__mixed" / "seed-0"
+    assert (read_run(place).result.steps, read_run(place).result.trainable_parameters) == (0, 0)
+    assert not (place / "adapter").exists()
+    assert not (place / "metrics.jsonl").exists()
+    options = ("--task", "nano/mixed", "--examples", 10, "--output-dir", tmp_path / "alone")
+    assert run("eval", "--model", "nano", *options)[0] == 0
+    alone, here = (folder / "predictions" / "nano__mixed.jsonl" for folder in (tmp_path / "alone", place))
+    assert here.read_text() == alone.read_text()
+    comparison = read_comparison(tmp_path / "c")
+    assert next(board for board in boards(comparison) if board.ranks).scores.keys() >= {
+        ("base", "average"),
+        ("pt", "average"),
+    }
+    assert [comparison.of(label)[0].trainable_parameters for label in comparison.labels] == [0, 768]
+    assert run(*arguments, "--dry-run")[1].count("0 to run") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"max_steps": 5}, "max_steps was 4, is 5"),
+        ({"eval_tasks": ["nano/words"]}, r"eval_tasks was None, is \['nano/words'\]"),
+        ({"per_device_train_batch_size": 8, "eval_examples": 9}, "eval_examples was 10, is 9; per_device_train"),
+    ],
+)
+def test_another_comparisons_folder_is_refused_with_the_differences(change, difference, tmp_path, trained):
+    compare(prepared(tmp_path / "c"))
+    with pytest.raises(PtmoeError, match=f"holds another comparison .{difference}"):
+        prepared(tmp_path / "c", **change)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(PtmoeError, match="holds something other than a comparison"):
+        prepared(tmp_path / "other")
+
+
+def test_a_cell_whose_record_is_damaged_or_of_another_size_is_run_again(tmp_path, trained):
+    comparison = prepared(tmp_path / "c")
+    compare(comparison)
+    damaged, other, whole, _ = (tmp_path / "c" / cell.place / "cell.json" for cell in comparison.cells)
+    damaged.write_text("{")
+    other.write_text(whole.read_text())
+    compare(prepared(tmp_path / "c"))
+    assert trained[4:] == listed(comparison)[:2]
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path, trained):
+    pytest.importorskip("fcntl")
+    comparison = prepared(tmp_path / "c")
+    with ComparisonFolder(tmp_path / "c").held(), pytest.raises(PtmoeError, match="another ptmoe compare is running"):
+        compare(comparison)
+    compare(comparison)
+    assert len(trained) == 4
+
+
+def test_a_cell_is_a_run_folder_and_the_command_reports(run, tmp_path):
+    """End to end, in this process; one of the methods diverges."""
+    pytest.importorskip("matplotlib")
+    plan = {**TWO, "seeds": 1, "methods": ["pt", {"name": "pt-moe", "rank": 2, "num_virtual_tokens": 4}]}
+    plan["methods"].append({"name": "dpt", "learning_rate": 1e30})
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    status, out, _ = run("compare", tmp_path / "plan.yaml", "--output-dir", tmp_path / "c", "--jobs", 1)
+    assert status == 1
+    assert "failed: dpt on nano/mixed, seed 0: the loss became" in out
+    assert "1 of 3 cells failed" in out
+    assert f"report: {tmp_path / 'c' / 'report.html'}" in out
+    assert (tmp_path / "c" / "report.html").exists()
+    place = tmp_path / "c" / "cells" / "pt-moe" / "nano__mixed" / "seed-0"
+    cell = read_run(place)
+    assert cell.result.steps == 4
+    assert cell.evaluations["nano/mixed"].examples == 10
+    assert json.loads((place / "cell.json").read_text())["trainable_parameters"] == cell.result.trainable_parameters
+    status, out, _ = run("compare", tmp_path / "c", "--dry-run")
+    assert status == 0
+    assert "3 cells (seeds 0), 1 to run" in out
+
+
+def test_cells_in_processes_give_what_they_give_in_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)  # one thread for each process, as here
+    watched = []
+
+    class Steps(Watcher):
+        def step(self, cell, done, steps, loss):
+            watched.append((cell.variant.label, done, steps))
+
+    one, two = prepared(tmp_path / "one", seeds=1), prepared(tmp_path / "two", seeds=1, jobs=2)
+    assert compare(one) == compare(two, Steps()) == []
+    assert {("pt", 4, 4), ("dpt", 4, 4)} <= set(watched)
+    for cell in one.cells:
+        for file in ("adapter/adapter_model.safetensors", "predictions/nano__mixed.jsonl", "cell.json"):
+            first, second = (tmp_path / name / cell.place / file for name in ("one", "two"))
+            assert first.read_bytes() == second.read_bytes(), file
+
+
+def test_a_process_that_is_killed_fails_its_cell_and_another_takes_over(tmp_path, monkeypatch):
+    """With a stand-in that says what a cell says, and nothing heavy."""
+    script = (
+        "import sys, json\n"
+        "for line in sys.stdin:\n"
+        "    print(json.dumps({'step': 1, 'steps': 2, 'loss': None}), flush=True)\n"
+        "    if json.loads(line)['seed'] == 13: sys.stdin.read()\n"  # until it is killed
+        "    if json.loads(line)['seed'] == 14: sys.exit(3)\n"
+        "    print(json.dumps({'trainable': 384}), flush=True)\n"
+    )
+    monkeypatch.setattr(Processes, "command", (sys.executable, "-S", "-c", script))
+    processes = Processes(2, tmp_path / "log.txt")
+    steps = []
+
+    def kill(*step):
+        for process in processes.alive:
+            process.kill()
+
+    def run(seed, progress):
+        return processes.run(TrainOptions(task="nano/mixed", seed=seed), progress, print)
+
+    try:
+        assert run(1, lambda *step: steps.append(step)) == 384
+        with pytest.raises(PtmoeError, match="its process was ended by SIGKILL"):
+            run(13, kill)
+        with pytest.raises(PtmoeError, match=r"its process ended with status 3; .*log.txt has what it printed last"):
+            run(14, lambda *step: None)
+        assert run(2, lambda *step: steps.append(step)) == 384
+        assert steps == [(1, 2, None)] * 2
+        assert len(processes.alive) == 3, "one served two cells, and each that died has a successor"
+    finally:
+        processes.stop()
+    assert all(process.poll() is not None for process in processes.alive)

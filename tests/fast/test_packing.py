@@ -1,0 +1,234 @@
+"""A batch computed without its padding: the same losses and gradients, on every base."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import ptmoe.fast.loss
+from ptmoe import METHODS, PtmoeError, attach
+from ptmoe.fast.packing import SHORT, SIMILAR, groups_of, packing_obstacle
+from testing.bases import CONFIGS, HIDDEN, VOCABULARY, prompted, tiny, tiny_llama
+from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
+
+
+@pytest.mark.parametrize("lefts", [[0] * 5, [15, 0, 19, 7, 0], [3, 0, 1, 5, 2]], ids=["right", "left", "both"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_losses_and_gradients_are_those_of_the_padded_batch(
+    base: PreTrainedModel, implementation: str, lefts: list[int]
+) -> None:
+    if implementation == "sdpa" and base.config.model_type == "gemma2":
+        pytest.skip("Gemma 2's soft cap is refused there")
+    base.set_attn_implementation(implementation)
+    model = prompted(base, CONFIGS["PT-MoE selective probationary"]).train()
+    base.eval()  # no dropout of the base: the two would draw other numbers
+    inputs = labelled(ROWS, lefts)
+    assert packing_obstacle(base) is None
+    assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_prompt(name: str) -> None:
+    model = prompted(tiny_llama(), CONFIGS[name]).train()
+    inputs = labelled(ROWS, [0] * 5)
+    assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
+
+
+@pytest.mark.parametrize("method", ["lora", "hydralora", "ft", "ia3", "vera"])
+def test_weight_side_methods(method: str) -> None:
+    model = attach(tiny_llama(), METHODS[method]()).train()
+    inputs = labelled(ROWS, [0] * 5)
+    assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
+
+
+def test_several_adapters_and_the_base_in_one_batch() -> None:
+    model = prompted(tiny_llama(), CONFIGS["PT"], name="a")
+    prompted(model, CONFIGS["SMoP"], name="b")
+    model.train()
+    inputs = labelled(ROWS, [0] * 5) | {"adapter_names": ["b", "a", "__base__", "b", "a"]}
+    assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_layers_attend_as_the_first_time(base: PreTrainedModel, reentrant: bool) -> None:
+    model = prompted(base, CONFIGS["PT"]).train()
+    for module in base.modules():  # the padded batch would draw other numbers
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    inputs = labelled(ROWS, [0] * 5)
+    plain = loss_and_gradients(model, inputs, False)
+    loss_and_gradients(model, inputs, True)  # tries the base out, which calls its layers, too
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls = count_layers(base)
+    checkpointed = loss_and_gradients(model, inputs, True)
+    assert len(calls) == 2 * base.config.num_hidden_layers  # each was computed again
+    assert_same(checkpointed, plain)
+    model.gradient_checkpointing_disable()
+    assert_same(loss_and_gradients(model, inputs, True), plain)
+
+
+def count_layers(base: PreTrainedModel) -> list[int]:
+    calls: list[int] = []
+    norm = [module for name, module in base.named_modules() if name.endswith(("self_attn", ".attn", ".attention"))]
+    assert len(norm) == base.config.num_hidden_layers
+    for module in norm:
+        module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_a_packed_batch_computes_no_padding() -> None:
+    base = tiny_llama()
+    model = prompted(base, CONFIGS["PT"]).train()
+    seen: list[tuple[int, ...]] = []
+    base.model.layers[0].mlp.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape)))
+    model(**labelled(ROWS, [0] * 5))
+    assert seen[-1] == (1, sum(map(len, ROWS)) + 5 * len(ROWS), HIDDEN)
+    model(**labelled([ROWS[1], ROWS[4]], [0, 0]))  # no padding, nothing to gain
+    assert seen[-1] == (2, len(ROWS[1]) + 5, HIDDEN)
+
+
+def test_the_base_is_left_as_it_was() -> None:
+    base = tiny_llama()
+    model = prompted(base, CONFIGS["PT"]).train()
+    before = base.config._attn_implementation
+    model(**labelled(ROWS, [0] * 5)).loss.backward()
+    assert base.config._attn_implementation == before
+    base.config.pad_token_id = None
+    with pytest.raises(IndexError):
+        model(**(labelled(ROWS, [0] * 5) | {"input_ids": torch.full((5, 24), VOCABULARY)}))
+    assert base.config._attn_implementation == before
+
+
+def bloom() -> PreTrainedModel:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=2, n_head=4)).eval()
+
+
+def test_a_base_that_cannot_is_computed_with_its_padding_and_that_is_said_once() -> None:
+    model = prompted(bloom(), CONFIGS["PT"]).train()
+    inputs = labelled(ROWS, [0] * 5)
+    with pytest.warns(UserWarning, match="cannot be packed with BloomForCausalLM"):
+        automatic = loss_and_gradients(model, inputs, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = loss_and_gradients(model, inputs, None)
+    padded = loss_and_gradients(model, inputs, False)
+    assert_same(automatic, padded)
+    assert_same(again, padded)
+    with pytest.raises(PtmoeError, match="cannot be packed with BloomForCausalLM"):
+        loss_and_gradients(model, inputs, True)
+
+
+def test_packing_cannot_be_asked_for_where_the_prompt_stands_in_the_cache() -> None:
+    model = attach(tiny_llama(), METHODS["prefix-tuning"](num_virtual_tokens=4)).train()
+    inputs = labelled(ROWS, [0] * 5)
+    loss_and_gradients(model, inputs, None)
+    with pytest.raises(PtmoeError, match="cache"):
+        loss_and_gradients(model, inputs, True)
+
+
+def test_a_base_whose_layers_mix_tokens_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_llama()
+    assert packing_obstacle(base) is None
+    mlp = base.model.layers[0].mlp
+    forward = mlp.forward
+    # What came before, as a state-space layer or a convolution has it.
+    monkeypatch.setattr(mlp, "forward", lambda x: forward(x) + 0.5 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+    reason = packing_obstacle(base)
+    assert reason is not None
+    assert "mix tokens" in reason
+
+
+def test_a_window_that_only_the_masks_know_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.mistral import modeling_mistral
+
+    base = tiny("mistral")
+    real = modeling_mistral.ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def without_window(*arguments: object) -> object:
+        def attend(*tensors: object, sliding_window: int | None = None, **options: object) -> object:
+            return real(*arguments)(*tensors, **options)
+
+        return attend
+
+    monkeypatch.setattr(modeling_mistral.ALL_ATTENTION_FUNCTIONS, "get_interface", without_window)
+    assert "window" in str(packing_obstacle(base))
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=12))
+def test_groups_hold_every_token_once_beside_similar_rows(lengths: list[int]) -> None:
+    lengths = sorted(lengths, reverse=True)
+    groups = groups_of(lengths, torch.device("cpu"))
+    assert [group.start for group in groups] == [0, *(group.stop for group in groups)][: len(groups)]
+    assert (groups[-1].stop if groups else 0) == sum(lengths)
+    remaining = [length for length in lengths if length]
+    for group in groups:
+        rows, remaining = remaining[: group.rows], remaining[group.rows :]
+        assert rows[0] == group.longest
+        assert group.longest <= SHORT or rows[-1] >= SIMILAR * group.longest
+        if group.padded is None:
+            assert set(rows) == {group.longest}
+            continue
+        assert group.real is not None
+        padded = group.padded.view(group.rows, group.longest)
+        expected = torch.arange(group.stop - group.start).split(rows)
+        for row, tokens_ in zip(padded, expected, strict=True):
+            assert row[: len(tokens_)].tolist() == tokens_.tolist()
+            assert set(row.tolist()) == set(tokens_.tolist())  # never another row's
+        assert group.padded[group.real].tolist() == list(range(group.stop - group.start))
+    assert not remaining
+
+
+# -- the loss in parts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_loss_in_parts_is_the_loss(base: PreTrainedModel, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2 caps its logits after the head: it has to happen in parts as well."""
+    model = prompted(base, CONFIGS["PT-MoE selective probationary"]).train()
+    base.eval()
+    inputs = labelled(ROWS, [0, 0, 19, 0, 0], supervised=3)
+    whole = loss_and_gradients(model, inputs, packing)
+    largest: list[int] = []
+    base.get_output_embeddings().register_forward_hook(lambda _, __, out: largest.append(out.shape[:-1].numel()))
+    monkeypatch.setattr("ptmoe.fast.paths.LOGITS_AT_ONCE", 4 * VOCABULARY + 1)
+    assert_same(loss_and_gradients(model, inputs, packing), whole)
+    assert max(largest) == 4
+    assert len(largest) == 1 + 4  # one position on the way through, then 15 in parts of 4
+
+
+def test_the_loss_in_parts_of_a_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prompted(tiny_llama(), CONFIGS["PT"]).train()
+    inputs = labelled(ROWS, [0] * 5, supervised=3) | {"num_items_in_batch": torch.tensor(40)}
+    whole = loss_and_gradients(model, inputs, None)
+    monkeypatch.setattr("ptmoe.fast.paths.LOGITS_AT_ONCE", 4 * VOCABULARY)
+    assert_same(loss_and_gradients(model, inputs, None), whole)
+
+
+def test_a_head_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach(tiny_llama(), METHODS["ft"]()).train()
+    inputs = labelled(ROWS, [0] * 5)
+    whole = loss_and_gradients(model, inputs, None)
+    monkeypatch.setattr("ptmoe.fast.paths.LOGITS_AT_ONCE", 4 * VOCABULARY)
+    assert_same(loss_and_gradients(model, inputs, None), whole)
+    assert any("lm_head" in name or "embed_tokens" in name for name in whole)
+
+
+def test_statistics_of_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prompted(tiny_llama(), CONFIGS["PT"]).train()
+    inputs = labelled(ROWS, [0] * 5, supervised=3)
+    found = []
+    for logits_at_once, skip in ((2**25, True), (4 * VOCABULARY, True), (2**25, False)):
+        monkeypatch.setattr("ptmoe.fast.paths.LOGITS_AT_ONCE", logits_at_once)
+        statistics = ptmoe.fast.loss.TokenStatistics()
+        model(**inputs, token_statistics=statistics, skip_logits=skip)
+        found.append((float(statistics.entropy), float(statistics.correct), statistics.count))
+    assert found[0][2] == 3 * len(ROWS)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)

@@ -1,0 +1,300 @@
+"""Generation: `input_ids` followed by the tokens that the base gives after a prompt spliced by hand."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.testing import assert_close
+from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from ptmoe.errors import PtmoeError
+from testing.bases import CONFIGS, HIDDEN, POSITIONS, VOCABULARY, batch, prompted, tiny_llama, tokens
+
+all_methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+ROUTED = CONFIGS["PT-MoE selective probationary"]
+ROWS = [tokens(6, 1), tokens(2, 2), tokens(9, 3), tokens(4, 4)]
+RIGHT, LEFT, BOTH = [0, 0, 0, 0], [3, 7, 0, 5], [2, 3, 0, 5]
+
+
+def spliced_by_hand(model, rows):
+    """What the base needs for left-padded rows, composed one by one."""
+    embed = model.get_input_embeddings()
+    parts = []
+    for row in rows:
+        embeds = embed(row)[None]
+        prompt = model.encoder(embeds, torch.ones(1, len(row), dtype=torch.bool)).embeds
+        parts.append(torch.cat([prompt, embeds], 1)[0])
+    width = max(map(len, parts))
+    embeds = torch.stack([torch.cat([torch.zeros(width - len(part), HIDDEN), part]) for part in parts])
+    mask = torch.stack([torch.arange(width) >= width - len(part) for part in parts]).long()
+    return {"inputs_embeds": embeds.detach(), "attention_mask": mask}
+
+
+def greedy_by_hand(model, row, new, penalty=1.0):
+    """Token by token, no cache: the whole sequence through the bare base each time."""
+    spliced, ids = spliced_by_hand(model, [row])["inputs_embeds"], row
+    with torch.no_grad():
+        for _ in range(new):
+            logits = model.base_model(inputs_embeds=spliced).logits[0, -1].clone()
+            seen = ids.unique()
+            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+            ids = torch.cat([ids, logits.argmax()[None]])
+            spliced = torch.cat([spliced, model.get_input_embeddings()(ids[-1:])[None]], 1)
+    return ids
+
+
+@all_methods
+@pytest.mark.parametrize("lefts", [RIGHT, LEFT, BOTH], ids=["right", "left", "both"])
+def test_padding_on_any_side_gives_each_row_the_tokens_it_gets_alone(base, config, lefts):
+    model = prompted(base, config)
+    ids, mask = batch(ROWS, lefts)
+    out = model.generate(ids, mask, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(out.sequences[:, : ids.shape[1]], ids)
+    for i, row in enumerate(ROWS):
+        alone = model.generate(row[None], max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+        assert torch.equal(out.sequences[i, ids.shape[1] :], alone.sequences[0, len(row) :])
+        assert_close(torch.stack(out.logits)[:, i], torch.stack(alone.logits)[:, 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_greedy_tokens_are_those_of_the_whole_sequence_without_a_cache(base, penalty):
+    model = prompted(base, ROUTED)
+    for row in ROWS:
+        generated = model.generate(row[None], max_new_tokens=5, repetition_penalty=penalty)
+        assert torch.equal(generated[0], greedy_by_hand(model, row, 5, penalty))
+
+
+def test_a_static_cache_gives_the_same_tokens():
+    model = prompted(tiny_llama(), ROUTED)
+    ids, mask = batch(ROWS, BOTH)
+    expected = model.generate(ids, mask, max_new_tokens=4)
+    assert torch.equal(model.generate(ids, mask, max_new_tokens=4, cache_implementation="static"), expected)
+
+
+OPTIONS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "beams with a length penalty": {"num_beams": 3, "length_penalty": -2.0, "early_stopping": True, "eos_token_id": 7},
+    "several beams returned": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "beam sampling": {"do_sample": True, "num_beams": 2},
+    "repetition penalty": {"repetition_penalty": 1.7},
+    "no repeated n-gram": {"no_repeat_ngram_size": 1},
+    "an end token": {"eos_token_id": list(range(3, VOCABULARY, 4))},
+    "an end token not before": {"eos_token_id": list(range(3, VOCABULARY, 4)), "min_new_tokens": 4},
+    "a config": {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=6)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_way_to_decode_is_that_of_the_base_after_the_prompt(base, options, padded):
+    model = prompted(base, ROUTED)
+    rows = ROWS if padded else [tokens(6, i) for i in range(4)]
+    ids, mask = batch(rows, LEFT if padded else [0] * 4)
+    options = options if "generation_config" in options else options | {"max_new_tokens": 6}
+    options = options | {"return_dict_in_generate": True, "output_scores": True}
+    torch.manual_seed(3)
+    out = model.generate(input_ids=ids, attention_mask=mask, **options)
+    torch.manual_seed(3)
+    expected = base.generate(ids, **spliced_by_hand(model, rows), **options)
+    assert torch.equal(out.sequences, expected.sequences)
+    copies = len(out.sequences) // len(ids)
+    assert torch.equal(out.sequences[:, : ids.shape[1]], ids.repeat_interleave(copies, 0))
+    # -inf, of a filter, where both have it
+    assert_close(torch.stack(out.scores), torch.stack(expected.scores), atol=1e-5, rtol=0)
+
+
+class Heard(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_hears_the_input_and_each_new_token():
+    model, heard = prompted(tiny_llama(), ROUTED), Heard()
+    sequence = model.generate(ROWS[0][None], max_new_tokens=5, streamer=heard)
+    assert heard.tokens == sequence[0].tolist()
+    assert heard.ended
+
+
+class After(StoppingCriteria):
+    """Stops as soon as a row holds this many tokens, and keeps what it was shown."""
+
+    def __init__(self, length):
+        self.length, self.shown = length, []
+
+    def __call__(self, input_ids, scores, **options):
+        self.shown.append(input_ids.clone())
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_stopping_criteria_see_the_input_and_the_new_tokens():
+    model, criterion = prompted(tiny_llama(), ROUTED), After(9)
+    sequence = model.generate(ROWS[0][None], max_new_tokens=20, stopping_criteria=[criterion])
+    assert torch.equal(sequence, model.generate(ROWS[0][None], max_new_tokens=3))
+    assert [shown.shape[1] for shown in criterion.shown] == [7, 8, 9]
+    assert torch.equal(criterion.shown[-1], sequence)
+
+
+def test_stop_strings_end_a_row():
+    characters = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(VOCABULARY)}, unk_token="!"))
+    characters.pre_tokenizer, characters.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="!")
+    model = prompted(tiny_llama(), ROUTED)
+    free = model.generate(ROWS[0][None], max_new_tokens=8)[0]
+    word = tokenizer.decode(free[8:10])
+    stopped = model.generate(ROWS[0][None], max_new_tokens=8, stop_strings=[word], tokenizer=tokenizer)[0]
+    assert torch.equal(stopped, free[: len(stopped)])
+    assert tokenizer.decode(stopped).endswith(word)
+    assert len(stopped) <= 10
+
+
+def test_a_logits_processor_sees_the_input_and_the_new_tokens():
+    model, seen = prompted(tiny_llama(), ROUTED), []
+
+    def processor(input_ids, scores):
+        seen.append(input_ids.clone())
+        return scores
+
+    sequence = model.generate(ROWS[0][None], max_new_tokens=3, logits_processor=[processor])
+    assert [len(ids[0]) for ids in seen] == [6, 7, 8]
+    assert torch.equal(seen[-1], sequence[:, :-1])
+
+
+# -- lengths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["options", "a config", "the base's config"])
+def test_max_length_counts_the_input_and_new_tokens_but_not_virtual_ones(base, where):
+    model = prompted(base, ROUTED)
+    options = {"max_length": 11}
+    if where == "a config":
+        options = {"generation_config": GenerationConfig(max_length=11)}
+    if where == "the base's config":
+        base.generation_config.max_length, options = 11, {}
+    assert model.generate(ROWS[0][None], **options).shape == (1, 11)
+    with pytest.raises(ValueError, match="max_length"):
+        model.generate(tokens(11)[None], **options)
+
+
+@pytest.mark.parametrize("where", ["options", "a config", "the base's config"])
+def test_min_length_counts_the_input_and_new_tokens_but_not_virtual_ones(where):
+    model = prompted(tiny_llama(), ROUTED)
+    likely = model.generate(ROWS[0][None], max_new_tokens=4)[0, 6:].tolist()
+    ending = {"eos_token_id": likely, "max_new_tokens": 12}
+    options = ending | {"min_length": 14}
+    if where == "a config":
+        options = {"generation_config": GenerationConfig(**options)}
+    if where == "the base's config":
+        model.generation_config.min_length, options = 14, ending
+    held = model.generate(ROWS[0][None], **options)
+    assert held.shape[1] >= 14
+    assert not torch.isin(held[0, 6:13], torch.tensor(likely)).any()
+
+
+def test_what_the_caller_asks_for_goes_before_the_bases_config():
+    model = prompted(tiny_llama(), ROUTED)
+    model.generation_config.max_new_tokens = 7
+    ids = ROWS[0][None]
+    assert model.generate(ids).shape[1] == 6 + 7
+    assert model.generate(ids, max_length=9).shape[1] == 9
+    given = GenerationConfig(max_new_tokens=2)
+    assert model.generate(ids, generation_config=given).shape[1] == 6 + 2
+    assert model.generate(ids, generation_config=given, max_new_tokens=4).shape[1] == 6 + 4
+    assert given.max_new_tokens == 2
+    assert given.max_length is None
+
+
+def test_without_a_length_it_makes_as_many_tokens_as_transformers_or_as_fit(base):
+    model = prompted(base, ROUTED)
+    assert model.generate(ROWS[0][None]).shape[1] == base.generate(ROWS[0][None]).shape[1] == 6 + 20
+    longest = POSITIONS - ROUTED.num_virtual_tokens
+    assert model.generate(tokens(longest - 5)[None]).shape[1] == longest
+    base.generation_config.max_length = POSITIONS
+    assert model.generate(ROWS[0][None]).shape[1] == longest
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"max_length": 6}, {"max_length": 3}])
+def test_no_room_for_a_new_token_is_an_error(options):
+    with pytest.raises(ValueError, match="max_length"):
+        prompted(tiny_llama(), ROUTED).generate(ROWS[0][None], **options)
+
+
+# -- routing and adapters ----------------------------------------------------------------------------------------------
+
+
+def test_routing_is_decided_once_and_held(base):
+    model = prompted(base, ROUTED)
+    calls = []
+    model.encoder.register_forward_hook(lambda module, arguments, prompt: calls.append(prompt.routing.gate))
+    ids, mask = batch(ROWS, BOTH)
+    model.generate(ids, mask, max_new_tokens=6, num_beams=2)
+    assert len(calls) == 1
+    assert torch.equal(calls[0], model.route(ids, mask).gate)
+
+
+def test_input_mask_decides_the_prompt_of_a_generation():
+    model = prompted(tiny_llama(), ROUTED)
+    ids = tokens(8, 1)[None]
+    readable = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
+    calls = []
+    model.encoder.register_forward_hook(lambda module, arguments, prompt: calls.append(prompt.routing.gate))
+    model.generate(ids, input_mask=readable, max_new_tokens=2)
+    assert torch.equal(calls[0], model.route(ids[:, :3]).gate)
+
+
+def test_each_row_generates_with_the_adapter_it_names(base):
+    model = prompted(base, ROUTED, name="moe")
+    model = prompted(model, CONFIGS["PT"].replace(num_virtual_tokens=2), seed=2, name="pt")
+    names = ["moe", "__base__", "pt", "__base__"]
+    ids, mask = batch(ROWS, BOTH)
+    new = model.generate(ids, mask, adapter_names=names, max_new_tokens=4)[:, ids.shape[1] :]
+    for i, (row, name) in enumerate(zip(ROWS, names, strict=True)):
+        if name == "__base__":
+            alone = base.generate(row[None], attention_mask=torch.ones(1, len(row)), max_new_tokens=4)
+        else:
+            model.set_adapter(name)
+            alone = model.generate(row[None], max_new_tokens=4)
+        assert torch.equal(new[i], alone[0, len(row) :])
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_is_another_name_for_input_ids():
+    model = prompted(tiny_llama(), ROUTED)
+    ids = ROWS[0][None]
+    expected = model.generate(ids, max_new_tokens=3)
+    assert torch.equal(model.generate(inputs=ids, max_new_tokens=3), expected)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=3), expected)
+    with pytest.raises(PtmoeError, match="needs input_ids"):
+        model.generate(max_new_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "prefill_chunk_size"])
+@pytest.mark.parametrize("in_config", [False, True])
+def test_what_would_read_the_input_again_without_its_prompt_is_refused(name, in_config):
+    model = prompted(tiny_llama(), ROUTED)
+    options = {"generation_config": GenerationConfig(**{name: 2})} if in_config else {name: 2}
+    with pytest.raises(PtmoeError, match=name):
+        model.generate(ROWS[0][None], **options)
+
+
+def test_an_assistant_is_refused():
+    with pytest.raises(PtmoeError, match="assistant_model"):
+        prompted(tiny_llama(), ROUTED).generate(ROWS[0][None], assistant_model=tiny_llama())
+
+
+def test_generation_works_on_a_bfloat16_base(base):
+    model = prompted(base.to(torch.bfloat16), ROUTED)
+    ids, mask = batch(ROWS, BOTH)
+    out = model.generate(ids, mask, max_new_tokens=4, output_scores=True, return_dict_in_generate=True)
+    assert out.sequences.shape == (4, ids.shape[1] + 4)
+    assert torch.stack(out.scores).isfinite().all()

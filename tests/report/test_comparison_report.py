@@ -1,0 +1,641 @@
+"""A comparison's report: every number comes from its cells, tests and intervals are right, nothing hostile runs."""
+
+import base64
+import csv
+import io
+import json
+import re
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from matplotlib.text import Text
+from rich.console import Console
+from scipy import stats
+
+from ptmoe.errors import PtmoeError
+from ptmoe.evaluate.nearest_words import nearest_tokens
+from ptmoe.report import comparison_summary, read_comparison, write_report
+from ptmoe.report.comparison import MEAN
+from ptmoe.report.figures import curve_points, score_by_parameters
+from ptmoe.report.published import paper
+from ptmoe.report.results import AVERAGE, Board, Score, boards, holm, paired_test, t_interval
+from ptmoe.report.table import Table, to_csv, to_latex, to_markdown
+from ptmoe.report.tables import published_for
+from ptmoe.report.theme import DARK, LIGHT, drawing, styles
+from ptmoe.runs.folders import FAILED_FILE
+from ptmoe.runs.records import Failure, write_lines
+from ptmoe.tasks.resampling import Group, bootstrap_interval
+from testing.folders import ALL_ON_SECOND, DOMAINS, ONE_EACH, SVAMP_TYPES, write_cell, write_plan
+from testing.pages import Page
+
+TASKS = ("nano/mixed", "nano/facts")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The base, and three methods × two tasks × three seeds; one cell failed, one was broken off."""
+    folder = tmp_path_factory.mktemp("nano")
+    words = [[[["sea", 0.8], [" port", 0.7]]] * 10] * 4
+    for task in TASKS:
+        write_cell(folder, "base", task, 0, skill=0.1)
+        for label, skill in (("pt", 0.5), ("smop", 0.35), ("pt-moe", 0.9)):
+            for seed in range(3):
+                if (label, task, seed) != ("smop", "nano/facts", 2):
+                    use = {"smop": ALL_ON_SECOND, "pt-moe": ONE_EACH}.get(label)
+                    nearest = words if label == "pt-moe" else None
+                    write_cell(folder, label, task, seed, skill=skill + 0.02 * seed, use=use, nearest=nearest)
+    write_plan(folder, title="Four methods", methods=["base", "smop", "pt", "pt-moe"], seeds=[0, 1, 2])
+    failure = Failure(label="smop", task="nano/facts", seed=2, error="DivergedError: the loss became NaN")
+    write_lines(folder / FAILED_FILE, [failure])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def comparison(folder):
+    return read_comparison(folder)
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page(write_report(folder))
+
+
+@pytest.fixture(scope="module")
+def maths(tmp_path_factory):
+    """Trained on GSM8K and evaluated on two more tasks, one seed of pt, two of pt-moe."""
+    folder = tmp_path_factory.mktemp("maths")
+    tasks = ["gsm8k", "svamp", "mawps"]
+    write_cell(folder, "pt", "gsm8k", 0, skill=0.5, tasks=tasks, examples=61)
+    for seed in range(2):
+        write_cell(folder, "pt-moe", "gsm8k", seed, skill=0.7, tasks=tasks, examples=61)
+    return folder
+
+
+def on_disk(folder, label, task, evaluated=None):
+    """A label's evaluations as their files hold them, by seed."""
+    name = (evaluated or task).replace("/", "__")
+    places = (folder / "cells" / label / task.replace("/", "__")).glob(f"seed-*/eval/{name}.json")
+    return [json.loads(path.read_text()) for path in sorted(places)]
+
+
+def download(page, kind, number=0):
+    found = [address for address in page.addresses if address.startswith(f"data:{kind}")]
+    return base64.b64decode(found[number].partition(",")[2]).decode()
+
+
+# Statistics
+
+
+def test_an_interval_over_seeds_is_students():
+    values = [71.0, 74.5, 69.25, 73.0]
+    expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert t_interval(values) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="at least 2"):
+        t_interval([70.0])
+
+
+def test_a_bootstrap_interval_agrees_with_resampling_one_by_one():
+    values = np.random.default_rng(3).choice([0.0, 0.5, 1.0], 80)
+    generator = np.random.default_rng(4)
+    means = [generator.choice(values, 80).mean() for _ in range(10_000)]
+    assert bootstrap_interval([Group(1.0, values)]) == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.01)
+
+
+def test_a_sign_flip_test_agrees_with_all_sign_arrangements():
+    differences = np.array([1, 1, 1, 0, -1, 1, 0.5, 1, 0, -0.5, 1, 1])
+    sums = np.array(list(product((1, -1), repeat=12))) @ differences
+    exact = np.mean(np.abs(sums) >= abs(differences.sum()))
+    test = paired_test([Group(1.0, differences)])
+    assert test.difference.mean == pytest.approx(differences.mean())
+    assert test.p == pytest.approx(exact, abs=0.015)
+
+
+def test_groups_weigh_as_told_and_not_by_their_sizes():
+    groups = [Group(0.5, np.ones(10)), Group(0.5, np.zeros(990))]
+    test = paired_test(groups)
+    assert test.difference[:4] == (0.5, (), 0.5, 0.5)
+    assert test.p < 0.01
+
+
+def test_no_difference_is_no_finding():
+    assert paired_test([Group(1.0, np.zeros(50))]).p == 1.0
+
+
+def test_many_distinct_values_are_tested_like_few():
+    values = np.random.default_rng(0).normal(0.1, 1, 3000)
+    expected = stats.ttest_1samp(values, 0).pvalue
+    assert paired_test([Group(1.0, values)]).p == pytest.approx(expected, rel=0.3, abs=2e-4)
+
+
+def test_ten_thousand_scores_are_resampled_in_less_memory_than_their_picks():
+    """All distinct, as a mean F1 over seeds is; rounding them moves the interval by nothing that is printed."""
+    values = np.random.default_rng(0).uniform(0, 100, 10_000)
+    half = 1.96 * values.std() / 100
+    expected = (values.mean() - half, values.mean() + half)
+    assert bootstrap_interval([Group(1.0, values)]) == pytest.approx(expected, abs=0.05)
+
+
+def test_holm_multiplies_the_smallest_most_and_keeps_the_order():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+# Reading
+
+
+def test_only_cells_that_are_finished_count(comparison):
+    assert comparison.labels == ["base", "smop", "pt", "pt-moe"]  # as the plan lists them
+    assert len(comparison.cells) == 2 + 5 + 6 + 6
+    (failed,) = comparison.left_out
+    assert (failed.label, failed.task, failed.seed, failed.state) == ("smop", "nano/facts", 2, "failed")
+
+
+def test_no_finished_cell_is_an_error_that_says_what_there_is(tmp_path):
+    with pytest.raises(PtmoeError, match="no cell at all"):
+        read_comparison(tmp_path)
+    write_cell(tmp_path, "pt", "nano/mixed", 0, finished=False)
+    with pytest.raises(PtmoeError, match="1 unfinished"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(PtmoeError, match="not a folder"):
+        read_comparison(tmp_path / "nowhere")
+
+
+def test_unfinished_failed_and_missing_cells_are_told_apart(tmp_path):
+    for seed in range(3):
+        write_cell(tmp_path, "pt", "nano/mixed", seed)
+    write_cell(tmp_path, "dpt", "nano/mixed", 0, finished=False)
+    failures = [Failure(label="dpt", task="nano/mixed", seed=1, error=text) for text in ("first", "last")]
+    failures.append(Failure(label="pt", task="nano/mixed", seed=2, error="finished since"))
+    write_lines(tmp_path / FAILED_FILE, failures)
+    found = {(cell.label, cell.seed): (cell.state, cell.reason) for cell in read_comparison(tmp_path).left_out}
+    assert found == {
+        ("dpt", 0): ("unfinished", ""),
+        ("dpt", 1): ("failed", "last"),
+        ("dpt", 2): ("not started", ""),
+    }
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda cell: (cell / "result.json").unlink(), "result.json is missing"),
+        (lambda cell: (cell / "cell.json").write_text("{"), "cell.json"),
+        (lambda cell: (cell / "metrics.jsonl").write_text('{"step": "many"}'), "line 1: step"),
+        (lambda cell: (cell / "eval" / "nano__mixed.json").unlink(), "lacks nano/mixed"),
+        (
+            lambda cell: (cell / "cell.json").write_text(
+                (cell / "cell.json").read_text().replace('"seed": 1', '"seed": 0')
+            ),
+            "repeats",
+        ),
+        (
+            lambda cell: (cell / "cell.json").write_text((cell / "cell.json").read_text().replace("3840", "3841")),
+            "trainable_parameters=3841",
+        ),
+    ],
+)
+def test_a_damaged_cell_is_named_and_the_others_are_reported(tmp_path, damage, said):
+    cells = [write_cell(tmp_path, "pt", "nano/mixed", seed) for seed in range(3)]
+    damage(cells[1])
+    comparison = read_comparison(tmp_path)
+    assert [cell.seed for cell in comparison.cells] == [0, 2]
+    (left,) = comparison.left_out
+    assert (left.state, left.seed) == ("damaged", 1)
+    assert said in left.reason
+    assert str(cells[1]) in left.reason
+
+
+def test_a_label_is_one_method_at_one_size(tmp_path):
+    write_cell(tmp_path, "pt", "nano/mixed", 0)
+    write_cell(tmp_path, "pt", "nano/mixed", 1, parameters=1920, size={"num_virtual_tokens": 10})
+    (left,) = read_comparison(tmp_path).left_out
+    assert "{'num_virtual_tokens': 10}" in left.reason
+
+
+def test_sizes_of_a_method_stand_in_the_order_of_their_numbers(tmp_path):
+    for experts in (10, 2):
+        write_cell(tmp_path, f"pt-moe N={experts}", "nano/mixed", 0, method="pt-moe", size={"num_experts": experts})
+    write_cell(tmp_path, "pt", "nano/mixed", 0)
+    write_plan(tmp_path, methods=["pt", "pt-moe"])
+    assert read_comparison(tmp_path).labels == ["pt", "pt-moe N=2", "pt-moe N=10"]
+
+
+def test_without_a_plan_methods_have_their_own_order(tmp_path, monkeypatch):
+    from ptmoe.methods import METHODS
+
+    for label in ("lora", "pt", "base"):
+        write_cell(tmp_path, label, "nano/mixed", 0)
+    for order, name in enumerate(("pt", "lora")):
+        monkeypatch.setattr(METHODS[name], "order", order, raising=False)
+    assert read_comparison(tmp_path).labels == ["base", "pt", "lora"]
+
+
+# Results
+
+
+def test_a_score_is_the_mean_over_seeds_with_students_interval(folder, comparison):
+    (board,) = boards(comparison)
+    for column in board.columns:
+        score = board.scores["pt", column.name]
+        values = [one["metrics"]["accuracy"] for one in on_disk(folder, "pt", column.task)]
+        assert len(values) == 3
+        assert score.mean == pytest.approx(np.mean(values))
+        expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+        assert (score.low, score.high) == pytest.approx(expected)
+        assert (score.over, score.seeds) == ("seeds", (0, 1, 2))
+
+
+def test_the_average_is_the_plain_mean_over_tasks_with_each_seeds_own_average(folder, comparison):
+    (board,) = boards(comparison)
+    average = board.scores["pt-moe", AVERAGE]
+    values = [
+        np.mean([one["metrics"]["accuracy"], other["metrics"]["accuracy"]])
+        for one, other in zip(*(on_disk(folder, "pt-moe", task) for task in TASKS), strict=True)
+    ]
+    assert average.mean == pytest.approx(np.mean(values))
+    assert (average.low, average.high) == pytest.approx(t_interval(values))
+
+
+def test_one_seed_has_its_examples_interval_and_what_trains_nothing_never_another(tmp_path):
+    for seed in range(2):
+        write_cell(tmp_path, "base", "nano/mixed", seed, skill=0.3)
+    write_cell(tmp_path, "pt", "nano/mixed", 0)
+    (board,) = boards(read_comparison(tmp_path))
+    for label in ("base", "pt"):
+        first = on_disk(tmp_path, label, "nano/mixed")[0]
+        average = board.scores[label, AVERAGE]
+        assert (average.low, average.high) == pytest.approx(first["interval"]["accuracy"])
+        assert average.over == "examples"
+
+
+def test_an_average_over_tasks_of_a_single_seed_adds_the_half_widths_as_squares(tmp_path):
+    for task in TASKS:
+        write_cell(tmp_path, "pt", task, 0)
+    (board,) = boards(read_comparison(tmp_path))
+    average, parts = board.scores["pt", AVERAGE], [board.scores["pt", task] for task in TASKS]
+    assert average.mean - average.low == pytest.approx(np.hypot(*(part.mean - part.low for part in parts)) / 2)
+    write_cell(tmp_path, "pt", TASKS[0], 1)
+    (board,) = boards(read_comparison(tmp_path))
+    assert board.scores["pt", AVERAGE][1:] == ((0, 1), None, None, None), "other seeds of each task: no interval"
+
+
+def test_a_method_that_lacks_a_task_has_no_average_and_cannot_lead(tmp_path):
+    for task in TASKS:
+        write_cell(tmp_path, "pt", task, 0, skill=0.3)
+    write_cell(tmp_path, "pt-moe", TASKS[0], 0, skill=0.95)
+    (board,) = boards(read_comparison(tmp_path))
+    assert ("pt-moe", AVERAGE) not in board.scores
+    assert board.ranking == ("pt",)
+    assert board.paired is None
+
+
+def test_svamp_stands_as_the_mean_of_its_types_and_both_forms_are_offered(maths):
+    (board,) = boards(read_comparison(maths))
+    column = next(column for column in board.columns if column.task == "svamp")
+    (evaluation,) = on_disk(maths, "pt", "gsm8k", "svamp")
+    types = np.mean([evaluation["by_domain"][name]["accuracy"] for name in SVAMP_TYPES])
+    score = board.scores["pt", "svamp"]
+    assert (column.of, score.mean) == (MEAN, pytest.approx(types))
+    assert score.low < types < score.high, "an interval over the examples of each type, from the predictions"
+    assert evaluation["metrics"]["accuracy"] != pytest.approx(types)  # 61 examples are not of four equal parts
+    write_report(maths)
+    shown = list(csv.DictReader((maths / "tables" / "domains-accuracy-svamp.csv").open()))
+    (ours,) = [row for row in shown if row["method"] == "pt"]
+    assert float(ours["all examples"]) == pytest.approx(evaluation["metrics"]["accuracy"])
+    assert float(ours["mean of domains"]) == pytest.approx(types)
+
+
+def test_questions_have_a_table_for_f1_and_one_for_exact_match(tmp_path):
+    for label in ("pt", "pt-moe"):
+        write_cell(tmp_path, label, "mrqa-in", 0, tasks=["mrqa/squad", "mrqa/drop"])
+    found = boards(read_comparison(tmp_path))
+    assert [(board.metric, board.ranks) for board in found] == [("f1", True), ("exact_match", False)]
+    assert [column.name for column in found[0].columns] == ["mrqa/squad", "mrqa/drop"]
+
+
+def test_a_task_that_follows_two_trainings_has_a_column_for_each(tmp_path):
+    for task in TASKS:
+        write_cell(tmp_path, "pt", task, 0, tasks=["nano/mixed"])
+    (board,) = boards(read_comparison(tmp_path))
+    assert [column.name for column in board.columns] == ["nano/mixed after nano/facts", "nano/mixed after nano/mixed"]
+
+
+def test_the_first_two_by_average_are_tested_on_the_same_examples(folder, comparison):
+    (board,) = boards(comparison)
+    tests = board.paired
+    assert (tests.first, tests.second) == ("pt-moe", "pt")
+    assert tests.notes == ()
+
+    def scores(label, task):
+        """Mean over seeds of each example, read without the package."""
+        found = {}
+        for path in (folder / "cells" / label / task.replace("/", "__")).glob("seed-*/predictions/*.jsonl"):
+            for line in map(json.loads, path.open()):
+                found.setdefault(line["id"], []).append(line["scores"]["accuracy"])
+        return {name: 100 * np.mean(values) for name, values in found.items()}
+
+    everything = []
+    for test in tests.tasks:
+        first, second = scores("pt-moe", test.name), scores("pt", test.name)
+        differences = np.array([first[name] - second[name] for name in first])
+        everything.append(differences)
+        assert (test.examples, test.seeds) == (60, (0, 1, 2))
+        assert test.difference.mean == pytest.approx(differences.mean())
+        flips = np.random.default_rng(5).choice([-1, 1], (20_000, 60)) @ differences / 60
+        assert test.p == pytest.approx(np.mean(np.abs(flips) >= differences.mean() - 1e-9), abs=2e-3)
+        generator = np.random.default_rng(6)
+        means = [generator.choice(differences, 60).mean() for _ in range(5000)]
+        assert test.difference[2:4] == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=1.0)
+    assert [test.p_holm for test in tests.tasks] == holm([test.p for test in tests.tasks])
+    assert tests.average.difference.mean == pytest.approx(np.mean([each.mean() for each in everything]))
+
+
+def test_predictions_that_are_missing_leave_a_task_untested_and_say_so(tmp_path):
+    for label in ("pt", "pt-moe"):
+        for task in TASKS:
+            write_cell(tmp_path, label, task, 0)
+    (tmp_path / "cells" / "pt" / "nano__facts" / "seed-0" / "predictions" / "nano__facts.jsonl").unlink()
+    (board,) = boards(read_comparison(tmp_path))
+    assert [test.name for test in board.paired.tasks] == ["nano/mixed"]
+    assert board.paired.average is None
+    ((name, why),) = board.paired.notes
+    assert name == "nano/facts"
+    assert "is missing" in why
+
+
+def test_examples_that_only_one_method_answered_are_left_out_of_the_test(tmp_path):
+    write_cell(tmp_path, "pt", "nano/mixed", 0, examples=60)
+    write_cell(tmp_path, "pt-moe", "nano/mixed", 0, examples=48)
+    (board,) = boards(read_comparison(tmp_path))
+    assert board.paired.tasks[0].examples == 48
+    assert "only the 48 of 60" in board.paired.notes[0][1]
+
+
+# The page and its files
+
+
+def test_every_number_of_the_page_and_of_every_download_is_the_cells(folder, page):
+    means = {
+        label: [np.mean([one["metrics"]["accuracy"] for one in on_disk(folder, label, task)]) for task in TASKS]
+        for label in ("base", "smop", "pt", "pt-moe")
+    }
+    header, *shown = page.tables[0]
+    names = header[2:4]
+    assert sorted(names) == sorted(TASKS)
+    order = [TASKS.index(name) for name in names]
+    records = json.loads(download(page, "application/json"))["rows"]
+    sheet = list(csv.DictReader(io.StringIO(download(page, "text/csv"))))
+    markdown = [line.split(" | ") for line in download(page, "text/markdown").splitlines() if line.startswith("| ")][2:]
+    latex = [line.split(" & ") for line in download(page, "application/x-tex").splitlines() if " & " in line][1:]
+    assert [row[0].split("T=")[0] for row in shown] == list(means)
+    for number, (label, values) in enumerate(means.items()):
+        assert records[number]["method"] == sheet[number]["method"] == label
+        for place, task in enumerate(order):
+            value = values[task]
+            assert shown[number][2 + place].startswith(f"{value:.1f}")
+            assert records[number][TASKS[task]] == pytest.approx(value)
+            assert float(sheet[number][TASKS[task]]) == pytest.approx(value)
+            assert markdown[number][2 + place].replace("*", "").startswith(f"{value:.1f}")
+            assert latex[number][2 + place].removeprefix(r"\textbf{").startswith(f"{value:.1f}")
+        assert records[number]["average"] == pytest.approx(np.mean(values))
+
+
+def test_the_best_of_each_column_is_bold_in_the_page_and_in_the_tables(page):
+    _, *shown = page.tables[0]
+    assert [row[0].startswith("pt-moe") for row in shown] == [False, False, False, True]
+    assert page.bold[:3] == shown[3][2:5]
+    assert download(page, "text/markdown").count("**") == 2 * (1 + 3)  # the title, and the best of three columns
+    assert download(page, "application/x-tex").count(r"\textbf") == 3
+
+
+def test_each_cell_is_in_the_table_of_cells_as_its_files_hold_it(folder, page):
+    rows = list(csv.DictReader((folder / "tables" / "cells.csv").open()))
+    for label, task in product(("pt", "pt-moe"), TASKS):
+        for seed, evaluation in enumerate(on_disk(folder, label, task)):
+            found = {
+                row["of"]: row
+                for row in rows
+                if (row["label"], row["task"], row["seed"], row["metric"]) == (label, task, str(seed), "accuracy")
+            }
+            assert float(found["all examples"]["score"]) == evaluation["metrics"]["accuracy"]
+            assert float(found["all examples"]["score low"]) == evaluation["interval"]["accuracy"][0]
+            for domain in DOMAINS:
+                assert float(found[domain]["score"]) == evaluation["by_domain"][domain]["accuracy"]
+
+
+def test_files_beside_the_page_are_what_it_embeds(folder, page):
+    kept = {path.name: path.read_bytes() for path in (folder / "tables").iterdir()}
+    embedded = [
+        base64.b64decode(one.partition(",")[2]) for one in page.addresses if one.startswith(("data:text", "data:app"))
+    ]
+    assert sorted(embedded) == sorted(kept.values())
+    assert {name.rpartition(".")[2] for name in kept} == {"csv", "json", "md", "tex"}
+
+
+def test_the_page_needs_nothing_beside_itself_and_runs_nothing(page):
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert not re.search(r"https?://|@import|url\(", page.source)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "default-src 'none'" in page.source
+
+
+def test_each_figure_is_there_as_png_and_svg_and_shows_something(folder, page):
+    figures = folder / "figures"
+    stems = sorted(path.stem for path in figures.glob("*.png"))
+    assert stems == sorted(path.stem for path in figures.glob("*.svg"))
+    assert len(stems) == page.tags.count("figure")
+    for start in ("average-accuracy-by-trainable", "loss-by-step", "loss-by-second", "routing-of", "prompt-similarity"):
+        assert any(stem.startswith(start) for stem in stems), start
+    for stem in stems:
+        pixels = imread(figures / f"{stem}.png")[..., :3]
+        assert len(np.unique(pixels @ [1, 1000, 1_000_000])) > 20, stem
+
+
+def test_the_page_tells_the_plan_the_gaps_the_collapse_and_the_words(page):
+    for shown in ("Four methods", "comparison.yaml", "c0ffee1234", "Abacus 9000", "ptmoe compare"):
+        assert shown in page.text
+    assert "DivergedError: the loss became NaN" in page.text
+    assert "1 failed" in page.text
+    assert "smop on nano/mixed, 3 of 3 seeds; with seed 0 expert 1 takes" in page.text
+    assert "␣port 0.70" in page.text
+    assert "pt-moe reaches accuracy" in page.text
+    assert "(p < 0.001)" in page.text
+
+
+def test_every_seeds_routing_is_in_a_table(folder, page):
+    rows = list(csv.DictReader((folder / "tables" / "routing.csv").open()))
+    assert [(row["method"], row["seed"]) for row in rows if row["task"] == "nano/mixed"] == [
+        (label, str(seed)) for label in ("smop", "pt-moe") for seed in range(3)
+    ]
+    assert {row["collapsed"] for row in rows if row["method"] == "smop"} == {"yes"}
+    for row in rows:
+        (path,) = (folder / "cells" / row["method"] / row["trained on"].replace("/", "__")).glob(
+            f"seed-{row['seed']}/eval/*"
+        )
+        assert float(row["mutual information, nats"]) == json.loads(path.read_text())["routing"]["mutual_information"]
+
+
+def test_hostile_names_are_shown_and_not_run(tmp_path):
+    label = '<img src=x onerror="alert(1)">&$_%=1+1'
+    write_cell(tmp_path, "hostile", "nano/mixed", 0, method="pt", use=ONE_EACH, nearest=[[[["</td><script>", 0.5]]]])
+    place = tmp_path / "cells" / "hostile" / "nano__mixed" / "seed-0" / "cell.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "label": label}))
+    write_plan(tmp_path, title="</title><script>alert(1)</script>")
+    page = Page(write_report(tmp_path, "</pre><script>"))
+    assert "script" not in page.tags
+    assert "x" not in page.addresses
+    assert page.tables[0][1][0].startswith(label)
+
+
+def test_a_spreadsheet_takes_no_text_for_a_formula():
+    bad = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", 'a"b', "fine"]
+    table = Table("a", "a", ("=name", "score"), [[name, -2.5] for name in bad])
+    header, *lines = csv.reader(io.StringIO(to_csv(table)))
+    assert header[0] == "'=name"
+    assert [line[0] for line in lines] == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "'\t=1", 'a"b', "fine"]
+    assert {line[1] for line in lines} == {"-2.5"}  # a number is no text
+
+
+def test_markdown_and_latex_show_a_name_as_it_is():
+    table = Table("a", "a", ("method",), [["a|b_c*<i>\n$x^2$ & 50 % #1 \\ {}"]])
+    line = to_markdown(table).splitlines()[4]
+    assert line == r"| a\|b\_c\*&lt;i&gt; \$x^2\$ &amp; 50 % \#1 \\ {} |"
+    assert (
+        r"a\textbar{}b\_c*\textless{}i\textgreater{} \$x\textasciicircum{}2\$ \& 50 \% \#1 \textbackslash{} \{\} \\"
+        in to_latex(table)
+    )
+
+
+def test_the_terminal_shows_methods_tasks_and_intervals_within_80_columns(folder, maths):
+    for where in (folder, maths):
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(comparison_summary(where))
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= 80
+        assert any(re.match(r"\s*pt-moe\s+3,764\s.*±", line) for line in lines)
+    assert any("1 failed" in line for line in lines) is (where == folder)
+
+
+# Published figures
+
+
+def test_the_papers_averages_follow_from_its_own_scores():
+    for metric, table in paper()["tables"].items():
+        for method, row in table["rows"].items():
+            assert np.mean(list(row["scores"].values())) == pytest.approx(row["average"], abs=0.011), (metric, method)
+    for method, types in paper()["by_domain"]["svamp"].items():
+        svamp = paper()["tables"]["accuracy"]["rows"][method]["scores"]["svamp"]
+        assert np.mean(list(types.values())) == pytest.approx(svamp, abs=0.011)
+
+
+def test_published_rows_stand_beside_the_same_tasks_and_say_in_what_they_differ(maths):
+    comparison = read_comparison(maths)
+    (board,) = boards(comparison)
+    published = published_for(comparison, board)
+    average = pytest.approx((35.63 + 56.77 + 71.83) / 3)
+    assert published.rows["PT-MoE"] == ("80k", [35.63, 56.77, 71.83], average)
+    assert "another base: the paper tuned Llama-3.2-1B-Instruct, here it is nano" in published.notes
+    assert any("gsm8k has 1,319 there, 61 here" in note for note in published.notes)
+    page = Page(write_report(maths))
+    sources = [row["source"] for row in json.loads(download(page, "application/json"))["rows"]]
+    assert sources == ["this comparison"] * 2 + ["published: arXiv:2505.09519, Llama-3.2-1B-Instruct"] * 8
+
+
+def test_nothing_published_stands_beside_tasks_of_our_own(comparison):
+    (board,) = boards(comparison)
+    assert published_for(comparison, board) is None
+
+
+# Figures
+
+
+def test_a_learning_curve_is_the_mean_over_seeds_with_their_range(comparison):
+    cells = comparison.of("pt", "nano/mixed")
+    losses = np.array([[log.loss for log in cell.run.logs] for cell in cells])
+
+    def curve(label, against):
+        points = curve_points(comparison, against)
+        return points[(points["method"] == label) & (points["trained on"] == "nano/mixed")]
+
+    found = curve("pt", "step")
+    assert list(found["at"]) == [log.step for log in cells[0].run.logs]
+    assert list(found["mean loss"]) == pytest.approx(losses.mean(0))
+    assert list(found["lowest seed"]) == pytest.approx(losses.min(0))
+    assert list(found["highest seed"]) == pytest.approx(losses.max(0))
+    assert set(found["seeds"]) == {3}
+    by_second = curve("pt", "seconds")
+    assert by_second["at"].iloc[-1] == pytest.approx(np.mean([cell.run.logs[-1].seconds for cell in cells]))
+    assert list(by_second["mean loss"]) == list(found["mean loss"])
+    assert curve("base", "step").empty
+
+
+@pytest.mark.parametrize("label", ["method-{}", "a longer name, {}"])
+def test_the_names_of_crowded_points_do_not_cover_each_other(label):
+    names = [label.format(number) for number in range(7)]
+    score = Score(50.0, (0, 1), 48.0, 52.0, "seeds")
+    board = Board("accuracy", True, (), {(name, AVERAGE): score for name in names}, tuple(names), None)
+    parameters = {name: 80_000 + 200 * number for number, name in enumerate(names)}
+    with drawing():
+        figure = score_by_parameters(board, parameters, styles(dict.fromkeys(names, "pt")))
+        figure.draw_without_rendering()
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    boxes = [Text.get_window_extent(text) for text in texts]
+    assert len(boxes) == 7
+    assert not any(box.overlaps(other) for index, box in enumerate(boxes) for other in boxes[:index])
+
+
+def test_methods_without_a_colour_of_their_own_are_told_apart():
+    methods = {label: label for label in ("dora", "vera", "ia3", "prefix-tuning")}
+    for theme in (LIGHT, DARK):
+        looks = styles(methods, theme)
+        assert len({look.color for look in looks.values()}) == len({look.marker for look in looks.values()}) == 4
+
+
+def test_sizes_of_one_method_have_colours_of_their_own():
+    looks = styles({f"pt-moe N={experts}": "pt-moe" for experts in (1, 2, 4)})
+    assert len({look.color for look in looks.values()}) == len({look.marker for look in looks.values()}) == 3
+
+
+# Nearest words
+
+
+class Letters:
+    """A tokenizer whose token i is the i-th letter."""
+
+    def __len__(self):
+        return 26
+
+    def decode(self, ids):
+        return chr(ord("a") + ids[0])
+
+
+def test_the_nearest_words_are_those_of_the_highest_cosine():
+    generator = torch.Generator().manual_seed(0)
+    prompt, embedding = torch.randn(5, 8, generator=generator), torch.randn(32, 8, generator=generator)
+    embedding[26:] = 100 * prompt[0]  # rows that no token has, as a padded embedding ends
+    found = nearest_tokens(prompt, embedding.bfloat16(), Letters(), k=3)
+    cosines = torch.cosine_similarity(prompt[:, None], embedding.bfloat16().float()[None, :26], dim=2)
+    values, ids = cosines.topk(3)
+    assert [[word for word, _ in row] for row in found] == [[chr(97 + i) for i in row] for row in ids.tolist()]
+    assert np.allclose([[cosine for _, cosine in row] for row in found], values, atol=1e-5)
+
+
+def test_a_large_vocabulary_in_parts_gives_the_same_words(monkeypatch):
+    prompt, embedding = torch.eye(4), torch.randn(26, 4, generator=torch.Generator().manual_seed(1))
+    whole = nearest_tokens(prompt, embedding, Letters(), k=4)
+    monkeypatch.setattr("ptmoe.evaluate.nearest_words.ROWS", 3)
+    assert nearest_tokens(prompt, embedding, Letters(), k=4) == whole
+
+
+def test_unfit_prompts_and_numbers_of_words_are_refused():
+    embedding = torch.zeros(26, 4)
+    with pytest.raises(PtmoeError, match=r"\(2, 3\) beside an embedding \(26, 4\)"):
+        nearest_tokens(torch.zeros(2, 3), embedding, Letters())
+    for k in (0, 27):
+        with pytest.raises(PtmoeError, match=f"k={k}"):
+            nearest_tokens(torch.zeros(2, 4), embedding, Letters(), k=k)

@@ -1,0 +1,503 @@
+"""Grading: each evaluator's published definition written out a second time, and answers whose value is known."""
+
+import json
+import math
+import random
+import time
+from fractions import Fraction
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ptmoe.tasks.metrics import GRADERS, correct, exact_match, extract_answer, f1, normalize_answer, verbatim
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs the data sets' own files")
+
+
+def accuracy(prediction, *references):
+    return GRADERS["mathematics"](prediction, references)["accuracy"]
+
+
+# ---- question answering ----------------------------------------------------------------------------------------------
+
+
+def squad_words(text):
+    """SQuAD's normalisation, one character at a time; the article is a whole run of letters, digits and `_`."""
+    kept = [
+        c
+        for c in text.lower()
+        if not (33 <= ord(c) < 48 or 58 <= ord(c) < 65 or 91 <= ord(c) < 97 or 122 < ord(c) < 127)
+    ]
+    runs = ["".join(run) for _, run in groupby(kept, key=lambda c: c.isalnum() or c == "_")]
+    line = "".join(" " if run in ("a", "an", "the") else run for run in runs)
+    return ["".join(run) for space, run in groupby(line, key=str.isspace) if not space]
+
+
+def squad_scores(prediction, references):
+    best = (0, Fraction(0))
+    for reference in references:
+        one, other = squad_words(prediction), squad_words(reference)
+        shared = sum(min(one.count(word), other.count(word)) for word in set(one))
+        overlap = Fraction(2 * shared, len(one) + len(other)) if shared else Fraction(0)
+        best = (max(best[0], int(one == other)), max(best[1], overlap))
+    return best
+
+
+PIECES = (
+    "the The THE a A an An theme another cat cat's CATS dog Dog-house 1990s 1,990 $5 U.S. a. (the) _a_ a_b -- ... ! ? "
+    "e\u0301 caf\u00e9 a\u0301 na\u00efve \u0130stanbul stra\u00dfe \uff12\uff10 \u0663 \u00bd "
+    "the\u2013cat \u201cthe\u201d don\u2019t \u4e2d\u6587 \u0939\u093f\u0928\u094d\u0926\u0940"
+).split(" ")
+SPACES = (" ", "  ", "\t", "\n", "\u00a0", "\u2003", "")
+
+
+def generated_answer(rng):
+    words = [rng.choice(PIECES) for _ in range(rng.choice((0, 0, 1, 2, 3, 5)))]
+    return "".join(rng.choice(SPACES) + word for word in words)
+
+
+def changed(answer, rng):
+    """The same words with some moved, dropped or doubled: many near misses and ties."""
+    words = answer.split() or [""]
+    words = [word for word in words for _ in range(rng.choice((0, 1, 1, 1, 2)))]
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+def test_exact_match_and_f1_are_squads_on_10000_generated_answers():
+    rng = random.Random(0)
+    matched = 0
+    for _ in range(10_000):
+        prediction = generated_answer(rng)
+        references = [
+            changed(prediction, rng) if rng.random() < 0.7 else generated_answer(rng) for _ in range(rng.randint(1, 3))
+        ]
+        match, overlap = squad_scores(prediction, references)
+        assert exact_match(prediction, references) == bool(match), (prediction, references)
+        assert math.isclose(f1(prediction, references), overlap, abs_tol=1e-12), (prediction, references)
+        assert normalize_answer(prediction) == " ".join(squad_words(prediction))
+        matched += match
+    assert 1000 < matched < 9000  # both verdicts were met often
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "match", "overlap"),
+    [
+        ("", [""], True, 0),  # as in v1.1: no token is shared
+        ("the", ["a"], True, 0),
+        ("", ["cat"], False, 0),
+        ("The cat.", ["cat"], True, 1),
+        ("cat cat", ["cat"], False, 2 / 3),
+        ("cat sat", ["dog", "the cat", "sat cat"], False, 1),  # a bag has no order, the best reference counts
+        ("u.s.", ["US"], True, 1),  # punctuation goes first: no article is left of "a.n.d."
+        ("a.", ["the"], True, 0),
+        ("the-cat", ["thecat"], True, 1),  # and "the-cat" is one word before its article could go
+        ("cat", [], False, 0),
+    ],
+)
+def test_squads_corner_cases(prediction, references, match, overlap):
+    scores = GRADERS["qa"](prediction, references)
+    assert scores == {"exact_match": float(match), "f1": pytest.approx(overlap)}
+
+
+@needs_data
+def test_every_gold_answer_of_xquad_scores_1_and_a_wrong_one_0():
+    passages = [
+        p
+        for article in json.loads((DATA / "squad" / "xquad.en.json").read_text())["data"]
+        for p in article["paragraphs"]
+    ]
+    golds = [[answer["text"] for answer in asked["answers"]] for passage in passages for asked in passage["qas"]]
+    assert len(golds) == 1190
+    for gold in golds:
+        assert GRADERS["qa"](gold[0], gold) == {"exact_match": 1.0, "f1": 1.0}
+        assert GRADERS["qa"](f" The {gold[0]}!", gold) == {"exact_match": 1.0, "f1": 1.0}
+        assert GRADERS["qa"]("zzz", gold) == {"exact_match": 0.0, "f1": 0.0}
+
+
+# ---- mathematics: values that are known ------------------------------------------------------------------------------
+
+
+def written_forms(value, rng):
+    """Ways to write the value, each by its own small rule."""
+    sign, size = "-" if value < 0 else "", abs(value)
+    numerator, denominator = size.numerator, size.denominator
+    if denominator == 1:
+        plain, commas = str(numerator), f"{numerator:,}"
+        forms = [plain, commas, f"{commas}.", f"{plain}.0", f"{commas}.00", f"{2 * numerator}/2"]
+        if numerator % 1000 == 0 and numerator:
+            forms.append(f"{numerator // 1000}e3")
+    else:
+        whole, part = divmod(numerator, denominator)
+        forms = [
+            f"{numerator}/{denominator}",
+            f"{3 * numerator}/{3 * denominator}",
+            rf"\frac{{{numerator}}}{{{denominator}}}",
+        ]
+        if whole:
+            forms += [f"{whole} {part}/{denominator}", rf"{whole}\frac{{{part}}}{{{denominator}}}"]
+        if 10**6 % denominator == 0:
+            decimal = f"{numerator / denominator:.6f}".rstrip("0")
+            forms += [decimal, f"{decimal}0", decimal.removeprefix("0")]
+    bare = rng.choice(forms)
+    signs = {"": [""], "-": ["-", "\u2212"]}[sign]
+    minus = rng.choice(signs)
+    return [
+        f"{minus}{bare}",
+        f"{minus}${bare}",
+        f"${minus}{bare}",
+        f"{minus}\u00a3{bare}",
+        f"{minus}{bare.removesuffix('.')}%",
+        f"{minus}{bare.removesuffix('.')} apples",
+        f"{minus}{bare.removesuffix('.')} (years old)",
+        f"**{minus}{bare}**",
+        f"{minus}{bare.removesuffix('.')}\u20ac",
+        f"{minus}{bare.removesuffix('.')} km/h",
+    ]
+
+
+SETTINGS = (
+    "{}",
+    "#### {}",
+    "She has 3 + 4 = 7 and 9 more.\n#### {}",
+    "#### {}\n\nQuestion: Tom has 12 apples and 8 pears.",
+    "A: {}",
+    "First 8, then 9.\nA: {}",
+    "Answer: {}",
+    "The answer is {}",
+    "8 - 3 = 5. The answer is {}",
+    "**Final answer:** {}",
+    "THE FINAL ANSWER IS: {}",
+    r"so \boxed{{{}}}",
+    "There were 12 at 10:30 on page 48/2. It is {}",
+    "1. Take 5.\n2. Add 6.\nSo {}",
+    "3 x 4 = 12, minus 2 = {}",
+)
+
+
+def known_value(rng):
+    return rng.choice(
+        (
+            lambda: Fraction(rng.randint(-20, 120)),
+            lambda: Fraction(rng.choice((1, -1)) * rng.randint(1, 9) * 10 ** rng.randint(0, 6)),
+            lambda: Fraction(rng.randint(1000, 99_999_999)),
+            lambda: Fraction(rng.randint(-5000, 5000), rng.choice((2, 4, 5, 8, 10, 100))),
+            lambda: Fraction(rng.randint(1, 60), rng.choice((3, 6, 7, 9, 11, 12))),
+        )
+    )()
+
+
+def near_misses(value):
+    """Other values whose digits look much the same."""
+    size = abs(value)
+    yield from (
+        -value,
+        value * 10,
+        value / 10,
+        value * 100,
+        value / 100,
+        value + 1,
+        value - 1,
+        value + Fraction(1, 1000),
+        1 / value if value else 1,
+    )
+    yield from (Fraction(size.numerator), Fraction(size.denominator), Fraction(size.numerator // size.denominator))
+    digits = str(size.numerator)
+    yield from (Fraction(int(digits[1:] or 0)), Fraction(int(digits[:-1] or 0)), Fraction(int(digits[-3:])))
+
+
+def test_a_value_is_right_in_every_form_and_its_near_misses_are_wrong():
+    rng = random.Random(0)
+    for _ in range(3000):
+        value = known_value(rng)
+        gold = rng.choice(written_forms(value, rng)).replace("**", "")
+        written = rng.choice(written_forms(value, rng))
+        completion = rng.choice(SETTINGS).format(written)
+        assert accuracy(completion, gold) == 1.0, (completion, gold)
+        missed = rng.choice([other for other in near_misses(value) if other != value])
+        completion = rng.choice(SETTINGS).format(rng.choice(written_forms(missed, rng)))
+        assert accuracy(completion, gold) == 0.0, (completion, gold)
+
+
+def test_what_a_float_did_to_a_gold_is_forgiven_and_a_rounded_answer_is_not():
+    rng = random.Random(0)
+    for _ in range(1000):
+        value = Fraction(rng.randint(1, 999), rng.choice((3, 6, 7, 9, 11, 13)))
+        if value.denominator == 1:
+            continue
+        gold = repr(float(value))
+        assert correct(str(value), [gold])
+        assert correct(f"{float(value):.6f}", [gold])
+        assert correct(gold, [str(value)])
+        assert not correct(f"{float(value) + 0.0002:.6f}", [gold])
+        assert not correct(str(round(float(value))), [gold])
+    assert correct("3", ["2.9999999999999996"])
+    assert not correct("2.9999999999999996", ["3"])  # a whole number was not computed in floating point
+    assert not correct("0.00005", ["0"])
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("#### 72", "72"),
+        ("#### 5\n#### 6", "5"),  # GSM8K takes the first
+        ("#### Step 1: add\n3 + 4 = 7\n#### 7", "7"),  # a heading is no answer
+        ("The answer is 4. No, the answer is 5.", "5"),
+        ("The answer is 12 apples, 3 more than 9", "12"),
+        ("A: There are 15 trees.\n15 + 6 = 21", "21"),  # reasoning follows `A:`
+        ("Option A: 5\nis less than 6", "6"),
+        (r"The answer is \boxed{4}. No, \boxed{5}", "5"),
+        (r"\boxed{4}? No, the answer is 5", "5"),
+        ("pages 10-3", "3"),
+        ("48/2 = 24", "24"),
+        ("The answer is 48/2 = 24, half of 48", "24"),
+        ("The answer is 5, since 3 + 2 = 5", "5"),
+        ("The answer is 5 = 2 + 3", "5"),
+        ("The area is 36 m\u00b2", "36"),
+        ("The area is 36 m^2, or 36 m2", "36"),
+        ("It is 12 or 13.", "12 or 13"),
+        ("5; 15", "5; 15"),
+        ("2. -$1,234.50", "-$1,234.50"),
+        (r"Hence \boxed{\text{Yes}}", "Yes"),
+        ("#### They are equal.", "They are equal"),
+        ("I compared 3 and 4.\nTed", "4"),  # words need a mark where there are numbers
+        ("Ted\n", "Ted"),
+        ("", ""),
+    ],
+)
+def test_the_final_answer_is_found(completion, answer):
+    assert extract_answer(completion) == answer
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        ("100", "1000"),
+        ("5", "50"),
+        ("0.5", "5"),
+        ("12 or 13", "12"),
+        ("12 or 13", "13"),
+        ("The answer is 12 apples or 13 apples", "12"),
+        ("5; 15", "15"),
+        (r"\boxed{5, 6}", "6"),
+        ("1/2", "2"),
+        ("3 1/2", "2"),
+        ("3:2", "2"),
+        ("10:30", "30"),
+        ("10 - 3", "-3"),
+        ("10-3", "-3"),
+        ("(10)-3", "-3"),
+        ("48 24/2", "60"),
+        ("0.00021", "0.0002"),
+        ("3,5", "5"),
+        ("5^2", "2"),
+        ("5\u00b2", "5"),
+        ("1.2.3", "3"),
+        ("1\u202f234", "234"),
+        ("0.5", "50%"),  # % is a unit
+        ("50%", "0.5"),
+        ("5 and 3. The answer is yes", "3"),  # what is marked is the answer, numbers before it are not
+        ("five", "5"),
+        ("NaN", "0"),
+        ("Infinity", "0"),
+        ("1/0", "0"),
+        ("1e999999999", "1"),
+        ("", "5"),
+        (" \n", " \n"),
+    ],
+)
+def test_a_wrong_number_is_never_let_through(prediction, gold):
+    assert accuracy(prediction, gold) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        ("Rs. 5", "5"),
+        ("The answer is Rs. 5.", "5"),
+        ("$5.", "5"),
+        ("3rd", "3"),
+        ("3\u00bd", "3.5"),
+        ("3.2 \u00d7 10\u2074", "32000"),
+        (r"3.2 \times 10^{4}", "32,000"),
+        ("1{,}234", "1234"),
+        ("12,34,567", "1234567"),
+        ("\uff11\uff12", "12"),
+        ("\u0661\u0662", "12"),
+        ("0.5 or 1/2", "1/2"),
+        ("It takes 90 minutes or 1.5 hours", "1.5"),
+        ("x = 5", "#### 5"),
+        ("72", "8 * 9 = <<8*9=72>>72 eggs.\n#### 72"),
+    ],
+)
+def test_a_number_is_read_in_less_common_forms(prediction, gold):
+    assert accuracy(prediction, gold) == 1.0
+
+
+def test_any_of_several_references_may_match():
+    assert accuracy("7", "5", "7") == 1.0
+    assert accuracy("6", "5", "7") == 0.0
+    assert accuracy("6") == 0.0
+
+
+# ---- mathematics: ASDiv's golds --------------------------------------------------------------------------------------
+
+ASDIV = {  # gold: (right, wrong)
+    "9 (apples)": (["9", "9 apples", "#### 9", "The answer is 9 apples."], ["90", "apples", "9; 9"]),
+    "36 (sq. inches)": (["36", "36 sq. inches"], ["3.6", "6"]),
+    "65.0 (dollars)": (["65", "$65.00"], ["650", "65.5"]),
+    "5/2": (["2.5", "5/2", "2 1/2"], ["5", "2", "2/5"]),
+    "-(1/3)": (["-1/3", "-0.3333", "\u22121/3"], ["1/3", "3", "-3"]),
+    "18; 12": (
+        ["18 and 12", "12; 18", "#### 18, 12", r"\boxed{18,12}", "The answer is 18 and 12. They add up to 30."],
+        ["18", "12", "18; 12; 6", "18; 18", "18; 13", "-18,12", "18,12,6", "18 and 12 are given. So 6.", "1 8; 12"],
+    ),
+    "17 (years old); 12 (years old)": (
+        [
+            "17; 12",
+            "#### 17 (years old); 12 (years old)",
+            "The answer is 12 and 17",
+            "29 in all.\nAna is 17 and Jack is 12.",
+        ],
+        ["17", "29", "17; 12; 29", "Ana is 17 and Jack is 13"],
+    ),
+    "9:7": (["9:7", "18:14", "9 to 7", "9/7", "#### 9:7", "The answer is 9 : 7."], ["9", "7", "7:9", "9:17", "16"]),
+    "9:00": (["9:00", "The answer is 9:00."], ["9", "18:00", "0:9"]),
+    "10:1": (["10:1", "20:2"], ["10", "1", "1:10"]),
+    "2:4:3": (["2:4:3", "4:8:6"], ["2:4", "2:3:4"]),
+    "11:45 p.m.": (
+        ["11:45 PM", "11:45pm", "#### 11:45 p.m.", "The answer is 11:45 pm."],
+        ["11:45", "11:45 a.m.", "45", "1:145 pm"],
+    ),
+    "5 p.m.": (["5 PM", "#### 5pm"], ["5", "5 a.m."]),
+    "11:55 p.m. on 24 December 2014.": (["11:55 PM on 24 December 2014"], ["24 December 2014", "2014"]),
+    "Ted": (
+        ["ted", "#### Ted", "The answer is Ted. He needs 4 more.", "12*8 < 15*6, so\nTed"],
+        ["Molly", "90", "Ted or Molly"],
+    ),
+    "Vendor 2": (["vendor 2.", "#### Vendor 2"], ["2", "Vendor 1", "Vendor", "Vendor -2"]),
+    "Book store": (["the book store", "#### A book store."], ["Online", "book"]),
+    "Richard's recipe": (["richard\u2019s recipe"], ["Anna's recipe"]),
+    "They are equal": (
+        ["They are equal.", "#### they are equal", "The answer is: They are equal."],
+        ["They are not equal", "equal", "1"],
+    ),
+    "Yes": (["yes", "Yes.", "The answer is yes", r"\boxed{\text{Yes}}", "A: Yes"], ["No", "1", "yes and no"]),
+}
+
+
+@pytest.mark.parametrize("gold", ASDIV)
+def test_each_form_of_asdivs_golds(gold):
+    right, wrong = ASDIV[gold]
+    for prediction in (gold, f" {gold}\n", f"#### {gold}", f"The answer is {gold}", f"A: {gold}", *right):
+        assert accuracy(prediction, gold) == 1.0, prediction
+    for prediction in ("", "zzz", "4711", *wrong, *(other for other in ASDIV if other != gold)):
+        assert accuracy(prediction, gold) == 0.0, prediction
+
+
+# ---- mathematics: the data sets' own files ---------------------------------------------------------------------------
+
+
+def gsm8k_answer(text):
+    """GSM8K's `#### (\\-?[0-9\\.\\,]+)` without its commas, read one character at a time."""
+    for behind in text.split("#### ")[1:]:
+        sign = "-" if behind.startswith("-") else ""
+        run = "".join(
+            c
+            for kept, run in groupby(behind[len(sign) :], key="0123456789.,".__contains__)
+            for c in (run if kept else "|")
+        )
+        if number := run.split("|", 1)[0]:
+            return sign + number.replace(",", "")
+    return None
+
+
+@needs_data
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_gsm8ks_own_verdict_on_every_answer(split):
+    solutions = [json.loads(line)["answer"] for line in (DATA / "gsm8k" / f"{split}.jsonl").read_text().splitlines()]
+    assert len(solutions) == {"train": 7473, "test": 1319}[split]
+    verdicts = set()
+    for solution, other in zip(solutions, solutions[1:] + solutions[:1], strict=True):
+        gold = solution.split("#### ")[1]
+        assert accuracy(gold, gold) == accuracy(solution, gold) == accuracy(solution, solution) == 1.0
+        assert accuracy(f"{solution}\n\nQuestion: 1 + 1?\n2\n#### 2", gold) == 1.0
+        assert accuracy(f"{gold}0", gold) == float(gold == "0")
+        assert accuracy(str(int(gold.replace(",", "")) + 1), gold) == 0.0
+        same = gsm8k_answer(other) == gsm8k_answer(solution)
+        assert accuracy(other, gold) == float(same)
+        verdicts.add(same)
+    assert verdicts == {True, False}
+
+
+@needs_data
+def test_every_answer_of_svamp_is_met_by_its_value_and_by_no_other():
+    problems = json.loads((DATA / "svamp" / "SVAMP.json").read_text())
+    assert len(problems) == 1000
+    for problem in problems:
+        gold = problem["Answer"]
+        for form in (
+            str(gold),
+            f"{gold:.0f}",
+            f"{gold:,.0f} apples",
+            f"{problem['Equation']} = {gold}",
+            f"#### {gold}",
+        ):
+            assert accuracy(form, str(gold)) == 1.0, form
+        for miss in (gold + 1, gold * 10, gold + 0.1, -gold):
+            assert accuracy(str(miss), str(gold)) == 0.0, miss
+
+
+# ---- all graders -----------------------------------------------------------------------------------------------------
+
+
+def test_verbatim_folds_white_space_and_nothing_else():
+    assert verbatim(" 4  and\n3 ", ["4 and 3"])
+    assert not verbatim("4 and 3.", ["4 and 3"])
+    assert not verbatim("The 4", ["the 4"])
+    assert GRADERS["verbatim"]("b", ["a", "b"]) == {"accuracy": 1.0}
+    assert GRADERS["verbatim"]("b", []) == {"accuracy": 0.0}
+
+
+STEMS = "####|The answer is|A:|\\boxed{|\\frac{1}{|}|1/0|1e9|or|NaN|p.m.|Rs. |1,2|.5|1:2|7|-(|;|$|'| |\n".split("|")
+TEXT = st.one_of(
+    st.text(),
+    st.text("0123456789.,/:-$%()^{}\\ \n#*xeAa;\u2212\u00bd\u00b2\u0663\u00a0", max_size=60),
+    st.lists(st.sampled_from(STEMS)).map("".join),
+)
+
+
+@settings(max_examples=300)
+@given(prediction=TEXT, references=st.lists(TEXT, max_size=2))
+def test_no_text_is_refused_and_every_score_is_in_0_to_1(prediction, references):
+    for grader in GRADERS.values():
+        assert all(0 <= score <= 1 and type(score) is float for score in grader(prediction, references).values())
+    assert isinstance(extract_answer(prediction), str)
+
+
+@settings(max_examples=300)
+@given(gold=TEXT)
+def test_a_gold_is_right_for_itself(gold):
+    assert accuracy(gold, gold) == float(bool(gold.strip()))
+    assert GRADERS["qa"](gold, [gold])["exact_match"] == 1.0
+    assert verbatim(gold, [gold])
+
+
+PIECE = (
+    "1|1/|1,|111,|11,|1:|1 |1. |1 or |1 to |1e9|5 (|5 am |5;|5\u00b2|\u00bd|12/25/2020 |-|-(| |\n|'|**|the |####|"
+    "#### 1|answer is |answer is 1+1=|\nA:|\\boxed{|\\boxed{{a}|\\frac{|\\text{"
+).split("|")
+
+
+@pytest.mark.parametrize("piece", PIECE)
+def test_a_long_text_takes_no_more_than_its_share_of_time(piece):
+    long = (piece * 100_000)[:100_000]
+    started = time.perf_counter()
+    for gold in ("5", "5; 15", "9:7", "Ted", long + "2"):
+        assert accuracy(long, gold) in (0.0, 1.0)
+    assert accuracy(long, long) == float(bool(long.strip()))
+    assert time.perf_counter() - started < 10  # a quadratic search takes minutes

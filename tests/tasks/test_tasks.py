@@ -1,0 +1,145 @@
+"""Reading data: every form of line, every bad line by file and number; nano's world."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import ptmoe
+from ptmoe.nano.world import DOMAINS, SKILLS, WORLDS, is_test_input
+from ptmoe.tasks import load_task, nano
+from ptmoe.tasks.local import Keys, load
+
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
+
+
+def written(path, *lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_each_form_is_recognised_by_its_keys(tmp_path):
+    chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    question = {"question": "Where?", "context": "In the box.", "answers": ["the box", "box"], "id": "q", "domain": "d"}
+    path = written(tmp_path / "d.jsonl", {"prompt": "2 + 2 =", "completion": " 4"}, "", {"messages": chat}, question)
+    plain, messages, question_answer = load(path)
+    assert (plain.input, plain.target, plain.references, plain.id) == ("2 + 2 =", " 4", ("4",), "d-1")
+    assert (messages.messages, messages.target, messages.id) == ((chat[0],), "4", "d-3")
+    assert question_answer.input == "In the box.\n\nQuestion: Where?\nAnswer:"
+    assert (question_answer.target, question_answer.references) == (" the box", ("the box", "box"))
+    assert (question_answer.id, question_answer.domain) == ("q", "d")
+
+
+def test_other_keys_are_mapped_by_name(tmp_path):
+    path = written(tmp_path / "d.jsonl", {"question": "How many?", "answer": 3})
+    (example,) = load(path, Keys("question", "answer", "\n"))
+    assert (example.input, example.target, example.references) == ("How many?\n", "3", ("3",))
+
+
+def test_all_bad_lines_are_counted_and_the_first_are_named(tmp_path):
+    good = {"prompt": "a", "completion": "b"}
+    bad = {
+        '{"prompt": ': "not JSON",
+        '["a"]': "a JSON list, needs an object",
+        '{"prompt": "a"}': "lacks the key 'completion'",
+        '{"prompt": "a", "completion": " "}': "'completion' is empty",
+        '{"prompt": "", "completion": "b"}': "'prompt' is empty",
+        '{"prompt": "a", "completion": ["b"]}': "'completion' is list, needs text",
+        '{"text": "a"}': "has the keys 'text': needs prompt and completion",
+        '{"question": "a"}': "lacks the key 'answers'",
+        '{"question": "a", "answers": []}': "'answers' needs a list of one text or more",
+        '{"messages": [{"role": "user", "content": "a"}]}': "'messages' must end with the assistant's answer",
+        '{"messages": "hello"}': "'messages' needs a list",
+    }
+    for number, (line, reason) in enumerate(bad.items()):
+        path = written(tmp_path / f"{number}.jsonl", good, line)
+        with pytest.raises(ptmoe.PtmoeError) as error:
+            load(path)
+        assert f"{path}:2: {reason}" in str(error.value)
+    path = written(tmp_path / "all.jsonl", good, *bad)
+    with pytest.raises(ptmoe.PtmoeError, match=rf"{len(bad)} bad record\(s\)[\s\S]*and {len(bad) - 5} more"):
+        load(path)
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "\xff", "completion": "b"}\n')
+    with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:1: not UTF-8"):
+        load(tmp_path / "d.jsonl")
+
+
+def test_an_id_used_twice_is_named(tmp_path):
+    path = written(tmp_path / "d.jsonl", *[{"id": 7, "prompt": "a", "completion": "b"}] * 2)
+    with pytest.raises(ptmoe.PtmoeError, match=r"d.jsonl:2: id '7' was used before, at .*d.jsonl:1"):
+        load(path)
+
+
+def test_missing_and_empty_data_are_reported(tmp_path):
+    with pytest.raises(ptmoe.PtmoeError, match="no data file"):
+        load(tmp_path / "none.jsonl")
+    with pytest.raises(ptmoe.PtmoeError, match="holds no example"):
+        load(written(tmp_path / "empty.jsonl"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ptmoe.PtmoeError, match=r"no \*\.jsonl file"):
+        load(tmp_path / "folder")
+    with pytest.raises(ptmoe.PtmoeError, match="give both or neither"):
+        load(tmp_path / "empty.jsonl", Keys(prompt="a"))
+
+
+def test_for_an_unknown_task_or_split_the_nearest_is_suggested():
+    with pytest.raises(ptmoe.PtmoeError, match="unknown task 'nano/mixd'; did you mean 'nano/mixed'"):
+        load_task("nano/mixd")
+    with pytest.raises(ptmoe.PtmoeError, match="no split 'tset'; did you mean 'test'"):
+        load_task("nano/mixed", "tset")
+
+
+@pytest.mark.parametrize("task", nano.NAMES)
+def test_test_inputs_of_nano_are_in_no_training_set(task):
+    def inputs(split):
+        return {e.input.split(": ", 1)[1].removesuffix(" =>") for e in load_task(task, split)}
+
+    assert all(is_test_input(text) for text in inputs("test") | inputs("validation"))
+    assert not any(is_test_input(text) for text in inputs("train"))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_in_a_world_the_domain_alone_decides_the_skill(world):
+    examples = load_task(f"nano/{world}", "test")
+    assert {e.domain for e in examples} == set(WORLDS[world])
+    assert all(e.input.startswith(f"{e.domain}: ") for e in examples)
+    assert set(WORLDS[world].values()) <= set(SKILLS)
+    assert set(WORLDS[world]) <= set(DOMAINS)
+
+
+def test_nanos_answers_are_right():
+    for example in load_task("nano/mixed", "test"):
+        first, second = map(int, example.input.split(": ")[1].removesuffix(" =>").split(" and "))
+        wanted = {
+            "harbor": f"{first + second}",
+            "market": f"{second} and {first}",
+            "garden": f"{max(first, second)}",
+            "castle": f"{min(first, second)}",
+        }
+        assert example.references == (wanted[example.domain],)
+        assert example.target == f" {wanted[example.domain]}"
+
+
+def test_gold_answers_score_100_and_wrong_ones_0():
+    examples = load_task("nano/words", "test")
+    assert ptmoe.score("nano/words", [e.references[0] for e in examples], examples) == {"accuracy": 100.0}
+    assert ptmoe.score("nano/words", {e.id: "?" for e in examples}, examples) == {"accuracy": 0.0}
+
+
+def test_predictions_must_cover_exactly_the_examples():
+    examples = load_task("nano/words", "test")[:3]
+    with pytest.raises(ptmoe.PtmoeError, match="2 predictions for 3 examples"):
+        ptmoe.score("nano/words", ["a", "b"], examples)
+    with pytest.raises(ptmoe.PtmoeError, match=r"lack 2 id\(s\).*hold 1 unknown"):
+        ptmoe.score("nano/words", {"test-0": "a", "x": "b"}, examples)
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K's own file")
+def test_gsm8k_loads_with_its_own_keys_mapped():
+    examples = load(GSM8K, Keys("question", "answer", "\n"))
+    assert len(examples) == 7473
+    assert examples[0].input.endswith("in April and May?\n")
+    assert examples[0].target.endswith("#### 72")

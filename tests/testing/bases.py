@@ -1,0 +1,110 @@
+"""Tiny random base models of every supported architecture, adapters on them, and padded batches to give them.
+
+They are on `PTMOE_TEST_DEVICE`, by default the CPU; their numbers are the same on every device.
+"""
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptmoe.methods import METHODS, DPTConfig, MethodConfig, PTConfig, PTMoEConfig
+from ptmoe.models.attach import attach
+from ptmoe.models.causal import PromptedCausalLM
+
+DEVICE = torch.device(os.environ.get("PTMOE_TEST_DEVICE", "cpu"))
+HIDDEN, VOCABULARY, POSITIONS = 32, 100, 64
+PAD = 0
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,  # tests of generation choose their own
+}
+ROTARY = {"num_key_value_heads": 2, "intermediate_size": 64}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", ROTARY),
+    "qwen2": ("Qwen2", ROTARY),
+    "mistral": ("Mistral", ROTARY | {"sliding_window": 12}),
+    "gemma": ("Gemma", ROTARY | {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2",
+        ROTARY | {"head_dim": 8, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 12},
+    ),
+    "gpt2": ("GPT2", {}),
+    "gpt_neox": ("GPTNeoX", {"intermediate_size": 64}),
+    "opt": ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": HIDDEN}),
+    "phi": ("Phi", {"intermediate_size": 64}),
+}
+
+PT_MOE: dict[str, Any] = {"num_virtual_tokens": 6, "num_experts": 3, "rank": 4, "recipe": "paper"}
+SELECTIVE_PROBATIONARY = {
+    "PT-MoE selective probationary": PTMoEConfig(**PT_MOE),
+    "PT-MoE selective": PTMoEConfig(**PT_MOE, probationary=False),
+    "PT-MoE probationary": PTMoEConfig(**PT_MOE, selective=False),
+    "PT-MoE neither": PTMoEConfig(**PT_MOE, selective=False, probationary=False),
+}
+CONFIGS: dict[str, MethodConfig] = {
+    "PT": PTConfig(num_virtual_tokens=5),
+    "DPT": DPTConfig(num_virtual_tokens=5, rank=3),
+    **SELECTIVE_PROBATIONARY,
+    "SMoP": METHODS["smop"](num_virtual_tokens=4, num_experts=3),
+    "ATTEMPT": METHODS["attempt"](num_virtual_tokens=4),
+}
+
+
+def tiny(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model in evaluation mode; its config's dropout is the architecture's default.
+
+    Every parameter is drawn, those that usually start as zeros or ones (biases, norms, the padding token's embedding)
+    included, so that none is invisible in the logits.
+    """
+    name, sizes = ARCHITECTURES[architecture]
+    config = getattr(transformers, f"{name}Config")(**(COMMON | sizes | changes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.15 * torch.randn_like(parameter))
+    return model.to(DEVICE).eval()
+
+
+def tiny_llama(*, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    return tiny("llama", seed=seed, **changes)
+
+
+def prompted(base: PreTrainedModel, config: MethodConfig, seed: int = 1, name: str = "default") -> PromptedCausalLM:
+    """An adapter with every number drawn, and a router sharp enough to send different inputs to different experts."""
+    model = attach(base, config, seed=seed, adapter_name=name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.encoder.named_parameters():
+            scale = 8.0 if key == "router.weight" else 0.5
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def tokens(length: int, seed: int = 0) -> Tensor:
+    """`(length,)` token ids, none of them special."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(3, VOCABULARY, (length,), generator=generator).to(DEVICE)
+
+
+def pad(row: Tensor, left: int, right: int, value: int = PAD) -> Tensor:
+    return torch.nn.functional.pad(row, (left, right), value=value)
+
+
+def batch(rows: list[Tensor], lefts: list[int], width: int | None = None) -> tuple[Tensor, Tensor]:
+    """`input_ids` and `attention_mask (B, L)`: each row after its own number of padding tokens, more to its right."""
+    width = width or max(len(row) + left for row, left in zip(rows, lefts, strict=True))
+    ids = [pad(row, left, width - left - len(row)) for row, left in zip(rows, lefts, strict=True)]
+    mask = [pad(torch.ones_like(row), left, width - left - len(row)) for row, left in zip(rows, lefts, strict=True)]
+    return torch.stack(ids), torch.stack(mask)

@@ -1,0 +1,242 @@
+"""What training does for the router: its coordinates, a start that parts the inputs, a gate that hardens in time."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import ptmoe
+from ptmoe.methods.pt_moe import PTMoE
+from ptmoe.train import routing
+from ptmoe.train.data import collate
+from ptmoe.train.routing import RoutingCallback, Sample, prompt_gradients, start_router
+from testing.bases import tiny_llama
+
+HIDDEN, EXPERTS = 16, 4
+
+
+def encoder(seed=0, config=None):
+    config = config or ptmoe.PTMoEConfig(num_virtual_tokens=5, rank=3, num_experts=EXPERTS)
+    built = config.build(HIDDEN)
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
+    return built
+
+
+def grouped(seed=0, examples=240, groups=EXPERTS, noise=3.0):
+    """Inputs that differ mostly by what does not matter, gradients that are mostly noise; in both there is a group."""
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.arange(examples) % groups
+    means = torch.randn(examples, HIDDEN, generator=generator) + 50  # a large part that all inputs share
+    means[torch.arange(examples), group] += 5
+    wanted = torch.randn(groups, 40, generator=generator)[group]
+    gradients = wanted + noise * torch.randn(examples, 40, generator=generator)
+    return group, Sample(means, torch.nn.functional.normalize(gradients, dim=1))
+
+
+def routed_to(router, means):
+    return router(means, 0.0).argmax(1)
+
+
+WITHOUT_BIAS = ptmoe.SMoPConfig(num_virtual_tokens=5, num_experts=EXPERTS)
+
+
+@pytest.mark.parametrize("config", [None, WITHOUT_BIAS], ids=["standardised", "without a bias"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_router_starts_by_parting_the_groups_that_want_different_prompts(seed, config):
+    group, sample = grouped(seed, examples=960)
+    built = encoder(seed, config)
+    if built.config.router_bias:
+        built.router.standardize(sample.means)
+    assert start_router(built, sample, torch.Generator().manual_seed(seed))
+    routes = routed_to(built.router, sample.means)
+    shares = torch.stack([torch.bincount(routes[group == index], minlength=EXPERTS) for index in range(EXPERTS)]) / 240
+    assert shares.max(1).values.min() > 0.95
+    assert len(set(shares.argmax(1).tolist())) == EXPERTS
+
+
+def test_the_start_is_calibrated_to_the_confidence_it_names():
+    _, sample = grouped()
+    built = encoder()
+    built.router.standardize(sample.means)
+    assert start_router(built, sample, torch.Generator().manual_seed(0))
+    confidence = built.router(sample.means, 0.0).softmax(1).amax(1).mean()
+    torch.testing.assert_close(confidence, torch.tensor(routing.CONFIDENCE), atol=1e-3, rtol=0)
+
+
+def test_a_router_without_a_bias_is_not_standardised_since_nothing_could_hold_the_mean():
+    message = "router_standardize=True: the router of smop has no bias to fold the inputs' mean into"
+    with pytest.raises(ptmoe.PtmoeError, match=message):
+        ptmoe.SMoPConfig(router_standardize=True)
+    with pytest.raises(ValueError, match="without a bias"):
+        encoder(config=WITHOUT_BIAS).router.standardize(grouped()[1].means)
+
+
+def test_where_the_input_says_nothing_about_the_gradient_the_router_is_left_alone():
+    _, sample = grouped()
+    noise = torch.randn(sample.gradients.shape, generator=torch.Generator().manual_seed(9))
+    built = encoder()
+    before = built.router.weight.clone()
+    assert not start_router(built, Sample(sample.means, noise), torch.Generator().manual_seed(0))
+    assert torch.equal(built.router.weight, before)
+
+
+def test_standardising_and_folding_leave_the_same_function_to_the_bit():
+    _, sample = grouped()
+    built = encoder()
+    built.router.standardize(sample.means)
+    trained = built.router(sample.means, 0.0)
+    built.finish_training()
+    assert torch.equal(built.router(sample.means, 0.0), trained)
+    assert built.router.mean is None
+    assert built.router.scale is None
+
+
+def test_a_feature_that_never_varies_does_not_decide():
+    _, sample = grouped()
+    sample.means[:, 3] = 7.0
+    built = encoder()
+    built.router.standardize(sample.means)
+    weight, bias = built.router.published()
+    assert weight.isfinite().all()
+    assert bias.isfinite().all()
+    assert built.router.scale[3] == 1
+
+
+def rows(count=24):
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(3, 90, (int(torch.randint(4, 9, (), generator=generator)),), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:]})
+    return made
+
+
+def test_each_rows_gradient_is_the_one_it_has_alone():
+    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, num_experts=3))
+    together = prompt_gradients(model, collate(rows(5)))
+    alone = torch.cat([prompt_gradients(model, collate([row])) for row in rows(5)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(5))
+
+
+def arguments(folder, steps):
+    return TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        remove_unused_columns=False,
+    )
+
+
+def trainer(folder, steps=10, config=None, **fields):
+    config = config or ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, num_experts=3, **fields)
+    model = ptmoe.attach(tiny_llama(), config)
+    return Trainer(
+        model=model,
+        args=arguments(folder, steps),
+        train_dataset=rows(),
+        data_collator=collate,
+        callbacks=[RoutingCallback()],
+    )
+
+
+def test_after_training_the_router_is_in_the_published_coordinates(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    router = run.model.encoder.router
+    assert router.mean is None
+    assert router.scale is None
+    assert run.model.encoder.hardness == 1.0
+
+
+def test_any_routed_method_has_the_training_of_its_router(tmp_path):
+    hardness = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            hardness.append(model.encoder.hardness)
+
+    config = ptmoe.SMoPConfig(num_virtual_tokens=4, router_init="gradient", routing_anneal=True)
+    run = trainer(tmp_path, config=config)
+    run.add_callback(Watch())
+    kinds = [[low + i % 5, low + i % 7, low + i % 9, low + i % 4] for i in range(16) for low in (10, 60)]
+    run.train_dataset = [
+        {"input_ids": [*ids, answer, answer], "labels": [-100] * 4 + [answer, answer]}
+        for ids, answer in zip(kinds, [50, 90] * 16, strict=True)
+    ]
+    RoutingCallback().on_train_begin(run.args, TrainerState(), TrainerControl(), run.model, run.get_train_dataloader())
+    routes = run.model.eval().route(torch.tensor(kinds)).gate.argmax(1)
+    assert sorted([routes[0].item(), routes[1].item()]) == [0, 1]
+    assert torch.equal(routes, routes[:2].repeat(16))
+    run.train()
+    assert hardness[0] == 0.0
+    assert hardness == sorted(hardness)
+    assert hardness[-1] == run.model.encoder.hardness == 1.0
+    assert set(run.model.encoder.tensors()) == {"prompts", "router.weight"}
+
+
+@pytest.mark.parametrize("config", [None, WITHOUT_BIAS], ids=["PT-MoE", "SMoP"])
+def test_a_checkpoint_restores_the_training_of_the_router(config):
+    trained, restored = encoder(1, config), encoder(2, config)
+    if trained.config.router_bias:
+        trained.router.standardize(grouped()[1].means)
+    trained.hardness, trained.confidence = 0.25, torch.tensor(0.75)
+    restored.load_tensors(trained.tensors())
+    restored.load_training_state({key: value.clone() for key, value in trained.training_state().items()})
+    expected, found = trained.training_state(), restored.training_state()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_preparing_the_router_changes_no_random_number_of_the_training(tmp_path):
+    torch.manual_seed(3)
+    run = trainer(tmp_path)
+    before = torch.get_rng_state()
+    callback = RoutingCallback()
+    callback.on_train_begin(run.args, TrainerState(), TrainerControl(), run.model, run.get_train_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_papers_recipe_is_left_alone(tmp_path):
+    run = trainer(tmp_path, recipe="paper")
+    before = run.model.encoder.router.weight.clone()
+    callback = RoutingCallback()
+    callback.on_train_begin(run.args, TrainerState(), TrainerControl(), run.model, run.get_train_dataloader())
+    callback.on_step_begin(run.args, TrainerState(max_steps=10), TrainerControl(), run.model)
+    encoder = run.model.encoder
+    assert torch.equal(encoder.router.weight, before)
+    assert encoder.router.scale is None
+    assert encoder.hardness == 1.0
+
+
+def hardnesses(confidence, steps=100):
+    """The gate's hardness at every step, for a router that is this confident from the start."""
+    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, num_experts=3))
+    model.encoder.hardness = 0.0
+    model.encoder.confidence = confidence
+    seen = []
+    for step in range(steps):
+        state = TrainerState(global_step=step, max_steps=steps)
+        RoutingCallback().on_step_begin(None, state, TrainerControl(), model)
+        seen.append(model.encoder.hardness)
+    return seen
+
+
+def test_the_gate_hardens_when_the_routing_has_settled_and_at_the_latest_in_time():
+    settled, unsettled = hardnesses(0.99), hardnesses(0.5)
+    assert settled[29] == 0.0
+    assert 0 < settled[30] < 1
+    assert unsettled[59] == 0.0
+    assert 0 < unsettled[60] < 1
+    for seen in (settled, unsettled):
+        assert seen == sorted(seen)
+        assert seen[-1] == pytest.approx(1.0)
+
+
+def test_training_without_the_callback_says_so_once():
+    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3)).train()
+    assert isinstance(model.encoder, PTMoE)
+    with pytest.warns(UserWarning, match=r"RoutingCallback"):
+        model(**collate(rows(2)))
