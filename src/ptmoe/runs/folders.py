@@ -1,0 +1,103 @@
+"""The layout of run and comparison folders (listed in `ptmoe.runs.records`), and a finished run as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ptmoe.errors import PtmoeError
+from ptmoe.runs.records import Environment, EvaluationSummary, LogLine, NearestWords, Result
+from ptmoe.settings import read_yaml
+from ptmoe.tasks import is_file
+
+CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE = "config.yaml", "environment.json", "result.json"
+METRICS_FILE, ADAPTER_FOLDER, CHECKPOINTS_FOLDER = "metrics.jsonl", "adapter", "checkpoints"
+INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE = "inspect", "nearest.json", "routing.json"
+PLAN_FILE, CELL_FILE, FAILED_FILE, LOG_FILE = "comparison.yaml", "cell.json", "failed.jsonl", "log.txt"
+
+
+def file_name(name: str, split: str = "test") -> str:
+    """The name of a task's files or a label's folder; a task that is a file goes by that file's name."""
+    if is_file(name):
+        return Path(name).name.partition(".")[0]
+    return name.replace("/", "__") if split == "test" else f"{name.replace('/', '__')}.{split}"
+
+
+def evaluation_file(folder: Path, task: str, split: str = "test") -> Path:
+    return folder / "eval" / f"{file_name(task, split)}.json"
+
+
+def predictions_file(folder: Path, task: str, split: str = "test") -> Path:
+    return folder / "predictions" / f"{file_name(task, split)}.jsonl"
+
+
+def cell_folder(label: str, task: str, seed: int) -> Path:
+    """A cell's run folder within its comparison."""
+    return Path("cells", file_name(label), file_name(task), f"seed-{seed}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where it was read from.
+        config: the options; `method` is a mapping with a `name`.
+        result: what was trained, and what that took.
+        environment: what it ran on.
+        logs: of its training, in order; empty where nothing was trained.
+        evaluations: by task; one on another split than `test` as `TASK, SPLIT`.
+        predictions: by the same names, the file for them, whether or not it is there.
+        nearest: the words nearest to the virtual tokens, where `ptmoe inspect` looked for them.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    result: Result
+    environment: Environment
+    logs: tuple[LogLine, ...] = ()
+    evaluations: Mapping[str, EvaluationSummary] = field(default_factory=dict)
+    predictions: Mapping[str, Path] = field(default_factory=dict)
+    nearest: NearestWords | None = None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run whose training is finished."""
+    return all((folder / name).is_file() for name in (RESULT_FILE, CONFIG_FILE, ENVIRONMENT_FILE))
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder; no torch is needed for it.
+
+    Raises:
+        PtmoeError: a file is missing, damaged or lacks a key; the message names it and what is wrong.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PtmoeError(f"{folder} is not a folder: give a run folder")
+    for name in (RESULT_FILE, CONFIG_FILE, ENVIRONMENT_FILE):
+        if not (folder / name).is_file():
+            raise PtmoeError(f"{folder / name} is missing: {folder} is not the folder of a finished run")
+    config = read_yaml(folder / CONFIG_FILE)
+    if not isinstance(config.get("method"), dict) or "name" not in config["method"]:
+        raise PtmoeError(f"{folder / CONFIG_FILE}: method.name is missing")
+    evaluations: dict[str, EvaluationSummary] = {}
+    predictions: dict[str, Path] = {}
+    for path in sorted((folder / "eval").glob("*.json")):
+        summary = EvaluationSummary.read(path)
+        name = summary.task if summary.split == "test" else f"{summary.task}, {summary.split}"
+        evaluations[name] = summary
+        predictions[name] = folder / "predictions" / f"{path.stem}.jsonl"
+    metrics, nearest = folder / METRICS_FILE, folder / INSPECT_FOLDER / NEAREST_FILE
+    return Run(
+        folder=folder,
+        config=config,
+        result=Result.read(folder / RESULT_FILE),
+        environment=Environment.read(folder / ENVIRONMENT_FILE),
+        logs=tuple(LogLine.read_lines(metrics)) if metrics.exists() else (),
+        evaluations=evaluations,
+        predictions=predictions,
+        nearest=NearestWords.read(nearest) if nearest.is_file() else None,
+    )
