@@ -1,14 +1,20 @@
-"""The command as a user meets it: exit codes, messages, start-up."""
+"""The command as a user meets it: options, exit codes, messages, start-up."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 import ptmoe
-from ptmoe.cli import main
+from ptmoe.cli.options import described_fields
+from ptmoe.compare import ComparePlan
+from ptmoe.errors import PtmoeError
+from ptmoe.methods import METHODS
+from ptmoe.train import TrainOptions
 
 TRAIN = [
     "train",
@@ -27,24 +33,6 @@ TRAIN = [
 ]
 
 
-def command(*arguments, monkeypatch, capsys):
-    """Exit status, standard output and error of one command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["ptmoe", *map(str, arguments)])
-    try:
-        main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    said = capsys.readouterr()
-    return status, said.out, said.err
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
-    return lambda *arguments: command(*arguments, monkeypatch=monkeypatch, capsys=capsys)
-
-
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
@@ -58,26 +46,170 @@ def run_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def options(run, monkeypatch):
+    """The `TrainOptions` that a `ptmoe train` command comes to, without training."""
+    from ptmoe.train import recipe
+
+    captured = []
+
+    def train(options, **_):
+        captured.append(options)
+        raise PtmoeError("captured")
+
+    monkeypatch.setattr(recipe, "train", train)
+
+    def parse(*arguments):
+        assert "error: captured" in run("train", *arguments)[2]
+        return captured.pop()
+
+    return parse
+
+
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, ptmoe, ptmoe.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_help_imports_nothing_heavy():
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "-h"], ["compare", "-h"], ["eval", "-h"]], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments):
     code = (
-        "import sys; sys.argv = ['ptmoe', '--help']\n"
+        f"import sys; sys.argv = ['ptmoe', *{arguments}]\n"
         "try:\n    from ptmoe.cli import main; main()\n"
         "except SystemExit: pass\n"
-        "assert not {'torch', 'transformers', 'pydantic', 'numpy', 'matplotlib'} & set(sys.modules)"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'ptmoe.methods'}\n"
+        f"heavy |= {{'pydantic'}} if {arguments} == ['--help'] else set()\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_every_command_explains_itself(run):
-    for name in ("quickstart", "train", "generate", "inspect", "params", "tasks", "convert"):
-        status, out, _ = run(name, "--help")
+COMMANDS = "quickstart train generate eval score compare inspect params tasks convert".split()
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_explains_itself(run, flag):
+    for name in ([], *([name] for name in COMMANDS), ["tasks", "show"]):
+        status, out, _ = run(*name, flag)
         assert status == 0
         assert "Usage" in out
+
+
+def test_the_version_is_the_packages(run):
+    assert run("--version") == (0, f"ptmoe {ptmoe.__version__}\n", "")
+
+
+# -- options are the fields of settings classes ------------------------------------------------------------------------
+
+
+def spelling(name):
+    return "--" + name.replace("_", "-")
+
+
+def shown_options(run, *arguments):
+    """Each option of a command's help by its spellings: `--a, --b` and `--c / --no-c` are two each."""
+    status, out, _ = run(*arguments, "--help")
+    assert status == 0
+    lines = re.findall(r"^  (-.+?)(?: <.*?>\S*)?(?:  .*)?$", out, re.MULTILINE)
+    return {name for line in lines for name in re.split(r", | / ", line)}
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "renamed", "unoffered"),
+    [
+        ("train", TrainOptions, {}, {"trainer"}),
+        ("compare", ComparePlan, {"methods": "--method", "tasks": "--task", "eval_tasks": "--eval-task"}, {"train"}),
+    ],
+)
+def test_every_field_is_an_option_with_its_description(run, command, settings, renamed, unoffered):
+    expected = {renamed.get(name, spelling(name)) for name in settings.model_fields.keys() - unoffered}
+    assert expected <= shown_options(run, command)
+    text = " ".join(run(command, "--help")[1].split()).replace("- ", "-")
+    for name, field in settings.model_fields.items():
+        assert field.description, name
+        words = " ".join(field.description.split()).replace("- ", "-")
+        assert name in unoffered or words in text, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_help_shows_the_fields_of_its_config_and_no_others(run, method):
+    plain = shown_options(run, "train")
+    own = {spelling(name) for name in METHODS[method].model_fields}
+    negated = {f"--no-{name[2:]}" for name in own}
+    added = shown_options(run, "train", "--method", method) - plain
+    assert own <= added <= own | negated | {spelling(name) for name in METHODS[method].shorthands}
+    assert shown_options(run, "train", f"--method={method}:rank=3") - plain == added
+    assert all(field.description for field in described_fields(METHODS[method]).values())
+
+
+def test_no_method_has_a_field_of_the_runs_own_options():
+    fields = {name for config in METHODS.values() for name in (*config.model_fields, *config.shorthands)}
+    assert not fields & TrainOptions.model_fields.keys()
+
+
+def test_choices_are_shown_in_the_help_and_in_the_error(run):
+    status, out, _ = run("train", "--help")
+    for choices in ("<auto|float32|bfloat16|float16>", "<8bit|4bit>", "<left_out|cut>"):
+        assert choices in out
+    status, _, err = run("train", "--task", "nano/mixed", "--dtype", "float3")
+    assert status == 2
+    assert "'--dtype'" in err
+    assert "'float3' is not one of 'auto', 'float32', 'bfloat16', 'float16'" in err
+
+
+def test_a_methods_fields_are_given_with_its_name_or_as_options(options, tmp_path):
+    task = ("--task", "nano/mixed")
+    expected = {"name": "pt-moe", "rank": 8, "num_experts": 4, "selective": False}
+    assert options(*task, "--method", "pt-moe:rank=8,num_experts=4,selective=false").method == expected
+    assert options(*task, "--method", "pt-moe:rank=8,num_experts=4", "--no-selective").method == expected
+    assert options(*task, "--rank", 8, "--num-experts", 4, "--no-selective").method == expected
+    assert options(*task, "--method", "pt-moe:rank=3", "--rank", 8).method["rank"] == 8
+    listed = options(*task, "--method", "lora:target_modules=[q_proj,k_proj],rank=2").method
+    assert listed == {"name": "lora", "target_modules": ["q_proj", "k_proj"], "rank": 2}
+    several = options(*task, "--method", "lora", "--target-modules", "q_proj", "--target-modules", "k_proj").method
+    assert several["target_modules"] == ["q_proj", "k_proj"]
+    assert options(*task, "--method", "lora", "--target-modules", "q_proj").method["target_modules"] == ["q_proj"]
+    assert options(*task, "--method", "pt", "--init", "text", "--init-text", "Add.").method["init_text"] == "Add."
+    texts = options(*task, "--init", "text", "--init-text", "Add.", "--init-text", "Swap.").method["init_text"]
+    assert texts == ["Add.", "Swap."]
+    assert options(*task, "--recipe", "paper").method == {"name": "pt-moe", "recipe": "paper"}
+
+
+def test_a_yaml_file_names_the_method_and_options_take_precedence_field_by_field(options, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("task: nano/mixed\nmethod: {name: dpt, rank: 3, num_virtual_tokens: 7}\nseed: 5\nmax_steps: 9\n")
+    changed = options(path, "--rank", 4, "--max-steps", 2)
+    assert changed.method == {"name": "dpt", "rank": 4, "num_virtual_tokens": 7}
+    assert (changed.seed, changed.max_steps) == (5, 2)
+    path.write_text("task: nano/mixed\nmethod: dpt:rank=3\n")
+    assert options(path, "--method", "dpt:num_virtual_tokens=7").method == {
+        "name": "dpt",
+        "rank": 3,
+        "num_virtual_tokens": 7,
+    }
+
+
+def test_a_batch_size_is_the_rows_of_the_commands_main_work(run, options, monkeypatch):
+    task = ("--task", "nano/mixed")
+    assert options(*task, "--batch-size", 3) == options(*task, "--per-device-train-batch-size", 3)
+    assert options(*task, "--batch-size", 3, "--eval-batch-size", 5).eval_batch_size == 5
+    plans = []
+    monkeypatch.setattr("ptmoe.cli.comparison.prepare", lambda plan, **_: plans.append(plan) or sys.exit())
+    for flag in ("--batch-size", "--per-device-train-batch-size"):
+        run("compare", *task, flag, 3)
+    assert plans[0] == plans[1]
+    assert plans[0].per_device_train_batch_size == 3
+    sizes = []
+    monkeypatch.setattr("ptmoe.cli.evaluation.evaluate", lambda *_, **__: sizes.append(_[5]["batch_size"]))
+    for flag in ("--batch-size", "--per-device-eval-batch-size"):
+        run("eval", "--model", "nano", *task, flag, 3)
+    assert sizes == [3, 3]
+    for command in ("train", "compare", "eval"):
+        assert "--batch-size" in shown_options(run, command)
+        assert "rows computed at once on one device by" in " ".join(run(command, "--help")[1].split())
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_trains_generates_and_repeats(run, run_folder, tmp_path):
@@ -110,6 +242,9 @@ def test_params_counts_without_weights(run):
     assert status == 0
     assert "3,764" in out
     assert "3,840" in out
+    status, out, _ = run("params", "--method", "pt-moe:num_virtual_tokens=20,rank=11,num_experts=4")
+    assert status == 0
+    assert "3,764" in out
 
 
 def test_tasks_are_listed_and_shown(run):
@@ -141,11 +276,32 @@ MISTAKES = {
     ("train", "nowhere.yaml"): "no config file nowhere.yaml",
     ("train", "--data", "nowhere.jsonl"): "no data file nowhere.jsonl",
     ("train", "--task", "nano/mixed", "--resume"): "give its --output-dir",
-    ("train", "--task", "nano/mixed", "--leerning-rate", "1"): "No such option",
+    (
+        "train",
+        "--task",
+        "nano/mixed",
+        "--leerning-rate",
+        "1",
+    ): "No such option: --leerning-rate (Possible options: --learn",
+    ("train", "--task", "nano/mixed", "--rnk", "1"): "No such option: --rnk (Possible options: --rank",
+    (
+        "train",
+        "--task",
+        "nano/mixed",
+        "--method",
+        "pt",
+        "--rank",
+        "8",
+    ): "pt: unknown key 'rank'; known: num_virtual_tokens",
+    ("train", "--task", "nano/mixed", "--method", "pt:rnk=8"): "pt: unknown key 'rnk'",
+    ("train", "--task", "nano/mixed", "--method", "pt:rank"): "method 'pt:rank': 'rank' is not FIELD=VALUE",
+    ("train", "--task", "nano/mixed", "--recipe", "published"): "'published' is not one of 'default', 'paper'",
     ("generate", "nowhere", "x"): "no adapter folder nowhere",
     ("inspect", "nowhere", "--task", "nano/mixed"): "no adapter folder nowhere",
     ("convert", "nowhere", "out"): "has no adapter_config.json",
+    ("generate", "nowhere", "x", "--device", "abacus"): "no adapter folder nowhere",
     ("params", "--method", "dtp"): "unknown method 'dtp'; did you mean 'dpt'",
+    ("params", "--method", "pt:rank=3"): "pt has no rank",
     ("quickstart", "--task", "nano/mixd"): "did you mean 'nano/mixed'",
 }
 
@@ -167,7 +323,7 @@ def test_a_misspelt_key_in_a_yaml_is_named_with_its_file(run, tmp_path):
     assert f"{tmp_path / 'c.yaml'}: unknown key 'learning_rat'; did you mean 'learning_rate'" in err
 
 
-def test_an_evaluation_is_run_gone_on_with_and_its_predictions_graded_again(run, tmp_path):
+def test_an_evaluation_is_resumed_and_its_predictions_graded_again(run, tmp_path):
     """On a data set in its own format; `score` gives what `eval` gave."""
     from ptmoe.models.bases import load_base
 
@@ -208,15 +364,16 @@ def test_gold_answers_score_100_from_the_command_line_and_bad_records_are_listed
     assert "50.00 [0.00, 100.00]" in out
 
 
-def test_what_cannot_be_evaluated_is_said(run, tmp_path):
+def test_what_cannot_be_evaluated_is_reported(run, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    for arguments, said in {
+    for arguments, message in {
         ("eval", "--task", "nano/mixed"): "give a run or adapter folder, or a base with --model",
-        ("eval", "--task", "nano/mixed", "--model", "nano"): "name one with --output-dir",
+        ("eval", "--task", "nano/mixed", "--model", "nano"): "name a folder with --output-dir",
         ("eval", tmp_path): "give a task with --task",
         ("eval", tmp_path, "--task", "nano/mixd"): "did you mean 'nano/mixed'",
         ("eval", tmp_path, "--task", "math-out", "--data-dir", tmp_path / "one.jsonl"): "4 tasks and one file",
         ("eval", tmp_path / "x", "--task", "nano/mixed"): "no adapter folder",
+        ("eval", "NO_SUCH_RUN", "--task", "svamp", "--data-dir", tmp_path / "none"): "no adapter folder NO_SUCH_RUN",
         ("score", "nano/mixed", tmp_path / "none"): "no predictions file",
         ("tasks", "show", "svamp", "--data-dir", tmp_path / "one.jsonl"): "looks like JSON lines of prompts",
         ("train", "--task", "gsm8k=1,svamp", "--output-dir", tmp_path / "r"): "some have none",
@@ -224,7 +381,7 @@ def test_what_cannot_be_evaluated_is_said(run, tmp_path):
     }.items():
         status, _, err = run(*arguments)
         assert status == 2, arguments
-        assert said in err, (arguments, err)
+        assert message in err, (arguments, err)
 
 
 def test_a_base_alone_is_evaluated_into_a_folder_of_its_own(run, tmp_path):
@@ -274,3 +431,67 @@ def test_inspect_says_what_has_nothing_to_show(run, tmp_path):
     assert status == 0
     assert "it does not route" in out
     assert "P_3" in out
+
+
+def write_adapter(folder, base, tokenizer, chat):
+    """A run whose soft prompt tells nano to add."""
+    config = ptmoe.PTConfig(num_virtual_tokens=8, init="text", init_text="Add the numbers.\n")
+    ptmoe.attach(base, config, tokenizer=tokenizer).save_pretrained(folder / "adapter")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"chat": chat}))
+
+
+def test_generate_stops_at_the_tokenizers_end_token_as_eval_does(run, tmp_path):
+    from ptmoe.models.bases import load_base
+
+    base, tokenizer = load_base("nano")
+    base.generation_config.eos_token_id = base.config.eos_token_id = None
+    for part in (base, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    write_adapter(tmp_path / "run", base, tokenizer, chat=False)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "harbor: 12 and 30 =>", "completion": " 42"}\n')
+    assert run("eval", tmp_path / "run", "--task", tmp_path / "data.jsonl")[0] == 0
+    evaluated = json.loads((tmp_path / "run" / "predictions" / "data.jsonl").read_text().splitlines()[0])
+    assert evaluated["completion"] == " 42"
+    assert run("generate", tmp_path / "run", "harbor: 12 and 30 =>")[:2] == (0, " 42\n")
+
+
+def test_generate_uses_the_chat_template_as_the_run_was_trained(run, tmp_path):
+    from ptmoe.models.bases import load_base
+
+    outputs = {}
+    for trained in (True, False):
+        base, tokenizer = load_base("nano")
+        write_adapter(tmp_path / str(trained), base, tokenizer, trained)
+        for flag in ((), ("--chat",), ("--no-chat",)):
+            status, out, _ = run(
+                "generate", tmp_path / str(trained), "harbor: 12 and 30 =>", "--max-new-tokens", 5, *flag
+            )
+            assert status == 0
+            outputs[trained, flag] = out
+    assert outputs[True, ("--chat",)] != outputs[True, ("--no-chat",)]
+    assert outputs[True, ()] == outputs[True, ("--chat",)] == outputs[False, ("--chat",)]
+    assert outputs[False, ()] == outputs[False, ("--no-chat",)] == outputs[True, ("--no-chat",)]
+
+
+def test_a_device_is_chosen_for_every_command_that_runs_a_model(run, run_folder, tmp_path, monkeypatch):
+    from ptmoe.models import bases
+
+    placed = []
+    place = bases.place
+    monkeypatch.setattr(bases, "place", lambda device=None: placed.append(device) or place(device))
+    commands = (
+        ("generate", run_folder, "harbor: 1 and 2 =>", "--max-new-tokens", 1),
+        ("eval", run_folder, "--task", "nano/mixed", "--examples", 2, "--output-dir", tmp_path / "eval"),
+        ("eval", "--model", "nano", "--task", "nano/mixed", "--examples", 2, "--output-dir", tmp_path / "base"),
+        ("inspect", run_folder, "--task", "nano/mixed", "--examples", 4, "--output-dir", tmp_path / "inspect"),
+    )
+    for arguments in commands:
+        for flags, device in ((("--device", "cpu"), "cpu"), ((), None)):
+            assert run(*arguments, *flags)[0] == 0
+            assert placed == [device], "by default the accelerator, which None stands for"
+            placed.clear()
+        status, _, err = run(*arguments, "--device", "abacus")
+        assert status == 2
+        assert "device 'abacus' cannot be used on this machine" in err
+        placed.clear()

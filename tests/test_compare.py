@@ -1,4 +1,4 @@
-"""Comparisons: plans and what they come to, budgets, and runs that go on whatever happens to them."""
+"""Comparisons: plans and their cells, budgets, and runs that survive interruptions and failures."""
 
 import json
 import sys
@@ -11,12 +11,10 @@ import pytest
 import yaml
 from bases import tiny
 from hypothesis import given, settings
-from test_cli import command
 from transformers import LlamaConfig
 
+from ptmoe.compare import ComparePlan, fit_budget, parse_budget, prepare, read_plan
 from ptmoe.compare import cell as cell_module
-from ptmoe.compare import fit_budget, parse_budget, prepare, read_plan
-from ptmoe.compare.budget import free_sizes
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.presets import NANO_BUDGET, PRESETS
 from ptmoe.compare.processes import Processes
@@ -28,6 +26,7 @@ from ptmoe.report import read_comparison
 from ptmoe.report.results import boards
 from ptmoe.runs.folders import read_run
 from ptmoe.train import TrainOptions
+from ptmoe.train.options import SharedOptions
 
 LLAMA_1B = {
     "model_type": "llama",
@@ -64,14 +63,8 @@ def llama_1b(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "250")
-    return lambda *arguments: command(*arguments, monkeypatch=monkeypatch, capsys=capsys)
-
-
-@pytest.fixture
 def trained(monkeypatch):
-    """Cells that train nothing, and a list of those that were run; `trained.does` is what happens in one."""
+    """Cells that train nothing, and a list of the cells that were run; `trained.does` is called in each."""
 
     class Trained(list):
         does = staticmethod(lambda options: None)
@@ -85,9 +78,9 @@ def trained(monkeypatch):
             self.does(options)
             return 7
 
-    made = Trained()
-    monkeypatch.setattr(cell_module, "run_cell", made.run)
-    return made
+    cells = Trained()
+    monkeypatch.setattr(cell_module, "run_cell", cells.run)
+    return cells
 
 
 def prepared(folder, **changes):
@@ -114,7 +107,7 @@ def test_a_budget_is_read_as_people_write_it():
     ("method", "architecture"),
     [*((method, "llama") for method in METHODS), *product(("pt-moe", "prefix-tuning", "lora"), ("gpt2", "opt"))],
 )
-def test_a_budget_picks_the_size_that_comes_closest_without_passing_it(method, architecture):
+def test_a_budget_picks_the_size_that_comes_closest_without_exceeding_it(method, architecture):
     base, config_class = tiny(architecture).config, METHODS[method]
 
     @settings(max_examples=6)
@@ -124,7 +117,7 @@ def test_a_budget_picks_the_size_that_comes_closest_without_passing_it(method, a
         try:
             picked = fit_budget(base, config_class, budget, fixed)
         except PtmoeError as error:
-            smallest = dict.fromkeys(free_sizes(config_class), 1) | fixed
+            smallest = dict.fromkeys(config_class.free_sizes, 1) | fixed
             try:
                 assert count_parameters(base, config_class(**smallest)) > budget
             except PtmoeError as unfit:  # the base has no place for the method at all
@@ -134,7 +127,7 @@ def test_a_budget_picks_the_size_that_comes_closest_without_passing_it(method, a
             return
         assert count_parameters(base, picked) <= budget
         assert fixed.items() <= picked.model_dump().items()
-        for name in free_sizes(config_class):
+        for name in config_class.free_sizes:
             if name in fixed:
                 continue
             larger = picked.replace(**{name: getattr(picked, name) + 1})
@@ -150,9 +143,9 @@ def test_a_budget_picks_the_size_that_comes_closest_without_passing_it(method, a
 @settings(max_examples=25)
 @given(budget=st.integers(300, 200_000), method=st.sampled_from(["pt", "dpt", "smop", "attempt", "pt-moe"]))
 def test_no_size_at_all_is_closer_to_the_budget(budget, method):
-    """Against every size of the free one, on a base that is wide enough for all of them."""
+    """Against every value of the free size, on a base that is wide enough for all of them."""
     base, config_class = LlamaConfig(hidden_size=96, max_position_embeddings=9000), METHODS[method]
-    field = free_sizes(config_class)[0]
+    field = config_class.free_sizes[0]
     fitting = {}
     for size in range(1, 2200):
         try:
@@ -167,7 +160,7 @@ def test_no_size_at_all_is_closer_to_the_budget(budget, method):
 
 
 def test_a_method_that_changes_weights_is_counted_only_a_few_times(monkeypatch):
-    """Each count builds the base without weights, which takes its time on a large one."""
+    """Each count builds the base without weights, which is slow for a large base."""
     import ptmoe.models.attach
 
     counts = []
@@ -178,7 +171,7 @@ def test_a_method_that_changes_weights_is_counted_only_a_few_times(monkeypatch):
     assert len(counts) <= 4
 
 
-def test_pt_moe_loses_tokens_only_where_rank_1_is_too_much():
+def test_pt_moe_loses_tokens_only_where_rank_1_exceeds_the_budget():
     base = LlamaConfig(**LLAMA_1B)
     picked = fit_budget(base, PTMoEConfig, 80_000, {"num_virtual_tokens": 40, "num_experts": 2})
     assert (picked.rank, count_parameters(base, picked)) == (35, 78_578)
@@ -202,7 +195,7 @@ def test_params_shows_what_a_budget_picks(run, llama_1b):
 # -- plans -----------------------------------------------------------------------------------------------------------
 
 
-def test_flags_and_a_yaml_file_say_the_same_and_flags_take_precedence(run, tmp_path, monkeypatch):
+def test_options_and_a_yaml_file_are_equivalent_and_options_take_precedence(run, tmp_path, monkeypatch):
     written = {
         "methods": ["pt", {"name": "pt-moe", "num_experts": 4}],
         "tasks": "nano/mixed",
@@ -225,7 +218,37 @@ def test_flags_and_a_yaml_file_say_the_same_and_flags_take_precedence(run, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml"], "a dry run writes nothing"
 
 
-def test_the_resolved_plan_says_everything_and_comes_to_the_same_cells(tmp_path, trained):
+def test_a_yaml_file_may_hold_what_the_options_hold(tmp_path):
+    texts = {
+        "methods": ["pt", "lora:rank=2,target_modules=[q_proj,k_proj]"],
+        "vary": ["router_noise=0,0.1", "seed=1"],
+        "seeds": "0,4",
+        "learning_rate": ["0.01"],
+        "budget": "3.84k",
+    }
+    values = {
+        "methods": [{"name": "pt"}, {"name": "lora", "rank": 2, "target_modules": ["q_proj", "k_proj"]}],
+        "vary": {"router_noise": [0, 0.1], "seed": [1]},
+        "seeds": [0, 4],
+        "learning_rate": 0.01,
+        "budget": [3840],
+    }
+    plans = []
+    for written in (texts, values):
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"tasks": ["nano/mixed"], **written}))
+        plans.append(read_plan(tmp_path / "plan.yaml"))
+    assert plans[0] == plans[1]
+    by_name = read_plan(None, {"tasks": "nano/mixed", "learning_rate": ["pt=0.01", "lora=0.1"]})
+    assert by_name.learning_rate == {"pt": 0.01, "lora": 0.1}
+
+
+def test_train_and_compare_share_their_common_options():
+    shared = SharedOptions.model_fields.keys()
+    common = TrainOptions.model_fields.keys() & ComparePlan.model_fields.keys()
+    assert common - shared == {"learning_rate"}, "which for a comparison may differ by method"
+
+
+def test_the_resolved_plan_is_complete_and_gives_the_same_cells(tmp_path, trained):
     first = prepared(tmp_path / "c", learning_rate={"pt": 0.5})
     compare(first)
     again = prepare(read_plan(tmp_path / "c"))
@@ -257,17 +280,17 @@ def test_a_whole_table_of_the_first_seed_comes_before_the_second(tmp_path):
 def test_learning_rates_and_recipes_can_be_varied(tmp_path):
     asked = {"methods": ["pt", "pt-moe"], "budget": None}
     rates = prepared(tmp_path / "c", **asked, vary={"learning_rate": [0.1, 0.01]}).variants
-    assert [one.label for one in rates[:2]] == ["pt learning_rate=0.1", "pt learning_rate=0.01"]
-    assert [one.learning_rate for one in rates] == [0.1, 0.01, 0.1, 0.01]
+    assert [variant.label for variant in rates[:2]] == ["pt learning_rate=0.1", "pt learning_rate=0.01"]
+    assert [variant.learning_rate for variant in rates] == [0.1, 0.01, 0.1, 0.01]
     recipes = prepared(tmp_path / "c", **asked, vary={"recipe": ["default", "paper"]})
-    assert [one.config.routing_anneal for one in recipes.variants] == [True, False]
-    assert [one.what for one in recipes.left_out] == ["pt recipe=default", "pt recipe=paper"]
+    assert [variant.config.routing_anneal for variant in recipes.variants] == [True, False]
+    assert [left_out.what for left_out in recipes.left_out] == ["pt recipe=default", "pt recipe=paper"]
 
 
 def test_labels_are_unique_and_folders_safe(tmp_path):
     both = [{"name": "pt", "num_virtual_tokens": 3}, {"name": "pt", "num_virtual_tokens": 4}]
-    made = prepared(tmp_path / "c", methods=both, budget=None)
-    assert [one.label for one in made.variants] == ["pt", "pt num_virtual_tokens=4 learning_rate=0.03"]
+    variants = prepared(tmp_path / "c", methods=both, budget=None).variants
+    assert [variant.label for variant in variants] == ["pt", "pt num_virtual_tokens=4 learning_rate=0.03"]
     assert len(prepared(tmp_path / "c", methods=[both[0], both[0]], budget=None).variants) == 1
     named = [{**entry, "label": "a/b"} for entry in both]
     place = prepared(tmp_path / "c", methods=named[:1]).cells[0].place
@@ -278,10 +301,6 @@ def test_labels_are_unique_and_folders_safe(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_runs_on_nano(preset, tmp_path):
-    if preset == "ablate-position" and "position" not in PTMoEConfig.model_fields:
-        with pytest.raises(PtmoeError, match="no cell is left: pt-moe position=before: pt-moe has no 'position'"):
-            prepare(read_plan(None, {"preset": preset, "model": "nano"}))
-        return
     asked = {"preset": preset, "model": "nano", "seeds": 2, "output_dir": str(tmp_path / "c")}
     comparison = prepare(read_plan(None, asked))
     assert not comparison.left_out
@@ -289,22 +308,23 @@ def test_every_preset_runs_on_nano(preset, tmp_path):
     assert len(comparison.cells) == 2 * len(trained) + (preset == "quickstart") >= 4
     assert all(cell.task.startswith("nano/") and cell.options.max_steps <= 400 for cell in comparison.cells)
     allowed = {"ft", "hydralora"}  # over the budget in the paper, too
-    assert all(one.trainable_parameters <= NANO_BUDGET or one.config.method in allowed for one in comparison.variants)
+    for variant in comparison.variants:
+        assert variant.trainable_parameters <= NANO_BUDGET or variant.config.method in allowed
 
 
 @pytest.mark.parametrize("preset", ["paper-qa", "paper-math"])
 def test_the_papers_presets_have_its_sizes_and_tasks_on_its_model(preset, llama_1b, tmp_path):
     asked = {"preset": preset, "model": llama_1b, "output_dir": str(tmp_path / "c")}
     comparison = prepare(read_plan(None, asked), data=False)
-    assert {one.label: one.trainable_parameters for one in comparison.variants} == DESIGN
+    assert {variant.label: variant.trainable_parameters for variant in comparison.variants} == DESIGN
     assert len(comparison.cells[0].eval_tasks) == {"paper-qa": 12, "paper-math": 5}[preset]
     assert comparison.jobs == 1
 
 
 def test_the_papers_ablations_keep_the_budget_of_its_standard_form(llama_1b):
     def sizes(preset, *fields):
-        made = prepare(read_plan(None, {"preset": preset, "model": llama_1b}), data=False).variants
-        return [tuple(getattr(one.config, field) for field in fields) for one in made]
+        variants = prepare(read_plan(None, {"preset": preset, "model": llama_1b}), data=False).variants
+        return [tuple(getattr(variant.config, field) for field in fields) for variant in variants]
 
     assert sizes("ablate-length", "num_virtual_tokens", "rank") == [(20, 20), (40, 36), (60, 35), (80, 35)]
     assert sizes("ablate-experts", "num_experts", "rank") == [(1, 38), (2, 36), (4, 33), (8, 27)]
@@ -314,11 +334,14 @@ def test_the_papers_ablations_keep_the_budget_of_its_standard_form(llama_1b):
 
 def test_a_preset_can_be_narrowed_and_given_another_budget(llama_1b):
     asked = {"preset": "paper-math", "model": llama_1b, "methods": ["pt", "pt-moe"], "budget": ["40k"]}
-    made = prepare(read_plan(None, {**asked, "num_train_epochs": 1}), data=False)
-    assert [(one.label, one.trainable_parameters) for one in made.variants] == [("pt", 38_912), ("pt-moe", 38_146)]
-    assert made.variants[1].config.num_virtual_tokens == 40
+    comparison = prepare(read_plan(None, {**asked, "num_train_epochs": 1}), data=False)
+    assert [(variant.label, variant.trainable_parameters) for variant in comparison.variants] == [
+        ("pt", 38_912),
+        ("pt-moe", 38_146),
+    ]
+    assert comparison.variants[1].config.num_virtual_tokens == 40
     epochs = read_plan(None, {"preset": "paper-math", "model": "nano", "num_train_epochs": 1})
-    assert epochs.max_steps == -1, "or the preset's steps would outdo the epochs that were asked for"
+    assert epochs.max_steps == -1, "or the preset's steps would override the epochs that were asked for"
 
 
 def test_the_help_names_every_preset(run):
@@ -357,7 +380,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
-def test_a_mistake_stops_before_any_cell_with_an_answer_that_helps(arguments, run, tmp_path, monkeypatch):
+def test_a_mistake_stops_before_any_cell_with_a_helpful_error(arguments, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, _, err = run("compare", *arguments)
     assert status == 2
@@ -369,18 +392,18 @@ def test_a_mistake_stops_before_any_cell_with_an_answer_that_helps(arguments, ru
 def test_what_does_not_fit_is_named_and_left_out(tmp_path):
     asked = {"methods": ["pt", "pt-moe", "dpt"], "budget": 300, "tasks": ["nano/mixed", "math-out"]}
     comparison = prepared(tmp_path / "c", **asked, eval_tasks=["nano/mixed"])
-    assert {(one, task) for one, task, _ in listed(comparison)} == {("pt", "nano/mixed"), ("dpt", "nano/mixed")}
-    named = [str(one) for one in comparison.left_out]
+    assert {(method, task) for method, task, _ in listed(comparison)} == {("pt", "nano/mixed"), ("dpt", "nano/mixed")}
+    named = [str(left_out) for left_out in comparison.left_out]
     assert named[0].startswith("math-out: ")
     assert "has no train split: it can only be evaluated on" in named[0]
     assert named[1].startswith("pt-moe: budget 300 is below pt-moe's smallest size")
     too_long = prepared(tmp_path / "c", methods=["pt"], budget=None, vary={"num_virtual_tokens": [4, 2048]})
-    assert [str(one) for one in too_long.left_out] == [
+    assert [str(left_out) for left_out in too_long.left_out] == [
         "pt num_virtual_tokens=2048: 2048 virtual tokens leave no room for an input: the base has 2048 positions"
     ]
 
 
-def test_a_presets_evaluation_without_data_is_left_out_and_one_asked_for_stops(llama_1b, tmp_path):
+def test_a_presets_evaluation_without_data_is_left_out_and_a_requested_evaluation_stops(llama_1b, tmp_path):
     line = json.dumps({"question": "2 and 2?", "answer": "#### 4"}) + "\n"
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(line)
@@ -388,7 +411,7 @@ def test_a_presets_evaluation_without_data_is_left_out_and_one_asked_for_stops(l
     comparison = prepare(read_plan(None, {**asked, "methods": ["pt"]}))
     assert "gsm8k" in comparison.cells[0].eval_tasks
     assert "asdiv" not in comparison.cells[0].eval_tasks
-    assert any("evaluation on asdiv: " in str(one) for one in comparison.left_out)
+    assert any("evaluation on asdiv: " in str(left_out) for left_out in comparison.left_out)
     with pytest.raises(PtmoeError, match="strict, and this cannot be run: evaluation on"):
         prepare(read_plan(None, {**asked, "methods": ["pt"], "strict": True}))
     with pytest.raises(PtmoeError, match="holds no test split of asdiv"):
@@ -398,7 +421,7 @@ def test_a_presets_evaluation_without_data_is_left_out_and_one_asked_for_stops(l
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_comparison_goes_on_with_what_is_missing(tmp_path, trained):
+def test_an_interrupted_comparison_continues_with_what_is_missing(tmp_path, trained):
     comparison = prepared(tmp_path / "c")
 
     def interrupted(options):
@@ -430,7 +453,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(tmp_path, traine
     }
 
 
-def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, trained):
+def test_a_failed_cell_is_reported_and_the_others_still_run(tmp_path, trained):
     def broken(options):
         if (options.method["name"], options.seed) == ("dpt", 0):
             raise RuntimeError("out of memory")
@@ -444,7 +467,7 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path, trained):
         ("dpt", "nano/mixed", 0, "RuntimeError: out of memory"),
         ("pt", "nano/mixed", 1, "the loss became nan"),
     ]
-    assert "in broken" in (tmp_path / "c" / "log.txt").read_text(), "the way to what was not foreseen"
+    assert "in broken" in (tmp_path / "c" / "log.txt").read_text(), "the traceback of an unforeseen error"
     lines = (tmp_path / "c" / "failed.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [failure.model_dump() for failure in failed]
 
@@ -474,7 +497,7 @@ def test_the_untouched_base_is_one_cell_for_each_task_whatever_seeds_budgets_and
     assert trained[before:] == [("base", "nano/mixed", 0)], "added to what is there"
     with_base = {"methods": ["base", "pt"], "seeds": [3, 5, 7], "tasks": ["nano/mixed", "nano/words"]}
     compare(prepared(tmp_path / "c", **with_base))
-    assert [one for one in trained if one[0] == "base"] == [("base", "nano/mixed", 0), ("base", "nano/words", 0)]
+    assert [cell for cell in trained if cell[0] == "base"] == [("base", "nano/mixed", 0), ("base", "nano/words", 0)]
     compare(prepare(read_plan(tmp_path / "c")))
     assert len(set(trained)) == len(trained), "no cell twice"
     assert [entry["label"] for entry in read_plan(tmp_path / "c").methods] == ["pt", "dpt", "base"]
@@ -497,23 +520,25 @@ def test_the_base_is_a_row_of_the_report_that_nothing_was_trained_for(run, tmp_p
     alone, here = (folder / "predictions" / "nano__mixed.jsonl" for folder in (tmp_path / "alone", place))
     assert here.read_text() == alone.read_text()
     comparison = read_comparison(tmp_path / "c")
-    board = next(board for board in boards(comparison) if board.ranks)
-    assert board.scores.keys() >= {("base", "average"), ("pt", "average")}
+    assert next(board for board in boards(comparison) if board.ranks).scores.keys() >= {
+        ("base", "average"),
+        ("pt", "average"),
+    }
     assert [comparison.of(label)[0].trainable_parameters for label in comparison.labels] == [0, 768]
     assert run(*arguments, "--dry-run")[1].count("0 to run") == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "difference"),
     [
         ({"max_steps": 5}, "max_steps was 4, is 5"),
         ({"eval_tasks": ["nano/words"]}, r"eval_tasks was None, is \['nano/words'\]"),
         ({"per_device_train_batch_size": 8, "eval_examples": 9}, "eval_examples was 10, is 9; per_device_train"),
     ],
 )
-def test_another_comparisons_folder_is_refused_with_the_differences(change, said, tmp_path, trained):
+def test_another_comparisons_folder_is_refused_with_the_differences(change, difference, tmp_path, trained):
     compare(prepared(tmp_path / "c"))
-    with pytest.raises(PtmoeError, match=f"holds another comparison .{said}"):
+    with pytest.raises(PtmoeError, match=f"holds another comparison .{difference}"):
         prepared(tmp_path / "c", **change)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
@@ -541,7 +566,7 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path, trained):
 
 
 def test_a_cell_is_a_run_folder_and_the_command_reports(run, tmp_path):
-    """The whole way, in this process; one method diverges."""
+    """End to end, in this process; one of the methods diverges."""
     pytest.importorskip("matplotlib")
     plan = {**TWO, "seeds": 1, "methods": ["pt", {"name": "pt-moe", "rank": 2, "num_virtual_tokens": 4}]}
     plan["methods"].append({"name": "dpt", "learning_rate": 1e30})
@@ -553,10 +578,10 @@ def test_a_cell_is_a_run_folder_and_the_command_reports(run, tmp_path):
     assert f"report: {tmp_path / 'c' / 'report.html'}" in out
     assert (tmp_path / "c" / "report.html").exists()
     place = tmp_path / "c" / "cells" / "pt-moe" / "nano__mixed" / "seed-0"
-    made = read_run(place)
-    assert made.result.steps == 4
-    assert made.evaluations["nano/mixed"].examples == 10
-    assert json.loads((place / "cell.json").read_text())["trainable_parameters"] == made.result.trainable_parameters
+    cell = read_run(place)
+    assert cell.result.steps == 4
+    assert cell.evaluations["nano/mixed"].examples == 10
+    assert json.loads((place / "cell.json").read_text())["trainable_parameters"] == cell.result.trainable_parameters
     status, out, _ = run("compare", tmp_path / "c", "--dry-run")
     assert status == 0
     assert "3 cells (seeds 0), 1 to run" in out
@@ -564,15 +589,15 @@ def test_a_cell_is_a_run_folder_and_the_command_reports(run, tmp_path):
 
 def test_cells_in_processes_give_what_they_give_in_this_one(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)  # one thread for each process, as here
-    told = []
+    watched = []
 
-    class Told(Watcher):
+    class Steps(Watcher):
         def step(self, cell, done, steps, loss):
-            told.append((cell.variant.label, done, steps))
+            watched.append((cell.variant.label, done, steps))
 
     one, two = prepared(tmp_path / "one", seeds=1), prepared(tmp_path / "two", seeds=1, jobs=2)
-    assert compare(one) == compare(two, Told()) == []
-    assert {("pt", 4, 4), ("dpt", 4, 4)} <= set(told)
+    assert compare(one) == compare(two, Steps()) == []
+    assert {("pt", 4, 4), ("dpt", 4, 4)} <= set(watched)
     for cell in one.cells:
         for file in ("adapter/adapter_model.safetensors", "predictions/nano__mixed.jsonl", "cell.json"):
             first, second = (tmp_path / name / cell.place / file for name in ("one", "two"))

@@ -267,7 +267,7 @@ def test_100_000_predictions_are_scored_in_under_10_seconds():
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 DAMAGE = {
-    "gsm8k": ('{"question": "a", "answer": "no mark"}', r":2: the answer 'no mark' does not close with '#### n'"),
+    "gsm8k": ('{"question": "a", "answer": "no mark"}', r":2: the answer 'no mark' does not end with '#### n'"),
     "gsm8k key": ('{"question": "a"}', r":2: lacks the key 'answer' \(has 'question'\)"),
     "gsm8k json": ('{"question": "a", "answer', r":2: not JSON \(Unterminated string"),
     "gsm8k list": ("[1]", ":2: a JSON list, needs an object"),
@@ -685,9 +685,9 @@ def test_bad_predictions_are_named(tmp_path):
 
 def test_missing_predictions_are_refused_or_score_0(tmp_path):
     examples = load_task("mrqa/squad", "test", files(tmp_path)["squad"][1])
-    with pytest.raises(ptmoe.PtmoeError, match=r"lack 1 id\(s\) \['s2'\] and hold 1 strange one\(s\) \['s9'\]"):
+    with pytest.raises(ptmoe.PtmoeError, match=r"lack 1 id\(s\) \['s2'\] and hold 1 unknown id\(s\) \['s9'\]"):
         ptmoe.score("mrqa/squad", {"s1": "Delhi", "s9": "x"}, examples)
-    with pytest.raises(ptmoe.PtmoeError, match="hold 1 strange"):
+    with pytest.raises(ptmoe.PtmoeError, match="hold 1 unknown"):
         ptmoe.score("mrqa/squad", {"s1": "Delhi", "s9": "x"}, examples, missing_as_wrong=True)
     scores = ptmoe.score("mrqa/squad", {"s1": "the delhi!"}, examples, missing_as_wrong=True)
     assert scores == {"exact_match": 50.0, "f1": 50.0}

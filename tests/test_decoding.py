@@ -23,7 +23,6 @@ NEW = 12
 ROWS = [tokens(length, length).tolist() for length in (6, 2, 11, 4, 9)]
 PROMPTS = {
     **CONFIGS,
-    "PT after the first token": ptmoe.PTConfig(num_virtual_tokens=5, position="after"),
     "P-tuning": METHODS["p-tuning"](num_virtual_tokens=5),
     "multitask": METHODS["multitask-prompt-tuning"](num_virtual_tokens=5),
 }

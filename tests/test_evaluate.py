@@ -16,7 +16,7 @@ from bases import CONFIGS, prompted, tiny
 import ptmoe
 from ptmoe.evaluate import evaluate
 from ptmoe.evaluate.generation import NEAR_TIE, complete
-from ptmoe.fast.linear import by_onednn
+from ptmoe.fast.linear import use_onednn
 from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
 from ptmoe.models.causal import PromptedCausalLM
@@ -87,7 +87,7 @@ def test_scores_in_a_batch_differ_from_a_rows_own_by_far_less_than_a_near_tie(ba
     rows = [torch.arange(3, 3 + length) for length in (4, 9, 17, 30)]
     ids = torch.stack([torch.nn.functional.pad(row, (30 - len(row), 0)) for row in rows])
     mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (30 - len(row), 0)) for row in rows])
-    with torch.no_grad(), by_onednn(model.base_model):  # as in decoding
+    with torch.no_grad(), use_onednn(model.base_model):  # as in decoding
         together = model(input_ids=ids, attention_mask=mask).logits[:, -1]
         alone = torch.cat([model(input_ids=row[None]).logits[:, -1] for row in rows])
     assert (together - alone).abs().max() < NEAR_TIE / 10

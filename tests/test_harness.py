@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from ptmoe import PromptedCausalLM, PTConfig, PTMoEConfig, PtmoeError, attach, load_task, nano
 from ptmoe.evaluate import evaluate, harness
 from ptmoe.evaluate.harness import PromptedLM
-from ptmoe.models.bases import load_base
+from ptmoe.models.bases import load_base, place
 
 PT_MOE = SELECTIVE_PROBATIONARY["PT-MoE probationary"]  # a mixture of all experts: every text gets a prompt of its own
 EXAMPLES = Path(__file__).parents[1] / "examples" / "lm_eval"
@@ -49,14 +49,14 @@ def pairs(model: PromptedCausalLM) -> list[Pair]:
         context = tokens(length, seed).tolist()
         made += [(context, tokens(1, other).tolist()) for other in range(4)]  # they share one row of logits
         made += [(context, tokens(size, seed).tolist()) for size in (2, 9, 5)]
-    whole = tokens(8, 9).tolist()  # one text that is parted in three places: one input, three contexts
+    whole = tokens(8, 9).tolist()  # one text split at three places: one input, three contexts
     made += [(whole[:at], whole[at:]) for at in (2, 5, 7)]
     greedy = model.generate(torch.tensor([whole]), max_new_tokens=3, do_sample=False)[0].tolist()
     return [*made, (whole, greedy[8:])]
 
 
 def alone(model: PromptedCausalLM, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """The log-likelihood of one continuation by itself, and whether it is the greedy one."""
+    """The log-likelihood of one continuation by itself, and whether it is the greedy continuation."""
     ids = torch.tensor([context + continuation])
     mask = torch.tensor([[1] * len(context) + [0] * len(continuation)])
     return likelihood(model(input_ids=ids, input_mask=mask).logits[0], continuation)
@@ -98,7 +98,7 @@ def test_a_continuation_scores_what_it_scores_alone_with_the_context_s_prompt(
     leaked = HFLM._loglikelihood_tokens(lm, [(None, *pair) for pair in cases], disable_tqdm=True)
     wrong = [abs(value - other) > 0.05 for (value, _), (other, _) in zip(expected, leaked, strict=True)]
     assert sum(wrong) >= 8
-    assert expected[-1][1]  # the greedy one
+    assert expected[-1][1]  # the greedy continuation
     sizes: list[int] = []
     lm.model.encoder.register_forward_hook(lambda _, inputs, prompt: sizes.append(len(inputs[0])))
     for batch_size in (1, 3, 8):
@@ -119,7 +119,7 @@ def test_every_method_is_scored_with_the_context_s_prompt(tokenizer: PreTrainedT
 
 def test_without_an_adapter_it_scores_as_the_harness_s_hf_does(tokenizer: PreTrainedTokenizerBase) -> None:
     base = tiny("gpt2", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    # With its cache `hf` reads the first logits, not the last, for one text that is parted in two places (0.4.13).
+    # With its cache `hf` reads the first logits, not the last, for one text that is split at two places (0.4.13).
     plain = HFLM(base, tokenizer=tokenizer, batch_size=3, logits_cache=False)
     ours = PromptedLM(PromptedCausalLM(base), tokenizer=tokenizer, batch_size=3)
     assert ours.max_length == plain.max_length == POSITIONS
@@ -143,7 +143,7 @@ def test_no_continuation_changes_the_routing_by_one_bit(tokenizer: PreTrainedTok
         assert torch.equal(gate, seen[0][1])
 
 
-def test_one_text_parted_in_two_places_shares_no_logits(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_one_text_split_at_two_places_shares_no_logits(tokenizer: PreTrainedTokenizerBase) -> None:
     """`HFLM` keys its cache by the tokens of context and continuation together: these two are one entry there."""
     lm = lm_on(tokenizer, "llama")
     whole = next(
@@ -172,7 +172,7 @@ def test_a_context_too_long_loses_its_beginning_and_the_router_reads_the_rest(
     given = score(lm, [(context, continuation) for continuation in continuations])
     with torch.no_grad():
         for row, continuation, value in zip(kept, continuations, given, strict=True):
-            last = continuation[-1]  # it is no input, and would be one position too many
+            last = continuation[-1]  # it is not an input, and would be one position too many
             mask = torch.tensor([[1] * len(row) + [0] * (len(continuation) - 1)])
             logits = lm.model(torch.tensor([row + continuation[:-1]]), input_mask=mask).logits[0]
             assert_same([value], [likelihood(torch.cat([logits, logits[:1]]), [*continuation[:-1], last])])
@@ -206,7 +206,7 @@ def test_a_rolling_likelihood_is_the_sum_over_windows_each_after_what_precedes_i
     windows = [
         ([tokenizer.eos_token_id], ids[:8]),
         (ids[7:8], ids[8:16]),
-        (ids[len(ids) - 9 : 16], ids[16:]),  # the last one reads as much as fits
+        (ids[len(ids) - 9 : 16], ids[16:]),  # the last window reads as much as fits
     ]
     with torch.no_grad():
         expected = sum(alone(lm.model, *window)[0] for window in windows)
@@ -214,7 +214,7 @@ def test_a_rolling_likelihood_is_the_sum_over_windows_each_after_what_precedes_i
     assert given == pytest.approx([expected, expected], abs=1e-3)
 
 
-def test_a_batch_size_found_by_itself_changes_no_score(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_automatic_batch_size_changes_no_score(tokenizer: PreTrainedTokenizerBase) -> None:
     lm = lm_on(tokenizer, "llama", batch_size="auto", max_batch_size=4)
     cases = pairs(lm.model)[::2]
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_an_answer_once_cached_is_not_computed_again(tokenizer: PreTrainedTokeni
 
 
 def test_hf_s_own_scoring_does_not_take_a_prompted_model(tokenizer: PreTrainedTokenizerBase) -> None:
-    """It would let the router read the continuation, and no one would see it."""
+    """It would let the router read the continuation, and nobody would notice."""
     with pytest.raises((AttributeError, PtmoeError)):
         HFLM(pretrained=lm_on(tokenizer, "llama").model, tokenizer=tokenizer)
 
@@ -265,7 +265,7 @@ def test_generation_is_what_each_prompt_gets_alone_up_to_the_stop(
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose adapter tells nano to add, whatever the domain."""
+    """A run folder whose adapter makes nano add, whatever the domain."""
     folder = tmp_path_factory.mktemp("run")
     base, tokenizer = load_base("nano")
     config = PTConfig(num_virtual_tokens=8, init="text", init_text="Add the numbers.\n")
@@ -360,8 +360,8 @@ def test_the_command_line_is_the_harness_s_own_and_agrees_with_ptmoe_eval(run_fo
         ({"adapter": "RUN", "pretrained": "./nobody"}, "no model folder './nobody'"),
         ({"adapter": "RUN", "pretrained": "nobody/nothing"}, "unknown model 'nobody/nothing'"),
         ({"adapter": "RUN", "max_length": 2048}, "max_length=2048 exceeds the 2040 positions"),
-        ({"adapter": "RUN", "adaptor": "RUN"}, "adaptor: 'nano' does not load with it"),
-        ({"adapter": "RUN", "device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"adapter": "RUN", "adaptor": "RUN"}, "adaptor: the base of .* does not load with it"),
+        ({"adapter": "RUN", "device": "abacus"}, "device 'abacus' cannot be used on this machine"),
         ({"adapter": "RUN", "backend": "seq2seq"}, "before a causal language model"),
         ({"adapter": "RUN", "parallelize": True}, "parallelize=True: ptmoe evaluates one adapter on one device"),
         ({"pretrained": "nano", "peft": "lora"}, "the harness's own hf model evaluates it"),
@@ -373,12 +373,25 @@ def test_bad_input_is_named(options: dict[str, Any], message: str, run_folder: P
         PromptedLM(**given)
 
 
+def test_the_device_is_the_one_named_and_by_default_the_accelerator(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert PromptedLM(adapter=run_folder, device="cpu").device.type == "cpu"
+    assert PromptedLM(adapter=run_folder).device.type == place().type
+    # lm_eval's command names CUDA by default, on machines without CUDA, too.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    placed: list[Any] = []
+    monkeypatch.setattr(harness, "place", lambda device: placed.append(device) or torch.device("cpu"))
+    PromptedLM(adapter=run_folder, device="cuda:0")
+    assert placed == [None]
+
+
 def test_an_adapter_on_another_base_is_refused(run_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(PtmoeError, match="load the base it was trained on"):
         PromptedLM(pretrained=tiny("llama"), adapter=run_folder, tokenizer=tokenizer)
     with pytest.raises(PtmoeError, match="without an adapter"):
         PromptedLM(pretrained=tiny("llama"), tokenizer=tokenizer)
-    with pytest.raises(PtmoeError, match="give either"):
+    with pytest.raises(PtmoeError, match="give only one of them"):
         PromptedLM(pretrained=prompted(tiny("llama"), PT_MOE), adapter=run_folder, tokenizer=tokenizer)
 
 
@@ -388,7 +401,7 @@ def test_several_processes_are_refused(run_folder: Path, monkeypatch: pytest.Mon
         PromptedLM(adapter=run_folder)
 
 
-def test_the_command_line_says_what_is_wrong_and_exits_with_status_2(
+def test_the_command_line_reports_an_error_and_exits_with_status_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["unused"])

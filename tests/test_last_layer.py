@@ -7,9 +7,14 @@ from test_packing import ROWS, assert_same, labelled, loss_and_gradients
 from transformers import PreTrainedModel
 
 from ptmoe import METHODS, attach
-from ptmoe.fast.last_layer import last_layer
+from ptmoe.fast.last_layer import last_layer_obstacle
+from ptmoe.models.causal import PromptedCausalLM
 
 NARROW = {"llama", "qwen2", "mistral", "gemma"}
+
+
+def without_last_layer(model: PromptedCausalLM) -> None:
+    model._fast._tried["last_layer"] = "not in this test"
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -17,9 +22,9 @@ def test_losses_and_gradients_are_those_of_the_whole_layer(base: PreTrainedModel
     model = prompted(base, CONFIGS["PT-MoE selective probationary"]).train()
     base.eval()
     inputs = labelled(ROWS, [3, 0, 1, 5, 2])
-    assert (last_layer(base) is not None) == (base.config.model_type in NARROW)
+    assert (last_layer_obstacle(base) is None) == (base.config.model_type in NARROW)
     narrow = loss_and_gradients(model, inputs, packing)
-    model._narrowable = (None,)
+    without_last_layer(model)
     assert_same(narrow, loss_and_gradients(model, inputs, packing))
 
 
@@ -31,9 +36,8 @@ def test_methods_that_change_the_last_layer(method: str) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     inputs = labelled(ROWS, [0] * 5)
     narrow = loss_and_gradients(model, inputs, None)
-    assert model._narrowable is not None
-    assert model._narrowable[0] is not None
-    model._narrowable = (None,)
+    assert model.fast_paths()["last_layer"] is None
+    without_last_layer(model)
     assert_same(narrow, loss_and_gradients(model, inputs, None))
 
 
@@ -60,7 +64,7 @@ def test_a_layer_put_together_in_another_way_is_found_out() -> None:
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    assert last_layer(base) is None
+    assert last_layer_obstacle(base) is not None
     inputs = labelled(ROWS, [0] * 5)
     model = prompted(base, CONFIGS["PT"]).train()
     assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
@@ -68,13 +72,13 @@ def test_a_layer_put_together_in_another_way_is_found_out() -> None:
 
 def test_it_is_left_alone_under_checkpointing_compilation_and_other_libraries() -> None:
     model = prompted(tiny_llama(), CONFIGS["PT"]).train()
-    assert model._last_layer({}) is not None
+    assert model.fast_paths()["last_layer"] is None
     model.gradient_checkpointing_enable()
-    assert model._last_layer({}) is None
+    assert model.fast_paths()["last_layer"] is not None
     model.gradient_checkpointing_disable()
-    assert model._last_layer({}) is not None
+    assert model.fast_paths()["last_layer"] is None
     model.base_model.model.layers[-1].compile()
-    assert model._last_layer({}) is None
+    assert model.fast_paths()["last_layer"] is not None
     base = tiny("llama")
     base.model.layers[-1].forward = base.model.layers[-1].forward  # as accelerate's hooks do
-    assert last_layer(base) is None
+    assert last_layer_obstacle(base) is not None

@@ -8,15 +8,22 @@ from test_packing import ROWS, assert_same, labelled, loss_and_gradients
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptmoe import METHODS, attach, linear
-from ptmoe.fast.linear import by_onednn
+from ptmoe import METHODS, attach
+from ptmoe.fast import linear
+from ptmoe.fast.linear import use_onednn
 from ptmoe.models.decoding import Decoder
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine's verdict is."""
+    monkeypatch.setattr(linear, "_faster_here", lambda: True)
+
+
 def replaced(base: PreTrainedModel) -> list[str]:
-    with by_onednn(base):
+    with use_onednn(base):
         return [name for name, module in base.named_modules() if "forward" in vars(module)]
 
 
@@ -39,7 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def test_a_layer_and_its_gradient(bias: bool, shape: tuple[int, ...]) -> None:
     layer = nn.Linear(7, 5, bias=bias).requires_grad_(False)
     one, other = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
-    made, expected = linear._Forward(layer)(one), layer(other)
+    made, expected = linear.OneDNNForward(layer)(one), layer(other)
     assert made.shape == expected.shape
     torch.testing.assert_close(made, expected)
     made.sin().sum().backward()
@@ -50,7 +57,7 @@ def test_a_layer_and_its_gradient(bias: bool, shape: tuple[int, ...]) -> None:
 def test_a_view_in_another_order() -> None:
     layer = nn.Linear(7, 5).requires_grad_(False)
     rows = torch.randn(7, 4, 3).permute(2, 1, 0)
-    torch.testing.assert_close(linear._Forward(layer)(rows), layer(rows))
+    torch.testing.assert_close(linear.OneDNNForward(layer)(rows), layer(rows))
 
 
 def test_losses_and_gradients_are_those_of_torch(
@@ -97,8 +104,8 @@ def test_only_frozen_layers_in_float32_that_nothing_else_has_changed() -> None:
     assert set(replaced(base)) == every - {"model.layers.0.mlp.up_proj"}
     base.lm_head.forward = base.lm_head.forward  # as accelerate's hooks do
     assert set(replaced(base)) == every - {"model.layers.0.mlp.up_proj"}  # still there, and its own
-    with by_onednn(base):
-        assert not isinstance(base.lm_head.forward, linear._Forward)
+    with use_onednn(base):
+        assert not isinstance(base.lm_head.forward, linear.OneDNNForward)
     assert not replaced(tiny("llama").requires_grad_(False).to(torch.bfloat16))
     assert not replaced(tiny("llama").requires_grad_(False).double())
 
@@ -113,3 +120,24 @@ def test_not_where_layers_are_recomputed_compiled_or_under_autocast() -> None:
     assert replaced(base)
     base.model.layers[0].compile()
     assert not replaced(base)
+
+
+def test_the_verdict_on_a_machine_is_measured_once_and_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two products round differently: a resumed run, another process, must compute with the same one."""
+    monkeypatch.undo()
+    monkeypatch.setenv("PTMOE_CACHE", str(tmp_path))
+    base = tiny_llama().requires_grad_(False)
+    for ratio, faster in ((0.5, True), (1.2, False)):
+        monkeypatch.setattr(linear, "_time_ratio", lambda ratio=ratio: ratio)
+        for kept in (tmp_path / "onednn").glob("*"):
+            kept.unlink()
+        linear._faster_here.cache_clear()
+        assert bool(replaced(base)) == faster
+        monkeypatch.setattr(linear, "_time_ratio", lambda: pytest.fail("measured again"))
+        linear._faster_here.cache_clear()  # as in another process
+        assert bool(replaced(base)) == faster
+    (tmp_path / "onednn").rename(tmp_path / "other")
+    (tmp_path / "onednn").write_text("not a folder: nothing can be kept")
+    linear._faster_here.cache_clear()
+    assert not replaced(base)
+    linear._faster_here.cache_clear()

@@ -1,6 +1,9 @@
-"""The methods: their sizes, their start values, their noise, and the settings that they refuse."""
+"""The methods: their sizes, their initial values, their noise, and the settings that they refuse."""
 
+import importlib
+import json
 import math
+from pkgutil import iter_modules
 
 import numpy as np
 import pytest
@@ -11,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import ptmoe
+from ptmoe import methods
 from ptmoe.errors import PtmoeError
-from ptmoe.methods import METHODS, DPTConfig, PromptConfig, PTConfig, PTMoEConfig
+from ptmoe.methods import METHODS, DPTConfig, MethodConfig, PromptConfig, PTConfig, PTMoEConfig
 from ptmoe.methods.routing import SPREAD, Router, gate
-from ptmoe.models.attach import attach, count_parameters
+from ptmoe.models.attach import attach, count_parameters, load_adapter
+from ptmoe.train.options import method_config
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
@@ -61,6 +67,126 @@ def test_the_count_is_the_published_formula(T, N, R):
     config, R = transformers.LlamaConfig(hidden_size=HIDDEN), min(R, T)
     assert count_parameters(config, PTMoEConfig(**sizes, num_experts=N)) == N * T * R + R * HIDDEN + N * (HIDDEN + 1)
     assert count_parameters(config, DPTConfig(**sizes)) == R * (T + HIDDEN)
+
+
+# -- what the program asks of a method --------------------------------------------------------------------------------
+
+
+def test_a_method_is_a_module_of_its_own_and_an_import():
+    modules = {importlib.import_module(f"ptmoe.methods.{module.name}") for module in iter_modules(methods.__path__)}
+    written = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, MethodConfig) and "method" in vars(value)
+    }
+    assert set(METHODS.values()) == written
+    assert len({config.__module__ for config in written}) == len(written)
+    assert {config.__name__ for config in written} < set(ptmoe.__all__)
+    assert all(getattr(ptmoe, config.__name__) is config for config in written)
+
+
+def test_the_methods_of_the_paper_are_in_its_order_and_no_two_look_alike():
+    of_paper = [config for config in METHODS.values() if config.paper_order is not None]
+    assert [config.method for config in sorted(of_paper, key=lambda config: config.paper_order)] == list(PAPER)
+    for attribute in ("figure_marker", "order"):
+        assert len({getattr(config, attribute) for config in of_paper}) == len(of_paper)
+    for mode in (0, 1):
+        assert len({config.figure_color[mode] for config in of_paper}) == len(of_paper)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_whether_a_method_routes_and_mixes_experts_is_what_its_prompts_do(config):
+    routing = prompted(tiny_llama(), config).route(tokens(8)[None])
+    assert (routing is not None) == config.routes
+    if config.routes:
+        assert ((routing.gate > 0).sum() > 1).item() == config.soft_gate
+
+
+# -- options that were removed -----------------------------------------------------------------------------------------
+
+BEFORE = {  # the fields of adapters and run configs as they were written then
+    "pt": {"num_virtual_tokens": 4, "position": "before", "init": "vocabulary", "init_text": None},
+    "smop": {
+        "num_virtual_tokens": 4,
+        "position": "before",
+        "init": "vocabulary",
+        "init_text": None,
+        "num_experts": 2,
+        "router_noise": 0.1,
+    },
+    "pt-moe": {
+        "num_virtual_tokens": 4,
+        "position": "before",
+        "init": "vocabulary",
+        "init_text": None,
+        "num_experts": 2,
+        "rank": 3,
+        "selective": True,
+        "probationary": True,
+        "top_k": 1,
+        "balance_loss": 0.0,
+        "router_noise": 0.1,
+        "router_init": "gradient",
+        "router_standardize": True,
+        "routing_anneal": True,
+        "distinct_experts": True,
+    },
+    "attempt": {
+        "num_virtual_tokens": 4,
+        "position": "before",
+        "init": "vocabulary",
+        "init_text": None,
+        "bottleneck": 2,
+        "num_sources": 2,
+        "source_prompts": [],
+    },
+    "p-tuning": {"num_virtual_tokens": 4, "position": "before", "encoder_hidden_size": 128},
+}
+
+
+def rewritten(folder, **fields):
+    """The adapter's folder with these fields in its config."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+@pytest.mark.parametrize("method", BEFORE)
+def test_adapters_and_run_configs_from_before_options_were_removed_load(method, tmp_path):
+    config = METHODS[method](**BEFORE[method])
+    assert not {"position", "top_k", "balance_loss"} & config.model_dump().keys()
+    assert method_config({"name": method, **BEFORE[method]}) == config
+    model = attach(tiny_llama(), config)
+    model.save_pretrained(tmp_path)
+    again = load_adapter(tiny_llama(), rewritten(tmp_path, **BEFORE[method]))
+    assert again.method_config == config
+    assert torch.equal(again(tokens(8)[None]).logits, model(tokens(8)[None]).logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        ("pt", "position", "after"),
+        ("smop", "position", "after"),
+        ("pt-moe", "top_k", 2),
+        ("pt-moe", "balance_loss", 0.5),
+    ],
+)
+def test_a_removed_option_that_had_an_effect_is_refused_in_words(method, option, value, tmp_path):
+    message = f"{option}={value!r}: the option {option} was removed.* needs the version of ptmoe that trained it"
+    with pytest.raises(PtmoeError, match=message):
+        METHODS[method](**{**BEFORE[method], option: value})
+    attach(tiny_llama(), METHODS[method](**BEFORE[method])).save_pretrained(tmp_path)
+    with pytest.raises(PtmoeError, match=message):
+        load_adapter(tiny_llama(), rewritten(tmp_path, **(BEFORE[method] | {option: value})))
+
+
+def test_a_removed_option_is_unknown_to_methods_that_never_had_it():
+    with pytest.raises(PtmoeError, match="unknown key 'top_k'"):
+        PTConfig(top_k=1)
+    with pytest.raises(PtmoeError, match="unknown key 'position'"):
+        METHODS["lora"](position="before")
 
 
 # -- start values ------------------------------------------------------------------------------------------------------
@@ -172,6 +298,20 @@ def test_a_seed_decides_every_start_value_and_leaves_the_global_state_alone(meth
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(again[key], value) for key, value in first.items())
     assert all(not torch.equal(other[key], value) for key, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (DPTConfig(num_virtual_tokens=4, rank=2), "needs a pt adapter, is a dpt adapter"),
+        (PTConfig(num_virtual_tokens=5), rf"needs a pt adapter of shape \(4, {HIDDEN}\), has shape \(5, {HIDDEN}\)"),
+    ],
+)
+def test_a_source_prompt_that_does_not_fit_is_named(source, message, tmp_path):
+    attach(tiny_llama(), source).save_pretrained(tmp_path)
+    config = METHODS["attempt"](num_virtual_tokens=4, num_sources=1, source_prompts=[str(tmp_path)])
+    with pytest.raises(PtmoeError, match=f"source prompt {tmp_path}: {message}"):
+        attach(tiny_llama(), config)
 
 
 # -- the router --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import ptmoe.fast.loss
 from ptmoe import METHODS, PtmoeError, attach
 from ptmoe.fast.loss import IGNORED
-from ptmoe.fast.packing import SHORT, SIMILAR, groups_of, why_not
+from ptmoe.fast.packing import SHORT, SIMILAR, groups_of, packing_obstacle
 from ptmoe.models.causal import PromptedCausalLM
 
 ROWS = [tokens(n, seed=n) for n in (9, 24, 5, 17, 24)]  # beyond and within a sliding window of 12
@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(
     model = prompted(base, CONFIGS["PT-MoE selective probationary"]).train()
     base.eval()  # no dropout of the base: the two would draw other numbers
     inputs = labelled(ROWS, lefts)
-    assert why_not(base) is None
+    assert packing_obstacle(base) is None
     assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
 
 
@@ -81,12 +81,6 @@ def test_several_adapters_and_the_base_in_one_batch() -> None:
     prompted(model, CONFIGS["SMoP"], name="b")
     model.train()
     inputs = labelled(ROWS, [0] * 5) | {"adapter_names": ["b", "a", "__base__", "b", "a"]}
-    assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
-
-
-def test_the_prompt_after_the_first_token() -> None:
-    model = prompted(tiny_llama(), METHODS["pt"](num_virtual_tokens=4, position="after")).train()
-    inputs = labelled(ROWS, [3, 0, 1, 5, 2])
     assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
 
 
@@ -173,12 +167,12 @@ def test_packing_cannot_be_asked_for_where_the_prompt_stands_in_the_cache() -> N
 
 def test_a_base_whose_layers_mix_tokens_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_llama()
-    assert why_not(base) is None
+    assert packing_obstacle(base) is None
     mlp = base.model.layers[0].mlp
     forward = mlp.forward
     # What came before, as a state-space layer or a convolution has it.
     monkeypatch.setattr(mlp, "forward", lambda x: forward(x) + 0.5 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
-    reason = why_not(base)
+    reason = packing_obstacle(base)
     assert reason is not None
     assert "mix tokens" in reason
 
@@ -196,7 +190,7 @@ def test_a_window_that_only_the_masks_know_is_found_out(monkeypatch: pytest.Monk
         return attend
 
     monkeypatch.setattr(modeling_mistral.ALL_ATTENTION_FUNCTIONS, "get_interface", without_window)
-    assert "window" in str(why_not(base))
+    assert "window" in str(packing_obstacle(base))
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=12))
@@ -235,7 +229,7 @@ def test_the_loss_in_parts_is_the_loss(base: PreTrainedModel, packing: bool, mon
     whole = loss_and_gradients(model, inputs, packing)
     largest: list[int] = []
     base.get_output_embeddings().register_forward_hook(lambda _, __, out: largest.append(out.shape[:-1].numel()))
-    monkeypatch.setattr("ptmoe.models.causal.LOGITS_AT_ONCE", 4 * VOCABULARY + 1)
+    monkeypatch.setattr("ptmoe.fast.paths.LOGITS_AT_ONCE", 4 * VOCABULARY + 1)
     assert_same(loss_and_gradients(model, inputs, packing), whole)
     assert max(largest) == 4
     assert len(largest) == 1 + 4  # one position on the way through, then 15 in parts of 4
@@ -245,7 +239,7 @@ def test_the_loss_in_parts_of_a_global_batch(monkeypatch: pytest.MonkeyPatch) ->
     model = prompted(tiny_llama(), CONFIGS["PT"]).train()
     inputs = labelled(ROWS, [0] * 5, supervised=3) | {"num_items_in_batch": torch.tensor(40)}
     whole = loss_and_gradients(model, inputs, None)
-    monkeypatch.setattr("ptmoe.models.causal.LOGITS_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr("ptmoe.fast.paths.LOGITS_AT_ONCE", 4 * VOCABULARY)
     assert_same(loss_and_gradients(model, inputs, None), whole)
 
 
@@ -253,7 +247,7 @@ def test_a_head_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -
     model = attach(tiny_llama(), METHODS["ft"]()).train()
     inputs = labelled(ROWS, [0] * 5)
     whole = loss_and_gradients(model, inputs, None)
-    monkeypatch.setattr("ptmoe.models.causal.LOGITS_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr("ptmoe.fast.paths.LOGITS_AT_ONCE", 4 * VOCABULARY)
     assert_same(loss_and_gradients(model, inputs, None), whole)
     assert any("lm_head" in name or "embed_tokens" in name for name in whole)
 
@@ -263,7 +257,7 @@ def test_statistics_of_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = labelled(ROWS, [0] * 5, supervised=3)
     found = []
     for logits_at_once, skip in ((2**25, True), (4 * VOCABULARY, True), (2**25, False)):
-        monkeypatch.setattr("ptmoe.models.causal.LOGITS_AT_ONCE", logits_at_once)
+        monkeypatch.setattr("ptmoe.fast.paths.LOGITS_AT_ONCE", logits_at_once)
         statistics = ptmoe.fast.loss.TokenStatistics()
         model(**inputs, token_statistics=statistics, skip_logits=skip)
         found.append((float(statistics.entropy), float(statistics.correct), statistics.count))

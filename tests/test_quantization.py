@@ -34,7 +34,7 @@ FIELDS = {
     "multitask-prompt-tuning": {"num_virtual_tokens": 4, "rank": 2},
     "vera": {"rank": 8},
 }
-UNFIT = [(method, quantization) for method in METHODS for quantization in METHODS[method].unfit_on]
+UNFIT = [(method, quantization) for method in METHODS for quantization in METHODS[method].unsupported_quantizations]
 FITS = [(method, one) for method in METHODS for one in QUANTIZATIONS if (method, one) not in UNFIT]
 either = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 
@@ -222,7 +222,7 @@ def test_compare_leaves_out_what_does_not_fit(quantization, tmp_path):
     plan = {"tasks": ["nano/mixed"], "methods": methods, "quantization": quantization}
     comparison = prepare(read_plan(None, {**plan, "output_dir": str(tmp_path / "c")}), say=lambda line: None)
     assert {cell.options.quantization for cell in comparison.cells} == {quantization}
-    unfit = {one for one in methods if quantization in METHODS[one].unfit_on}
+    unfit = {one for one in methods if quantization in METHODS[one].unsupported_quantizations}
     assert {one.what for one in comparison.left_out} == unfit
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bases import tiny_llama
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import ptmoe
 from ptmoe.methods.pt_moe import PTMoE
@@ -14,8 +14,9 @@ from ptmoe.train.routing import RoutingCallback, Sample, prompt_gradients, start
 HIDDEN, EXPERTS = 16, 4
 
 
-def encoder(seed=0, hidden=HIDDEN, **fields):
-    built = ptmoe.PTMoEConfig(num_virtual_tokens=5, rank=3, num_experts=EXPERTS, **fields).build(hidden)
+def encoder(seed=0, config=None):
+    config = config or ptmoe.PTMoEConfig(num_virtual_tokens=5, rank=3, num_experts=EXPERTS)
+    built = config.build(HIDDEN)
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
     return built
@@ -36,14 +37,19 @@ def routed_to(router, means):
     return router(means, 0.0).argmax(1)
 
 
+WITHOUT_BIAS = ptmoe.SMoPConfig(num_virtual_tokens=5, num_experts=EXPERTS)
+
+
+@pytest.mark.parametrize("config", [None, WITHOUT_BIAS], ids=["standardised", "without a bias"])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_router_starts_by_parting_the_groups_that_want_different_prompts(seed):
+def test_the_router_starts_by_parting_the_groups_that_want_different_prompts(seed, config):
     group, sample = grouped(seed, examples=960)
-    built = encoder(seed)
-    built.router.standardize(sample.means)
+    built = encoder(seed, config)
+    if built.config.router_bias:
+        built.router.standardize(sample.means)
     assert start_router(built, sample, torch.Generator().manual_seed(seed))
     routes = routed_to(built.router, sample.means)
-    shares = torch.stack([torch.bincount(routes[group == one], minlength=EXPERTS) for one in range(EXPERTS)]) / 240
+    shares = torch.stack([torch.bincount(routes[group == index], minlength=EXPERTS) for index in range(EXPERTS)]) / 240
     assert shares.max(1).values.min() > 0.95
     assert len(set(shares.argmax(1).tolist())) == EXPERTS
 
@@ -55,6 +61,14 @@ def test_the_start_is_calibrated_to_the_confidence_it_names():
     assert start_router(built, sample, torch.Generator().manual_seed(0))
     confidence = built.router(sample.means, 0.0).softmax(1).amax(1).mean()
     torch.testing.assert_close(confidence, torch.tensor(routing.CONFIDENCE), atol=1e-3, rtol=0)
+
+
+def test_a_router_without_a_bias_is_not_standardised_since_nothing_could_hold_the_mean():
+    message = "router_standardize=True: the router of smop has no bias to fold the inputs' mean into"
+    with pytest.raises(ptmoe.PtmoeError, match=message):
+        ptmoe.SMoPConfig(router_standardize=True)
+    with pytest.raises(ValueError, match="without a bias"):
+        encoder(config=WITHOUT_BIAS).router.standardize(grouped()[1].means)
 
 
 def test_where_the_input_says_nothing_about_the_gradient_the_router_is_left_alone():
@@ -116,8 +130,8 @@ def arguments(folder, steps):
     )
 
 
-def trainer(folder, steps=10, **fields):
-    config = ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, num_experts=3, **fields)
+def trainer(folder, steps=10, config=None, **fields):
+    config = config or ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, num_experts=3, **fields)
     model = ptmoe.attach(tiny_llama(), config)
     return Trainer(
         model=model,
@@ -135,6 +149,45 @@ def test_after_training_the_router_is_in_the_published_coordinates(tmp_path):
     assert router.mean is None
     assert router.scale is None
     assert run.model.encoder.hardness == 1.0
+
+
+def test_any_routed_method_has_the_training_of_its_router(tmp_path):
+    hardness = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            hardness.append(model.encoder.hardness)
+
+    config = ptmoe.SMoPConfig(num_virtual_tokens=4, router_init="gradient", routing_anneal=True)
+    run = trainer(tmp_path, config=config)
+    run.add_callback(Watch())
+    kinds = [[low + i % 5, low + i % 7, low + i % 9, low + i % 4] for i in range(16) for low in (10, 60)]
+    run.train_dataset = [
+        {"input_ids": [*ids, answer, answer], "labels": [-100] * 4 + [answer, answer]}
+        for ids, answer in zip(kinds, [50, 90] * 16, strict=True)
+    ]
+    RoutingCallback().on_train_begin(run.args, TrainerState(), TrainerControl(), run.model, run.get_train_dataloader())
+    routes = run.model.eval().route(torch.tensor(kinds)).gate.argmax(1)
+    assert sorted([routes[0].item(), routes[1].item()]) == [0, 1]
+    assert torch.equal(routes, routes[:2].repeat(16))
+    run.train()
+    assert hardness[0] == 0.0
+    assert hardness == sorted(hardness)
+    assert hardness[-1] == run.model.encoder.hardness == 1.0
+    assert set(run.model.encoder.tensors()) == {"prompts", "router.weight"}
+
+
+@pytest.mark.parametrize("config", [None, WITHOUT_BIAS], ids=["PT-MoE", "SMoP"])
+def test_a_checkpoint_restores_the_training_of_the_router(config):
+    trained, restored = encoder(1, config), encoder(2, config)
+    if trained.config.router_bias:
+        trained.router.standardize(grouped()[1].means)
+    trained.hardness, trained.confidence = 0.25, torch.tensor(0.75)
+    restored.load_tensors(trained.tensors())
+    restored.load_training_state({key: value.clone() for key, value in trained.training_state().items()})
+    expected, found = trained.training_state(), restored.training_state()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_preparing_the_router_changes_no_random_number_of_the_training(tmp_path):

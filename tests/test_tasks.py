@@ -22,11 +22,12 @@ def test_each_form_is_recognised_by_its_keys(tmp_path):
     chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     question = {"question": "Where?", "context": "In the box.", "answers": ["the box", "box"], "id": "q", "domain": "d"}
     path = written(tmp_path / "d.jsonl", {"prompt": "2 + 2 =", "completion": " 4"}, "", {"messages": chat}, question)
-    plain, messages, asked = load(path)
+    plain, messages, question_answer = load(path)
     assert (plain.input, plain.target, plain.references, plain.id) == ("2 + 2 =", " 4", ("4",), "d-1")
     assert (messages.messages, messages.target, messages.id) == ((chat[0],), "4", "d-3")
-    assert asked.input == "In the box.\n\nQuestion: Where?\nAnswer:"
-    assert (asked.target, asked.references, asked.id, asked.domain) == (" the box", ("the box", "box"), "q", "d")
+    assert question_answer.input == "In the box.\n\nQuestion: Where?\nAnswer:"
+    assert (question_answer.target, question_answer.references) == (" the box", ("the box", "box"))
+    assert (question_answer.id, question_answer.domain) == ("q", "d")
 
 
 def test_other_keys_are_mapped_by_name(tmp_path):
@@ -72,7 +73,7 @@ def test_an_id_used_twice_is_named(tmp_path):
         load(path)
 
 
-def test_missing_and_empty_data_are_said(tmp_path):
+def test_missing_and_empty_data_are_reported(tmp_path):
     with pytest.raises(ptmoe.PtmoeError, match="no data file"):
         load(tmp_path / "none.jsonl")
     with pytest.raises(ptmoe.PtmoeError, match="holds no example"):
@@ -84,7 +85,7 @@ def test_missing_and_empty_data_are_said(tmp_path):
         load(tmp_path / "empty.jsonl", Keys(prompt="a"))
 
 
-def test_an_unknown_task_or_split_gets_the_near_one():
+def test_for_an_unknown_task_or_split_the_nearest_is_suggested():
     with pytest.raises(ptmoe.PtmoeError, match="unknown task 'nano/mixd'; did you mean 'nano/mixed'"):
         load_task("nano/mixd")
     with pytest.raises(ptmoe.PtmoeError, match="no split 'tset'; did you mean 'test'"):
@@ -96,8 +97,8 @@ def test_test_inputs_of_nano_are_in_no_training_set(task):
     def inputs(split):
         return {e.input.split(": ", 1)[1].removesuffix(" =>") for e in load_task(task, split)}
 
-    assert all(is_test_input(one) for one in inputs("test") | inputs("validation"))
-    assert not any(is_test_input(one) for one in inputs("train"))
+    assert all(is_test_input(text) for text in inputs("test") | inputs("validation"))
+    assert not any(is_test_input(text) for text in inputs("train"))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -132,7 +133,7 @@ def test_predictions_must_cover_exactly_the_examples():
     examples = load_task("nano/words", "test")[:3]
     with pytest.raises(ptmoe.PtmoeError, match="2 predictions for 3 examples"):
         ptmoe.score("nano/words", ["a", "b"], examples)
-    with pytest.raises(ptmoe.PtmoeError, match=r"lack 2 id\(s\).*hold 1 strange"):
+    with pytest.raises(ptmoe.PtmoeError, match=r"lack 2 id\(s\).*hold 1 unknown"):
         ptmoe.score("nano/words", {"test-0": "a", "x": "b"}, examples)
 
 

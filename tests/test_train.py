@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 import ptmoe
 from ptmoe.models.bases import load_base
@@ -132,28 +133,70 @@ def test_a_checkpoint_at_the_papers_sizes_is_under_2_mb(method, tmp_path):
     assert sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir()) < 2_000_000
 
 
-def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_adapter(tmp_path, monkeypatch):
-    from transformers import TrainerCallback
+class Diverge(TrainerCallback):
+    """Makes the loss NaN at a step, and keeps the parameters that each step begins with."""
 
-    from ptmoe import model as model_module
+    def __init__(self, step):
+        self.at, self.step, self.before = step, 0, {}
 
-    real, calls, seen = model_module.cross_entropy, [], {}
+    def on_train_begin(self, args, state, control, model, **_):
+        model.register_forward_hook(self.spoil)
 
-    def failing(*arguments):
-        calls.append(None)
-        return real(*arguments) * (math.nan if len(calls) == 5 else 1)
+    def on_step_begin(self, args, state, control, model, **_):
+        self.step = state.global_step + 1
+        self.before[self.step] = {key: value.detach().clone() for key, value in model.encoder.tensors().items()}
 
-    class Watch(TrainerCallback):
-        def on_step_begin(self, args, state, control, model, **_):
-            seen[state.global_step + 1] = model.encoder.A.detach().clone()
+    def spoil(self, module, arguments, output):
+        if self.step == self.at:
+            output.loss = output.loss * math.nan
+        return output
 
-    monkeypatch.setattr(model_module, "cross_entropy", failing)
-    with pytest.raises(DivergedError, match=r"nan at step 5.*it is in .*adapter"):
-        train(options(tmp_path / "run", method=SMALL | {"recipe": "paper"}), callbacks=[Watch()])
+
+def same(tensors, others):
+    return all(torch.equal(value, others[key]) for key, value in tensors.items())
+
+
+def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_adapter(tmp_path):
+    diverge = Diverge(step=5)
+    with pytest.raises(DivergedError, match=r"nan at step 5; stopped with the adapter as it was before.*/adapter"):
+        train(options(tmp_path / "run", method=SMALL | {"recipe": "paper"}), callbacks=[diverge])
     kept = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert torch.equal(kept["A"], seen[4])  # the parameters that gave the last finite loss
-    assert not torch.equal(kept["A"], seen[5])
+    assert same(kept, diverge.before[4])  # the parameters that gave the last finite loss
+    assert not same(kept, diverge.before[5])
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+FT = {"method": {"name": "ft"}, "eval_examples": 1, "per_device_train_batch_size": 2, "save_total_limit": 3}
+
+
+def test_full_fine_tuning_that_diverges_goes_back_to_the_newest_checkpoint(tmp_path):
+    diverge = Diverge(step=6)
+    with pytest.raises(DivergedError, match=r"nan at step 6; stopped with the weights of .*checkpoint-4.*/adapter"):
+        train(options(tmp_path / "run", **FT, save_steps=2), callbacks=[diverge])
+    kept = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert same(kept, diverge.before[5])
+    assert not same(kept, diverge.before[6])
+
+
+def test_a_checkpoint_with_broken_weights_is_passed_over(tmp_path):
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 4:
+                path = tmp_path / "run" / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors"
+                save_file({key: value * math.nan for key, value in load_file(path).items()}, path)
+
+    diverge = Diverge(step=5)
+    with pytest.raises(DivergedError, match=r"the weights of .*checkpoint-2"):
+        train(options(tmp_path / "run", **FT, save_steps=2), callbacks=[diverge, Spoil()])
+    assert same(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"), diverge.before[3])
+
+
+def test_full_fine_tuning_that_diverges_before_a_checkpoint_saves_nothing_and_says_so(tmp_path):
+    with pytest.raises(
+        DivergedError, match=r"no checkpoint holds earlier weights, so nothing was saved: .*--save-steps"
+    ):
+        train(options(tmp_path / "run", **FT, save_steps=100), callbacks=[Diverge(step=3)])
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 UNFIT = {

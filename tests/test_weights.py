@@ -37,7 +37,7 @@ SIZES = {
     "prefix-tuning": {"num_virtual_tokens": 4},
     "multitask-prompt-tuning": {"num_virtual_tokens": 4, "rank": 2},
 }
-WEIGHTS = [method for method in SIZES if METHODS[method].alone]
+WEIGHTS = [method for method in SIZES if METHODS[method].changes_layers]
 IN_PEFT = [method for method in SIZES if method not in ("ft", "hydralora", "p-tuning", "multitask-prompt-tuning")]
 REWRITES = {"pissa", "corda", "kasa"}  # the target modules' own weights, before training
 FITS = [
@@ -119,7 +119,7 @@ def test_training_lowers_the_loss_and_changes_the_methods_own_numbers_alone(meth
     assert all(unchanged) or method in REWRITES | {"ft"}
     if method == "ft":
         assert not any(torch.equal(parameter, before) for parameter, before in own if before.dim() > 1)
-    elif METHODS[method].alone:
+    elif METHODS[method].changes_layers:
         model.delete_adapter("default")
         assert all(torch.equal(parameter, before) for parameter, before in own)
         assert {id(parameter) for parameter in base.parameters()} == {id(parameter) for parameter, _ in own}
@@ -390,6 +390,13 @@ def test_splitting_a_batch_into_accumulation_steps_changes_nothing(method, tmp_p
     whole = fitted(method, tmp_path, size=4, **sgd).model.encoder.tensors()
     parts = fitted(method, tmp_path, size=2, accumulate=2, **sgd).model.encoder.tensors()
     assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "ft"])
+def test_no_step_copies_all_weights_of_the_base(method, tmp_path):
+    trainer = fitted(method, tmp_path, max_steps=1, save_strategy="no")
+    copied = sum(value.numel() for value in trainer._last_good.values())
+    assert copied == (0 if method == "ft" else trainer.model.num_parameters(only_trainable=True))
 
 
 @pytest.mark.parametrize("method", ["riemannian", "lora-fa"])
@@ -673,7 +680,7 @@ def by_hand(model, ids):
     if model.method_config.method == "prefix-tuning":
         from transformers import DynamicCache
 
-        layers, heads = base.config.num_hidden_layers, encoder.form.num_attention_heads
+        layers, heads = base.config.num_hidden_layers, encoder.resolved_config.num_attention_heads
         cache = DynamicCache()
         for index in range(layers):
             keys, values = (

@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.machine import Setting, memory, seconds
 from benchmarks.shapes import SHAPES
 from benchmarks.worker import Round
-from ptmoe.fast.linear import _Forward
+from ptmoe.fast.linear import OneDNNForward
 
 
 def layer(setting: Setting, way: str, of: str, rows: int, backward: bool, repeats: int) -> Round:
@@ -27,7 +27,7 @@ def layer(setting: Setting, way: str, of: str, rows: int, backward: bool, repeat
     shape = SHAPES[setting.shape]
     outputs = {"head": shape.vocabulary, "up": shape.intermediate}[of]
     linear = nn.Linear(shape.hidden, outputs, bias=False, dtype=getattr(torch, setting.dtype)).requires_grad_(False)
-    forward = _Forward(linear) if way == "oneDNN" else linear
+    forward = OneDNNForward(linear) if way == "oneDNN" else linear
     inputs = torch.randn(rows, shape.hidden, dtype=linear.weight.dtype, requires_grad=backward)
     gradient = torch.randn(rows, outputs, dtype=linear.weight.dtype)
     setting.held = memory()

@@ -29,8 +29,8 @@ def training_rows(lengths: Lengths, vocabulary: int) -> list[dict[str, list[int]
 def training(setting: Setting, method: dict[str, Any], lengths: Lengths, repeats: int, compiled: bool = False) -> Round:
     """Forward with the loss, backward and the optimizer's step, on one padded batch of all rows."""
     model = attach(setting.base(), method_config(method)).train()
-    if compiled and not compile_layers(model.base_model):
-        raise RuntimeError("the layers cannot be compiled")
+    if compiled and (reason := compile_layers(model.base_model)):
+        raise RuntimeError(reason)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
 
     def measure(brief: bool) -> dict[str, Any]:

@@ -8,26 +8,6 @@ __version__ = "0.1.0"
 # Nothing heavy is imported before a name is used: `import ptmoe` does not import torch.
 _HOMES = {
     "METHODS": "methods",
-    "ATTEMPTConfig": "methods",
-    "CorDAConfig": "methods",
-    "DoRAConfig": "methods",
-    "DPTConfig": "methods",
-    "EVAConfig": "methods",
-    "FTConfig": "methods",
-    "HydraLoRAConfig": "methods",
-    "IA3Config": "methods",
-    "KaSAConfig": "methods",
-    "LoRAConfig": "methods",
-    "LoRAFAConfig": "methods",
-    "MultitaskPromptTuningConfig": "methods",
-    "PiSSAConfig": "methods",
-    "PrefixTuningConfig": "methods",
-    "PTConfig": "methods",
-    "PTMoEConfig": "methods",
-    "PTuningConfig": "methods",
-    "RiemannianConfig": "methods",
-    "SMoPConfig": "methods",
-    "VeRAConfig": "methods",
     "PromptedCausalLM": "models.causal",
     "attach": "models.attach",
     "count_parameters": "models.attach",
@@ -40,14 +20,21 @@ _HOMES = {
     "PtmoeError": "errors",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ptmoe' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"ptmoe.{_HOMES[name]}"), name)
+    if name == "__all__":
+        return ["__version__", *_HOMES, *_configs()]
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"ptmoe.{_HOMES[name]}"), name)
+    if name.endswith("Config") and name in _configs():
+        return getattr(importlib.import_module("ptmoe.methods"), name)
+    raise AttributeError(f"module 'ptmoe' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return list(__getattr__("__all__"))
+
+
+def _configs() -> list[str]:
+    """The config classes of `ptmoe.methods`, without a list of them here."""
+    return [name for name in importlib.import_module("ptmoe.methods").__all__ if name.endswith("Config")]

@@ -1,5 +1,6 @@
-"""Typed settings that refuse what they do not know: the base of every method's config and of the run's options."""
+"""Typed settings that refuse unknown keys: the base of every method's config and of the commands' options."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a field appears on the command line, where its name and type do not say so: `Annotated[int, Flag("-n")]`.
+
+    Attributes:
+        names: its spellings; by default `--field-name`.
+        repeatable: the field's validator reads text, which is given once (False) or several times (True); None follows
+            the field's type.
+    """
+
+    names: tuple[str, ...] = ()
+    repeatable: bool | None = None
 
 
 class Settings(BaseModel):

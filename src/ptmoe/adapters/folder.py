@@ -1,14 +1,14 @@
 """The adapter folder: `adapter_config.json` and `adapter_model.safetensors`; no pickle is read or written.
 
-Of an adapter that `peft` has a form for (LoRA, …) both are `peft`'s own, and what is below stands beside them in
-`ptmoe_config.json`.
+For an adapter that `peft` can represent (LoRA, …) both files are in `peft`'s own format, and the content below goes to
+`ptmoe_config.json` beside them.
 
     {"peft_type": "PT_MOE", "task_type": "CAUSAL_LM", "base_model_name_or_path": "…", "revision": null,
      "hidden_size": 2048, "embedding_fingerprint": {"vocabulary": 128256, "values": [64 numbers]},
      "num_virtual_tokens": 40, "num_experts": 2, …}
 
-The values are entries of the base's input embedding, spread over it: they tell an adapter trained on another base,
-and stay within rounding when the same base is loaded in another dtype.
+The fingerprint's values are entries of the base's input embedding, spread over it: they expose an adapter that was
+trained on another base, and stay within rounding when the same base is loaded in another dtype.
 """
 
 from __future__ import annotations
@@ -17,54 +17,55 @@ import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptmoe.adapters.identity import BaseIdentity
 from ptmoe.errors import PtmoeError, near
 from ptmoe.files import replaced
 from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, VirtualTokensConfig
 
-if TYPE_CHECKING:
-    from ptmoe.models.causal import PromptedCausalLM
-
 CONFIG_FILE = "adapter_config.json"
-OWN_CONFIG_FILE = "ptmoe_config.json"  # what CONFIG_FILE holds, where that is peft's
+OWN_CONFIG_FILE = "ptmoe_config.json"  # holds our config where CONFIG_FILE is peft's
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-FINGERPRINT_SIZE = 64
-WITHOUT_EFFECT = (  # in peft's config, on what a loaded adapter computes
+WITHOUT_EFFECT = (  # fields of peft's config that change nothing in what a loaded adapter computes
     "base_model_name_or_path revision task_type peft_version auto_mapping inference_mode lora_dropout "
-    "fan_in_fan_out".split()  # the last says how the base holds its weights, which a quantized GPT-2 does otherwise
+    "fan_in_fan_out".split()  # how the base stores its weights, which a quantized GPT-2 does otherwise
 )
-RANDOM_STARTS = (True, False, "gaussian", "eva")  # of LoRA: those that leave the base as it is
+RANDOM_STARTS = (True, False, "gaussian", "eva")  # LoRA's init_lora_weights that leave the base as it is
 ENVELOPE = ("peft_type", "task_type", "base_model_name_or_path", "revision", "hidden_size", "embedding_fingerprint")
 
 
 @dataclass
 class SavedAdapter:
-    """A folder that has been read and checked: its config, its tensors by key, and what it says of its base.
+    """A folder that has been read and checked.
 
     Attributes:
-        peft_config: `peft`'s own config, where it has a form for the adapter.
+        folder: where it was read.
+        config: of the method.
+        tensors: by key.
+        base: the base model that it belongs to.
+        peft_config: `peft`'s own config, where the folder has one.
     """
 
     folder: Path
     config: MethodConfig
     tensors: dict[str, Tensor]
-    envelope: dict[str, Any]
+    base: BaseIdentity
     peft_config: dict[str, Any] | None = None
 
     def fill(self, encoder: PromptEncoder) -> None:
-        """Give an encoder the tensors.
+        """Copy the tensors into an encoder.
 
         Raises:
-            PtmoeError: keys or shapes that are not its own, or a `peft` config that says something else.
+            PtmoeError: keys or shapes that are not the encoder's, or a `peft` config that contradicts it.
         """
-        _check_tensors(self.folder / WEIGHTS_FILE, encoder.tensors(), self.tensors)
+        check_tensors(self.folder / WEIGHTS_FILE, encoder.tensors(), self.tensors)
         expected = encoder.peft_config() or {}
         for key, value in (self.peft_config or {}).items():
             found = sorted(value) if key == "target_modules" and isinstance(value, list) else value
@@ -76,53 +77,28 @@ class SavedAdapter:
         encoder.load_tensors(self.tensors)
 
 
-def fingerprint(embedding: Tensor, vocabulary: int | None = None) -> dict[str, Any]:
-    """Entries spread over the first `vocabulary` rows of a `(V, H)` embedding (all of them by default)."""
-    vocabulary = vocabulary or embedding.shape[0]
-    hidden = embedding.shape[1]
-    rows = [i * (vocabulary - 1) // (FINGERPRINT_SIZE - 1) for i in range(FINGERPRINT_SIZE)]
-    columns = [(i * 7919) % hidden for i in range(FINGERPRINT_SIZE)]
-    values = embedding.detach()[rows, columns].float().cpu()
-    return {"vocabulary": vocabulary, "values": [float(f"{value:.6g}") for value in values.tolist()]}
+def save_adapter(encoder: PromptEncoder, base: BaseIdentity, folder: str | Path) -> None:
+    """Write an adapter folder; each file appears whole or not at all."""
+    write_files(folder, config_file(encoder.config, base), encoder.tensors(), encoder.peft_config())
 
 
-def same_base(embedding: Tensor, saved: dict[str, Any]) -> bool:
-    """Whether a fingerprint was taken from this embedding, in whatever dtype. Rows added at its end do not matter."""
-    if embedding.shape[0] < saved["vocabulary"]:
-        return False
-    here = torch.tensor(fingerprint(embedding, saved["vocabulary"])["values"])
-    there = torch.tensor(saved["values"])
-    # bfloat16 keeps 8 bits: two roundings of the same number are within 2^-7 of each other.
-    return here.shape == there.shape and torch.allclose(here, there, rtol=2**-7, atol=1e-6)
-
-
-def save_adapter(model: PromptedCausalLM, folder: str | Path, name: str | None = None) -> None:
-    """Write one adapter of `model`; each file appears whole or not at all."""
-    encoder = model.encoder if name is None else model._encoder(name)
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)
-    revision = getattr(model.config, "_commit_hash", None)
-    # `ft` has trained the embedding: it is the base's that tells the base.
-    of_base = {"hidden_size": embedding.shape[1], "embedding_fingerprint": model.embedding_fingerprint}
-    config = _config(encoder.config, of_base, model.name_or_path, revision)
-    write_adapter(folder, config, encoder.tensors(), encoder.peft_config())
-
-
-def _config(config: MethodConfig, of_base: dict[str, Any], base: str | None, revision: str | None) -> dict[str, Any]:
-    """What `adapter_config.json` holds."""
+def config_file(config: MethodConfig, base: BaseIdentity) -> dict[str, Any]:
+    """The content of `adapter_config.json`."""
     envelope = {
         "peft_type": config.peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
-        **of_base,
+        "base_model_name_or_path": base.name_or_path,
+        "revision": base.revision,
+        "hidden_size": base.hidden_size,
+        "embedding_fingerprint": base.fingerprint,
     }
     return envelope | config.model_dump()
 
 
-def write_adapter(
+def write_files(
     folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], peft_config: dict[str, Any] | None = None
 ) -> None:
+    """The files of an adapter folder, ours or `peft`'s."""
     folder = Path(folder)
     if folder.is_file():
         raise PtmoeError(f"{folder} is a file: name a folder for the adapter")
@@ -146,29 +122,21 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     own = folder / OWN_CONFIG_FILE
     of_peft = own.is_file()
     if of_peft:
-        config, envelope = _read_config(folder, _read_json(own))
-    elif written.get("peft_type") == "LORA":  # peft's own folder, from anywhere
-        config, envelope = _of_peft_lora(written)
+        config, base = _read_config(own, _read_json(own))
+    elif written.get("peft_type") == "LORA":  # written by plain peft
+        config, base = _read_peft_lora(written)
         of_peft = True
         if written.get("init_lora_weights") in RANDOM_STARTS:
             written["init_lora_weights"] = True
     else:
-        config, envelope = _read_config(folder, written)
-    tensors = _read_tensors(folder)
-    _check_values(folder / WEIGHTS_FILE, tensors)
-    if isinstance(config, VirtualTokensConfig):  # the others' shapes are told by the base
+        config, base = _read_config(folder / CONFIG_FILE, written)
+    tensors = read_tensors(folder)
+    check_values(folder / WEIGHTS_FILE, tensors)
+    if isinstance(config, VirtualTokensConfig):  # the shapes of other methods depend on the base
         with torch.device("meta"):
-            expected = config.build(envelope["hidden_size"]).tensors()
-        _check_tensors(folder / WEIGHTS_FILE, expected, tensors)
-    return SavedAdapter(folder, config, tensors, envelope, written if of_peft else None)
-
-
-def _of_peft_lora(written: dict[str, Any]) -> tuple[MethodConfig, dict[str, Any]]:
-    """A LoRA that plain `peft` has saved: nothing in its folder tells the base. What it has beyond `LoRAConfig` is
-    refused when it is loaded (`SavedAdapter.fill`)."""
-    theirs = {"rank": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
-    fields: dict[str, Any] = {name: written.get(key) for name, key in theirs.items()}
-    return LoRAConfig(**fields), {key: written.get(key) for key in ENVELOPE}
+            expected = config.build(cast(int, base.hidden_size)).tensors()
+        check_tensors(folder / WEIGHTS_FILE, expected, tensors)
+    return SavedAdapter(folder, config, tensors, base, written if of_peft else None)
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -181,64 +149,23 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return _read_json(folder / CONFIG_FILE)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        written = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PtmoeError(f"{path} is not JSON ({error}): save the adapter again") from None
-    if not isinstance(written, dict):
-        raise PtmoeError(f"{path} holds {type(written).__name__}: needs an object")
-    return written
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, unchecked.
 
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    Raises:
+        PtmoeError: a damaged file.
+    """
     try:
         return cast(dict[str, Tensor], load_file(folder / WEIGHTS_FILE))
     except (SafetensorError, OSError, ValueError) as error:
         raise PtmoeError(f"{folder / WEIGHTS_FILE} is damaged ({error}): save or copy it again") from None
 
 
-def _check_files(folder: Path) -> None:
-    if not folder.is_dir():
-        raise PtmoeError(f"no adapter folder {folder}: give a folder that save_pretrained or ptmoe train wrote")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise PtmoeError(f"{folder} holds {', '.join(pickles)}: pickles can run code and are not read; delete them")
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise PtmoeError(f"{folder} has no {name}: it is not a whole adapter folder")
-
-
-def _read_config(folder: Path, written: dict[str, Any]) -> tuple[MethodConfig, dict[str, Any]]:
-    by_type = {method.upper().replace("-", "_"): config for method, config in METHODS.items()}
-    peft_type = written.get("peft_type")
-    if peft_type == "PROMPT_TUNING":
-        raise PtmoeError(f"{folder} is a peft PROMPT_TUNING adapter: convert it first, `ptmoe convert {folder} OUTPUT`")
-    if "peft_version" in written:
-        raise PtmoeError(
-            f"{folder} is a {peft_type} adapter that peft has saved, without {OWN_CONFIG_FILE}: of those LORA loads as "
-            "it is and PROMPT_TUNING converts; use the others with peft"
-        )
-    if peft_type not in by_type:
-        raise PtmoeError(f"{folder / CONFIG_FILE}: peft_type={peft_type!r}{near(str(peft_type), by_type)}")
-    method = by_type[peft_type]
-    unknown = [key for key in written if key not in ENVELOPE and key not in method.model_fields]
-    if unknown:
-        known = (*ENVELOPE, *method.model_fields)
-        raise PtmoeError(f"{folder / CONFIG_FILE}: unknown key {unknown[0]!r}{near(unknown[0], known)}")
-    missing = [key for key in ("hidden_size", "embedding_fingerprint") if key not in written]
-    if missing:
-        raise PtmoeError(f"{folder / CONFIG_FILE} lacks {', '.join(missing)}: save the adapter again")
-    envelope = {key: written.get(key) for key in ENVELOPE}
-    hidden, mark = envelope["hidden_size"], envelope["embedding_fingerprint"]
-    if not (
-        isinstance(hidden, int) and hidden > 0 and isinstance(mark, dict) and {"vocabulary", "values"} <= set(mark)
-    ):
-        raise PtmoeError(f"{folder / CONFIG_FILE}: hidden_size={hidden!r} or its fingerprint is unfit: save it again")
-    return method(**{key: value for key, value in written.items() if key not in ENVELOPE}), envelope
-
-
-def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """
+    Raises:
+        PtmoeError: a missing or unknown key, or another shape than expected.
+    """
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
         raise PtmoeError(f"{path} lacks the tensor {', '.join(missing)}: it is not a whole adapter")
@@ -251,7 +178,11 @@ def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Ten
             )
 
 
-def _check_values(path: Path, found: dict[str, Tensor]) -> None:
+def check_values(path: Path, found: dict[str, Tensor]) -> None:
+    """
+    Raises:
+        PtmoeError: numbers that are not floating point, or not finite.
+    """
     for key, value in found.items():
         if not value.is_floating_point():
             raise PtmoeError(f"{path}: {key} has dtype {value.dtype}: needs floating point")
@@ -262,7 +193,11 @@ def _check_values(path: Path, found: dict[str, Tensor]) -> None:
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The adapter folder that a path, a run folder or a Hub repository means; the last is downloaded."""
+    """The adapter folder at a path, in a run folder or in a Hub repository, which is downloaded.
+
+    Raises:
+        PtmoeError: there is none.
+    """
     folder = Path(path)
     if folder.is_dir():
         inner = folder / "adapter"
@@ -277,3 +212,63 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PtmoeError(f"no adapter folder {path}, and the Hub does not give it: {error}") from None
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise PtmoeError(f"no adapter folder {folder}: give a folder that save_pretrained or ptmoe train wrote")
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise PtmoeError(f"{folder} holds {', '.join(pickles)}: pickles can run code and are not read; delete them")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise PtmoeError(f"{folder} has no {name}: it is not a whole adapter folder")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        written = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PtmoeError(f"{path} is not JSON ({error}): save the adapter again") from None
+    if not isinstance(written, dict):
+        raise PtmoeError(f"{path} holds {type(written).__name__}: needs an object")
+    return written
+
+
+def _read_peft_lora(written: dict[str, Any]) -> tuple[MethodConfig, BaseIdentity]:
+    """A LoRA that plain `peft` has saved: its folder does not identify the base. What it has beyond `LoRAConfig` is
+    refused when it is loaded (`SavedAdapter.fill`)."""
+    peft_names = {"rank": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
+    fields: dict[str, Any] = {name: written.get(key) for name, key in peft_names.items()}
+    return LoRAConfig(**fields), BaseIdentity(written.get("base_model_name_or_path"), written.get("revision"))
+
+
+def _read_config(path: Path, written: dict[str, Any]) -> tuple[MethodConfig, BaseIdentity]:
+    by_type = {method.upper().replace("-", "_"): config for method, config in METHODS.items()}
+    peft_type = written.get("peft_type")
+    if peft_type == "PROMPT_TUNING":
+        raise PtmoeError(
+            f"{path.parent} is a peft PROMPT_TUNING adapter: convert it first, `ptmoe convert {path.parent} OUTPUT`"
+        )
+    if "peft_version" in written:
+        raise PtmoeError(
+            f"{path.parent} is a {peft_type} adapter that peft has saved, without {OWN_CONFIG_FILE}: of those LORA "
+            "loads as it is and PROMPT_TUNING converts; use the others with peft"
+        )
+    if peft_type not in by_type:
+        raise PtmoeError(f"{path}: peft_type={peft_type!r}{near(str(peft_type), by_type)}")
+    method = by_type[peft_type]
+    fields = {key: value for key, value in written.items() if key not in ENVELOPE}
+    try:
+        config = method(**fields)
+    except PtmoeError as error:
+        raise PtmoeError(f"{path}: {error}") from None
+    missing = [key for key in ("hidden_size", "embedding_fingerprint") if key not in written]
+    if missing:
+        raise PtmoeError(f"{path} lacks {', '.join(missing)}: save the adapter again")
+    hidden, mark = written["hidden_size"], written["embedding_fingerprint"]
+    if not (
+        isinstance(hidden, int) and hidden > 0 and isinstance(mark, dict) and {"vocabulary", "values"} <= set(mark)
+    ):
+        raise PtmoeError(f"{path}: hidden_size={hidden!r} or its fingerprint is unfit: save the adapter again")
+    return config, BaseIdentity(written.get("base_model_name_or_path"), written.get("revision"), hidden, mark)

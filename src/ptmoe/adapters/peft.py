@@ -9,15 +9,15 @@ import torch
 
 from ptmoe.adapters.folder import (
     WEIGHTS_FILE,
-    _check_tensors,
-    _check_values,
-    _config,
-    _read_tensors,
-    fingerprint,
+    check_tensors,
+    check_values,
+    config_file,
     read_adapter,
     read_config_file,
-    write_adapter,
+    read_tensors,
+    write_files,
 )
+from ptmoe.adapters.identity import BaseIdentity
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import PTConfig
 
@@ -39,20 +39,18 @@ def to_peft(source: str | Path, target: str | Path) -> None:
         )
     if not isinstance(saved.config, PTConfig):
         raise PtmoeError(f"{source} is a {saved.config.method} adapter: peft has a form for pt only")
-    if saved.config.position != "before":
-        raise PtmoeError(f"{source} stands after the first token: peft puts a prompt before it, and has no other form")
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": saved.envelope["base_model_name_or_path"],
-        "revision": saved.envelope["revision"],
+        "base_model_name_or_path": saved.base.name_or_path,
+        "revision": saved.base.revision,
         "inference_mode": True,
         "num_virtual_tokens": saved.config.num_virtual_tokens,
-        "token_dim": saved.envelope["hidden_size"],
+        "token_dim": saved.base.hidden_size,
         "num_transformer_submodules": 1,
         "prompt_tuning_init": "RANDOM",
     }
-    write_adapter(target, config, {"prompt_embeddings": saved.tensors["prompt"]})
+    write_files(target, config, {"prompt_embeddings": saved.tensors["prompt"]})
 
 
 def from_peft(source: str | Path, target: str | Path, base: PreTrainedModel) -> None:
@@ -65,13 +63,12 @@ def from_peft(source: str | Path, target: str | Path, base: PreTrainedModel) -> 
     written = read_config_file(source)
     if written.get("peft_type") != "PROMPT_TUNING":
         raise PtmoeError(f"{source}: peft_type={written.get('peft_type')!r}: only PROMPT_TUNING converts")
-    tensors = _read_tensors(source)
+    tensors = read_tensors(source)
     embedding = base.get_input_embeddings().weight
     size: Any = written.get("num_virtual_tokens")  # PTConfig checks it
     config = PTConfig(num_virtual_tokens=size, init="random")
     shape = torch.empty(config.num_virtual_tokens, embedding.shape[1], device="meta")
-    _check_values(source / WEIGHTS_FILE, tensors)
-    _check_tensors(source / WEIGHTS_FILE, {"prompt_embeddings": shape}, tensors)
-    of_base = {"hidden_size": embedding.shape[1], "embedding_fingerprint": fingerprint(embedding)}
-    made = _config(config, of_base, written.get("base_model_name_or_path"), written.get("revision"))
-    write_adapter(target, made, {"prompt": tensors["prompt_embeddings"].float()})
+    check_values(source / WEIGHTS_FILE, tensors)
+    check_tensors(source / WEIGHTS_FILE, {"prompt_embeddings": shape}, tensors)
+    identity = BaseIdentity.of(embedding, written.get("base_model_name_or_path"), written.get("revision"))
+    write_files(target, config_file(config, identity), {"prompt": tensors["prompt_embeddings"].float()})

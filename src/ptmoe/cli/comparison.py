@@ -12,13 +12,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ptmoe import nano
+from ptmoe.cli.progress import progress_bar
 from ptmoe.compare.budget import sizes_of
 from ptmoe.compare.plan import ComparePlan, read_plan
 from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.run import Comparison, Watcher, compare, prepare
 from ptmoe.errors import PtmoeError, near
 from ptmoe.runs.folders import read_run
-from ptmoe.runs.records import Failure
 from ptmoe.tasks import TASKS
 from ptmoe.train.options import BASE
 
@@ -27,29 +27,11 @@ if TYPE_CHECKING:
 
     from ptmoe.compare.cells import Cell
 
-TRAINING_SHARE = 0.9  # of a cell's time, for the bar
+TRAINING_SHARE = 0.9  # of a cell's progress; the rest is its evaluation
 
 
-def run(
-    path: Path | None,
-    chosen: dict[str, Any],
-    methods: list[str] | None,
-    vary: list[str] | None,
-    seeds: str | None,
-    learning_rates: list[str] | None,
-    *,
-    with_base: bool,
-    dry_run: bool,
-) -> None:
-    """Resolve the plan, show it, run what is not finished, and report."""
-    if methods:
-        chosen["methods"] = [_method(text) for text in methods]
-    if vary:
-        chosen["vary"] = dict(_values(text) for text in vary)
-    if seeds is not None:
-        chosen["seeds"] = _seeds(seeds)
-    if learning_rates:
-        chosen["learning_rate"] = _learning_rates(learning_rates)
+def run(path: Path | None, chosen: dict[str, Any], *, with_base: bool, dry_run: bool) -> None:
+    """Work the plan out, show it, run what is not finished, and report."""
     plan = read_plan(path, chosen)
     if with_base:
         plan = plan.replace(methods=[{"name": BASE}, *plan.methods])
@@ -96,9 +78,10 @@ def _compare(
     from ptmoe.report import comparison_summary, write_report
 
     try:
-        failed = _run(comparison, console)
+        with progress_bar() as progress:
+            failed = compare(comparison, _Bars(comparison, progress))
     except KeyboardInterrupt:
-        console.print(f"stopped; resume with: ptmoe compare {comparison.folder.path}")
+        console.print(f"stopped; continue with: ptmoe compare {comparison.folder.path}")
         raise SystemExit(130) from None
     if len(comparison.unfinished) < len(comparison.cells):
         console.print(comparison_summary(comparison.folder.path))
@@ -107,64 +90,12 @@ def _compare(
         line = f"failed: {failure.label} on {failure.task}, seed {failure.seed}: {failure.error}"
         console.print(line, markup=False)
     if failed:
-        console.print(f"{len(failed)} of {len(comparison.cells)} cells failed; the same command tries them again")
+        console.print(f"{len(failed)} of {len(comparison.cells)} cells failed; the same command retries them")
         raise SystemExit(1)
 
 
-def _method(text: str) -> dict[str, Any]:
-    """`pt-moe`, or `pt-moe:rank=8,num_experts=4`."""
-    name, _, fields = text.partition(":")
-    entry: dict[str, Any] = {"name": name}
-    for piece in fields.split(",") if fields else []:
-        key, equals, value = piece.partition("=")
-        if not equals:
-            raise PtmoeError(f"--method {text!r}: {piece!r} is not FIELD=VALUE")
-        entry[key.strip()] = _scalar(value)
-    return entry
-
-
-def _values(text: str) -> tuple[str, list[Any]]:
-    """`rank=4,8,16`."""
-    name, equals, values = text.partition("=")
-    if not equals or not values:
-        raise PtmoeError(f"--vary {text!r}: needs FIELD=VALUE,VALUE,…")
-    return name.strip(), [_scalar(value) for value in values.split(",")]
-
-
-def _scalar(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _seeds(text: str) -> int | list[int]:
-    """`5` seeds from 0, or `0,3,5`."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise PtmoeError(f"--seeds {text!r}: needs how many, as 5, or which, as 0,3,5")
-    numbers = [int(part) for part in parts]
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _learning_rates(texts: list[str]) -> float | dict[str, Any]:
-    """`0.01` for all, or `pt=0.01` for each that is named."""
-    rates: dict[str, float] = {}
-    for text in texts:
-        name, _, rate = text.rpartition("=")
-        try:
-            rates[name] = float(rate)
-        except ValueError:
-            raise PtmoeError(f"--learning-rate {text!r}: needs a number, or METHOD=NUMBER") from None
-    if "" in rates and len(rates) > 1:
-        raise PtmoeError(f"--learning-rate {' '.join(texts)}: give one number for all, or one for each method")
-    return rates.get("", rates)
-
-
 def _show(comparison: Comparison, console: Console) -> None:
-    """The plan: what is the same for all methods, and each one's size."""
+    """The plan: what all methods share, and the size of each."""
     plan = comparison.plan
     if plan.preset is not None and plan.model == nano.NAME != PRESETS[plan.preset][0]["model"]:
         console.print(f"{plan.preset} on nano: in miniature, on nano's own world, since nano reads nothing else")
@@ -173,8 +104,8 @@ def _show(comparison: Comparison, console: Console) -> None:
     evaluations = dict.fromkeys(name for cell in comparison.cells for name in cell.eval_tasks)
     examples = f" ({plan.eval_examples:,} examples of each)" if plan.eval_examples else ""
     console.print(
-        f"{plan.model}: trained on {' and on '.join(plan.tasks)}, {length} of {batch} examples, the same in one order "
-        f"for all methods; evaluated greedily on {', '.join(evaluations)}{examples}",
+        f"{plan.model}: trained on {' and on '.join(plan.tasks)}, {length} of {batch} examples, in the same order for "
+        f"all methods; evaluated greedily on {', '.join(evaluations)}{examples}",
         markup=False,
     )
     table = Table("", "method", "size")
@@ -204,15 +135,8 @@ def _show(comparison: Comparison, console: Console) -> None:
     )
 
 
-def _run(comparison: Comparison, console: Console) -> list[Failure]:
-    from ptmoe.cli.progress import progress_bar
-
-    with progress_bar() as progress:
-        return compare(comparison, _Bars(comparison, progress))
-
-
 class _Bars(Watcher):
-    """A bar over the cells with the time left, a bar for each running cell, and a line for each that is done."""
+    """A bar for all cells with the remaining time, and a bar for each running cell; a line for each finished cell."""
 
     def __init__(self, comparison: Comparison, progress: Progress) -> None:
         self.comparison = comparison
@@ -220,7 +144,7 @@ class _Bars(Watcher):
         self.done = len(comparison.cells) - len(comparison.unfinished)
         self.all = progress.add_task("cells", total=len(comparison.cells), completed=self.done, note="")
         self.bars: dict[str, TaskID] = {}
-        self.shares: dict[str, float] = {}  # of the running cells
+        self.shares: dict[str, float] = {}  # of the running cells that are done
         self.since: dict[str, float] = {}
 
     def started(self, cell: Cell) -> None:

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ptmoe.errors import PtmoeError
-from ptmoe.settings import read_yaml
 from ptmoe.tasks import Problems, load_task, task_named, task_names
 
 if TYPE_CHECKING:
+    from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.runs.records import EvaluationSummary
     from ptmoe.tasks.base import Example
 
@@ -31,58 +31,57 @@ def evaluate(
     skip_bad: bool,
 ) -> None:
     """Evaluate an adapter, or a base without one, on tasks one after another."""
-    if run is None and "name" not in base:
+    if not names:
+        raise PtmoeError("nothing to answer: give a task with --task (`ptmoe tasks` lists them)")
+    if run is None and base["model"] is None:
         raise PtmoeError("nothing to evaluate: give a run or adapter folder, or a base with --model")
     if run is None and output_dir is None:
-        raise PtmoeError("a base alone has no run folder: name one with --output-dir")
+        raise PtmoeError("a base alone has no run folder: name a folder with --output-dir")
     console = Console()
-    tasks = list(dict.fromkeys(one for name in names for one in task_names(name)))
+    tasks = list(dict.fromkeys(task for name in names for task in task_names(name)))
     if data.get("data_dir") is not None and Path(data["data_dir"]).is_file() and len(tasks) > 1:
         raise PtmoeError(f"{len(tasks)} tasks and one file {data['data_dir']}: give the folder that holds them all")
     if data.get("ids") is not None and len(tasks) > 1:
         raise PtmoeError(f"{len(tasks)} tasks and one list of ids {data['ids']}: evaluate that task by itself")
-    asked = {name: load(name, split, data, skip_bad, console) for name in tasks}
+    if run is not None:
+        from ptmoe.adapters.folder import local_folder, read_config_file
 
-    from ptmoe.cli.inference import load as load_run
+        read_config_file(local_folder(run))  # a missing run is reported before any data is read or downloaded
+    folder = output_dir or Path(str(run))
+    if not folder.is_dir() and output_dir is None:
+        raise PtmoeError(f"{run} is not a local folder: name a folder for the results with --output-dir")
+    examples = {task: load(task, split, data, skip_bad, console) for task in tasks}
+
     from ptmoe.cli.progress import progress_bar
     from ptmoe.evaluate import evaluate as evaluate_task
-    from ptmoe.methods.base import quantization_of
+    from ptmoe.models.attach import load_run
     from ptmoe.models.bases import load_base, quiet
     from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.tasks.tokens import uses_chat
 
     quiet()
     if run is not None:
-        model, tokenizer = load_run(Path(run), base)
-        trained_chat = chat_of(Path(run))
-        chat = trained_chat if chat is None else chat
+        loaded = load_run(run, **base)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        chat = loaded.chat if chat is None else chat
     else:
-        plain, tokenizer = load_base(**base)
+        plain, tokenizer = load_base(base.pop("model"), **base)
         model = PromptedCausalLM(plain.eval())
-    folder = output_dir or Path(str(run))
-    if not folder.is_dir() and output_dir is None:
-        raise PtmoeError(f"{run} is not a folder here: name one for the results with --output-dir")
-    dtype = str(model.dtype).removeprefix("torch.")
-    in_8_bits = quantization_of(model.base_model) == "8bit"  # its layers look for outliers in the whole batch
-    several = options["batch_size"] > 1 or "tokens_per_batch" in options
-    if (dtype != "float32" or in_8_bits) and several:
-        console.print(
-            f"{'8bit' if in_8_bits else dtype}: in a near tie an answer may depend on the batch size; it does not with "
-            f"--dtype float32{' --quantization 4bit' if in_8_bits else ''}"
-        )
+    if options["batch_size"] > 1 or "tokens_per_batch" in options:
+        _warn_of_near_ties(model, console)
     summaries = []
-    for name, examples in asked.items():
+    for name in tasks:
         with progress_bar() as progress:
-            bar = progress.add_task(name, total=len(examples), note="")
+            bar = progress.add_task(name, total=len(examples[name]), note="")
             evaluation = evaluate_task(
                 model,
                 tokenizer,
-                examples,
+                examples[name],
                 task=task_named(name),
                 split=split,
                 chat=uses_chat(task_named(name), tokenizer, chat),
                 folder=folder,
-                progress=lambda done, total, bar=bar, on=progress: on.update(bar, completed=done),  # type: ignore[misc]
+                progress=lambda done, total, bar=bar, bars=progress: bars.update(bar, completed=done),  # type: ignore[misc]
                 **options,
             )
         summaries.append(evaluation.summary())
@@ -104,18 +103,24 @@ def report_run(folder: Path, console: Console) -> None:
             console.print(f"report: {page}", markup=False)
 
 
+def _warn_of_near_ties(model: PromptedCausalLM, console: Console) -> None:
+    from ptmoe.methods.base import quantization_of
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    in_8_bits = quantization_of(model.base_model) == "8bit"  # its layers look for outliers in the whole batch
+    if dtype != "float32" or in_8_bits:
+        console.print(
+            f"{'8bit' if in_8_bits else dtype}: in a near tie an answer may depend on the batch size; it does not with "
+            f"--dtype float32{' --quantization 4bit' if in_8_bits else ''}"
+        )
+
+
 def load(name: str, split: str, data: dict[str, Any], skip_bad: bool, console: Console) -> list[Example]:
     problems = Problems(skip=skip_bad)
     examples = load_task(name, split, problems=problems, say=console.print, **data)
     if problems.count:
         console.print(f"{name}: left out {problems.listed()}")
     return examples
-
-
-def chat_of(run: Path) -> bool | None:
-    """Whether a run was trained on prompts in the chat template; None where its folder does not say."""
-    config = run / "config.yaml"
-    return read_yaml(config).get("chat") if config.is_file() else None
 
 
 def evaluation_table(summaries: Sequence[EvaluationSummary]) -> Table:
@@ -148,6 +153,11 @@ def evaluation_table(summaries: Sequence[EvaluationSummary]) -> Table:
 def _with_interval(summary: EvaluationSummary, metric: str) -> str:
     low, high = summary.interval[metric]
     return f"{summary.metrics[metric]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.2f}" if len(known) == len(values) else "–"
 
 
 def score(

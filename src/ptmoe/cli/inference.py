@@ -15,26 +15,7 @@ from rich.table import Table
 from ptmoe.errors import PtmoeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.runs.records import RoutingSummary
-
-
-def load(adapter: Path, base: dict[str, Any]) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase]:
-    """An adapter on its base: the one it names, or another in `base["name"]`."""
-    from ptmoe.adapters.folder import local_folder, read_adapter
-    from ptmoe.models.attach import load_adapter
-    from ptmoe.models.bases import check_quantization, load_base, quiet
-
-    quiet()
-    check_quantization(base.get("quantization"))
-    envelope = read_adapter(local_folder(adapter)).envelope
-    # The revision is the named base's: another base has its own.
-    named = {} if "name" in base else {"revision": envelope["revision"]}
-    chosen = {"name": envelope["base_model_name_or_path"], **named, **base}
-    model, tokenizer = load_base(**chosen)
-    return load_adapter(model, adapter).eval(), tokenizer
 
 
 def generate(
@@ -44,19 +25,27 @@ def generate(
     options: dict[str, Any],
     *,
     seed: int | None,
-    chat: bool,
+    chat: bool | None,
     show_routing: bool,
 ) -> None:
+    """Print a completion of each prompt; an empty line for an empty prompt."""
     prompts = prompts or [line.rstrip("\n") for line in sys.stdin]
     if not any(prompt.strip() for prompt in prompts):
         raise PtmoeError("no prompt: give one as an argument, or lines on standard input")
-    model, tokenizer = load(adapter, base)
 
     import torch
 
+    from ptmoe.evaluate.generation import end_tokens
+    from ptmoe.models.attach import load_run
+    from ptmoe.models.bases import quiet
     from ptmoe.tasks.base import Example
     from ptmoe.tasks.tokens import encode_prompt
 
+    quiet()
+    loaded = load_run(adapter, **base)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    chat = bool(loaded.chat) if chat is None else chat
+    ends = {"eos_token_id": sorted(end_tokens(model, tokenizer)) or None, "pad_token_id": tokenizer.pad_token_id}
     if seed is not None:
         torch.manual_seed(seed)
     for prompt in prompts:
@@ -64,10 +53,10 @@ def generate(
             print()
             continue
         encoded = encode_prompt(Example("", prompt, "", (), ""), tokenizer, chat=chat)
-        assert encoded is not None
+        assert encoded is not None  # without a limit every prompt fits
         ids = torch.tensor([encoded.ids], device=model.device)
-        made = model.generate(input_ids=ids, pad_token_id=tokenizer.pad_token_id, **options)
-        print(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+        completed = model.generate(input_ids=ids, **ends, **options)
+        print(tokenizer.decode(completed[0, ids.shape[1] :], skip_special_tokens=True))
         routing = model.route(ids) if show_routing else None
         if routing is not None:
             gate = ", ".join(f"{value:.3f}" for value in routing.gate[0].tolist())
@@ -77,20 +66,24 @@ def generate(
 def inspect(
     adapter: Path, task: str, split: str, data: dict[str, Any], base: dict[str, Any], output_dir: Path | None
 ) -> None:
-    from ptmoe.cli.evaluation import chat_of, report_run
+    from ptmoe.cli.evaluation import report_run
+    from ptmoe.models.attach import load_run
+    from ptmoe.models.bases import quiet
     from ptmoe.runs.folders import INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE, is_run
     from ptmoe.tasks import load_task, task_named
     from ptmoe.tasks.tokens import uses_chat
 
     examples = load_task(task, split, **data)
-    model, tokenizer = load(adapter, base)
+    quiet()
+    loaded = load_run(adapter, **base)
+    model, tokenizer = loaded.model, loaded.tokenizer
 
     from ptmoe.evaluate.nearest_words import nearest_words
     from ptmoe.evaluate.routing import expert_similarity, route_examples, soft_gate, summarise_routing
     from ptmoe.report import routing_figures
     from ptmoe.report.theme import drawing
 
-    chat = uses_chat(task_named(task), tokenizer, chat_of(adapter))
+    chat = uses_chat(task_named(task), tokenizer, loaded.chat)
     gates = route_examples(model, tokenizer, examples, chat=chat)
     domains = [example.domain for example in examples]
     routing = summarise_routing(
@@ -152,12 +145,13 @@ def show_routing(console: Console, routing: RoutingSummary, examples: Mapping[st
 
 
 def convert(source: Path, target: Path, model: str | None) -> None:
+    """Write a pt adapter as peft's PROMPT_TUNING folder, or the reverse."""
     from ptmoe.adapters.folder import CONFIG_FILE, read_config_file
     from ptmoe.adapters.peft import from_peft, to_peft
     from ptmoe.models.bases import load_base, quiet
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise PtmoeError(f"{target} is there already: name a new folder")
+        raise PtmoeError(f"{target} already exists: name a new or empty folder")
     if not (source / CONFIG_FILE).is_file():
         raise PtmoeError(f"{source} has no {CONFIG_FILE}: give an adapter folder")
     written = read_config_file(source)

@@ -26,7 +26,8 @@ def progress_bar(console: Console | None = None) -> Progress:
 
 
 def training_bar(progress: Progress, name: str) -> Steps:
-    """What shows the steps, the time left and the last loss of one training run, in a bar that appears as it begins."""
+    """A callback that shows one training run's steps, remaining time and last loss; its bar appears at the first
+    step."""
     bar: TaskID | None = None
 
     def show(done: int, steps: int, loss: float | None) -> None:

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 
 def params(model: str, revision: str | None, method: str | None, fields: dict[str, Any], budget: str | None) -> None:
-    """Each method's trainable parameters on a base; with a budget, at the size that it picks."""
+    """Print each method's trainable parameters on a base; with a budget, at the size that fits it."""
     from ptmoe.compare.budget import base_config, fit_budget, parse_budget, sizes_of
     from ptmoe.methods import METHODS
     from ptmoe.models.attach import count_parameters
+    from ptmoe.train.options import method_entry
 
+    if method is not None:
+        fields = {**method_entry(method), **fields}
+        method = str(fields.pop("name"))
     if method is not None and method not in METHODS:
         raise PtmoeError(f"unknown method {method!r}{near(method, METHODS)}")
     limit = None if budget is None else parse_budget(budget)
@@ -33,8 +37,8 @@ def params(model: str, revision: str | None, method: str | None, fields: dict[st
         if method not in (None, name):
             continue
         sizes = {key: value for key, value in fields.items() if key in method_config.model_fields}
-        if method is not None and (strange := fields.keys() - sizes.keys()):
-            raise PtmoeError(f"{name} has no {', '.join(sorted(strange))}")
+        if method is not None and (unknown := sorted(fields.keys() - sizes.keys())):
+            raise PtmoeError(f"{name} has no {', '.join(unknown)}{near(unknown[0], method_config.model_fields)}")
         try:
             chosen = method_config(**sizes) if limit is None else fit_budget(config, method_config, limit, sizes)
             count = count_parameters(config, chosen)
@@ -53,6 +57,7 @@ def params(model: str, revision: str | None, method: str | None, fields: dict[st
 
 
 def tasks(data_dir: str | None) -> None:
+    """Print the named tasks, their splits, licence and source, and which of them are on this machine."""
     from ptmoe.tasks import GROUPS, TASKS
 
     table = Table()
@@ -72,7 +77,7 @@ def tasks(data_dir: str | None) -> None:
     for name, members in GROUPS.items():
         console.print(f"group {name}: {', '.join(members)}")
     console.print(
-        "A task is downloaded when used, or read from --data-dir or $PTMOE_DATA_DIR. A JSON-lines file is a task, too."
+        "A task is downloaded when used, or read from --data-dir or $PTMOE_DATA_DIR. A JSON-lines file is a task too."
     )
 
 
@@ -88,7 +93,7 @@ def _family(task: Task) -> str:
 
 
 def _here(task: Task, data_dir: str | None) -> str:
-    """The splits that are on this machine, as far as that is known without a download."""
+    """The splits that are on this machine, as far as can be told without a download."""
     from ptmoe.tasks import sources
 
     if task.generate is not None:
@@ -116,6 +121,7 @@ def tasks_show(
     *,
     skip_bad: bool,
 ) -> None:
+    """Print examples as the model sees them."""
     from ptmoe.models.bases import load_tokenizer, quiet
     from ptmoe.tasks import Problems, is_file, stream_task, task_named
     from ptmoe.tasks.tokens import encode_completion, encode_prompt, uses_chat

@@ -6,32 +6,32 @@ from typing import Any
 from rich.console import Console
 
 from ptmoe.runs.environment import rank
-from ptmoe.train.options import TrainOptions, method_config
+from ptmoe.train.options import TrainOptions, method_config, method_entry
 
 
-def run(config: Path | None, chosen: dict[str, Any], fields: dict[str, Any], *, resume: bool) -> None:
-    """Train as a YAML file and the options beside it say."""
-    if config is not None:
-        options = TrainOptions.read(config, **chosen, **({"method": fields} if fields else {}))
-    else:
-        options = TrainOptions(**chosen, method={"name": "pt-moe", **fields})
-    method_config(options.method)  # a misspelt method should not wait for torch and the data
+def run(config: Path | None, chosen: dict[str, Any], *, resume: bool) -> None:
+    """Train as a YAML file and the options beside it say; those that are not `TrainOptions`' are the method's."""
+    options = {name: value for name, value in chosen.items() if name in TrainOptions.model_fields}
+    fields = {name: value for name, value in chosen.items() if name not in options}
+    options["method"] = {**method_entry(options.get("method", {})), **fields}
+    training = TrainOptions.read(config, **options) if config else TrainOptions(**options)
+    method_config(training.method)  # a misspelt method is reported before torch and the data are loaded
 
     from ptmoe.models.bases import quiet
 
-    quiet()  # some libraries speak while they are imported
+    quiet()  # some libraries print while they are imported
 
     from ptmoe.cli.evaluation import evaluation_table, report_run
     from ptmoe.cli.progress import progress_bar, training_bar
     from ptmoe.train import train
     from ptmoe.train.steps import StepsCallback
 
-    console = Console(quiet=rank() > 0)  # of several processes the first speaks
+    console = Console(quiet=rank() > 0)  # of several processes only the first prints
     with progress_bar(console) as progress:
         trained = train(
-            options,
+            training,
             resume=resume,
-            callbacks=[StepsCallback(training_bar(progress, options.method["name"]))],
+            callbacks=[StepsCallback(training_bar(progress, training.method["name"]))],
             say=progress.console.print,
         )
     result = trained.result

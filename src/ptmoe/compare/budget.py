@@ -10,21 +10,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from annotated_types import Ge
+
 from ptmoe.errors import PtmoeError
 
 if TYPE_CHECKING:
     from ptmoe.methods.base import MethodConfig
-
-# The sizes that a budget may set, the first choice first: the next ones shrink only where the first, at 1, is still too
-# much. A method that is not here has its rank, or its tokens, or nothing.
-FREE_SIZES: dict[str, tuple[str, ...]] = {
-    "attempt": ("num_virtual_tokens", "bottleneck"),
-    "dpt": ("rank", "num_virtual_tokens"),
-    "multitask-prompt-tuning": ("num_virtual_tokens",),
-    "pt-moe": ("rank", "num_virtual_tokens"),
-}
-# What is shown of a method's size, in this order.
-SIZES = ("num_virtual_tokens", "num_experts", "num_sources", "rank", "bottleneck", "encoder_hidden_size")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -38,20 +29,16 @@ def parse_budget(text: str | int) -> int:
     found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kmb]?)", str(text).strip().lower())
     number = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2]] if found else 0.0
     if number < 1 or number != round(number):
-        raise PtmoeError(f"budget {text!r}: needs a whole number of parameters, as 80k, 1.5M or 80000")
+        raise PtmoeError(f"budget {text!r}: needs a whole number of parameters, such as 80k, 1.5M or 80000")
     return round(number)
 
 
-def free_sizes(config_class: type[MethodConfig]) -> tuple[str, ...]:
-    """The fields that a budget may set, in the order they are tried; none for a method of one size."""
-    if config_class.method in FREE_SIZES:
-        return FREE_SIZES[config_class.method]
-    return next(((name,) for name in ("rank", "num_virtual_tokens") if name in config_class.model_fields), ())
-
-
 def sizes_of(config: MethodConfig) -> dict[str, int]:
-    """What there is of `SIZES` in a config."""
-    return {name: getattr(config, name) for name in SIZES if name in type(config).model_fields}
+    """The fields of type `ptmoe.methods.base.Size`, which make up what tables call a method's size."""
+    fields = type(config).model_fields.items()
+    return {
+        name: getattr(config, name) for name, field in fields if field.annotation is int and Ge(1) in field.metadata
+    }
 
 
 def base_config(model: str, revision: str | None = None) -> Any:
@@ -69,37 +56,37 @@ def base_config(model: str, revision: str | None = None) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise PtmoeError(
-            f"unknown model {model!r}: not nano, not a folder, and the Hub does not give it ({reason})"
+            f"unknown model {model!r}: not nano, not a folder, and the Hub does not have it ({reason})"
         ) from None
 
 
 def fit_budget(
     base_config: Any, config_class: type[MethodConfig], budget: int, fixed: Mapping[str, Any] | None = None
 ) -> MethodConfig:
-    """The config whose trainable parameters come closest to a budget without passing it.
+    """The config whose trainable parameters come closest to a budget without exceeding it.
 
     Args:
         base_config: a `transformers` config; no weights are needed.
         config_class: of any method.
         budget: trainable parameters, at least 1.
-        fixed: fields that are given; the free sizes among them stay as they are.
+        fixed: fields that are given; the free sizes among them keep their values.
 
     Returns:
-        A checked config: the method's first free size (`FREE_SIZES`) as large as the budget and the base allow. Where
-        even 1 is too much, the next free size is lowered. A prompt takes at most half the base's positions.
+        A checked config: the method's first free size (`MethodConfig.free_sizes`) as large as the budget and the base
+        allow. Where even 1 is too much, the next free size is lowered. A prompt has at most half the base's positions.
 
     Raises:
-        PtmoeError: the smallest size passes the budget, or a given field does not fit the method or the base.
+        PtmoeError: the smallest size exceeds the budget, or a given field does not fit the method or the base.
     """
     from ptmoe.models.attach import count_parameters
 
     fixed = dict(fixed or {})
-    config_class(**fixed)  # a misspelt field is said as such
+    config_class(**fixed)  # report a misspelt field as such
     positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
     counted: dict[tuple[tuple[str, int], ...], int | PtmoeError] = {}
 
     def count(sizes: dict[str, int]) -> int:
-        """Trainable parameters; counted once, since a method that changes weights builds the base for it."""
+        """Trainable parameters; counted once, since a method that changes layers builds the base for it."""
         key = tuple(sizes.items())
         if key not in counted:
             try:
@@ -108,12 +95,12 @@ def fit_budget(
                 counted[key] = count_parameters(base_config, config_class(**fixed, **sizes))
             except PtmoeError as error:
                 counted[key] = error
-        found = counted[key]
-        if isinstance(found, PtmoeError):
-            raise found
-        return found
+        result = counted[key]
+        if isinstance(result, PtmoeError):
+            raise result
+        return result
 
-    free = [name for name in free_sizes(config_class) if name not in fixed]
+    free = [name for name in config_class.free_sizes if name not in fixed]
     smallest: dict[str, int] = {}
     for name in free:
 
@@ -126,7 +113,7 @@ def fit_budget(
     least = count(smallest)
     if least <= budget:
         return config_class(**fixed, **smallest)
-    given = ", ".join(f"{name}={fixed.get(name, 1)}" for name in free_sizes(config_class))
+    given = ", ".join(f"{name}={fixed.get(name, 1)}" for name in config_class.free_sizes)
     raise PtmoeError(
         f"budget {budget:,} is below {config_class.method}'s {'smallest size' if free else 'size'}"
         f"{f' ({given})' if given else ''} on this base, {least:,}: raise the budget or leave {config_class.method} out"
@@ -136,8 +123,9 @@ def fit_budget(
 def _largest(count: Callable[[int], int], budget: int) -> int:
     """The largest size whose count is within the budget; `count(1)` is, and counts grow with the size.
 
-    Counts are linear in all sizes there are, so two of them predict the place, and two more confirm it. What does not
-    fit the base raises, and is too large; where that, or a count that is not linear, spoils the guess, it is searched.
+    Counts are linear in every size so far, so two of them predict the result, and two more confirm it. A size that does
+    not fit the base raises, and is too large; where that, or a count that is not linear, spoils the guess, a binary
+    search follows.
     """
 
     def fits(size: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a plan comes to: its methods at every size, its tasks, and the cells that can be run."""
+"""What a plan consists of: its methods at every size, its tasks, and the cells that can be run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError, near
 from ptmoe.runs.folders import cell_folder, file_name
 from ptmoe.tasks import TASKS, Problems, is_file, stream_task, task_names
-from ptmoe.train.options import BASE, TrainOptions, method_config
+from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 
 if TYPE_CHECKING:
     from ptmoe.methods.base import MethodConfig
 
 OWN_KEYS = ("name", "label", "learning_rate", "budget")  # of a method's entry, beside the fields of its config
-TYPICAL_INPUT = 64  # tokens, where cells are put in the order of their cost
+TYPICAL_INPUT = 64  # tokens, to sort cells by their cost
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Variant:
 
     Attributes:
         label: its name in the table.
-        config: of the method, every size decided.
-        learning_rate: it is trained at; None for the untouched base.
-        budget: that its size was picked for; None for none.
+        config: of the method, with every size decided.
+        learning_rate: of its training; None for the untouched base.
+        budget: the number of trainable parameters that its size was picked for, if any.
         trainable_parameters: on the plan's base.
     """
 
@@ -43,16 +43,16 @@ class Variant:
 
     @property
     def is_base(self) -> bool:
-        """Whether it is the untouched base: evaluated once for each task, whatever the seeds."""
+        """Whether it is the untouched base, which is evaluated once for each task, whatever the seeds."""
         return self.config.method == BASE
 
     @property
     def identity(self) -> tuple[str, str, float | None]:
-        """What makes two variants the same, whatever they are called."""
+        """What makes two variants the same, whatever their labels."""
         return self.config.method, self.config.model_dump_json(), self.learning_rate
 
     def entry(self) -> dict[str, Any]:
-        """As a plan says it, nothing left to defaults."""
+        """Its entry in a plan, with nothing left to defaults."""
         budget = {} if self.budget is None else {"budget": self.budget}
         own = {"name": self.config.method, "label": self.label, "learning_rate": self.learning_rate, **budget}
         return {**own, **self.config.model_dump()}
@@ -63,11 +63,11 @@ class Cell:
     """One training run and its evaluations.
 
     Attributes:
-        variant: what is trained.
-        task: on what.
-        eval_tasks: and evaluated on.
-        seed: of its start, order and noise.
-        options: all of it, but for the run folder.
+        variant: the method that is trained.
+        task: the task it is trained on.
+        eval_tasks: the tasks it is evaluated on.
+        seed: of the initial values, the order of the data and the noise.
+        options: all options but the run folder.
     """
 
     variant: Variant
@@ -86,7 +86,7 @@ class Cell:
         return cell_folder(self.variant.label, self.task, self.seed)
 
     def record(self) -> dict[str, Any]:
-        """What `cell.json` says, but for the number of trainable parameters."""
+        """The content of `cell.json`, without the number of trainable parameters."""
         return {
             "label": self.variant.label,
             "method": self.variant.config.method,
@@ -99,7 +99,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Cells that cannot be run: of a method, of a task, or of an evaluation; and why."""
+    """Cells that cannot be run, of a method, of a task or of an evaluation, and the reason."""
 
     what: str
     reason: str
@@ -112,25 +112,24 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
     """The plan's methods at all their sizes, and those that this base or the budget does not allow.
 
     Args:
-        plan: what is asked.
-        base_config: of its model.
-        known: the variants of the folder that is gone on with: the same settings keep their label.
+        plan: the plan.
+        base_config: the `transformers` config of its model.
+        known: the variants of the folder that is resumed: the same settings keep their label.
 
     Raises:
-        PtmoeError: an unknown method or field, a value that does not fit it, or two variants of one label.
+        PtmoeError: an unknown method or field, a value that does not fit it, or two variants with one label.
     """
-    made: list[Variant] = []
+    chosen: list[Variant] = []
     left_out: list[LeftOut] = []
-    names = [str(entry.get("name", "pt-moe")) for entry in plan.methods]
+    names = [str(entry.get("name", DEFAULT_METHOD)) for entry in plan.methods]
     for name in plan.learning_rate if isinstance(plan.learning_rate, dict) else ():
         if name not in names:
             raise PtmoeError(f"learning_rate of {name!r}, which is not compared{near(name, names)}")
-    for entry in plan.methods:
+    for name, entry in zip(names, plan.methods, strict=True):
         fields = {key: value for key, value in entry.items() if key not in OWN_KEYS}
-        name = str(entry.get("name", "pt-moe"))
         if name == BASE:
-            if not any(one.is_base for one in made):
-                made.append(_named(_untouched(entry, fields), BASE, made, known))
+            if not any(variant.is_base for variant in chosen):
+                chosen.append(_with_label(_untouched(entry, fields), BASE, chosen, known))
             continue
         method_config({"name": name, **fields})
         limits: list[int | None] = [*(budgets(entry["budget"]) if "budget" in entry else plan.budget)] or [None]
@@ -142,17 +141,17 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
             shared = plan.learning_rate.get(name) if isinstance(plan.learning_rate, dict) else plan.learning_rate
             rate = varied.pop("learning_rate", entry.get("learning_rate") or shared)
             try:
-                config = _sized(name, fields, varied, budget, base_config)
+                config = _at_size(name, fields, varied, budget, base_config)
                 count = _count(base_config, config, plan.quantization)
             except UnfitError as error:
                 left_out.append(LeftOut(label, str(error)))
                 continue
             variant = Variant(label, config, rate or config.default_learning_rate, budget, count)
-            if variant.identity not in [one.identity for one in made]:
-                told = {**sizes_of(config), **fields, "learning_rate": variant.learning_rate}
-                long = " ".join([label, *(f"{key}={value}" for key, value in told.items())])
-                made.append(_named(variant, long, made, known))
-    return made, left_out
+            if variant.identity not in [other.identity for other in chosen]:
+                settings = {**sizes_of(config), **fields, "learning_rate": variant.learning_rate}
+                long = " ".join([label, *(f"{key}={value}" for key, value in settings.items())])
+                chosen.append(_with_label(variant, long, chosen, known))
+    return chosen, left_out
 
 
 def _untouched(entry: dict[str, Any], fields: dict[str, Any]) -> Variant:
@@ -162,10 +161,10 @@ def _untouched(entry: dict[str, Any], fields: dict[str, Any]) -> Variant:
 
 
 class UnfitError(PtmoeError):
-    """A method's settings are in order, but this base, budget or sweep has no place for them."""
+    """Valid settings of a method that do not fit this base, budget or sweep."""
 
 
-def _sized(
+def _at_size(
     name: str, fields: dict[str, Any], varied: dict[str, Any], budget: int | None, base_config: Any
 ) -> MethodConfig:
     from ptmoe.methods import METHODS
@@ -173,7 +172,7 @@ def _sized(
     for field, value in varied.items():
         if field not in METHODS[name].model_fields:
             try:
-                METHODS[name](**{field: value})  # as pt-moe takes a recipe, which is no field of it
+                METHODS[name](**{field: value})  # pt-moe accepts a recipe, which is not a field
             except PtmoeError:
                 raise UnfitError(f"{name} has no {field!r} to vary{near(field, METHODS[name].model_fields)}") from None
     fields = {**fields, **varied}
@@ -200,12 +199,12 @@ def _count(base_config: Any, config: MethodConfig, quantization: str | None) -> 
         raise UnfitError(str(error)) from None
 
 
-def _named(variant: Variant, long: str, others: Sequence[Variant], known: Sequence[Variant]) -> Variant:
-    """Under the label it has in the folder already, else under one that no other has."""
-    for one in known:
-        if one.identity == variant.identity:
-            return replace(variant, label=one.label)
-    taken = {file_name(one.label) for one in (*others, *known)}
+def _with_label(variant: Variant, long: str, others: Sequence[Variant], known: Sequence[Variant]) -> Variant:
+    """Under the label that it has in the folder already, else under one that no other has."""
+    for earlier in known:
+        if earlier.identity == variant.identity:
+            return replace(variant, label=earlier.label)
+    taken = {file_name(other.label) for other in (*others, *known)}
     for label in (variant.label, long):
         if label.startswith(".") or not label.isprintable() or "\\" in label:
             raise PtmoeError(f"label {label!r} cannot name a folder: choose another word")
@@ -218,12 +217,11 @@ def evaluated(plan: ComparePlan, task: str) -> tuple[str, ...]:
     """The tasks that an adapter trained on `task` is evaluated on.
 
     Raises:
-        PtmoeError: an unknown one, one without a test split, or a file beside others.
+        PtmoeError: an unknown task, one without a test split, or a file together with others.
     """
     if plan.eval_tasks is None and is_file(task):
-        raise PtmoeError(f"{task} is a file to train on: say what to evaluate on with --eval-task")
-    asked = plan.eval_tasks or [task]
-    names = list(dict.fromkeys(one for name in asked for one in task_names(name)))
+        raise PtmoeError(f"{task} is a file to train on: name the tasks to evaluate on with --eval-task")
+    names = list(dict.fromkeys(name for tasks in plan.eval_tasks or [task] for name in task_names(tasks)))
     for name in names:
         if is_file(name) and len(names) > 1:
             raise PtmoeError(f"{name} is a file and {len(names)} tasks are evaluated: evaluate on it alone")
@@ -233,10 +231,10 @@ def evaluated(plan: ComparePlan, task: str) -> tuple[str, ...]:
 
 
 def trainable_tasks(plan: ComparePlan) -> tuple[list[str], list[LeftOut]]:
-    """The plan's tasks that have something to train on, and the others.
+    """The plan's tasks that have training data, and the others.
 
     Raises:
-        PtmoeError: an unknown task, or two of one name.
+        PtmoeError: an unknown task, or two with one name.
     """
     kept: list[str] = []
     left_out: list[LeftOut] = []
@@ -252,22 +250,22 @@ def trainable_tasks(plan: ComparePlan) -> tuple[list[str], list[LeftOut]]:
 
 
 def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePlan, list[LeftOut]]:
-    """The plan with those evaluations whose data is here or can be had; it is downloaded if need be.
+    """The plan with the evaluations whose data exists or can be downloaded, which happens here.
 
-    Only a preset's own evaluations may be missing: what a person asked for stops.
+    Only a preset's own evaluations may be missing: an evaluation that the user has asked for may not.
 
     Raises:
         PtmoeError: missing or bad data of a training task, or of an evaluation.
     """
-    for name in dict.fromkeys(one for task in plan.tasks for one in task_names(task)):
+    for name in dict.fromkeys(name for task in plan.tasks for name in task_names(task)):
         _first_example(name, "train", plan.data_dir, plan.skip_bad, say)
     folder = plan.eval_data_dir
     if folder is None and plan.data_dir is not None and Path(plan.data_dir).is_dir():
         folder = plan.data_dir
-    given = [] if plan.preset is None else preset_plan(plan.preset, plan.model).get("eval_tasks", [])
-    optional = {one for name in given for one in task_names(name)}
+    of_preset = [] if plan.preset is None else preset_plan(plan.preset, plan.model).get("eval_tasks", [])
+    optional = {name for tasks in of_preset for name in task_names(tasks)}
     missing: dict[str, str] = {}
-    for name in dict.fromkeys(one for task in plan.tasks for one in evaluated(plan, task)):
+    for name in dict.fromkeys(name for task in plan.tasks for name in evaluated(plan, task)):
         try:
             _first_example(name, "test", folder, plan.skip_bad, say)
         except PtmoeError as error:
@@ -276,10 +274,11 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
             missing[name] = str(error)
     if not missing:
         return plan, []
-    kept = [one for name in plan.eval_tasks or plan.tasks for one in task_names(name) if one not in missing]
+    kept = [name for tasks in plan.eval_tasks or plan.tasks for name in task_names(tasks) if name not in missing]
     if not kept:
         raise PtmoeError(f"no data to evaluate on: {'; '.join(missing.values())}")
-    return plan.replace(eval_tasks=kept), [LeftOut(f"evaluation on {name}", why) for name, why in missing.items()]
+    left_out = [LeftOut(f"evaluation on {name}", reason) for name, reason in missing.items()]
+    return plan.replace(eval_tasks=kept), left_out
 
 
 def _first_example(name: str, split: str, data_dir: str | None, skip_bad: bool, say: Callable[[str], None]) -> None:
@@ -288,16 +287,17 @@ def _first_example(name: str, split: str, data_dir: str | None, skip_bad: bool, 
         raise PtmoeError(f"{name} ({data_dir or split}) holds no example: needs at least one")
 
 
-def cells_of(plan: ComparePlan, made: Sequence[Variant], base_config: Any) -> list[Cell]:
-    """The untouched base on every task, then every variant with every seed: a whole table of the first seed before the
-    second begins, and what costs little first.
+def cells_of(plan: ComparePlan, chosen: Sequence[Variant], base_config: Any) -> list[Cell]:
+    """The untouched base on every task, then every variant with every seed: the whole table of the first seed before
+    the second begins, and cheap cells first.
 
     Raises:
         PtmoeError: options that `ptmoe train` does not have, or values that do not fit them.
     """
-    trained = sorted((one for one in made if not one.is_base), key=lambda one: _cost(base_config, one))
-    pairs = [(0, one) for one in made if one.is_base]  # the same folder, whatever the seeds
-    pairs += [(seed, one) for seed in dict.fromkeys(plan.seeds) for one in trained]
+    pairs = [(0, variant) for variant in chosen if variant.is_base]  # the same folder, whatever the seeds
+    trained = [variant for variant in chosen if not variant.is_base]
+    trained.sort(key=lambda variant: _cost(base_config, variant))
+    pairs += [(seed, variant) for seed in dict.fromkeys(plan.seeds) for variant in trained]
     return [
         Cell(variant, task, evaluated(plan, task), seed, _train_options(plan, variant, task, seed))
         for seed, variant in pairs
@@ -306,7 +306,7 @@ def cells_of(plan: ComparePlan, made: Sequence[Variant], base_config: Any) -> li
 
 
 def _cost(base_config: Any, variant: Variant) -> float:
-    """Roughly in proportion to the time of a step: the tokens that pass, and the weights that get gradients."""
+    """Roughly proportional to the time of a step: the tokens of a row, and the weights that have gradients."""
     text = base_config.get_text_config()
     weights = 12 * text.num_hidden_layers * text.hidden_size**2 + text.vocab_size * text.hidden_size
     tokens = TYPICAL_INPUT + sizes_of(variant.config).get("num_virtual_tokens", 0)
@@ -319,7 +319,7 @@ def _train_options(plan: ComparePlan, variant: Variant, task: str, seed: int) ->
     for name in plan.train:
         if name in own:
             raise PtmoeError(f"train: {name!r} is an option of the comparison itself: give it there")
-    # A cell that was broken off is redone, so it needs no checkpoint.
+    # An interrupted cell starts again, so it needs no checkpoints.
     trainer = {"save_strategy": "no", **plan.train.get("trainer", {})}
     cell = {
         "method": {"name": variant.config.method, **variant.config.model_dump()},

@@ -1,4 +1,4 @@
-"""What is compared: one typed plan from flags, a YAML file or a preset, and the cells it comes to.
+"""What is compared: one typed plan from the command line, a YAML file or a preset, and the cells it amounts to.
 
     model: nano
     methods: [pt, {name: pt-moe, num_virtual_tokens: 10, num_experts: 4}]
@@ -7,142 +7,163 @@
     seeds: 3
     max_steps: 300
 
-is six cells: two methods, their free sizes picked at the budget, one task, seeds 0, 1 and 2.
+is six cells: two methods, their free sizes picked to fit the budget, one task, seeds 0, 1 and 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 from typing_extensions import Self
 
-from ptmoe.compare.budget import free_sizes, parse_budget
+from ptmoe.compare.budget import parse_budget
 from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
 from ptmoe.files import write_whole
-from ptmoe.runs.folders import PLAN_FILE
-from ptmoe.settings import Settings, read_yaml
-from ptmoe.train.options import Count
+from ptmoe.settings import Flag, read_yaml
+from ptmoe.train.options import Count, Rate, SharedOptions, method_entry, scalar
 
-# How the command works, not what is compared: in no YAML that it writes.
-UNTOLD = frozenset({"output_dir", "strict", "jobs"})
+# How the command works rather than what is compared: not written to the YAML file.
+UNWRITTEN = frozenset({"output_dir", "strict", "jobs"})
+
 # What a later run in the same folder may add to.
 EXTENSIBLE = frozenset({"preset", "title", "methods", "tasks", "seeds", "vary", "budget", "learning_rate"})
-
-
-def _entries(value: Any) -> Any:
-    """A method may be its name alone, and a list of one be that one."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return [{"name": one} if isinstance(one, str) else one for one in values]
 
 
 def _listed(value: Any) -> Any:
     return value if value is None or isinstance(value, list | tuple) else [value]
 
 
+def _entries(value: Any) -> Any:
+    """A method may be given by its name, or as `pt-moe:rank=8`, and a list of one method by that method."""
+    return [method_entry(method) for method in _listed(value) or []]
+
+
+def _variations(value: Any) -> Any:
+    """`rank=4,8,16`, or several such texts, as `{"rank": [4, 8, 16]}`."""
+    if not isinstance(value, str | list | tuple):
+        return value
+    varied = {}
+    for text in map(str, _listed(value)):
+        name, equals, values = text.partition("=")
+        if not equals or not values:
+            raise ValueError(f"vary {text!r}: needs FIELD=VALUE,VALUE,…")
+        varied[name.strip()] = [scalar(item) for item in values.split(",")]
+    return varied
+
+
 def _seeds(value: Any) -> Any:
+    """The number of seeds, or a list of them; `5` and `0,3,5` as text."""
+    if isinstance(value, str):
+        parts = value.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(f"seeds {value!r}: needs how many, as 5, or which, as 0,3,5")
+        value = [int(part) for part in parts] if len(parts) > 1 else int(value)
     if value in (0, []):
         raise ValueError(f"seeds={value}: needs at least one")
     return list(range(value)) if isinstance(value, int) else value
 
 
+def _learning_rates(value: Any) -> Any:
+    """A list of texts: `0.01` for all methods, or `pt=0.01` for one."""
+    if not isinstance(value, list | tuple):
+        return value
+    rates: dict[str, float] = {}
+    for text in map(str, value):
+        name, _, rate = text.rpartition("=")
+        try:
+            rates[name] = float(rate)
+        except ValueError:
+            raise ValueError(f"learning_rate {text!r}: needs a number, or METHOD=NUMBER") from None
+    if "" in rates and len(rates) > 1:
+        raise ValueError(
+            f"learning_rate {' '.join(map(str, value))}: give one number for all methods, or one for each by name"
+        )
+    return rates.get("", rates)
+
+
 def budgets(value: Any) -> list[int]:
-    """One budget or several, as `parse_budget` reads them; none for None."""
-    return [parse_budget(one) for one in _listed(value) or []]
+    """One budget or several, as `parse_budget` reads them; an empty list for None."""
+    return [parse_budget(budget) for budget in _listed(value) or []]
 
 
-Names = Annotated[list[str], BeforeValidator(_listed)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+class ComparePlan(SharedOptions):
+    """A comparison. Each field is an option of `ptmoe compare`, except `train`, which only a YAML file can set.
 
-
-class ComparePlan(Settings):
-    """
-    Attributes:
-        model: `nano`, a folder, or a Hub repository; `revision` of the latter.
-        dtype, quantization: of the frozen base, as in `ptmoe train`.
-        preset: where the plan came from (`ptmoe.compare.presets`).
-        title: of the report.
-        methods: each a name, or `{"name": …}` with fields of the method's config and, if they differ from the plan's, a
-            `learning_rate` and a `budget` (None: none). A `label` names it in the table and its folder. `base` is the
-            untouched base, which is evaluated once.
-        vary: fields of the methods' configs, or `learning_rate`, and the values that each method is tried at, every
-            combination.
-        budget: trainable parameters; each method's free size is picked to come closest without passing it. Several
-            budgets are several sizes of each method. A free size that is given is left, and only checked.
-        tasks: what is trained on: each a named task, a group, a mixture or a JSON-lines file.
-        eval_tasks: what each adapter is evaluated on: names, groups, or one file; by default the training task's own
-            test splits.
-        seeds: a number of them, from 0, or a list.
-        data_dir, eval_data_dir, skip_bad, max_length, max_examples, eval_examples, eval_batch_size, max_new_tokens,
-            max_steps, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps: as in `ptmoe train`.
-        learning_rate: of all methods, or of each by its name; by default each method's own.
-        train: any other option of `ptmoe train`, the same for every cell.
-        output_dir: the comparison's folder; by default one under `runs/` named by the preset, or a new one.
-        strict: stop at a cell that cannot be run, instead of leaving it out.
-        jobs: cells at once, each in a process with its share of the cores; by default 1, on nano as many as cores.
+    An entry of `methods` has the method's `name`, fields of its config, and where they differ from the plan's a
+    `learning_rate` and a `budget` (None for none); a `label` names it in tables and folders.
     """
 
-    model: str = "nano"
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["8bit", "4bit"] | None = None
     preset: str | None = None
+    """quickstart, paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init or -noise; with --model nano on
+    nano's world"""
     title: str | None = None
-    methods: Annotated[list[dict[str, Any]], BeforeValidator(_entries), Field(min_length=1)] = [
-        {"name": "pt"},
-        {"name": "pt-moe"},
-    ]
-    vary: dict[str, Annotated[list[Any], BeforeValidator(_listed), Field(min_length=1)]] = {}
-    budget: Annotated[list[int], BeforeValidator(budgets)] = []
-    tasks: Annotated[Names, Field(min_length=1)]
-    eval_tasks: Annotated[list[str] | None, BeforeValidator(_listed)] = None
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_seeds)] = [0]
-    data_dir: str | None = None
-    eval_data_dir: str | None = None
-    skip_bad: bool = False
-    max_length: Count | None = None
-    max_examples: Count | None = None
-    eval_examples: Count | None = None
-    eval_batch_size: Count = 200
-    max_new_tokens: Count | None = None
-    max_steps: int = -1
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    per_device_train_batch_size: Count = 32
-    gradient_accumulation_steps: Count = 1
-    learning_rate: Rate | dict[str, Rate] | None = None
+    """of the report"""
+    model: str = "nano"
+    """nano, a folder, or a Hugging Face Hub repository; by default the preset's, else nano"""
+    methods: Annotated[
+        list[dict[str, Any]], BeforeValidator(_entries), Field(min_length=1), Flag(("--method",), repeatable=True)
+    ] = [{"name": "pt"}, {"name": "pt-moe"}]
+    """a method, or one with fields as in pt-moe:rank=8,num_experts=4; base is the untouched base; several times"""
+    vary: Annotated[
+        dict[str, Annotated[list[Any], BeforeValidator(_listed), Field(min_length=1)]],
+        BeforeValidator(_variations),
+        Flag(repeatable=True),
+    ] = {}
+    """a field of the methods, or learning_rate, and the values to try: rank=4,8,16; several times for every
+    combination"""
+    budget: Annotated[list[int], BeforeValidator(budgets), Flag(repeatable=True)] = []
+    """pick each method's free size to come closest to this many trainable parameters without exceeding it: 80k, 1.5M;
+    several times for several sizes of each method"""
+    tasks: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1), Flag(("--task",))]
+    """to train on: a task, a group, a mixture (a,b is one) or a JSON-lines file; several times"""
+    eval_tasks: Annotated[list[str] | None, BeforeValidator(_listed), Flag(("--eval-task",))] = None
+    """to evaluate on: tasks, groups, or one file; by default the training task's own test split; several times"""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_seeds), Flag(repeatable=False)] = [0]
+    """how many, counted from 0; or which: 0,3,5"""
+    learning_rate: Annotated[Rate | dict[str, Rate] | None, BeforeValidator(_learning_rates), Flag(repeatable=True)] = (
+        None
+    )
+    """of all methods, or of one: pt=0.01; by default each method's own; several times"""
     train: dict[str, Any] = {}
+    """other options of `ptmoe train`, the same for every cell"""
     output_dir: str | None = None
+    """folder of the comparison; by default runs/PRESET-MODEL, or a new one under runs/"""
     strict: bool = False
+    """stop at what cannot be run, instead of leaving it out"""
     jobs: Count | None = None
+    """cells at once, each in a process with its share of the cores; by default 1, on nano as many as there are cores"""
 
     def write(self, path: Path) -> None:
-        """All at once, so that a killed run leaves no half of it."""
+        """Atomically: an interruption leaves no partial file."""
         import yaml
 
-        text = yaml.safe_dump(self.model_dump(exclude=set(UNTOLD)), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(self.model_dump(exclude=set(UNWRITTEN)), sort_keys=False, allow_unicode=True)
         write_whole(path, text)
 
     def differences(self, other: Self) -> list[str]:
-        """What a run that goes on with this plan may not change, each in words."""
-        names = [name for name in type(self).model_fields if name not in EXTENSIBLE | UNTOLD]
+        """What a run that continues this plan may not change, each as a sentence."""
+        names = [name for name in type(self).model_fields if name not in EXTENSIBLE | UNWRITTEN]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [f"{name} was {before!r}, is {now!r}" for name, before, now in pairs if before != now]
 
 
 def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> ComparePlan:
-    """A plan from a YAML file, or a comparison's folder, which is gone on with; `changes` and the file take precedence
-    over a preset's values, `changes` over the file's.
+    """A plan from a YAML file, or of a comparison's folder, which is then continued.
 
-    Methods named in `changes` are the preset's or the file's entries of that name, where it has them. A `budget` in
-    `changes` takes the place of these entries' own free sizes.
+    `changes` take precedence over the file, and both over the preset. A method in `changes` that is only named stands
+    for the preset's or the file's entries of that name, where there are any. A `budget` in `changes` replaces the free
+    sizes of these entries.
 
     Raises:
-        PtmoeError: no such file, not YAML, an unknown preset, or an unknown or unfit value.
+        PtmoeError: no such file, not YAML, an unknown preset, or an unknown key or unfit value.
     """
+    from ptmoe.runs.folders import PLAN_FILE  # not for `ptmoe compare --help`: it imports numpy
+
     changes = dict(changes or {})
     folder = Path(path) if path is not None and Path(path).is_dir() else None
     file = folder / PLAN_FILE if folder else Path(path) if path is not None else None
@@ -153,7 +174,7 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
         changes = {"output_dir": str(folder), **changes}
     name = changes.get("preset", written.get("preset"))
     given = preset_plan(name, changes.get("model", written.get("model"))) if name is not None else {}
-    for stated in (written, changes):  # else a preset's steps would outdo the epochs that a person asked for
+    for stated in (written, changes):  # otherwise a preset's max_steps would override the epochs that were asked for
         if "num_train_epochs" in stated:
             stated.setdefault("max_steps", -1)
     given = {**given, **written}
@@ -162,11 +183,7 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
         known = [_without_size(entry) for entry in known]
         given = {**given, **({"methods": known} if known else {})}
     if "methods" in changes:
-        changes["methods"] = [
-            entry
-            for asked in _entries(changes["methods"])
-            for entry in ([one for one in known if asked == {"name": one.get("name")}] or [asked])
-        ]
+        changes["methods"] = [entry for asked in _entries(changes["methods"]) for entry in _known_as(asked, known)]
     plan = {**given, **changes}
     if "tasks" not in plan:
         raise PtmoeError(f"nothing to compare on: give a --task, or a --preset ({', '.join(PRESETS)})")
@@ -176,11 +193,16 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
         raise PtmoeError(f"{path}: {error}" if path is not None else str(error)) from None
 
 
+def _known_as(asked: Any, known: list[Any]) -> list[Any]:
+    """The known entries of a method that is only named, where there are any; else what was asked."""
+    return [entry for entry in known if isinstance(entry, dict) and asked == {"name": entry.get("name")}] or [asked]
+
+
 def _without_size(entry: Any) -> Any:
-    """A method's entry open to another budget; one that was kept out of budgets stays as it is."""
+    """A method's entry, its size open to another budget; an entry that was kept out of budgets stays as it is."""
     from ptmoe.methods import METHODS
 
     if not isinstance(entry, dict) or entry.get("budget", 1) is None or entry.get("name") not in METHODS:
         return entry
-    replaced = ("budget", *free_sizes(METHODS[entry["name"]])[:1])
+    replaced = ("budget", *METHODS[entry["name"]].free_sizes[:1])
     return {name: value for name, value in entry.items() if name not in replaced}

@@ -173,10 +173,6 @@ PRESETS: dict[str, tuple[Plan, Plan]] = {
         _ablation(PT_MOE, vary={"router_noise": [0, 0.05, 0.1, 0.2]}),
         _nano_ablation(NANO_PT_MOE, vary={"router_noise": [0, 0.05, 0.1, 0.2]}),
     ),
-    "ablate-position": (
-        _ablation(PT_MOE, vary={"position": ["before", "after"]}),
-        _nano_ablation(NANO_PT_MOE, vary={"position": ["before", "after"]}),
-    ),
 }
 
 

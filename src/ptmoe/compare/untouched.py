@@ -1,4 +1,4 @@
-"""The base as it is, a row beside the methods: it trains nothing, so it is none of `ptmoe.methods.METHODS`."""
+"""The base as it is, a row beside the methods. It trains nothing, so it is not in `ptmoe.methods.METHODS`."""
 
 from __future__ import annotations
 
@@ -12,4 +12,7 @@ class UntouchedConfig(MethodConfig):
     """No adapter."""
 
     method: ClassVar[str] = BASE
+    order: ClassVar[int] = 0
+    paper_order: ClassVar[int | None] = 0
+    figure_color: ClassVar[tuple[str, str] | None] = ("#858b95", "#9aa1ac")
     num_virtual_tokens: ClassVar[int] = 0

@@ -93,6 +93,12 @@ def _before(text: str, until: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
+def end_tokens(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a completion: those in the base's generation config, and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+
+
 class _Ends:
     """Whether a row of new tokens has ended: with an end token, or with a text after which nothing counts.
 
@@ -103,8 +109,7 @@ class _Ends:
     """
 
     def __init__(self, model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, until: Sequence[str]) -> None:
-        own = model.generation_config.eos_token_id
-        self.tokens = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+        self.tokens = end_tokens(model, tokenizer)
         self.tokenizer = tokenizer
         self.until = until
         self.window = max(map(len, until), default=0) + 8  # tokens; each is at least a byte, so the text is within

@@ -3,15 +3,15 @@
     python -m ptmoe.evaluate.harness --model ptmoe --model_args adapter=runs/mine --tasks gsm8k,hellaswag --batch_size 8
 
     import lm_eval
-    from ptmoe.evaluate.harness import PromptedLM  # from then on the harness knows the model "ptmoe"
+    from ptmoe.evaluate.harness import PromptedLM  # registers the model "ptmoe" with the harness
 
     lm_eval.simple_evaluate(model="ptmoe", model_args={"adapter": "runs/mine"}, tasks=["gsm8k", "hellaswag"])
     lm_eval.simple_evaluate(model=PromptedLM(pretrained=model, tokenizer=tokenizer), tasks=["hellaswag"])
 
-The harness asks two things of a model. `generate_until`: go on from a context. `loglikelihood`: how probable is this
-continuation after that context, which is what multiple choice compares. In the second the sequence holds an answer,
-and a router that averaged it too would choose another prompt than it does in generation, a different one for each
-choice. So here, always,
+The harness asks two things of a model. `generate_until`: complete a context. `loglikelihood`: how probable is a
+continuation after a context, which is what multiple choice compares. In the latter the sequence contains an answer, and
+a router that averaged it as well would choose another prompt than in generation, and a different one for each choice.
+So here, always,
 
     P = encoder(context)        log p(continuation | P, context)
 """
@@ -31,10 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ptmoe import nano
-from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError
-from ptmoe.models.attach import load_adapter
-from ptmoe.models.bases import load_base
+from ptmoe.models.attach import load_adapter, load_run
+from ptmoe.models.bases import place
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.environment import world_size
 
@@ -49,45 +48,46 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Ways in which `HFLM` puts a model together itself, or on several devices.
+# Options with which `HFLM` assembles a model itself, or spreads it over several devices.
 REFUSED = "autogptq delta device_map gguf_file gptqmodel parallelize peft subfolder tp_plan".split()
 
-# What the harness scores: both texts where there are any, and the tokens of the context and of its continuation.
+# What the harness scores: the two texts, where there are any, and the tokens of the context and of its continuation.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-# One row of a batch: the requests that it answers, by their numbers, and its context and continuation. The requests
-# have the context and all but the last token of the continuation in common, so one row of logits serves them all.
+# One row of a batch: the indices of the requests that it answers, its context and its continuation. These requests
+# share the context and all but the last token of the continuation, so one row of logits serves them all.
 Row = tuple[list[int], list[int], list[int]]
 
 
 class PromptedLM(HFLM):
-    """A base model behind an adapter, as the harness sees it: `hf` with a soft prompt composed for each context.
+    """A base model with an adapter, as the harness sees it: `hf` with a soft prompt composed for each context.
 
-    Batching (`batch_size="auto"` too), chat templates, stop sequences, truncation and caching are `HFLM`'s own. What
-    differs: the router reads the context alone, and `max_length` leaves room for the virtual tokens. The context is
-    what the harness takes for it: its trailing spaces belong to the continuation, an empty one is the prefix token
-    (the tokenizer's BOS, else its EOS; `prefix_token_id` is another), one that is too long loses its beginning, and in
-    `loglikelihood_rolling` it is what precedes each window.
+    Batching (including `batch_size="auto"`), chat templates, stop sequences, truncation and caching are `HFLM`'s own.
+    What differs: the router reads the context alone, and `max_length` leaves room for the virtual tokens. The context
+    is what the harness passes as such: its trailing spaces belong to the continuation, an empty context is the prefix
+    token (the tokenizer's BOS, else its EOS; `prefix_token_id` overrides it), a context that is too long loses its
+    beginning, and in `loglikelihood_rolling` the context is what precedes each window.
 
-    `HFLM(pretrained=model)` itself does not take a `PromptedCausalLM`: its scoring calls the model with context and
+    `HFLM(pretrained=model)` itself does not accept a `PromptedCausalLM`: its scoring calls the model with context and
     continuation as one text, and nothing in that call tells them apart.
 
     Args:
-        pretrained: the base by name (`"nano"`, a folder, a Hub repository), by default the one that the adapter names;
+        pretrained: the base by name (`"nano"`, a folder, a Hub repository), by default the base that the adapter names;
             or a loaded base; or a `PromptedCausalLM`, which is used with its active adapter.
         adapter: an adapter folder, a run folder that holds one, or a Hub repository.
         tokenizer: a tokenizer or its name; by default the base's.
         revision: of the base, by default the adapter's own.
         dtype: of a base given by name: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
         quantization: of a base given by name: `"8bit"` or `"4bit"`.
-        device: CUDA by default, and where there is none the CPU; a loaded model stays where it is by default.
+        device: where the model computes; by default the accelerator, where there is one, and a loaded model stays where
+            it is. `cuda` means the default on a machine without CUDA, where lm_eval's command names it nevertheless.
         **options: those of `HFLM` (`batch_size`, `max_batch_size`, `max_length`, `truncation`, `logits_cache`,
             `add_bos_token`, `prefix_token_id`, `softmax_dtype`, `mixed_precision_dtype`, `think_end_token`,
             `enable_thinking`, `chat_template_args`, `trust_remote_code`); others go to the base's `from_pretrained`.
 
     Raises:
-        PtmoeError: no adapter, a folder that is none or belongs to another base, an unknown base, a `max_length`
-            beyond the base's positions, an encoder-decoder, several processes or devices, or a `peft` adapter, which
-            the harness's own `hf` evaluates.
+        PtmoeError: no adapter, an adapter of another base, an unknown base, a `max_length` beyond the base's positions,
+            an encoder-decoder, several processes or devices, or a `peft` adapter, which the harness's own `hf`
+            evaluates.
     """
 
     def __init__(
@@ -105,20 +105,21 @@ class PromptedLM(HFLM):
         _check_options(options)
         known = inspect.signature(HFLM.__init__).parameters
         loading = {name: options.pop(name) for name in list(options) if name not in known}
+        target = _device(device)
         if pretrained is None or isinstance(pretrained, str):
             if options.get("trust_remote_code"):
                 loading["trust_remote_code"] = True
-            model, own = _load(adapter, pretrained, revision, dtype, quantization, loading)
+            base = {"revision": revision, "dtype": dtype, "quantization": quantization, "device": target}
+            model, own = _load(adapter, pretrained, base, loading)
             tokenizer = tokenizer or own
-            device = device or "cuda"
         else:
             if loading:
                 raise PtmoeError(f"{', '.join(loading)}: no option of the harness's hf, and the base is loaded already")
             model = _prompted(pretrained, adapter)
-        if device is not None:
-            _place(model, device)
+            if device is not None:
+                model.to(target)
         name = model.name_or_path
-        # `HFLM` warns that a loaded model ignores the options for loading one; here they have been used already.
+        # `HFLM` warns that it ignores loading options for a loaded model; here they have been used already.
         harness = logging.getLogger(HFLM.__module__)
         level = harness.level
         harness.setLevel(logging.ERROR)
@@ -137,16 +138,16 @@ class PromptedLM(HFLM):
 
     @property
     def _room(self) -> int:
-        """The tokens that the base has positions for, less the virtual ones."""
+        """The number of tokens that the base has positions for beside the virtual tokens."""
         return int(self.model.max_positions or super().max_length) - int(self.model.num_virtual_tokens)
 
     @property
     def max_length(self) -> int:
-        """The tokens of context and continuation that are read at most."""
+        """The maximum number of tokens of context and continuation."""
         return int(self._max_length or self._room)
 
     def tok_batch_encode(self, strings: list[str], *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask `(B, L)` of contexts to go on from; an empty one is the prefix token."""
+        """Token ids and attention mask `(B, L)` of contexts to complete; an empty context is the prefix token."""
         ids, mask = super().tok_batch_encode(strings, *arguments, **options)
         if ids.shape[1] == 0:
             ids, mask = ids.new_zeros(len(strings), 1, dtype=torch.long), mask.new_zeros(len(strings), 1)
@@ -158,15 +159,15 @@ class PromptedLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation, and whether it is the greedy one.
+        """The log-likelihood of each continuation, and whether it is the greedy continuation.
 
-        `HFLM` lets requests share logits where their inputs are equal. Here their contexts have to be equal too: "a b"
-        before "c" and "a" before "b c" are one input with two prompts.
+        `HFLM` lets requests with equal inputs share logits. Here their contexts have to be equal as well: "a b" before
+        "c" and "a" before "b c" are one input with two prompts.
 
         Args:
             requests: texts, context and continuation of each.
             disable_tqdm: show no progress.
-            override_bs: rows at once where the batch size is automatic.
+            override_bs: the batch size to use instead of an automatic one.
 
         Raises:
             PtmoeError: a context or continuation without tokens, or a continuation longer than `max_length`.
@@ -175,41 +176,39 @@ class PromptedLM(HFLM):
         hidden = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=hidden, desc="Running loglikelihood requests") as progress:
             for batch in self._batches(self._rows(requests), override_bs):
-                for (numbers, _, _), scores in zip(batch, self._scores(batch), strict=True):
-                    wanted = torch.tensor([requests[number][2] for number in numbers], device=scores.device)  # (M, C)
+                for (indices, _, _), scores in zip(batch, self._scores(batch), strict=True):
+                    wanted = torch.tensor([requests[index][2] for index in indices], device=scores.device)  # (M, C)
                     likelihoods = scores.gather(1, wanted.T).float().sum(0).tolist()
                     greedy = (scores.argmax(1) == wanted).all(1).tolist()
-                    for number, likelihood, is_greedy in zip(numbers, likelihoods, greedy, strict=True):
-                        answers[number] = (likelihood, is_greedy)
-                        if requests[number][0] is not None:  # windows of a longer text are cached as a whole
-                            self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
-                    progress.update(len(numbers))
+                    for index, likelihood, is_greedy in zip(indices, likelihoods, greedy, strict=True):
+                        answers[index] = (likelihood, is_greedy)
+                        if requests[index][0] is not None:  # windows of a longer text are cached together
+                            self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
+                    progress.update(len(indices))
         return answers
 
     def _rows(self, requests: Sequence[Request]) -> list[Row]:
-        """The rows that answer all requests, the longest first, cut to what the base has room for."""
+        """The rows that answer all requests, longest first, their contexts cut to `max_length`."""
         rows: dict[Any, Row] = {}
         longest, cut = self.max_length, 0
-        for number, (texts, context, continuation) in enumerate(requests):
+        for index, (texts, context, continuation) in enumerate(requests):
             if not context or not continuation:
-                raise PtmoeError(
-                    f"request {number}, {texts!r}: its context or its continuation has no token of its own"
-                )
+                raise PtmoeError(f"request {index}, {texts!r}: its context or its continuation has no token of its own")
             if len(continuation) > longest:
                 raise PtmoeError(
                     f"a continuation of {len(continuation)} tokens exceeds the {longest} that fit beside "
                     f"{self.model.num_virtual_tokens} virtual tokens: shorten it"
                 )
-            kept = context[-(longest + 1 - len(continuation)) :]  # + 1: the last token is no input
+            kept = context[-(longest + 1 - len(continuation)) :]  # + 1: the last token is not an input
             cut += len(kept) < len(context)
-            key = tuple(kept), tuple(continuation[:-1]), None if self.logits_cache else number
-            rows.setdefault(key, ([], kept, continuation))[0].append(number)
+            key = tuple(kept), tuple(continuation[:-1]), None if self.logits_cache else index
+            rows.setdefault(key, ([], kept, continuation))[0].append(index)
         if cut:
             logger.warning("%d of %d contexts are cut on the left to fit %d tokens", cut, len(requests), longest)
         return sorted(rows.values(), key=lambda row: -len(row[1]) - len(row[2]))
 
     def _batches(self, rows: list[Row], size: int | None) -> Iterator[list[Row]]:
-        """`rows` in groups of the batch size; where that is automatic and no `size` is given, as it is found."""
+        """`rows` in groups of `size`, by default the batch size, which is searched for where it is automatic."""
         find = self.batch_size == "auto" and size is None
         if find:
             self.batch_sizes: dict[int, int] = {}
@@ -224,7 +223,7 @@ class PromptedLM(HFLM):
 
     @torch.no_grad()
     def _scores(self, batch: list[Row]) -> Iterator[Tensor]:
-        """For each row, `(C, V)`: the log-probabilities of what may stand at each place of its continuation."""
+        """For each row, `(C, V)`: the log-probabilities of every token at each position of its continuation."""
         inputs = [context + continuation[:-1] for _, context, continuation in batch]
         ids = torch.zeros(len(batch), max(map(len, inputs)), dtype=torch.long)  # (B, L)
         real, readable = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -241,7 +240,7 @@ class PromptedLM(HFLM):
             yield logits[row, len(context) - 1 : len(tokens)].log_softmax(-1, dtype=self.softmax_dtype)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model. Unlike `HFLM`'s own, it asks no server."""
+        """What the results record about the model. Unlike `HFLM`'s version it makes no request to the Hub."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": self.model.dtype,
@@ -254,7 +253,7 @@ class PromptedLM(HFLM):
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuse what `HFLM` takes and an adapter cannot do."""
+    """Refuse options of `HFLM` that do not work with an adapter."""
     for name in REFUSED:
         if options.get(name):
             other = "; the harness's own hf model evaluates it" if name == "peft" else ""
@@ -264,56 +263,47 @@ def _check_options(options: dict[str, Any]) -> None:
     if options.get("backend", "default") not in ("default", "causal"):
         raise PtmoeError(f"backend={options['backend']!r}: an adapter stands before a causal language model")
     if world_size() > 1:
-        raise PtmoeError(f"{world_size()} processes: every one would evaluate everything; start one")
+        raise PtmoeError(f"{world_size()} processes: each would evaluate everything; start one process")
 
 
 def _load(
-    adapter: str | Path | None,
-    base: str | None,
-    revision: str | None,
-    dtype: str,
-    quantization: str | None,
-    options: dict[str, Any],
+    adapter: str | Path | None, name: str | None, base: dict[str, Any], options: dict[str, Any]
 ) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase]:
-    """An adapter on its base: the one it names, or another in `base`."""
+    """An adapter on its base, or on the base `name`."""
     if adapter is None:
         raise PtmoeError("no adapter: give --model_args adapter=FOLDER, an adapter folder or a run folder")
-    folder = local_folder(str(adapter))
-    saved = read_adapter(folder).envelope
-    if base is None:
-        base, revision = saved["base_model_name_or_path"], revision or saved["revision"]
-    if not base:
-        raise PtmoeError(f"{folder} names no base: give pretrained=NAME, the one that it was trained on")
-    revision = None if revision is None else str(revision)  # the harness reads a number where it looks like one
+    if base["revision"] is not None:
+        base["revision"] = str(base["revision"])  # the harness parses a revision that looks like a number
     try:
-        model, tokenizer = load_base(base, revision=revision, dtype=dtype, quantization=quantization, **options)
-    except TypeError as error:  # an option that no one takes
-        raise PtmoeError(f"{', '.join(options) or 'the base'}: {base!r} does not load with it ({error})") from None
-    return load_adapter(model, folder), tokenizer
+        run = load_run(str(adapter), model=name, **base, **options)
+    except TypeError as error:  # an option that neither transformers nor the model's class has
+        base_name = repr(name) if name else f"the base of {adapter}"
+        raise PtmoeError(f"{', '.join(options) or 'the base'}: {base_name} does not load with it ({error})") from None
+    return run.model, run.tokenizer
 
 
 def _prompted(model: PreTrainedModel | PromptedCausalLM, adapter: str | Path | None) -> PromptedCausalLM:
     """A loaded model with its adapter."""
     if isinstance(model, PromptedCausalLM):
         if adapter is not None:
-            raise PtmoeError(f"adapter={str(adapter)!r} and a model that has one: give either")
+            raise PtmoeError(f"adapter={str(adapter)!r} and a model that has an adapter: give only one of them")
         return model
     if adapter is None:
         raise PtmoeError(f"{type(model).__name__} without an adapter: give adapter=FOLDER, or use the harness's own hf")
     return load_adapter(model, str(adapter))
 
 
-def _place(model: PromptedCausalLM, device: str | torch.device) -> None:
-    """Move the model there; to the CPU where there is no CUDA, for the harness's command line always names a device."""
-    try:
-        place = torch.device(device)
-        model.to("cpu" if place.type == "cuda" and not torch.cuda.is_available() else place)
-    except (RuntimeError, AssertionError) as error:
-        raise PtmoeError(f"device {str(device)!r} cannot be used: {error}") from None
+def _device(device: str | torch.device | None) -> torch.device:
+    """
+    Raises:
+        PtmoeError: no such device on this machine.
+    """
+    is_cuda = device is not None and str(device).startswith("cuda")
+    return place(None if is_cuda and not torch.cuda.is_available() else device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The harness's own command line, which knows the model `ptmoe` then; by default with the process's arguments.
+    """The harness's own command line, with the model `ptmoe`; by default with the process's arguments.
 
     Raises:
         SystemExit: with status 2 on bad input.
@@ -321,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     if arguments is not None:
-        sys.argv = ["lm_eval", *arguments]  # where the harness reads them
+        sys.argv = ["lm_eval", *arguments]  # where the harness reads its arguments
     try:
         cli_evaluate()
     except PtmoeError as error:
@@ -330,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # The class that the harness gets is then the one that everyone else imports, not its copy in `__main__`.
+    # So the harness registers the class that other code imports, not a copy in `__main__`.
     importlib.import_module("ptmoe.evaluate.harness").main()
 else:
     register_model("ptmoe")(PromptedLM)

@@ -6,13 +6,14 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> bool:
-    """Compile the repeated layers of a base for any length of input; where that fails, leave them and say so.
+def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> str | None:
+    """Compile the repeated layers of a base for any length of input; where that fails, warn and leave them as they are.
 
     Compilation happens at the first call, so one is made here: a short input, forward and backward.
 
@@ -21,12 +22,12 @@ def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> bool:
         backend: of `torch.compile`.
 
     Returns:
-        Whether the layers are compiled.
+        What went wrong; None where the layers are compiled.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    reason = None if layers else "it has no layers of one kind"
+    reason = None if layers else "it has no repeated layers"
     embedding = base.get_input_embeddings()
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
@@ -37,9 +38,21 @@ def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> bool:
     except Exception as error:  # whatever the compiler, or the one behind it, runs into
         reason = " ".join(str(error).split())[:200]
     if reason is None:
-        return True
+        return None
     for layer in layers:
         layer._compiled_call_impl = None
     torch.compiler.reset()
     warnings.warn(f"{type(base).__name__} is not compiled ({reason}): going on without", stacklevel=2)
-    return False
+    return reason
+
+
+def compilation_obstacle(base: PreTrainedModel) -> str | None:
+    """Why the layers of this base are not compiled; None where they are."""
+    if any(module._compiled_call_impl is not None for module in base.modules()):
+        return None
+    return "not asked for (--torch-compile), or compilation failed"
+
+
+def replaceable(layer: nn.Module) -> bool:
+    """Whether another forward may stand in for the layer's own: no compiler or other library has put one there."""
+    return layer._compiled_call_impl is None and "forward" not in vars(layer)

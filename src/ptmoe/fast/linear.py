@@ -1,28 +1,42 @@
 """A base's frozen linear layers in float32 on a CPU, by oneDNN.
 
-In half precision `torch` calls oneDNN itself; float32 it gives to MKL, which on an AMD processor takes 1.4 to 2.5 times
-as long (`python -m benchmarks linear`).
+In half precision `torch` calls oneDNN itself; float32 goes to MKL, which takes 1.4 to 2.5 times as long on an AMD
+processor (`python -m benchmarks linear`). Which of the two is faster is measured once for a machine and kept in
+`$PTMOE_CACHE/onednn`: the two round differently, so a resumed run must find the same verdict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import os
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ptmoe.fast.compiled import replaceable
+from ptmoe.files import cache_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MEASURED = ((256, 512, 1408), (32, 512, 16384))  # rows, inputs and outputs: a layer, and a head at a few positions
+MEASURED_TIMES = 5
+WORTHWHILE = 0.95  # of torch's own time
+
 
 @contextmanager
-def by_onednn(base: PreTrainedModel) -> Iterator[None]:
-    """Within it, linear layers of `base` that do not train compute the same product, rounded otherwise."""
-    layers = _layers(base)
+def use_onednn(base: PreTrainedModel) -> Iterator[None]:
+    """Within it, frozen linear layers of `base` compute the same product, rounded otherwise, where that is faster."""
+    layers = [] if onednn_obstacle(base) else _layers(base)
     for layer in layers:
-        vars(layer)["forward"] = _Forward(layer)
+        vars(layer)["forward"] = OneDNNForward(layer)
     try:
         yield
     finally:
@@ -30,12 +44,25 @@ def by_onednn(base: PreTrainedModel) -> Iterator[None]:
             del vars(layer)["forward"]
 
 
+def onednn_obstacle(base: PreTrainedModel) -> str | None:
+    """Why the linear layers of this base are left to torch; None where oneDNN computes them."""
+    if base.device.type != "cpu":
+        return "the base is not on a CPU"
+    if not _AVAILABLE:
+        return "this build of torch has no oneDNN product"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast chooses the dtype of each layer"
+    if base.is_activation_checkpointing:
+        return "layers are computed again in the backward pass"
+    if not _layers(base):
+        return "no linear layer is frozen, in float32 and free to be replaced"
+    return None if _faster_here() else "torch's own product is as fast on this machine"
+
+
 def _layers(base: PreTrainedModel) -> list[nn.Linear]:
-    if base.device.type != "cpu" or not _AVAILABLE or torch.is_autocast_enabled("cpu"):
-        return []
+    # A base with compiled layers runs some when the forward that is put there for a while is gone.
     modules = list(base.modules())
-    # Recomputed or compiled, a layer is run when the forward that stands here for a while is gone.
-    if base.is_activation_checkpointing or any(module._compiled_call_impl is not None for module in modules):
+    if any(module._compiled_call_impl is not None for module in modules):
         return []
     return [
         module
@@ -43,19 +70,21 @@ def _layers(base: PreTrainedModel) -> list[nn.Linear]:
         if type(module) is nn.Linear
         and module.weight.dtype == torch.float32
         and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        and "forward" not in vars(module)  # another library has put its own there
+        and replaceable(module)
     ]
 
 
-class _Forward:
+class OneDNNForward:
+    """The forward of a linear layer: `(…, in)` to `(…, out)`."""
+
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
 
     def __call__(self, input: Tensor) -> Tensor:
         if input.dtype != torch.float32:
             return nn.functional.linear(input, self.layer.weight, self.layer.bias)
-        made: Tensor = _Linear.apply(input, self.layer.weight, self.layer.bias)
-        return made
+        output: Tensor = _Linear.apply(input, self.layer.weight, self.layer.bias)
+        return output
 
 
 class _Linear(torch.autograd.Function):
@@ -74,8 +103,52 @@ class _Linear(torch.autograd.Function):
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # What `torch.compile` calls for a linear layer on a CPU; there is no public name for it.
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-    return made
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return output
+
+
+@cache
+def _faster_here() -> bool:
+    """Whether oneDNN was faster when this machine was first measured."""
+    key = f"{platform.machine()} {_processor()} {torch.__version__} {torch.get_num_threads()} threads"
+    path = cache_folder() / "onednn" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{uuid.uuid4().hex}")
+            part.write_text(f"{_time_ratio():.3f}\n{key}\n")
+            with suppress(FileExistsError):  # of two processes that measure at the same time, the first decides
+                os.link(part, path)
+            part.unlink()
+        return float(path.read_text().split()[0]) <= WORTHWHILE
+    except (OSError, ValueError, IndexError):  # a verdict that cannot be kept could differ in the next process
+        return False
+
+
+def _time_ratio() -> float:
+    """oneDNN's time for a few products over torch's, each the fastest of several, in turns."""
+
+    def seconds(product: Callable[[Tensor, Tensor, None], Tensor], rows: Tensor, weight: Tensor) -> float:
+        started = time.perf_counter()
+        product(rows, weight, None)
+        return time.perf_counter() - started
+
+    total = {_product: 0.0, nn.functional.linear: 0.0}
+    with torch.no_grad():
+        for count, inputs, outputs in MEASURED:
+            operands = torch.ones(count, inputs), torch.ones(outputs, inputs)
+            turns = [{product: seconds(product, *operands) for product in total} for _ in range(MEASURED_TIMES)]
+            for product in total:
+                total[product] += min(turn[product] for turn in turns)
+    return total[_product] / total[nn.functional.linear]
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
 
 
 def _works() -> bool:

@@ -1,7 +1,7 @@
 """Cross-entropy over the supervised positions only.
 
-At a vocabulary of 128k the projection to it is most of a training step's memory and time, so it is computed where a
-label asks for it and nowhere else; and where many do, a part of them at a time.
+With a vocabulary of 128k the projection to it takes most of a training step's memory and time, so it is computed at
+supervised positions only, and in chunks where there are many.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ LOGITS_AT_ONCE = 2**25  # 128 MiB in float32: 261 positions of a vocabulary of 1
 
 
 def supervised_positions(labels: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and targets, `(S,)` each, of the labels that count: not -100, on a real token."""
+    """Rows, columns and targets, `(S,)` each, of the labels that are not -100 and on a real token."""
     rows, columns = ((labels != IGNORED) & attention_mask.bool()).nonzero(as_tuple=True)
     return rows, columns, labels[rows, columns]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Mean over supervised tokens: those of the *global* batch where their number is given, else of this one.
+    """Mean over the supervised tokens of the *global* batch where their number is given, else of this batch.
 
     Args:
         logits: `(S, V)`, upcast to float32.
@@ -63,10 +63,10 @@ def projected_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Non
 
 
 class Hidden:
-    """The hidden states that a base's decoder gives, and the way from there to logits that the base itself goes.
+    """The hidden states of a base's decoder, and their logits as the base itself computes them.
 
     Within `at(…)` the base's forward is called: behind the decoder it sees one position only, and `states (S, H)` holds
-    those that are asked for. After it, `project` gives their logits.
+    the states asked for. Afterwards `project` returns their logits.
 
     Attributes:
         states: None where the base does not call its decoder as a module.
@@ -92,7 +92,7 @@ class Hidden:
             handle.remove()
 
     def project(self, states: Tensor) -> Tensor:
-        """`(S, H)` to `(S, V)`: the base's own forward runs, and finds the states where it calls its decoder."""
+        """`(S, H)` to `(S, V)`: the base's own forward runs, with the states in place of its decoder's output."""
         before = vars(self.decoder).get("forward")
         vars(self.decoder)["forward"] = lambda *_, **__: self.output(last_hidden_state=states[None])
         try:
@@ -113,10 +113,10 @@ def cross_entropy_in_parts(
     size: int,
     statistics: TokenStatistics | None = None,
 ) -> Tensor:
-    """`cross_entropy(project(hidden), …)` with the logits of no more than `size` positions in memory.
+    """`cross_entropy(project(hidden), …)` with the logits of at most `size` positions in memory.
 
-    The gradient is computed with the loss, part by part, so no logits are kept or computed twice. `project` is frozen:
-    it gets no gradient.
+    The gradient is computed together with the loss, chunk by chunk, so no logits are kept or computed twice. `project`
+    is frozen: it gets no gradient.
 
     Args:
         hidden: `(S, H)`.
@@ -124,7 +124,7 @@ def cross_entropy_in_parts(
         num_items: as in `cross_entropy`.
         project: to logits `(size, V)`.
         size: positions at once.
-        statistics: told of each part.
+        statistics: receives each chunk.
     """
     total: Tensor = _InParts.apply(hidden, targets, project, size, statistics)
     return total / _count(targets, num_items)
@@ -162,15 +162,15 @@ class _InParts(torch.autograd.Function):
 
 
 class TokenStatistics:
-    """What `trl` logs of the supervised tokens, added up over parts of them.
+    """The statistics of supervised tokens that `trl` logs, summed over chunks.
 
     Attributes:
         entropy: sum of the entropies of the predictions, in nats.
-        correct: how many were the most probable token.
-        count: of supervised tokens.
+        correct: number of supervised tokens that were the most probable.
+        count: number of supervised tokens.
     """
 
-    ROWS = 256  # of the vocabulary's size each, for the entropy
+    ROWS = 256  # logits rows at a time, for the entropy
 
     def __init__(self) -> None:
         self.entropy: Tensor | float = 0.0
@@ -179,7 +179,7 @@ class TokenStatistics:
 
     @torch.no_grad()
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Of logits `(S, V)` that were to predict `targets (S,)`."""
+        """Add logits `(S, V)` and the tokens `targets (S,)` that they were to predict."""
         for part in torch.split(logits, self.ROWS):
             self.entropy = self.entropy + torch.special.entr(part.float().softmax(1)).sum()
         self.correct = self.correct + (logits.argmax(1) == targets).sum()

@@ -1,17 +1,18 @@
 """Rows of a batch end to end in one, without their padding; each attends to itself alone.
 
 Everything in a decoder but attention works token by token, so a padded batch spends time and memory on padding for
-nothing. Packed, `B` rows of different lengths are one row of their real tokens, positions start anew with each, and
-attention, which is what tokens of one row share, is computed on rows of similar length side by side, padded on the
+nothing. Packed, `B` rows of different lengths become one row of their real tokens, and positions restart with each.
+Attention, the only place where tokens of a row meet, is computed on rows of similar length side by side, padded on the
 right: there causality itself hides padding from every real token, and no mask is needed. Loss and gradients are those
 of the padded batch.
 
 It needs a base whose attention goes through `transformers`' attention interface, and in which nothing else mixes
-tokens. Both are tried out on the base itself, once (`why_not`).
+tokens. Both are tried out on the base itself (`packing_obstacle`).
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,19 +25,22 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ptmoe.models.splice import Spliced
+from ptmoe.fast.lock import base_lock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "ptmoe_packed"
-SIMILAR, SHORT = 3 / 4, 64  # a shorter row than this part of the longest goes into another group, unless all are short
+SIMILAR, SHORT = 3 / 4, 64  # a row shorter than this fraction of its group's longest starts a new group, unless short
 PROBED = (7, 4, 5)  # tokens of the rows that a base is tried out on
-AGREE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; of other dtypes 2 %, tokens of another row make far more
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-4,
+}  # relative; 2 % in other dtypes
 
 
 class _CannotPackError(Exception):
-    """Of a base's attention."""
+    """What a base's attention needs and packed rows cannot give."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,12 @@ class Group:
     """Rows that attend side by side: tokens `start` to `stop` of the packed row.
 
     Attributes:
-        rows: how many, `longest` tokens each when padded.
-        padded: `(rows · longest,)`, which of the group's tokens stands at each place; any, where there is none.
-        real: `(stop - start,)`, the place of each of its tokens. Both None where all rows are equally long.
+        start, stop: the group's part of the packed row.
+        rows: their number, `longest` tokens each when padded.
+        longest: tokens of the longest row.
+        padded: `(rows · longest,)`, the index within the group of the token at each padded position, arbitrary at
+            padding; None where all rows are equally long.
+        real: `(stop - start,)`, the padded position of each token; None likewise.
     """
 
     start: int
@@ -64,7 +71,7 @@ class Packed:
     Attributes:
         embeds: `(1, S, H)`, the longest row first.
         position_ids: `(1, S)`, from 0 in each row.
-        places: `(B, T + L)`, where a position of the padded batch went; where it is padding, the number says nothing.
+        places: `(B, T + L)`, the index in the packed row of each position of the padded batch; arbitrary at padding.
         groups: of rows of similar length, in order.
     """
 
@@ -74,9 +81,9 @@ class Packed:
     groups: tuple[Group, ...]
 
 
-def pack(spliced: Spliced) -> Packed:
-    """A padded batch as one row."""
-    mask = spliced.attention_mask.bool()
+def pack(embeds: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Packed:
+    """A padded batch, `(B, T + L, H)` and twice `(B, T + L)`, as one row."""
+    mask = attention_mask.bool()
     batch, width = mask.shape
     lengths = mask.sum(1)
     order = lengths.argsort(descending=True, stable=True)
@@ -85,8 +92,8 @@ def pack(spliced: Spliced) -> Packed:
     places = torch.zeros(batch * width, dtype=torch.long, device=mask.device)
     places[chosen] = torch.arange(len(chosen), device=mask.device)
     return Packed(
-        spliced.embeds.flatten(0, 1).index_select(0, chosen)[None],
-        spliced.position_ids.flatten()[chosen][None],
+        embeds.flatten(0, 1).index_select(0, chosen)[None],
+        position_ids.flatten()[chosen][None],
         places.view(batch, width),
         groups_of(lengths[order].tolist(), mask.device),
     )
@@ -96,7 +103,7 @@ def groups_of(lengths: Sequence[int], device: torch.device) -> tuple[Group, ...]
     """Groups of rows of similar length.
 
     Args:
-        lengths: of the rows, falling; those of 0 have no place.
+        lengths: of the rows, longest first; rows of length 0 are in no group.
         device: of the indices.
     """
     lengths = [length for length in lengths if length]
@@ -124,7 +131,7 @@ def groups_of(lengths: Sequence[int], device: torch.device) -> tuple[Group, ...]
 class _Spread(torch.autograd.Function):
     """From a group's tokens to padded rows, `(1, S, h, d)` to `(1, rows · longest, h, d)`.
 
-    What stands in padding gets no gradient, so the way back is a selection as well, and not a sum.
+    Padding gets no gradient, so the backward pass is a selection as well, not a sum.
     """
 
     @staticmethod
@@ -139,7 +146,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The way back from padded rows to the group's tokens."""
+    """The inverse: from padded rows to the group's tokens."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, real: Tensor) -> Tensor:
@@ -156,15 +163,17 @@ class _Gather(torch.autograd.Function):
 
 @dataclass
 class _Attention:
-    """How the layers of a base attend, for as long as it is entered; may be entered again, for recomputed layers.
+    """How the layers of a base attend while this context is entered; recomputed layers enter it again.
 
     Attributes:
-        config: of the base, which says by name how its layers attend.
-        implementation: its own.
+        base: whose layers.
+        config: of the base, which names its attention implementation.
+        implementation: the base's own.
         groups: of the packed row.
-        calls: of an attention; `windows`, of those which said whether they have a sliding window.
+        calls: number of attention calls; `windows`, of those that passed a sliding window or None for it.
     """
 
+    base: PreTrainedModel
     config: Any
     implementation: str
     groups: tuple[Group, ...]
@@ -172,6 +181,8 @@ class _Attention:
     windows: int = 0
 
     def __enter__(self) -> _Attention:
+        self.lock = base_lock(self.base)  # also in the backward pass, where recomputed layers enter
+        self.lock.acquire()
         self.config._attn_implementation = NAME
         self.token = _current.set(self)
         return self
@@ -179,6 +190,7 @@ class _Attention:
     def __exit__(self, *_: object) -> None:
         _current.reset(self.token)
         self.config._attn_implementation = self.implementation
+        self.lock.release()
 
     def attend(
         self,
@@ -189,22 +201,22 @@ class _Attention:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """As every attention function of `transformers`: `(1, h, S, d)` each to `(1, S, h, d)`."""
+        """An attention function of `transformers`: `(1, h, S, d)` each to `(1, S, h, d)`."""
         if attention_mask is not None or options.get("position_bias") is not None:
             raise _CannotPackError("its attention has a mask or a bias of its own")
         self.calls += 1
         self.windows += "sliding_window" in options
-        own = self._own(module)
+        attention = self._base_attention(module)
         parts = []
         for group in self.groups:
             rows = [_to_rows(tensor.transpose(1, 2), group) for tensor in (query, key, value)]
             hidden = self._mask(group.longest, options.get("sliding_window"), query)
-            made: Tensor = own(module, *rows, hidden, **options)[0]  # (rows, longest, h, d)
-            made = made.reshape(1, -1, *made.shape[2:])
-            parts.append(made if group.real is None else _Gather.apply(made, group.real))
+            attended: Tensor = attention(module, *rows, hidden, **options)[0]  # (rows, longest, h, d)
+            attended = attended.reshape(1, -1, *attended.shape[2:])
+            parts.append(attended if group.real is None else _Gather.apply(attended, group.real))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
 
-    def _own(self, module: nn.Module) -> Callable[..., Any]:
+    def _base_attention(self, module: nn.Module) -> Callable[..., Any]:
         if self.implementation != "eager":
             return cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS[self.implementation])
         try:
@@ -213,7 +225,7 @@ class _Attention:
             raise _CannotPackError("its attention does not go through transformers' interface") from None
 
     def _mask(self, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """`(1, 1, length, length)`: what causality and a sliding window hide, where the attention needs to be told."""
+        """`(1, 1, length, length)`: the causal mask with a sliding window, for implementations that need one."""
         if "flash" in self.implementation:
             return None  # it reads the window from its own argument
         window = None if window is not None and length <= window else window
@@ -254,7 +266,7 @@ def packed_attention(base: PreTrainedModel, groups: tuple[Group, ...]) -> Iterat
     """Within it the rows of one packed row attend to themselves alone; layers that are recomputed in the backward pass,
     after it, do as well."""
     config = base.config.get_text_config()
-    attention = _Attention(config, config._attn_implementation, groups)
+    attention = _Attention(base, config, config._attn_implementation, groups)
     recomputed = {
         module: cast(Any, module)._gradient_checkpointing_func
         for module in (base.modules() if base.is_activation_checkpointing else ())
@@ -273,11 +285,13 @@ def packed_attention(base: PreTrainedModel, groups: tuple[Group, ...]) -> Iterat
 
 
 @torch.no_grad()
-def why_not(base: PreTrainedModel) -> str | None:
+def packing_obstacle(base: PreTrainedModel) -> str | None:
     """Why rows of this base cannot be packed; None where they can.
 
     Its own forward is tried on three short rows, packed and each alone.
     """
+    if "position_ids" not in inspect.signature(type(base).forward).parameters:
+        return "it takes no position_ids"
     config = base.config.get_text_config()
     implementation = config._attn_implementation
     if implementation not in ("sdpa", "eager") and "flash" not in str(implementation):
@@ -303,9 +317,9 @@ def why_not(base: PreTrainedModel) -> str | None:
     finally:
         base.train(was_training)
     expected = torch.cat(alone).float()
-    off = float((packed.float() - expected).norm() / expected.norm())
-    if not off <= AGREE.get(base.dtype, 0.02):
-        return f"its layers mix tokens of different rows (logits off by {off:.0%})"
+    error_size = float((packed.float() - expected).norm() / expected.norm())
+    if not error_size <= TOLERANCE.get(base.dtype, 0.02):
+        return f"its layers mix tokens of different rows (logits off by {error_size:.0%})"
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if attention.windows < attention.calls and any(limits):
         return "its sliding window is known to its masks alone"

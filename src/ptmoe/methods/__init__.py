@@ -1,81 +1,40 @@
-"""The methods, one file each. A new one is a file here and a line in `METHODS`."""
+"""The methods, one file each. A new one is a file here and an import line below."""
 
-from ptmoe.methods.attempt import ATTEMPTConfig
-from ptmoe.methods.base import MethodConfig, Prompt, PromptConfig, PromptEncoder, Routing, VirtualTokensConfig
-from ptmoe.methods.dpt import DPTConfig
-from ptmoe.methods.ft import FTConfig
-from ptmoe.methods.hydralora import HydraLoRAConfig
-from ptmoe.methods.ia3 import IA3Config
-from ptmoe.methods.lora import LoRAConfig
-from ptmoe.methods.lora_variants import (
-    CorDAConfig,
-    DoRAConfig,
-    EVAConfig,
-    KaSAConfig,
-    LoRAFAConfig,
-    PiSSAConfig,
-    RiemannianConfig,
-)
-from ptmoe.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
-from ptmoe.methods.p_tuning import PTuningConfig
-from ptmoe.methods.prefix_tuning import PrefixTuningConfig
-from ptmoe.methods.pt import PTConfig
-from ptmoe.methods.pt_moe import PTMoEConfig
-from ptmoe.methods.smop import SMoPConfig
-from ptmoe.methods.vera import VeRAConfig
+from ptmoe.methods.attempt import ATTEMPTConfig as ATTEMPTConfig
+from ptmoe.methods.base import MethodConfig as MethodConfig
+from ptmoe.methods.base import Prompt as Prompt
+from ptmoe.methods.base import PromptConfig as PromptConfig
+from ptmoe.methods.base import PromptEncoder as PromptEncoder
+from ptmoe.methods.base import Routing as Routing
+from ptmoe.methods.base import VirtualTokensConfig as VirtualTokensConfig
+from ptmoe.methods.corda import CorDAConfig as CorDAConfig
+from ptmoe.methods.dora import DoRAConfig as DoRAConfig
+from ptmoe.methods.dpt import DPTConfig as DPTConfig
+from ptmoe.methods.eva import EVAConfig as EVAConfig
+from ptmoe.methods.ft import FTConfig as FTConfig
+from ptmoe.methods.hydralora import HydraLoRAConfig as HydraLoRAConfig
+from ptmoe.methods.ia3 import IA3Config as IA3Config
+from ptmoe.methods.kasa import KaSAConfig as KaSAConfig
+from ptmoe.methods.lora import LoRAConfig as LoRAConfig
+from ptmoe.methods.lora_fa import LoRAFAConfig as LoRAFAConfig
+from ptmoe.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from ptmoe.methods.p_tuning import PTuningConfig as PTuningConfig
+from ptmoe.methods.pissa import PiSSAConfig as PiSSAConfig
+from ptmoe.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+from ptmoe.methods.pt import PTConfig as PTConfig
+from ptmoe.methods.pt_moe import PTMoEConfig as PTMoEConfig
+from ptmoe.methods.riemannian import RiemannianConfig as RiemannianConfig
+from ptmoe.methods.smop import SMoPConfig as SMoPConfig
+from ptmoe.methods.vera import VeRAConfig as VeRAConfig
+
+_CLASSES = {name: value for name, value in vars().items() if isinstance(value, type)}
 
 METHODS: dict[str, type[MethodConfig]] = {
     config.method: config
-    for config in (
-        PTMoEConfig,
-        PTConfig,
-        DPTConfig,
-        SMoPConfig,
-        ATTEMPTConfig,
-        PTuningConfig,
-        PrefixTuningConfig,
-        MultitaskPromptTuningConfig,
-        FTConfig,
-        LoRAConfig,
-        HydraLoRAConfig,
-        DoRAConfig,
-        PiSSAConfig,
-        EVAConfig,
-        CorDAConfig,
-        KaSAConfig,
-        RiemannianConfig,
-        LoRAFAConfig,
-        VeRAConfig,
-        IA3Config,
+    for config in sorted(
+        (config for config in _CLASSES.values() if issubclass(config, MethodConfig) and hasattr(config, "method")),
+        key=lambda config: (config.order, config.method),
     )
 }
 
-__all__ = [
-    "METHODS",
-    "ATTEMPTConfig",
-    "CorDAConfig",
-    "DPTConfig",
-    "DoRAConfig",
-    "EVAConfig",
-    "FTConfig",
-    "HydraLoRAConfig",
-    "IA3Config",
-    "KaSAConfig",
-    "LoRAConfig",
-    "LoRAFAConfig",
-    "MethodConfig",
-    "MultitaskPromptTuningConfig",
-    "PTConfig",
-    "PTMoEConfig",
-    "PTuningConfig",
-    "PiSSAConfig",
-    "PrefixTuningConfig",
-    "Prompt",
-    "PromptConfig",
-    "PromptEncoder",
-    "RiemannianConfig",
-    "Routing",
-    "SMoPConfig",
-    "VeRAConfig",
-    "VirtualTokensConfig",
-]
+__all__ = ["METHODS", *_CLASSES]  # noqa: PLE0604

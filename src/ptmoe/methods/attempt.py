@@ -5,13 +5,10 @@
     a   = softmax_j(p̂_j · h / τ),  τ = e·H,  p̂_j = max over tokens of prompt j   (S + 1,)
     P   = target + Σ_j a_j prompt_j                 over the S sources and the target, (T, H)
 
-The sources are prompts trained on other tasks (`source_prompts`: PT adapter folders), or draws from the vocabulary
-where there are none. The published network normalises with trained gains; here LayerNorm has no parameters, so that a
-bottleneck of 2 meets the published count.
+The sources are prompts trained on other tasks (`source_prompts`: PT adapter folders), or embeddings of random tokens
+where none are given. The published LayerNorm has trainable gains; here it has no parameters, so that a bottleneck of 2
+matches the published parameter count.
 """
-
-from pathlib import Path
-from typing import ClassVar
 
 import torch
 from pydantic import model_validator
@@ -19,21 +16,28 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Routing, Size
+from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Routing, Size, fill_as_linear
 
 
 class ATTEMPTConfig(PromptConfig):
-    """ATTEMPT: `T·H + 2·r·H` trained numbers and `S·T·H` frozen ones.
+    """ATTEMPT: `T·H + 2·r·H` trainable parameters and `S·T·H` frozen ones.
 
     Attributes:
-        bottleneck: `r`, the width of the attention sub-network.
         num_sources: `S`, the number of frozen source prompts.
-        source_prompts: PT adapter folders to take the sources from, one for each; empty draws them from the vocabulary.
+        bottleneck: `r`, the width of the attention sub-network.
+        source_prompts: PT adapter folders to read the sources from, one for each; by default the sources are embeddings
+            of random tokens of the vocabulary.
     """
 
-    method: ClassVar[str] = "attempt"
-    bottleneck: Size = 2
+    method = "attempt"
+    order = 50
+    paper_order = 7
+    figure_color = ("#8a6d00", "#e3c13b")
+    figure_marker = "v"
+    free_sizes = ("num_virtual_tokens", "bottleneck")
+    routes = True
     num_sources: Size = 2
+    bottleneck: Size = 2
     source_prompts: list[str] = []
 
     @model_validator(mode="after")
@@ -45,16 +49,21 @@ class ATTEMPTConfig(PromptConfig):
             )
         return self
 
+    @property
+    def soft_gate(self) -> bool:
+        return True
+
     def build(self, hidden_size: int) -> "ATTEMPT":
         return ATTEMPT(self, hidden_size)
 
 
 class ATTEMPT(PromptEncoder):
+    """Tensors: `prompt (T, H)`, `down (r, H)`, `up (H, r)`, and the buffer `source_prompts (S, T, H)`."""
+
     config: ATTEMPTConfig
 
     def __init__(self, config: ATTEMPTConfig, hidden_size: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         tokens = config.num_virtual_tokens
         self.prompt = nn.Parameter(torch.empty(tokens, hidden_size))
         self.down = nn.Parameter(torch.empty(config.bottleneck, hidden_size))
@@ -70,7 +79,7 @@ class ATTEMPT(PromptEncoder):
             )
         hidden = nn.functional.silu(pooled @ self.down.T) @ self.up.T
         query = nn.functional.layer_norm(hidden, hidden.shape[1:])
-        prompts = torch.cat([self.source_prompts, self.prompt[None]])  # (S + 1, T, H)
+        prompts = self.expert_prompts()
         temperature = torch.e * query.shape[1]
         weights = (query @ prompts.amax(1).T / temperature).softmax(1)  # (B, S + 1)
         embeds = self.prompt + torch.einsum("bs,sth->bth", weights, prompts)
@@ -80,27 +89,19 @@ class ATTEMPT(PromptEncoder):
     def initialise(self, source: InitialEmbeddings) -> None:
         sources, tokens, hidden = self.source_prompts.shape
         self.prompt.copy_(source.rows(self.config, tokens))
-        folders = self.config.source_prompts
-        if folders:
-            self.source_prompts.copy_(torch.stack([self._read_source(Path(folder)) for folder in folders]))
-        else:
-            drawn = self.config.replace(init="vocabulary", init_text=None)
-            self.source_prompts.copy_(source.rows(drawn, sources * tokens).view_as(self.source_prompts))
-        bound = hidden**-0.5
+        for index, folder in enumerate(self.config.source_prompts):
+            assert source.read_prompt is not None
+            prompt = source.read_prompt(folder)
+            if prompt.shape != self.prompt.shape:
+                needed, found = tuple(self.prompt.shape), tuple(prompt.shape)
+                raise PtmoeError(f"source prompt {folder}: needs a pt adapter of shape {needed}, has shape {found}")
+            self.source_prompts[index] = prompt
+        if not self.config.source_prompts:
+            vocabulary = self.config.replace(init="vocabulary", init_text=None)
+            self.source_prompts.copy_(source.rows(vocabulary, sources * tokens).view_as(self.source_prompts))
         for parameter in (self.down, self.up):
-            parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=source.generator) - 1))
+            fill_as_linear(parameter, hidden, source.generator)
 
     def expert_prompts(self) -> Tensor:
+        """`(S + 1, T, H)`: the sources, then the target."""
         return torch.cat([self.source_prompts, self.prompt[None]])
-
-    def _read_source(self, folder: Path) -> Tensor:
-        from ptmoe.adapters.folder import read_adapter
-
-        saved = read_adapter(folder)
-        prompt = saved.tensors.get("prompt")
-        if prompt is None or prompt.shape != self.prompt.shape:
-            found = f"a {saved.config.method} adapter" if prompt is None else f"a prompt of shape {tuple(prompt.shape)}"
-            raise PtmoeError(
-                f"source prompt {folder}: needs a pt adapter of shape {tuple(self.prompt.shape)}, is {found}"
-            )
-        return prompt

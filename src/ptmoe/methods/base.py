@@ -2,7 +2,7 @@
 
 (input_embeds (B, L, H), input_mask (B, L)) -> Prompt(embeds (B, T, H), routing)
 
-A method that changes the base's weights is an encoder too: its prompt has no tokens (`ptmoe.methods.weights`).
+A method that changes the base's layers is an encoder too: its prompt has no tokens (`ptmoe.methods.weights`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -21,10 +22,12 @@ from ptmoe.errors import PtmoeError
 from ptmoe.settings import Settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel as PreTrainedModel
+else:
+    PreTrainedModel = Any  # importing it takes a second
 
-Batches = Iterable[dict[str, Tensor]]  # of training: `input_ids`, `attention_mask` and `labels`, (B, L) each
-Size = Annotated[int, Field(ge=1)]
+Batches = Iterable[dict[str, Tensor]]  # training data: `input_ids`, `attention_mask` and `labels`, (B, L) each
+Size = Annotated[int, Field(ge=1)]  # a field of this type is part of what a table calls the method's size
 QUANTIZATIONS = ("8bit", "4bit")
 
 
@@ -44,7 +47,7 @@ class Routing:
     """How each input was routed among `N` experts.
 
     Attributes:
-        gate: `(B, N)`, what each expert's factor was multiplied by.
+        gate: `(B, N)`, the factor that each expert was multiplied by.
         probabilities: `(B, N)`, the router's softmax.
     """
 
@@ -58,9 +61,9 @@ class Prompt:
 
     Attributes:
         embeds: `(B, T, H)` in float32, the soft prompt of each row.
-        routing: of each row, where the method routes.
-        cache: `(layers, 2, heads, T, d)`, keys and values that every layer finds before the input's, the same for all
-            rows; or None.
+        routing: how each row was routed, if the method routes.
+        cache: `(layers, 2, heads, T, d)`, keys and values that every layer finds before those of the input, shared by
+            all rows; or None.
         auxiliary_loss: a scalar added to the loss in training, or None.
     """
 
@@ -71,53 +74,81 @@ class Prompt:
 
 
 class MethodConfig(Settings):
-    """What all methods share: what they are called and how they are put on a base."""
+    """The settings of a method and, as class variables, what the rest of the program asks about it."""
 
-    method: ClassVar[str]
+    method: ClassVar[str]  # its name in `METHODS`, on the command line and in files
+    order: ClassVar[int] = 1000  # place in `METHODS`, tables and legends; equal ones are sorted by name
+    paper_order: ClassVar[int | None] = None  # place in the PT-MoE paper's tables
+    figure_color: ClassVar[tuple[str, str] | None] = None  # on a light and on a dark background
+    figure_marker: ClassVar[str | None] = None  # of matplotlib
     default_learning_rate: ClassVar[float] = 0.03
-    needs_batches: ClassVar[bool] = False  # starts from the activations that training inputs give
-    fills_cache: ClassVar[bool] = False  # its prompt stands in the cache of all rows
-    alone: ClassVar[bool] = False  # changes what the base computes: a model holds one such adapter and no other
-    unfit_on: ClassVar[tuple[str, ...]] = ()  # quantizations of the base that it cannot do with
+    free_sizes: ClassVar[tuple[str, ...]] = ()  # fields that a parameter budget may set, the first choice first
+    routes: ClassVar[bool] = False  # its prompts carry a `Routing`
+    needs_batches: ClassVar[bool] = False  # is initialised from the activations of training data
+    fills_cache: ClassVar[bool] = False  # its prompt is in the key-value cache, shared by all rows
+    changes_layers: ClassVar[bool] = False  # a model holds one such adapter and no other
+    trains_base: ClassVar[bool] = False  # its parameters are the base's own weights: too many to copy at every step
+    unsupported_quantizations: ClassVar[tuple[str, ...]] = ()
+    shorthands: ClassVar[dict[str, FieldInfo]] = {}  # keys that set several fields at once; options of `ptmoe train`
+    retired: ClassVar[dict[str, Any]] = {}  # removed fields, and the value at which they had no effect
 
     if TYPE_CHECKING:
 
         @property
         def num_virtual_tokens(self) -> int: ...
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_retired_fields(cls, values: Any) -> Any:
+        """Adapters and run configs written by earlier versions still carry them."""
+        if not isinstance(values, dict):
+            return values
+        for name, default in cls.retired.items():
+            if values.get(name, default) != default:
+                raise ValueError(
+                    f"{name}={values[name]!r}: the option {name} was removed, and only {name}={default!r} still works; "
+                    "an adapter trained with another value needs the version of ptmoe that trained it"
+                )
+        return {name: value for name, value in values.items() if name not in cls.retired}
+
     @property
     def peft_type(self) -> str:
         return self.method.upper().replace("-", "_")
 
-    def on(self, base: PreTrainedModel, batches: Batches | None = None) -> PromptEncoder:
-        """The encoder for this base. A prompt's tensors are not yet initialised; a method that changes the base's
-        weights has put its parts into the base, drawn from the global random state.
+    @property
+    def soft_gate(self) -> bool:
+        """Whether an input's prompt mixes several experts, instead of choosing one."""
+        return False
+
+    def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> PromptEncoder:
+        """The encoder for this base. The tensors of a prompt are not yet initialised; a method that changes layers has
+        put its parts into the base, initialised from the global random state.
 
         Args:
             base: the model, or one on the meta device to count parameters on.
-            batches: of training, for methods with `needs_batches`.
+            batches: training data, for methods with `needs_batches`.
 
         Raises:
-            PtmoeError: a base that the method does not fit, which is then as it was.
+            PtmoeError: a base that the method does not fit, which is left as it was.
         """
         raise NotImplementedError
+
+    def saved_encoder_for(self, base: PreTrainedModel) -> PromptEncoder:
+        """An encoder whose `tensors()` have the keys and shapes of a saved adapter's."""
+        return self.encoder_for(base)
 
     @classmethod
     def check_quantization(cls, quantization: str | None) -> None:
         """
         Raises:
-            PtmoeError: the method cannot do with a base of this quantization (`quantization_of`).
+            PtmoeError: the method does not work on a base of this quantization (`quantization_of`).
         """
-        if quantization in cls.unfit_on:
-            fit = " or ".join(["plain", *(one for one in QUANTIZATIONS if one not in cls.unfit_on)])
+        if quantization in cls.unsupported_quantizations:
+            supported = [name for name in QUANTIZATIONS if name not in cls.unsupported_quantizations]
             raise PtmoeError(
-                f"{cls.method} does not work on a base of {quantization} weights, only on {fit} ones: change the "
-                "quantization, or use another method"
+                f"{cls.method} does not work on a base of {quantization} weights, only on "
+                f"{' or '.join(['plain', *supported])} ones: change the quantization, or use another method"
             )
-
-    def on_saved(self, base: PreTrainedModel) -> PromptEncoder:
-        """The encoder whose `tensors()` have the keys and shapes that were saved: where it differs from `on`."""
-        return self.on(base)
 
 
 class VirtualTokensConfig(MethodConfig):
@@ -125,17 +156,17 @@ class VirtualTokensConfig(MethodConfig):
 
     Attributes:
         num_virtual_tokens: `T`, the length of the soft prompt.
-        position: right before the first real token, or right after it, where a base's own start token stays first.
     """
 
+    free_sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
+    retired: ClassVar[dict[str, Any]] = {"position": "before"}
     num_virtual_tokens: Size = 40
-    position: Literal["before", "after"] = "before"
 
-    def on(self, base: PreTrainedModel, batches: Batches | None = None) -> PromptEncoder:
+    def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> PromptEncoder:
         return self.build(base.get_input_embeddings().weight.shape[1])
 
     def build(self, hidden_size: int) -> PromptEncoder:
-        """The encoder, its tensors not yet initialised; on the meta device it costs nothing.
+        """The encoder with uninitialised tensors; on the meta device it takes no memory.
 
         Raises:
             PtmoeError: a size that does not fit `hidden_size`.
@@ -148,10 +179,9 @@ class PromptConfig(VirtualTokensConfig):
 
     Attributes:
         num_virtual_tokens: `T`, the length of the soft prompt.
-        position: right before the first real token, or right after it.
-        init: where the prompt starts. `"vocabulary"`: embeddings of tokens drawn from the vocabulary; `"text"`:
-            the embeddings of `init_text`, repeated or cut to `T`; `"random"`: normal, at the embeddings' own scale.
-        init_text: a text that fits the task, for `init="text"`.
+        init: where the prompt starts. `"vocabulary"`: embeddings of random tokens of the vocabulary; `"text"`: the
+            embeddings of `init_text`, repeated or cut to `T`; `"random"`: normal, at the scale of the embeddings.
+        init_text: a text that describes the task, for `init="text"`.
     """
 
     init: Literal["vocabulary", "text", "random"] = "vocabulary"
@@ -171,16 +201,24 @@ class PromptEncoder(nn.Module):
 
     config: MethodConfig
 
+    def __init__(self, config: MethodConfig) -> None:
+        super().__init__()
+        self.config = config
+
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        """
+        """By default every row gets the single prompt of `fixed_prompts`.
+
         Args:
             input_embeds: `(B, L, H)`, the base's embeddings of the row.
             input_mask: `(B, L)`, true at the tokens that may decide the prompt: no padding, no answer.
         """
-        raise NotImplementedError
+        prompt = self.fixed_prompts()
+        if prompt is None:
+            raise NotImplementedError
+        return Prompt(prompt.expand(len(input_embeds), -1, -1))
 
     def initialise(self, source: InitialEmbeddings) -> None:
-        """Fill the tensors from the base's embeddings; draws only from `source`'s generator."""
+        """Fill the tensors from the base's embeddings, with no randomness but that of `source`'s generator."""
         raise NotImplementedError
 
     @contextmanager
@@ -188,60 +226,59 @@ class PromptEncoder(nn.Module):
         """Within it the base computes what it did without the method.
 
         Raises:
-            PtmoeError: a method that cannot.
+            PtmoeError: a method that cannot be disabled.
         """
         yield
 
     def remove(self) -> None:
-        """Leave the base as it was before.
+        """Restore the base to what it was before.
 
         Raises:
-            PtmoeError: a method that cannot.
+            PtmoeError: a method that cannot be removed.
         """
 
     def optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer | None:
-        """The method's own optimizer of its parameters; None for what the trainer would choose."""
+        """The method's own optimizer of its parameters; None leaves the choice to the trainer."""
         return None
 
     def peft_config(self) -> dict[str, Any] | None:
-        """The `adapter_config.json` with which `peft` reads `tensors()`; None where it has no form for them."""
+        """The `adapter_config.json` with which `peft` reads `tensors()`; None where `peft` has no such format."""
         return None
 
     def expert_prompts(self) -> Tensor | None:
-        """The `N` prompts that the gate chooses from, `(N, T, H)`; None where there is nothing to choose."""
+        """`(N, T, H)`, the prompts that the gate weights; None for a method without experts."""
         return None
 
     def fixed_prompts(self) -> Tensor | None:
-        """`(N, T, H)`, prompts of which each input has exactly one, as it is, in evaluation: the one with the highest
+        """`(N, T, H)`, prompts of which each input gets exactly one, unchanged, in evaluation: the one with the highest
         gate, or the only one; None where prompts are composed for each input."""
         return None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the adapter folder holds, by key: the published form."""
+        """The content of the adapter folder, by key: the published form."""
         return dict(self.state_dict())
 
     def training_log(self) -> dict[str, float | list[float]]:
-        """What training has to say of the encoder since it was last asked, for the logs."""
+        """Values for the training log, collected since the last call."""
         return {}
 
     def training_state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs beside `tensors()` to go on exactly where it stopped."""
+        """What a checkpoint needs in addition to `tensors()` to resume exactly."""
         return {}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `training_state()` gave."""
+        """Restore what `training_state()` returned."""
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over tensors whose keys and shapes have been checked against `tensors()`."""
+        """Load tensors whose keys and shapes have been checked against `tensors()`."""
         self.load_state_dict(tensors)
 
 
 def mean_input(input_embeds: Tensor, input_mask: Tensor) -> Tensor:
     """The mean embedding `(B, H)`, float32, of each row's input tokens.
 
-    The real tokens are packed before they are summed, so each row's sum runs over the same numbers in the same order
-    whatever the padding, the batch or the answer: the routing is the same to the bit. The base is frozen, so no
-    gradient is kept.
+    The real tokens are packed before they are summed, so each row sums the same numbers in the same order whatever the
+    padding, the batch or the answer: the routing is the same to the bit. The base is frozen, so no gradient is kept.
 
     Raises:
         ValueError: a row without input tokens.
@@ -258,52 +295,55 @@ def mean_input(input_embeds: Tensor, input_mask: Tensor) -> Tensor:
         return torch.segment_reduce(packed, "sum", lengths=lengths, axis=0, unsafe=True) / lengths[:, None]
 
 
+@torch.no_grad()
+def fill_as_linear(parameter: Tensor, in_features: int, generator: torch.Generator) -> None:
+    """Uniform values in `±in_features^-½`, as `torch.nn.Linear` has them, but from the given generator."""
+    parameter.copy_(in_features**-0.5 * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+
+
 @dataclass
 class InitialEmbeddings:
-    """Draws the `(T, H)` embeddings that prompts start from.
+    """Where prompts start: `(T, H)` embeddings of the base.
 
     Attributes:
         embedding: the base's input embedding, called rather than read: Gemma's scales its rows by √H.
-        generator: the only source of chance.
+        generator: the only source of randomness.
         tokenize: text to token ids, for `init="text"`.
+        read_prompt: the prompt `(T, H)` of a saved `pt` adapter, by its folder.
     """
 
-    embedding: nn.Module
+    embedding: nn.Embedding
     generator: torch.Generator
     tokenize: Callable[[str], list[int]] | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.embedding.weight
-        assert isinstance(weight, Tensor)
-        return weight
+    read_prompt: Callable[[str], Tensor] | None = None
 
     def rows(self, config: PromptConfig, count: int) -> Tensor:
-        """`(count, H)` float32 start values as `config.init` says."""
+        """`(count, H)` initial values in float32, as `config.init` says."""
+        vocabulary, hidden = self.embedding.weight.shape
         if config.init == "text":
             assert config.init_text is not None
             return self.text(config.init_text, count)
         if config.init == "vocabulary":
-            return self.embed(torch.randint(len(self.weight), (count,), generator=self.generator))
-        # Over the whole vocabulary a standard deviation would cost a pass over gigabytes; a sample says as much.
-        scale = self.embed(torch.arange(0, len(self.weight), max(1, len(self.weight) // 1024))).std()
-        return scale * self.normal(count, self.weight.shape[1])
+            return self.embed(torch.randint(vocabulary, (count,), generator=self.generator))
+        # The standard deviation of the whole vocabulary would read gigabytes; that of a sample is as good.
+        scale = self.embed(torch.arange(0, vocabulary, max(1, vocabulary // 1024))).std()
+        return scale * self.normal(count, hidden)
 
     def text(self, text: str, count: int) -> Tensor:
-        """`(count, H)`: the embeddings of `text`, repeated or cut to `count` tokens."""
-        ids = self.token_ids(text)
-        return self.embed(torch.tensor((ids * -(-count // len(ids)))[:count]))
+        """`(count, H)`: the embeddings of `text`, repeated or cut to `count` tokens.
 
-    def token_ids(self, text: str) -> list[int]:
+        Raises:
+            PtmoeError: there is no tokenizer, or the text has no tokens.
+        """
         if self.tokenize is None:
             raise PtmoeError("init='text' needs the base's tokenizer: attach(base, config, tokenizer=…)")
         ids = self.tokenize(text)
         if not ids:
             raise PtmoeError(f"init_text={text!r} has no tokens: give a text that fits the task")
-        return ids
+        return self.embed(torch.tensor((ids * -(-count // len(ids)))[:count]))
 
     def embed(self, ids: Tensor) -> Tensor:
-        embeds: Tensor = self.embedding(ids.to(self.weight.device))
+        embeds: Tensor = self.embedding(ids.to(self.embedding.weight.device))
         return embeds.detach().float().cpu()
 
     def normal(self, *shape: int) -> Tensor:

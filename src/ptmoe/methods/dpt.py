@@ -3,23 +3,26 @@
 P = A B                            A: (T, R), B: (R, H)
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Size
+from ptmoe.methods.base import InitialEmbeddings, PromptConfig, PromptEncoder, Size
 from ptmoe.methods.factors import check_rank, random_factors, svd_factors
 
 
 class DPTConfig(PromptConfig):
-    """Decomposed prompt tuning: `R·(T + H)` trained numbers.
+    """Decomposed prompt tuning: `R·(T + H)` trainable parameters.
 
     Attributes:
         rank: `R`, at most min(T, H).
     """
 
-    method: ClassVar[str] = "dpt"
+    method = "dpt"
+    order = 30
+    paper_order = 5
+    figure_color = ("#00805d", "#2fc79b")
+    figure_marker = "^"
+    free_sizes = ("rank", "num_virtual_tokens")
     rank: Size = 39
 
     def build(self, hidden_size: int) -> "DPT":
@@ -27,17 +30,15 @@ class DPTConfig(PromptConfig):
 
 
 class DPT(PromptEncoder):
+    """Tensors: `A (T, R)` and `B (R, H)`."""
+
     config: DPTConfig
 
     def __init__(self, config: DPTConfig, hidden_size: int) -> None:
-        super().__init__()
+        super().__init__(config)
         check_rank(config.rank, config.num_virtual_tokens, hidden_size)
-        self.config = config
         self.A = nn.Parameter(torch.empty(config.num_virtual_tokens, config.rank))
         self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
-
-    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        return Prompt((self.A @ self.B).expand(len(input_embeds), -1, -1))
 
     def fixed_prompts(self) -> Tensor:
         return (self.A @ self.B)[None]

@@ -1,4 +1,4 @@
-"""Low-rank factors of a prompt: the checks and the SVD initialisation that DPT and PT-MoE share."""
+"""Low-rank factors of a prompt: the checks and the initialisation that DPT and PT-MoE share."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,15 @@ from ptmoe.methods.base import InitialEmbeddings, PromptConfig
 
 
 def check_rank(rank: int, num_virtual_tokens: int, hidden_size: int) -> None:
+    """
+    Raises:
+        PtmoeError: `rank` exceeds min(T, H).
+    """
     limit = min(num_virtual_tokens, hidden_size)
     if rank > limit:
-        name = "num_virtual_tokens" if num_virtual_tokens < hidden_size else "the base's hidden size"
         raise PtmoeError(
             f"rank {rank} exceeds min(T, H) = {limit}: lower rank"
-            + (f" or raise {name}" if num_virtual_tokens < hidden_size else "")
+            + (" or raise num_virtual_tokens" if num_virtual_tokens < hidden_size else "")
         )
 
 
@@ -29,5 +32,5 @@ def random_factors(
 ) -> tuple[Tensor, Tensor]:
     """Normal `A (*shape, R)` and `B (R, H)` whose product has the scale of the base's embeddings."""
     scale = source.rows(config.replace(init="random"), 64).std()
-    each = (scale / rank**0.5) ** 0.5
-    return each * source.normal(*shape, rank), each * source.normal(rank, hidden)
+    factor_scale = (scale / rank**0.5) ** 0.5
+    return factor_scale * source.normal(*shape, rank), factor_scale * source.normal(rank, hidden)

@@ -1,59 +1,53 @@
-"""(IA)³ (Liu et al. 2022, arXiv:2205.05638), from `peft`: a trained factor for each number that a module gives, or, in
-the feed-forward part, takes.
+"""(IA)³ (Liu et al. 2022, arXiv:2205.05638), from `peft`: a trainable factor for each output of a module or, in the
+feed-forward part, for each input.
 
 y = l ⊙ (W x)        or        y = W (l ⊙ x)
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.injected import InjectedConfig
-from ptmoe.methods.weights import check_fit, linear_modules
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedModel
+from ptmoe.methods.base import PreTrainedModel
+from ptmoe.methods.injected import InjectedConfig, PeftConfig
+from ptmoe.methods.weights import linear_names
 
 
 class IA3Config(InjectedConfig):
-    """(IA)³.
+    """(IA)³: `out` (in the feed-forward part `in`) trainable parameters for each target module.
 
     Attributes:
-        target_modules: by default what `peft` takes for the architecture: keys, values and the feed-forward part's
-            second module in Llama's.
-        feedforward_modules: those of them whose input is scaled; by default as `peft` has it.
+        target_modules: by default `peft`'s for the architecture: in Llama's keys, values and the feed-forward part's
+            second module.
+        feedforward_modules: those of them whose input is scaled; by default `peft`'s.
     """
 
-    method: ClassVar[str] = "ia3"
-    default_learning_rate: ClassVar[float] = 1e-2
+    method = "ia3"
+    order = 200
+    default_learning_rate = 1e-2
     feedforward_modules: list[str] | None = None
 
-    def fitted(self, base: PreTrainedModel) -> list[str]:
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as USUAL
+    def default_names(self, base: PreTrainedModel) -> list[str]:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as DEFAULTS
 
-        names = USUAL.get(base.config.model_type) if self.target_modules is None else self.target_modules
+        names: list[str] | None = DEFAULTS.get(base.config.model_type)
         if names is None:
-            known = dict.fromkeys(whole.rpartition(".")[2] for whole in linear_modules(base))
             raise PtmoeError(
-                f"peft knows no modules of {type(base).__name__} for ia3: name some of its own in target_modules "
-                f"({', '.join(known)})"
+                f"peft has no default modules of {type(base).__name__} for ia3: name some of its own in target_modules "
+                f"({linear_names(base)})"
             )
-        check_fit(self.method, base, names)
-        return sorted(names)
+        return names
 
-    def _fields(self, base: PreTrainedModel) -> tuple[InjectedConfig, dict[str, Any]]:
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as USUAL
+    def resolved(self, base: PreTrainedModel) -> tuple[InjectedConfig, dict[str, Any]]:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as DEFAULTS
 
-        config, common = super()._fields(base)
+        config, common = super().resolved(base)
         inner = self.feedforward_modules
         if inner is None:
-            targets = common["target_modules"]
-            inner = sorted(name for name in USUAL.get(base.config.model_type, []) if name in targets)
+            names = common["target_modules"]
+            inner = sorted(name for name in DEFAULTS.get(base.config.model_type, []) if name in names)
         return config.replace(feedforward_modules=inner), common | {"feedforward_modules": inner}
 
-    def peft_form(self, **common: Any) -> PeftConfig:
-        from peft import IA3Config as Form
+    def initial_peft_config(self, **common: Any) -> PeftConfig:
+        from peft import IA3Config as PeftIA3Config
 
-        return Form(**({"feedforward_modules": self.feedforward_modules} | common))
+        return PeftIA3Config(**({"feedforward_modules": self.feedforward_modules} | common))

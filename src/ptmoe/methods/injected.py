@@ -1,4 +1,4 @@
-"""Methods whose parts `peft` puts into the base: it has the mathematics, and its folders are read by it alone."""
+"""Methods that `peft` implements inside the base's modules; their folders are `peft`'s own."""
 
 from __future__ import annotations
 
@@ -11,85 +11,64 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Batches, quantization_of
-from ptmoe.methods.weights import Shared, TargetedConfig, WeightEncoder, named
+from ptmoe.methods.base import Batches, PreTrainedModel, quantization_of
+from ptmoe.methods.weights import SharedParameters, TargetedConfig, WeightEncoder, modules_named
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
+    from peft import PeftConfig as PeftConfig
+    from peft import PeftModel as PeftModel
+else:
+    PeftConfig = PeftModel = Any  # importing peft takes seconds
 
 ADAPTER = "default"  # its name within peft: a model holds one
 
 
-class InjectedConfig(TargetedConfig):
-    """A method of `peft`."""
+@contextmanager
+def peft_errors(what: str) -> Iterator[None]:
+    """What `peft` raises, as a PtmoeError that says what it refuses."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise PtmoeError(f"peft refuses {what}: {' '.join(str(error).split())}") from None
 
-    frozen: ClassVar[str | None] = None  # in the names of adapter weights that do not train
 
-    def peft_form(self, **common: Any) -> PeftConfig:
-        """`peft`'s config to start from; `common` are the fields that all of its methods have."""
-        raise NotImplementedError
-
-    def saved_form(self, **common: Any) -> PeftConfig:
-        """`peft`'s config of what is saved."""
-        return self.peft_form(**common)
-
-    def on(self, base: PreTrainedModel, batches: Batches | None = None) -> Injected:
-        self.check_quantization(quantization_of(base))
-        config, common = self._fields(base)
-        return self.encoder(config, base, self.peft_form(**common))
-
-    def on_saved(self, base: PreTrainedModel) -> Injected:
-        self.check_quantization(quantization_of(base))
-        config, common = self._fields(base)
-        return self.encoder(config, base, self.saved_form(**common))
-
-    @property
-    def encoder(self) -> type[Injected]:
-        return Injected
-
-    def _fields(self, base: PreTrainedModel) -> tuple[InjectedConfig, dict[str, Any]]:
-        targets = self.fitted(base)
-        transposed = not all(isinstance(module, nn.Linear) for module in named(base, targets).values())
-        config = self.replace(target_modules=targets)
-        return config, {"task_type": "CAUSAL_LM", "target_modules": targets, "fan_in_fan_out": transposed}
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask (B, L)` of a training batch, without its labels."""
+    ids = batch["input_ids"]
+    return {"input_ids": ids, "attention_mask": batch.get("attention_mask", torch.ones_like(ids))}
 
 
 class Injected(WeightEncoder):
-    """What `peft` has put into the base. The trained parameters are its own, in float32."""
+    """The modules that `peft` has put into the base. The trainable parameters are its own, in float32."""
 
-    changes_base: ClassVar[bool] = False  # rewrites the target modules' weights before it trains
+    rewrites_weights: ClassVar[bool] = False  # the target modules' own, before training
     config: InjectedConfig
     peft_model: PeftModel
 
-    def __init__(self, config: InjectedConfig, base: PreTrainedModel, form: PeftConfig) -> None:
+    def __init__(self, config: InjectedConfig, base: PreTrainedModel, peft_config: PeftConfig) -> None:
         super().__init__(config, base)
         from peft import get_peft_model
 
         if hasattr(base, "peft_config"):
             raise PtmoeError(f"{type(base).__name__} holds a peft adapter already: load the base again")
-        modules = named(base, config.target_modules or [])
-        self.layers = [(base.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in modules]
+        modules = modules_named(base, config.target_modules or [])
+        self.places = [(base.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in modules]
         self.modules_before = list(modules.values())
-        self.weights_before = (
-            [module.weight.detach().clone() for module in self.modules_before]  # type: ignore[operator]
-            if self.changes_base
-            else []
-        )
+        self.weights_before: list[Tensor] = []
+        if self.rewrites_weights:
+            self.weights_before = [module.weight.detach().clone() for module in self.modules_before]  # type: ignore[operator]
         try:
-            with warnings.catch_warnings():
+            with peft_errors(f"{config.method} on {type(base).__name__}"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # advice for those who call peft themselves
-                vars(self)["peft_model"] = get_peft_model(base, form)
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+                vars(self)["peft_model"] = get_peft_model(base, peft_config)
+        except PtmoeError:
             self.remove()
-            raise PtmoeError(
-                f"peft refuses {config.method} on {type(base).__name__}: {' '.join(str(error).split())}"
-            ) from None
-        trained = {name: one for name, one in base.named_parameters() if one.requires_grad}
-        for name in list(trained):
+            raise
+        trainable = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
+        for name in list(trainable):
             if config.frozen is not None and config.frozen in name:
-                trained.pop(name).requires_grad_(False)
-        self.weights = Shared(trained)
+                trainable.pop(name).requires_grad_(False)
+        self.weights = SharedParameters(trainable)
 
     def tensors(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
@@ -99,32 +78,32 @@ class Injected(WeightEncoder):
     def peft_config(self) -> dict[str, Any]:
         live = self.peft_model.peft_config[ADAPTER]
         common = {name: getattr(live, name) for name in ("task_type", "target_modules", "fan_in_fan_out")}
-        form = self.config.saved_form(**common | {"target_modules": sorted(common["target_modules"])})
-        written = form.to_dict() | {"inference_mode": True, "base_model_name_or_path": live.base_model_name_or_path}
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in written.items()}
+        saved = self.config.saved_peft_config(**common | {"target_modules": sorted(common["target_modules"])})
+        fields = saved.to_dict() | {"inference_mode": True, "base_model_name_or_path": live.base_model_name_or_path}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        trains = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
-        self._exchange_weights()
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
+        self._swap_weights()
         try:
             with self.peft_model.disable_adapter():
                 yield
         finally:
-            self._exchange_weights()
-            for parameter, flag in trains:  # peft sets them anew
+            self._swap_weights()
+            for parameter, flag in trainable:  # peft has reset them
                 parameter.requires_grad_(flag)
 
     def remove(self) -> None:
-        for (parent, name), module in zip(self.layers, self.modules_before, strict=True):
+        for (parent, name), module in zip(self.places, self.modules_before, strict=True):
             setattr(parent, name, module)
-        self._exchange_weights()
+        self._swap_weights()
         self.weights_before = []
         vars(self.base).pop("peft_config", None)
 
     @torch.no_grad()
-    def _exchange_weights(self) -> None:
-        """Between the base's own and those that the method has put in their place."""
+    def _swap_weights(self) -> None:
+        """Exchange the base's own weights and those that the method has replaced them with."""
         for index, before in enumerate(self.weights_before):
             weight = self.modules_before[index].weight
             assert isinstance(weight, Tensor)
@@ -132,14 +111,54 @@ class Injected(WeightEncoder):
             weight.data = before.to(weight.device)
 
 
-class OwnOptimizer(Injected):
-    """A method that is an optimizer of LoRA's weights."""
+class InjectedConfig(TargetedConfig):
+    """A method of `peft`."""
 
-    made = False
+    encoder_class: ClassVar[type[Injected]] = Injected
+    frozen: ClassVar[str | None] = None  # part of the names of adapter weights that do not train
+
+    def initial_peft_config(self, **common: Any) -> PeftConfig:
+        """`peft`'s config to start training from; `common` are the fields that all of its methods have."""
+        raise NotImplementedError
+
+    def saved_peft_config(self, **common: Any) -> PeftConfig:
+        """`peft`'s config of the saved adapter."""
+        return self.initial_peft_config(**common)
+
+    def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> Injected:
+        self.check_quantization(quantization_of(base))
+        config, common = self.resolved(base)
+        return self.encoder_class(config, base, self.initial_peft_config(**common))
+
+    def saved_encoder_for(self, base: PreTrainedModel) -> Injected:
+        self.check_quantization(quantization_of(base))
+        config, common = self.resolved(base)
+        return self.encoder_class(config, base, self.saved_peft_config(**common))
+
+    def resolved(self, base: PreTrainedModel) -> tuple[InjectedConfig, dict[str, Any]]:
+        """This config with the names of the base's modules, and the fields that all configs of `peft` share."""
+        names = self.target_names(base)
+        transposed = not all(isinstance(module, nn.Linear) for module in modules_named(base, names).values())
+        config = self.replace(target_modules=names)
+        return config, {"task_type": "CAUSAL_LM", "target_modules": names, "fan_in_fan_out": transposed}
+
+
+class OwnOptimizer(Injected):
+    """A method that consists in how the weights are optimised. Its config has `create_optimizer(peft_model, …)`."""
+
+    config: Any
+    has_optimizer = False
+
+    def optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        self.has_optimizer = True
+        optimizer: torch.optim.Optimizer = self.config.create_optimizer(
+            self.peft_model, lr=learning_rate, weight_decay=weight_decay
+        )
+        return optimizer
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Any:
-        if self.training and torch.is_grad_enabled() and not self.made:
-            self.made = True  # say it once
+        if self.training and torch.is_grad_enabled() and not self.has_optimizer:
+            self.has_optimizer = True  # warn once
             warnings.warn(
                 f"{self.config.method} is an optimizer: another trains it as LoRA. Use ptmoe.train.PromptTrainer, or "
                 "give your trainer model.encoder.optimizer(learning_rate, weight_decay)",

@@ -3,46 +3,49 @@
 y = W x + (α / R) B A x            A: (R, in), B: (out, R)
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from ptmoe.methods.base import Size
-from ptmoe.methods.injected import InjectedConfig
+from ptmoe.methods.injected import InjectedConfig, PeftConfig
 from ptmoe.methods.weights import TargetedConfig
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 
 class LowRankConfig(TargetedConfig):
-    """What LoRA and its kin share.
+    """What LoRA and its variants share.
 
     Attributes:
         rank: `R`.
-        alpha: `α`; by default `2·R`, so that the usual factor of 2 stays when the rank changes.
+        alpha: `α`; by default `2·R`, so that the usual factor of 2 is the same at every rank.
     """
 
+    free_sizes = ("rank",)
     rank: Size = 1
     alpha: Size | None = None
 
     @property
     def scaling(self) -> float:
-        """By which the product of the factors is multiplied."""
+        """The factor of the low-rank product, `α / R`."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
-class LoRAConfig(LowRankConfig, InjectedConfig):
-    """LoRA: `R·(in + out)` trained numbers for each target module."""
+class LoRAFamilyConfig(LowRankConfig, InjectedConfig):
+    """LoRA or one of the variants that `peft` has: its fields, and `peft`'s config of it."""
 
-    method: ClassVar[str] = "lora"
+    def initial_peft_config(self, **common: Any) -> PeftConfig:
+        return self.lora_config(**common)
 
-    def peft_form(self, **common: Any) -> PeftConfig:
-        return self.lora(**common)
-
-    def lora(self, **fields: Any) -> PeftConfig:
-        """`peft`'s config, with the fields that a variant adds."""
+    def lora_config(self, **fields: Any) -> PeftConfig:
+        """`peft`'s config of LoRA, with the fields that a variant adds."""
         from peft import LoraConfig
 
-        alpha = self.alpha or 2 * self.rank
-        return LoraConfig(**({"r": self.rank, "lora_alpha": alpha} | fields))
+        return LoraConfig(**({"r": self.rank, "lora_alpha": self.alpha or 2 * self.rank} | fields))
+
+
+class LoRAConfig(LoRAFamilyConfig):
+    """LoRA: `R·(in + out)` trainable parameters for each target module."""
+
+    method = "lora"
+    order = 100
+    paper_order = 2
+    figure_color = ("#5340b8", "#a79bf0")
+    figure_marker = "P"

@@ -1,27 +1,26 @@
-"""P-tuning (Liu et al. 2021, arXiv:2103.10385), with `peft`'s prompt encoder: a small network composes the prompt.
+"""P-tuning (Liu et al. 2021, arXiv:2103.10385), with `peft`'s prompt encoder: a small network computes the prompt.
 
 P = W_3 ReLU(W_2 ReLU(W_1 E + b_1) + b_2) + b_3        E: (T, H), W_1: (h, H), W_2: (h, h), W_3: (H, h)
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptEncoder, Size, VirtualTokensConfig
+from ptmoe.methods.base import InitialEmbeddings, PromptEncoder, Size, VirtualTokensConfig
 
 
 class PTuningConfig(VirtualTokensConfig):
-    """P-tuning: `T·H + 2·h·H + h² + 2·h + H` trained numbers, all of which are saved.
+    """P-tuning: `T·H + 2·h·H + h² + 2·h + H` trainable parameters, all of which are saved.
 
     Attributes:
         encoder_hidden_size: `h`, the width of the network.
     """
 
-    method: ClassVar[str] = "p-tuning"
-    default_learning_rate: ClassVar[float] = 1e-3
+    method = "p-tuning"
+    order = 60
+    default_learning_rate = 1e-3
     encoder_hidden_size: Size = 128
 
     def build(self, hidden_size: int) -> PTuning:
@@ -29,14 +28,15 @@ class PTuningConfig(VirtualTokensConfig):
 
 
 class PTuning(PromptEncoder):
+    """Tensors: those of `peft`'s prompt encoder."""
+
     config: PTuningConfig
 
     def __init__(self, config: PTuningConfig, hidden_size: int) -> None:
-        super().__init__()
+        super().__init__(config)
         from peft import PromptEncoderConfig
         from peft.tuners.p_tuning import PromptEncoder as Network
 
-        self.config = config
         self.network = Network(
             PromptEncoderConfig(
                 num_virtual_tokens=config.num_virtual_tokens,
@@ -46,13 +46,10 @@ class PTuning(PromptEncoder):
             )
         )
 
-    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        return Prompt(self.fixed_prompts().expand(len(input_embeds), -1, -1))
-
     def fixed_prompts(self) -> Tensor:
         device = next(self.network.parameters()).device
         prompt: Tensor = self.network(torch.arange(self.config.num_virtual_tokens, device=device))
         return prompt[None]
 
     def initialise(self, source: InitialEmbeddings) -> None:
-        """`peft` has drawn the network when it was built."""
+        """`peft` has initialised the network."""

@@ -1,57 +1,56 @@
-"""Prefix tuning (Li and Liang 2021, arXiv:2101.00190), with `peft`'s encoder: every layer's attention finds trained
-keys and values before those of the input.
+"""Prefix tuning (Li and Liang 2021, arXiv:2101.00190), with `peft`'s encoder: the attention of every layer finds
+trainable keys and values before those of the input.
 
 K = [K_P ; K_x],  V = [V_P ; V_x]              K_P, V_P: (layers, heads, T, d), after any rotation
 
-The prefix takes positions 0 to T - 1, each row's real tokens count on from T, and padding stands between them, masked:
-it changes nothing. A base whose layers look at a window of positions, or keep something else than keys and values,
+The prefix has positions 0 to T - 1, each row's real tokens count on from T, and padding between them is masked, so it
+changes nothing. A base whose layers attend to a window of positions, or cache something other than keys and values,
 would lose the prefix, so it is refused; so is gradient checkpointing, which drops the cache.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, Prompt, PromptEncoder, Size
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedModel
+from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PreTrainedModel, Prompt, PromptEncoder, Size
 
 
 class PrefixTuningConfig(MethodConfig):
-    """Prefix tuning: `2·layers·T·heads·d` trained numbers, `heads` those of keys and values.
+    """Prefix tuning: `2·layers·T·heads·d` trainable parameters, `heads` being those of keys and values.
 
     Attributes:
         num_virtual_tokens: `T`, the length of the prefix.
     """
 
-    method: ClassVar[str] = "prefix-tuning"
-    fills_cache: ClassVar[bool] = True
-    default_learning_rate: ClassVar[float] = 0.01
+    method = "prefix-tuning"
+    order = 70
+    free_sizes = ("num_virtual_tokens",)
+    fills_cache = True
+    default_learning_rate = 0.01
     num_virtual_tokens: Size = 20
 
-    def on(self, base: PreTrainedModel, batches: Batches | None = None) -> PrefixTuning:
+    def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> PrefixTuning:
         return PrefixTuning(self, base)
 
 
 class PrefixTuning(PromptEncoder):
+    """Tensors: `prompt_embeddings (T, layers·2·heads·d)`."""
+
     config: PrefixTuningConfig
 
     def __init__(self, config: PrefixTuningConfig, base: PreTrainedModel) -> None:
-        super().__init__()
-        from peft import PrefixTuningConfig as Form
+        super().__init__(config)
+        from peft import PrefixTuningConfig as PeftPrefixConfig
         from peft.tuners.prefix_tuning import PrefixEncoder
         from peft.utils.other import _prepare_prompt_learning_config
 
         _check_cache(base)
-        self.config = config
-        self.form: PeftConfig = _prepare_prompt_learning_config(
-            Form(
+        self.resolved_config = _prepare_prompt_learning_config(
+            PeftPrefixConfig(
                 task_type="CAUSAL_LM",
                 num_virtual_tokens=config.num_virtual_tokens,
                 num_transformer_submodules=1,
@@ -59,16 +58,16 @@ class PrefixTuning(PromptEncoder):
             ),
             base.config,
         )
-        self.prefix = PrefixEncoder(self.form)
+        self.prefix = PrefixEncoder(self.resolved_config)
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        layers, heads = self.form.num_layers, self.form.num_attention_heads
+        layers, heads = self.resolved_config.num_layers, self.resolved_config.num_attention_heads
         flat = self.prefix(torch.arange(self.config.num_virtual_tokens, device=input_embeds.device))
         cache = flat.view(len(flat), layers, 2, heads, -1).permute(1, 2, 3, 0, 4)  # (layers, 2, heads, T, d)
         return Prompt(flat.new_zeros(len(input_embeds), 0, input_embeds.shape[2]), cache=cache)
 
     def initialise(self, source: InitialEmbeddings) -> None:
-        """`peft` has drawn the prefix when it was built."""
+        """`peft` has initialised the prefix."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {"prompt_embeddings": self.prefix.embedding.weight}
@@ -78,8 +77,8 @@ class PrefixTuning(PromptEncoder):
         self.prefix.embedding.weight.copy_(tensors["prompt_embeddings"])
 
     def peft_config(self) -> dict[str, Any]:
-        written: dict[str, Any] = self.form.to_dict() | {"inference_mode": True}
-        return written
+        fields: dict[str, Any] = self.resolved_config.to_dict() | {"inference_mode": True}
+        return fields
 
 
 def _check_cache(base: PreTrainedModel) -> None:

@@ -1,35 +1,35 @@
-"""PT, prompt tuning (Lester et al. 2021, arXiv:2104.08691): one trained prompt for every input.
+"""PT, prompt tuning (Lester et al. 2021, arXiv:2104.08691): one trainable prompt for every input.
 
 P = prompt                         prompt: (T, H)
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder
+from ptmoe.methods.base import InitialEmbeddings, PromptConfig, PromptEncoder
 
 
 class PTConfig(PromptConfig):
-    """Prompt tuning. See `PromptConfig`; `T·H` trained numbers."""
+    """Prompt tuning: `T·H` trainable parameters. See `PromptConfig`."""
 
-    method: ClassVar[str] = "pt"
+    method = "pt"
+    order = 20
+    paper_order = 4
+    figure_color = ("#d55e00", "#f08a3c")
+    figure_marker = "s"
 
     def build(self, hidden_size: int) -> "PT":
         return PT(self, hidden_size)
 
 
 class PT(PromptEncoder):
+    """Tensors: `prompt (T, H)`."""
+
     config: PTConfig
 
     def __init__(self, config: PTConfig, hidden_size: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.prompt = nn.Parameter(torch.empty(config.num_virtual_tokens, hidden_size))
-
-    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        return Prompt(self.prompt.expand(len(input_embeds), -1, -1))
 
     def fixed_prompts(self) -> Tensor:
         return self.prompt[None]

@@ -1,72 +1,82 @@
-"""Routing: from the mean input embedding to a gate over the experts.
+"""Routing: from the mean input embedding to a gate over the experts, and what training a router needs.
 
 ℓ  = W x̄ + b                       W: (N, H), b: (N,)
 ℓ' = ℓ ⊙ (1 + ε),  ε ~ N(0, σ²)     in training only
 p  = softmax(ℓ')
 g  = p ⊙ 1[i = argmax p]            selective, probationary
+
+A method with a router derives its config from `RoutedConfig` and its encoder from `RoutedEncoder`; `RoutingCallback`
+(`ptmoe.train.routing`) then trains its router as the config says.
 """
 
+import warnings
+from typing import Annotated, ClassVar, Literal
+
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from ptmoe.methods.base import Routing
+from ptmoe.methods.base import PromptConfig, PromptEncoder, Routing, Size, fill_as_linear, mean_input
 
-# The standard deviation of a standardised input. An adaptive optimizer moves every number at the same pace whatever its
-# gradient, so inputs below 1 let the router decide more slowly than the experts learn: at 1 it commits before they
+# The standard deviation of a standardised input. An adaptive optimizer moves every parameter at the same pace whatever
+# its gradient, so inputs below 1 let the router decide more slowly than the experts learn: at 1 it commits before they
 # differ, and two kinds of input end up with one expert; at 1/6 it has not decided in time (docs/findings.md).
 SPREAD = 1 / 3
+CONFIDENCE_PACE = 0.05  # of the running mean of the largest probability, per training step
 
 
 class Router(nn.Module):
     """A linear router whose published form is `W`, `b`, and which may be trained on standardised inputs.
 
-    The mean of the embeddings has one large part that all inputs share, beside which what tells inputs apart is small:
-    a router on it sends every input to one expert. So `W` and `b` can be *trained* in the coordinates `(x̄ - mean) /
-    scale`, whose statistics come from training inputs. `published()` folds them in, and is what the forward pass uses
-    always, so there is one path and one result, in training and after.
+    The mean of the embeddings has one large component that all inputs share, and what tells inputs apart is small
+    beside it: a router on it sends every input to one expert. So `W` and `b` can be *trained* in the coordinates
+    `(x̄ - mean) / scale`, whose statistics come from training inputs. The forward pass always uses `published()`, which
+    folds them in, so the result is the same in training and after.
+
+    Tensors: `weight (N, H)`, `bias (N,)` or None, and while training on standardised inputs `mean (H,)`, `scale (H,)`.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
-        # (H,) each in training on standardised inputs; a base may hold thousands of adapters that need neither.
+        # Unset outside training: a base may hold thousands of adapters that need neither.
         self.register_buffer("mean", None, persistent=False)
         self.register_buffer("scale", None, persistent=False)
         self.mean: Tensor | None
         self.scale: Tensor | None
 
-    @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """As `torch.nn.Linear` starts, but from the given generator."""
-        bound = self.weight.shape[1] ** -0.5
         for parameter in self.parameters():
-            parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+            fill_as_linear(parameter, self.weight.shape[1], generator)
 
     @torch.no_grad()
     def standardize(self, means: Tensor) -> None:
-        """Train in the coordinates of these mean embeddings `(examples, H)`; the router's output changes with it."""
+        """Train in the coordinates of these mean embeddings `(examples, H)`; this changes the router's output."""
+        if self.bias is None:
+            raise ValueError("a router without a bias has nothing to fold the inputs' mean into")
         self.mean = means.mean(0).to(self.weight)
         deviation = means.std(0, correction=0)
-        # A feature that never varies tells nothing; dividing by its rounding error would make it decide.
+        # A feature that never varies says nothing; dividing by its rounding error would make it decide.
         varies = deviation > 1e-6 * deviation.max()
         self.scale = torch.where(varies, deviation / SPREAD, torch.ones_like(deviation)).to(self.weight)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Put the statistics into `W` and `b`: the same function, bit for bit, in the published coordinates."""
-        weight, bias = self.published()
-        self.weight.copy_(weight)
-        if bias is not None and self.bias is not None:
-            self.bias.copy_(bias)
+        """Fold the statistics into `W` and `b`: the same function, bit for bit, in the published coordinates."""
+        for parameter, published in zip(self.parameters(), self.published(), strict=True):
+            parameter.copy_(published)
         self.mean = self.scale = None
 
-    def published(self) -> tuple[Tensor, Tensor | None]:
-        """`W (N, H)` and `b (N,)` on the raw mean embedding."""
+    def published(self) -> tuple[Tensor, ...]:
+        """`W (N, H)` and, if there is one, `b (N,)`, on the raw mean embedding."""
+        if self.bias is None:
+            return (self.weight,)
         if self.mean is None or self.scale is None:
             return self.weight, self.bias
         weight = self.weight / self.scale
-        return weight, None if self.bias is None else self.bias - weight @ self.mean
+        return weight, self.bias - weight @ self.mean
 
     def forward(self, mean_embeds: Tensor, noise: float) -> Tensor:
         """`(B, H)` to logits `(B, N)`; `noise` is σ, applied in training only."""
@@ -76,83 +86,168 @@ class Router(nn.Module):
         return logits
 
 
+def gate(probabilities: Tensor, *, selective: bool, probationary: bool, hardness: float = 1.0) -> Tensor:
+    """The factor that each expert is multiplied by, `(B, N)`.
+
+    Args:
+        probabilities: `(B, N)`.
+        selective: keep the most probable expert only.
+        probationary: multiply by the router's probability; without it the kept experts count in full, and a selective
+            gate passes the gradient straight through to the probabilities.
+        hardness: 0 for the soft gate `p`, 1 for the chosen one; in between a mixture, for annealing.
+    """
+    if not selective:
+        return probabilities if probationary else torch.ones_like(probabilities)
+    kept = torch.zeros_like(probabilities).scatter(1, probabilities.argmax(1, keepdim=True), 1.0)
+    chosen = probabilities * kept if probationary else kept + (probabilities - probabilities.detach())
+    return chosen if hardness == 1.0 else torch.lerp(probabilities, chosen, hardness)
+
+
 class RoutingStatistics:
-    """How the inputs of training were routed since it was last read."""
+    """How training inputs were routed since the last `read`."""
 
     def __init__(self) -> None:
-        self._start()
+        self._reset()
 
-    def _start(self) -> None:
+    def _reset(self) -> None:
         self.inputs = 0
         self.chosen: Tensor | float = 0.0  # (N,)
         self.confidence: Tensor | float = 0.0
 
     @torch.no_grad()
-    def observe(self, probabilities: Tensor) -> None:
-        """Count a batch `(B, N)`; nothing waits for the device."""
+    def observe(self, probabilities: Tensor) -> Tensor:
+        """Count a batch `(B, N)` without waiting for the device; returns the mean of its largest probabilities."""
         largest, expert = probabilities.max(1)
         self.inputs += len(probabilities)
         self.chosen = self.chosen + nn.functional.one_hot(expert, probabilities.shape[1]).sum(0)
         self.confidence = self.confidence + largest.sum()
+        return largest.mean()
 
     def read(self) -> dict[str, float | list[float]]:
-        """`expert_use` (each expert's share of the inputs) and `routing_confidence` (mean of the largest probability);
-        nothing where nothing was routed. Starts anew."""
+        """`expert_use` (each expert's share of the inputs) and `routing_confidence` (mean of the largest probability),
+        or nothing where nothing was routed; then start again from zero."""
         if not self.inputs:
             return {}
         chosen, confidence = torch.as_tensor(self.chosen), torch.as_tensor(self.confidence)
-        said: dict[str, float | list[float]] = {
+        values: dict[str, float | list[float]] = {
             "expert_use": [round(share, 4) for share in (chosen / self.inputs).tolist()],
             "routing_confidence": round(float(confidence) / self.inputs, 4),
         }
-        self._start()
-        return said
+        self._reset()
+        return values
 
 
-def gate(
-    probabilities: Tensor, *, selective: bool, probationary: bool, hardness: float = 1.0, top_k: int = 1
-) -> Tensor:
-    """What each expert's factor is multiplied by: `(B, N)`.
+class RoutedConfig(PromptConfig):
+    """A soft prompt whose parts a router weights or chooses.
 
-    Args:
-        probabilities: `(B, N)`.
-        selective: keep the `top_k` most probable experts only.
-        probationary: multiply by the router's probability; without it kept experts count as they are, and a selective
-            gate passes the gradient straight through to the probabilities.
-        hardness: 0 for the soft gate `p`, 1 for the chosen one; between them a mixture, for annealing.
-        top_k: 1 as published.
+    Attributes:
+        num_experts: `N`.
+        router_noise: σ of the multiplicative noise on the router's logits, in training only.
+        router_init: `"gradient"` starts the router so that inputs whose loss asks for the same change of the prompt
+            share an expert; `"random"`, as a linear layer starts.
+        router_standardize: train the router on standardised inputs; folded into `W` and `b` when saved.
+        routing_anneal: start with the soft gate and harden it to the chosen one.
     """
-    if not selective:
-        return probabilities if probationary else torch.ones_like(probabilities)
-    kept = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=1).indices, 1.0)
-    chosen = probabilities * kept if probationary else kept + (probabilities - probabilities.detach())
-    return chosen if hardness == 1.0 else torch.lerp(probabilities, chosen, hardness)
+
+    routes = True
+    router_bias: ClassVar[bool] = True
+    num_experts: Size = 2
+    router_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    router_init: Literal["gradient", "random"] = "random"
+    router_standardize: bool = False
+    routing_anneal: bool = False
+
+    @model_validator(mode="after")
+    def _a_bias_to_fold_the_mean_into(self) -> Self:
+        if self.router_standardize and not self.router_bias:
+            raise ValueError(
+                f"router_standardize=True: the router of {self.method} has no bias to fold the inputs' mean into when "
+                "the adapter is saved: leave it out"
+            )
+        return self
+
+    @property
+    def needs_callback(self) -> bool:
+        """Whether an option is on that only `RoutingCallback` carries out."""
+        return self.router_init == "gradient" or self.router_standardize or self.routing_anneal
 
 
-def imbalance(probabilities: Tensor, top_k: int = 1) -> Tensor:
-    """How unevenly a batch uses the experts: `N Σ_i f_i p̄_i`, as in Switch Transformers (arXiv:2101.03961, eq. 4).
+class RoutedEncoder(PromptEncoder):
+    """An encoder with a router. A subclass creates `router` in its constructor and calls `route` in `forward`.
 
-    `f_i` is the share of the kept places that expert `i` has, `p̄_i` the mean of its probability, through which the
-    gradient goes. 1 where all are used alike, `N` where one takes all.
-
-    Args:
-        probabilities: `(B, N)`.
-        top_k: experts kept for each input.
+    Attributes:
+        router: its `bias` is None if the config's `router_bias` is False.
+        hardness: of the gate in training, from 0 (soft) to 1 (the chosen gate).
+        confidence: running mean of the largest probability over training steps.
+        has_callback: whether a `RoutingCallback` trains the router.
     """
-    experts = probabilities.shape[1]
-    kept = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=1).indices, 1.0)
-    return experts * (kept.mean(0) / top_k * probabilities.mean(0)).sum()
 
+    config: RoutedConfig
+    router: Router
 
-def route(
-    logits: Tensor,
-    *,
-    selective: bool,
-    probationary: bool,
-    hardness: float = 1.0,
-    top_k: int = 1,
-) -> Routing:
-    """From the router's logits `(B, N)` to the gate."""
-    probabilities = logits.softmax(1)
-    chosen = gate(probabilities, selective=selective, probationary=probationary, hardness=hardness, top_k=top_k)
-    return Routing(chosen, probabilities)
+    def __init__(self, config: RoutedConfig) -> None:
+        super().__init__(config)
+        self.hardness = 1.0
+        self.confidence: Tensor | float = 0.0
+        self.statistics = RoutingStatistics()
+        self.has_callback = False
+
+    def route(
+        self, input_embeds: Tensor, input_mask: Tensor, *, selective: bool = True, probationary: bool = True
+    ) -> Routing:
+        """How each row is routed, with noise and the annealed gate in training.
+
+        Args:
+            input_embeds: `(B, L, H)`.
+            input_mask: `(B, L)`, true at the tokens that the router may read.
+            selective: as in `gate`.
+            probationary: as in `gate`.
+        """
+        if self.training and not self.has_callback and self.config.needs_callback:
+            self.has_callback = True  # warn once
+            warnings.warn(
+                "training without ptmoe.RoutingCallback: router_init, router_standardize and routing_anneal have no "
+                "effect, and the router may collapse; give the trainer callbacks=[ptmoe.RoutingCallback()]",
+                stacklevel=2,
+            )
+        probabilities = self.router(mean_input(input_embeds, input_mask), self.config.router_noise).softmax(1)
+        hardness = self.hardness if self.training else 1.0
+        if self.training:
+            confidence = self.statistics.observe(probabilities)
+            self.confidence = self.confidence + CONFIDENCE_PACE * (confidence - self.confidence)
+        chosen = gate(probabilities, selective=selective, probationary=probationary, hardness=hardness)
+        return Routing(chosen, probabilities)
+
+    def expert_prompts(self) -> Tensor:
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.state_dict() | dict(zip(("router.weight", "router.bias"), self.router.published(), strict=False))
+
+    def finish_training(self) -> None:
+        """From the coordinates and the soft gate of training to the published form."""
+        self.router.fold()
+        self.hardness = 1.0
+
+    def training_log(self) -> dict[str, float | list[float]]:
+        return {**self.statistics.read(), "hardness": self.hardness}
+
+    def training_state(self) -> dict[str, Tensor]:
+        mean, scale = self.router.mean, self.router.scale
+        return {
+            **{f"router.{name}": parameter for name, parameter in self.router.named_parameters()},
+            **({} if mean is None or scale is None else {"mean": mean, "scale": scale}),
+            "hardness": torch.tensor(self.hardness, dtype=torch.float64),
+            "confidence": torch.as_tensor(self.confidence),
+        }
+
+    @torch.no_grad()
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        for name, parameter in self.router.named_parameters():
+            parameter.copy_(state[f"router.{name}"])
+        if "mean" in state:
+            # Copied, because a file's tensors may be unaligned in memory, where sums over them round differently.
+            self.router.mean = state["mean"].to(self.router.weight, copy=True)
+            self.router.scale = state["scale"].to(self.router.weight, copy=True)
+        self.confidence = state["confidence"].clone()
+        self.hardness = float(state["hardness"])

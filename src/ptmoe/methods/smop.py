@@ -4,48 +4,44 @@ p = softmax(W x̄ ⊙ (1 + ε)),  ε ~ N(0, σ²) in training               W: (
 P = p_k prompts_k,  k = argmax p                                     prompts: (N, T, H)
 """
 
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder, Size, mean_input
-from ptmoe.methods.routing import Router, RoutingStatistics, route
+from ptmoe.methods.base import InitialEmbeddings, Prompt, Size
+from ptmoe.methods.routing import RoutedConfig, RoutedEncoder, Router
 
 
-class SMoPConfig(PromptConfig):
-    """Sparse mixture of prompts: `N·T·H + N·H` trained numbers.
+class SMoPConfig(RoutedConfig):
+    """Sparse mixture of prompts: `N·T·H + N·H` trainable parameters. See `RoutedConfig`.
 
     Attributes:
-        num_experts: `N` prompts of `num_virtual_tokens` each.
-        router_noise: σ of the multiplicative noise on the router's logits, in training only.
+        num_virtual_tokens: `T`, the length of each of the `num_experts` prompts.
     """
 
-    method: ClassVar[str] = "smop"
+    method = "smop"
+    order = 40
+    paper_order = 6
+    figure_color = ("#b0568a", "#e092be")
+    figure_marker = "D"
+    router_bias = False
     num_virtual_tokens: Size = 20
-    num_experts: Size = 2
-    router_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
 
     def build(self, hidden_size: int) -> "SMoP":
         return SMoP(self, hidden_size)
 
 
-class SMoP(PromptEncoder):
+class SMoP(RoutedEncoder):
+    """Tensors: `prompts (N, T, H)`, `router.weight (N, H)`."""
+
     config: SMoPConfig
 
     def __init__(self, config: SMoPConfig, hidden_size: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.prompts = nn.Parameter(torch.empty(config.num_experts, config.num_virtual_tokens, hidden_size))
         self.router = Router(hidden_size, config.num_experts, bias=False)
-        self.statistics = RoutingStatistics()
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
-        logits = self.router(mean_input(input_embeds, input_mask), self.config.router_noise)
-        routing = route(logits, selective=True, probationary=True)
-        if self.training:
-            self.statistics.observe(routing.probabilities)
+        routing = self.route(input_embeds, input_mask)
         return Prompt(torch.einsum("bn,nth->bth", routing.gate, self.prompts), routing)
 
     @torch.no_grad()
@@ -56,9 +52,6 @@ class SMoP(PromptEncoder):
         else:
             self.prompts.copy_(source.rows(self.config, experts * tokens).view_as(self.prompts))
         self.router.initialise(source.generator)
-
-    def training_log(self) -> dict[str, float | list[float]]:
-        return self.statistics.read()
 
     def expert_prompts(self) -> Tensor:
         return self.prompts

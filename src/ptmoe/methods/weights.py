@@ -1,69 +1,67 @@
-"""Methods that change what the base's own layers compute, instead of what stands before the input.
+"""Methods that change what the base's own layers compute, instead of what comes before the input.
 
-Each is an encoder whose prompt has no tokens, so that training, saving, generation and evaluation take the one way that
-prompts take. Because all rows of a batch go through the same layers, a model holds one such adapter and no other.
+Each is an encoder whose prompt has no tokens, so training, saving, generation and evaluation treat it like any other.
+Because all rows of a batch go through the same layers, a model holds one such adapter and no other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import InitialEmbeddings, MethodConfig, Prompt, PromptEncoder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ptmoe.methods.base import InitialEmbeddings, MethodConfig, PreTrainedModel, Prompt, PromptEncoder
 
 
 class WeightConfig(MethodConfig):
     """A method that changes the base's layers."""
 
-    alone: ClassVar[bool] = True
+    changes_layers = True
     num_virtual_tokens: ClassVar[int] = 0
-    default_learning_rate: ClassVar[float] = 2e-3
+    default_learning_rate = 2e-3
 
 
 class TargetedConfig(WeightConfig):
     """A method that changes some of the base's linear modules.
 
     Attributes:
-        target_modules: the last part of their names; by default `q_proj` and `v_proj`, and where the base has none,
-            what `peft` takes for its architecture (`c_attn` of GPT-2, `query_key_value` of GPT-NeoX, …). A saved
+        target_modules: the last part of their names; by default `q_proj` and `v_proj`, or where the base has none,
+            `peft`'s default for its architecture (`c_attn` of GPT-2, `query_key_value` of GPT-NeoX, …). A saved
             adapter names them.
     """
 
     target_modules: list[str] | None = None
 
-    def fitted(self, base: PreTrainedModel) -> list[str]:
-        """The names to look for in this base.
+    def target_names(self, base: PreTrainedModel) -> list[str]:
+        """The module names to change in this base.
 
         Raises:
-            PtmoeError: it has no linear module of such a name; its own are listed.
+            PtmoeError: it has no linear module of such a name; the names it has are listed.
         """
-        names = self.target_modules
-        if names is None:
-            names = ["q_proj", "v_proj"]
-            if not all(named(base, [name]) for name in names):
-                from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
-
-                usual = USUAL.get(base.config.model_type, names)
-                names = usual if isinstance(usual, list) else names
-        check_fit(self.method, base, names)
+        names = self.default_names(base) if self.target_modules is None else self.target_modules
+        for name in names:
+            if not modules_named(base, [name]):
+                raise PtmoeError(
+                    f"{self.method} does not fit {type(base).__name__}, which has no linear module {name!r}: name some "
+                    f"of its own in target_modules ({linear_names(base)})"
+                )
         return sorted(names)
 
+    def default_names(self, base: PreTrainedModel) -> list[str]:
+        names = ["q_proj", "v_proj"]
+        if all(modules_named(base, [name]) for name in names):
+            return names
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-def named(base: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The linear modules, by whole name, whose name is one of `names` or ends in `.` and one of them."""
-    endings = tuple(f".{name}" for name in names)
-    return {whole: module for whole, module in linear_modules(base).items() if f".{whole}".endswith(endings)}
+        defaults = DEFAULTS.get(base.config.model_type)
+        return defaults if isinstance(defaults, list) else names
 
 
 def linear_modules(base: PreTrainedModel) -> dict[str, nn.Module]:
-    """All but the one that projects to the vocabulary."""
+    """All linear modules, by full name, but the one that projects to the vocabulary."""
     from transformers.pytorch_utils import Conv1D
 
     head = base.get_output_embeddings()
@@ -74,43 +72,39 @@ def linear_modules(base: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def check_fit(method: str, base: PreTrainedModel, names: Iterable[str]) -> None:
-    """
-    Raises:
-        PtmoeError: the base has no linear module of one of these names.
-    """
-    for name in names:
-        if not named(base, [name]):
-            known = dict.fromkeys(whole.rpartition(".")[2] for whole in linear_modules(base))
-            raise PtmoeError(
-                f"{method} does not fit {type(base).__name__}, which has no linear module {name!r}: name some of its "
-                f"own in target_modules ({', '.join(known)})"
-            )
+def linear_names(base: PreTrainedModel) -> str:
+    """The last parts of their names, for an error message."""
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear_modules(base)))
 
 
-def size(module: nn.Module) -> tuple[int, int]:
-    """How many numbers a linear module takes and gives."""
-    if isinstance(module, nn.Linear):  # a 4-bit one's weight has another shape
+def modules_named(base: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The linear modules, by full name, whose name is one of `names` or ends in `.` and one of them."""
+    endings = tuple(f".{name}" for name in names)
+    return {full: module for full, module in linear_modules(base).items() if f".{full}".endswith(endings)}
+
+
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """The numbers of input and output features of a linear module."""
+    if isinstance(module, nn.Linear):  # the weight of a 4-bit one has another shape
         return module.in_features, module.out_features
-    takes, gives = module.weight.shape  # type: ignore[misc]  # GPT-2's `Conv1D`
-    return takes, gives
+    in_features, out_features = module.weight.shape  # type: ignore[misc]  # GPT-2's `Conv1D`
+    return in_features, out_features
 
 
 class WeightEncoder(PromptEncoder):
-    """What a weight-side method trains. Its parameters may be the base's own objects, seen from here as well."""
+    """The trainable part of a weight-side method. Its parameters may be the base's own objects, shared with it."""
 
     base: PreTrainedModel
 
     def __init__(self, config: WeightConfig, base: PreTrainedModel) -> None:
-        super().__init__()
-        self.config = config
-        vars(self)["base"] = base  # not a part of the encoder: it would be saved with it
+        super().__init__(config)
+        vars(self)["base"] = base  # not a submodule: it would be saved with the adapter
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         return Prompt(input_embeds.new_zeros(len(input_embeds), 0, input_embeds.shape[2], dtype=torch.float32))
 
     def initialise(self, source: InitialEmbeddings) -> None:
-        """The start values came with the parts."""
+        """The parts were initialised when they were created."""
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -118,8 +112,8 @@ class WeightEncoder(PromptEncoder):
             value.copy_(tensors[key])
 
 
-class Shared(nn.Module):
-    """Parameters of another module under the same dotted names, the same objects."""
+class SharedParameters(nn.Module):
+    """Parameters of another module under the same dotted names; the same objects, not copies."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
-from ptmoe.adapters.folder import local_folder, read_adapter, same_base
+from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PromptEncoder, VirtualTokensConfig
 from ptmoe.models.bases import check_quantization, load_base
@@ -63,13 +64,25 @@ def attach(
 
     def make(base: PreTrainedModel) -> PromptEncoder:
         with seeded(seed):
-            encoder = config.on(base, batches)
-            source = InitialEmbeddings(base.get_input_embeddings(), torch.Generator().manual_seed(seed), tokenize)
-            encoder.initialise(source)
+            encoder = config.encoder_for(base, batches)
+            generator = torch.Generator().manual_seed(seed)
+            encoder.initialise(InitialEmbeddings(base.get_input_embeddings(), generator, tokenize, read_prompt))
         return encoder
 
     model.add_adapter(adapter_name, config, make)
     return model
+
+
+def read_prompt(folder: str) -> Tensor:
+    """The prompt `(T, H)` of a saved `pt` adapter.
+
+    Raises:
+        PtmoeError: a folder that is not a whole adapter, or one of another method.
+    """
+    saved = read_adapter(folder)
+    if "prompt" not in saved.tensors:
+        raise PtmoeError(f"source prompt {folder}: needs a pt adapter, is a {saved.config.method} adapter")
+    return saved.tensors["prompt"]
 
 
 @contextmanager
@@ -98,7 +111,7 @@ def count_parameters(base_config: Any, config: MethodConfig) -> int:
         else:
             from transformers import AutoModelForCausalLM
 
-            encoder = config.on(AutoModelForCausalLM.from_config(base_config))
+            encoder = config.encoder_for(AutoModelForCausalLM.from_config(base_config))
     return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
 
 
@@ -108,7 +121,8 @@ def load_adapter(
     """Put a saved adapter in front of its base, or, of a weight-side method, into it.
 
     Args:
-        base: the model that the adapter was trained on, or a `PromptedCausalLM` on it, which gets one adapter more.
+        base: the model that the adapter was trained on, or a `PromptedCausalLM` on it, which gets one adapter more;
+            as in `peft`, that does not become the active one.
         path: an adapter folder, a run folder that holds one, or the name of a Hub repository.
         name: the adapter's name on the model, for `set_adapter` and `adapter_names`.
         revision: of the Hub repository.
@@ -116,26 +130,14 @@ def load_adapter(
     Raises:
         PtmoeError: a folder that is not a whole adapter, or one of another base.
     """
-    folder = local_folder(path, revision)
-    saved = read_adapter(folder)
-    inner = base.base_model if isinstance(base, PromptedCausalLM) else base
-    embedding = inner.get_input_embeddings().weight
-    origin = saved.envelope["base_model_name_or_path"]
-    hidden, mark = saved.envelope["hidden_size"], saved.envelope["embedding_fingerprint"]
-    if hidden is not None and embedding.shape[1] != hidden:
-        raise PtmoeError(
-            f"{folder} is for a base of hidden size {hidden} ({origin}), "
-            f"this one has {embedding.shape[1]} ({inner.name_or_path}): load the base it was trained on"
-        )
-    if mark is not None and not same_base(embedding, mark):
-        raise PtmoeError(
-            f"{folder} was trained on another base ({origin}) than this one ({inner.name_or_path}): "
-            "their embeddings differ; load the base it was trained on"
-        )
+    saved = read_adapter(local_folder(path, revision))
+    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
+    inner = model.base_model
+    saved.base.check(inner.get_input_embeddings().weight, saved.folder, inner.name_or_path)
 
     def make(base: PreTrainedModel) -> PromptEncoder:
         with seeded(0):
-            encoder = saved.config.on_saved(base)
+            encoder = saved.config.saved_encoder_for(base)
         try:
             saved.fill(encoder)
         except PtmoeError:
@@ -144,8 +146,7 @@ def load_adapter(
             raise
         return encoder
 
-    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
-    model.add_adapter(name, saved.config, make)
+    model.add_adapter(name, saved.config, make, activate=False)
     return model
 
 
@@ -171,7 +172,8 @@ def load_run(
     revision: str | None = None,
     dtype: str = "auto",
     quantization: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
 ) -> LoadedRun:
     """An adapter and the base it names, from a run folder, an adapter folder or a Hub repository.
 
@@ -182,15 +184,20 @@ def load_run(
         dtype: of the base, as in `load_base`.
         quantization: of the base, as in `load_base`.
         device: as in `place`; by default the accelerator, where there is one.
+        **options: go to the base's `from_pretrained`, as in `load_base`.
 
     Raises:
-        PtmoeError: no such adapter or base, an adapter of another base, or an unusable option.
+        PtmoeError: no such adapter or base, an adapter that names no base or belongs to another, or an unusable option.
     """
     check_quantization(quantization)
-    envelope = read_adapter(local_folder(path)).envelope
+    saved = read_adapter(local_folder(path)).base
     if model is None:
-        model, revision = envelope["base_model_name_or_path"], revision or envelope["revision"]
-    base, tokenizer = load_base(str(model), revision=revision, dtype=dtype, quantization=quantization, device=device)
+        model, revision = saved.name_or_path, revision or saved.revision
+    if not model:
+        raise PtmoeError(f"{path} names no base: give the model that it was trained on")
+    base, tokenizer = load_base(
+        model, revision=revision, dtype=dtype, quantization=quantization, device=device, **options
+    )
     config = Path(path) / "config.yaml"
     chat = read_yaml(config).get("chat") if config.is_file() else None
     return LoadedRun(load_adapter(base, path).eval(), tokenizer, chat)

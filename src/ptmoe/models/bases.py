@@ -56,12 +56,12 @@ def load_base(
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization)
         options.setdefault("device_map", {"": target})  # quantized weights are made where they stay
-    with _found(name) as where:
+    with _located(name) as where:
         tokenizer = _tokenizer(where, revision)
         model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)
     if quantization is not None and model.hf_quantizer.pre_quantized:
         raise PtmoeError(f"{name!r} is saved in {quantization_of(model)} already: leave {quantization} out")
-    _settle(model)
+    _prepare_4bit(model)
     if quantization is None and "device_map" not in options:
         model.to(target)
     model.name_or_path = name
@@ -110,8 +110,8 @@ def _quantization_config(quantization: str) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
-def _settle(model: PreTrainedModel) -> None:
-    """Make 4-bit layers compute in the base's dtype, and with gradients wherever they are."""
+def _prepare_4bit(model: PreTrainedModel) -> None:
+    """Make 4-bit layers compute in the base's dtype, and with right gradients on every processor."""
     if quantization_of(model) != "4bit":
         return
     from bitsandbytes.nn import Linear4bit
@@ -120,20 +120,20 @@ def _settle(model: PreTrainedModel) -> None:
         if isinstance(module, Linear4bit):
             if not model.hf_quantizer.pre_quantized:
                 module.compute_dtype = model.dtype  # transformers' default is float32, whatever the base's
-            # On such processors a pass without gradients would repack the weights for a kernel that has none, and later
-            # gradients would be wrong without a word.
+            # On processors with AVX-512 BF16 a pass without gradients would repack the weights for a kernel that has no
+            # backward, and later gradients would be silently wrong.
             module.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """A base's tokenizer and how many positions it has, without its weights.
+    """A base's tokenizer and its number of positions, without its weights.
 
     Raises:
         PtmoeError: no such model.
     """
     from transformers import AutoConfig
 
-    with _found(name) as where:
+    with _located(name) as where:
         config = AutoConfig.from_pretrained(where, revision=revision)
         tokenizer = _tokenizer(where, revision)
     return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -149,8 +149,8 @@ def _tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _found(name: str) -> Iterator[str]:
-    """Where a named model is loaded from; what loading raises is said in one message."""
+def _located(name: str) -> Iterator[str]:
+    """Where a named model is loaded from; errors of loading become one message."""
     if name != nano.NAME and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise PtmoeError(f"no model folder {name!r}: give nano, a folder, or the name of a Hub repository")
     try:
@@ -163,7 +163,7 @@ def _found(name: str) -> Iterator[str]:
 
 
 def quiet() -> None:
-    """No progress bars or advice from the libraries below; errors stay."""
+    """Turn off progress bars and advice of the libraries below; errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers

@@ -2,50 +2,36 @@
 
     [padding | prompt | tokens]                      one pass; only the last position is scored
     [prompt | padding | tokens]                      a fixed prompt: its keys and values are computed once and kept
-    [a token of each row that goes on]               then, until none does
+    [a token of each unfinished row]                 then, until there is none
 
-A base that keeps something else than keys and values, prepares its inputs itself or asks for changed scores is decoded
-by `transformers`: the same tokens, slower.
+A base that caches more than keys and values, prepares its inputs itself or asks for changed scores is decoded by
+`transformers` (`stepping_obstacle` says why): the same tokens, slower.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, StoppingCriteria
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import StoppingCriteria
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ptmoe.fast.linear import by_onednn
+from ptmoe.fast.linear import use_onednn
+from ptmoe.models.causal import PromptedCausalLM
+from ptmoe.models.generation import GREEDY, stepping_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ptmoe.models.causal import PromptedCausalLM
-
-# Greedy whatever the base's own generation config asks for: some ship a repetition penalty.
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "renormalize_logits": False,
-}
-# What else a base's generation config may hold without changing a greedy token; the caller says where a row ends.
-HARMLESS = {
-    *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),  # of sampling
-    *("max_length", "max_new_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
-    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-    *("use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
-}
-ROPE_BY_LENGTH = ("dynamic", "longrope")  # a longer input rotates its first keys otherwise
+ROPE_BY_LENGTH = ("dynamic", "longrope")  # the rotation of the first keys depends on the length
 
 
 class Decoder:
-    """Decodes greedily with a model as it is now: while it is in use, neither the adapter nor the base may change.
+    """Decodes greedily. While it is in use, neither the adapter nor the base may change.
 
     Args:
         model: in evaluation mode, with its active adapter.
@@ -59,20 +45,26 @@ class Decoder:
         self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if "logits_to_keep" in parameters:
             self.options["logits_to_keep"] = 1
-        self.steps = _can_be_stepped(self.base)
+        obstacle = stepping_obstacle(self.base)
+        self.steps = obstacle is None
+        if obstacle is not None:
+            warnings.warn(
+                f"{type(self.base).__name__} is decoded by transformers, which is slower: {obstacle}", stacklevel=2
+            )
         self.takes_positions = "position_ids" in parameters
         self.rotates_by_length = _rotates_by_length(self.base)
-        self.prefix: list[tuple[Tensor, Tensor]] | None = None  # of each layer, keys and values (N, heads, T, d)
-        self.held: list[tuple[Tensor, Tensor]] = []  # likewise, of any input: they say what a batch's have to look like
+        self.prefix: list[tuple[Tensor, Tensor]] | None = None  # each layer's keys and values, (N, heads, T, d)
+        self.shapes: list[tuple[Tensor, Tensor]] = []  # likewise of any input, for the shapes and dtypes of a cache
         if not self.steps:
             return
         prompts = model.fixed_prompts()
-        # With the padding behind the prompt only explicit positions say where a token stands.
-        if prompts is not None and self.takes_positions and not self.rotates_by_length:
-            self.held = self.prefix = self._read(prompts)
-        else:
-            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            self.held = self._read(model.get_input_embeddings()(token))
+        # With padding between prompt and tokens only explicit positions tell where a token is.
+        with model.lock:
+            if prompts is not None and self.takes_positions and not self.rotates_by_length:
+                self.shapes = self.prefix = self._read(prompts)
+            else:
+                token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+                self.shapes = self._read(model.get_input_embeddings()(token))
 
     @torch.no_grad()
     def __call__(
@@ -96,10 +88,10 @@ class Decoder:
         Raises:
             PtmoeError: a row too long for the base's positions.
         """
-        with by_onednn(self.base):
+        with self.model.lock, use_onednn(self.base):
             if self.steps:
                 return self._decode(prompts, experts, max_new_tokens, ended, margin)
-            return self._by_transformers(prompts, max_new_tokens, ended, margin if len(prompts) > 1 else 0.0)
+            return self._generate(prompts, max_new_tokens, ended, margin if len(prompts) > 1 else 0.0)
 
     def _decode(
         self,
@@ -112,41 +104,41 @@ class Decoder:
         inputs = self._first_inputs(*self._padded(prompts), experts, max_new_tokens)
         cache, positions = inputs["past_key_values"], inputs.get("position_ids")
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, max_new_tokens), value=1)
-        made: list[list[int]] = [[] for _ in prompts]
+        generated: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
-        for left in reversed(range(max_new_tokens)):
+        for remaining in reversed(range(max_new_tokens)):
             tokens, margins = _best(self.base(**inputs, **self.options).logits[:, -1], margin)
-            staying = []
-            for place, (row, ahead) in enumerate(zip(running, margins, strict=True)):
-                if not ahead >= margin:  # a NaN is no margin, too
-                    tokens[place] = self._alone(prompts[row], experts[row], made[row])
-            for place, (row, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
-                made[row].append(token)
-                if not ended(made[row]):
-                    staying.append(place)
-            if not staying or not left:
+            unfinished = []
+            for index, (row, lead) in enumerate(zip(running, margins, strict=True)):
+                if not lead >= margin:  # also where it is NaN
+                    tokens[index] = self._alone(prompts[row], experts[row], generated[row])
+            for index, (row, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
+                generated[row].append(token)
+                if not ended(generated[row]):
+                    unfinished.append(index)
+            if not unfinished or not remaining:
                 break
             positions = None if positions is None else positions[:, -1:] + 1
-            if len(staying) < len(running):
-                running = [running[place] for place in staying]
-                kept = torch.tensor(staying, device=tokens.device)
+            if len(unfinished) < len(running):
+                running = [running[index] for index in unfinished]
+                kept = torch.tensor(unfinished, device=tokens.device)
                 cache.batch_select_indices(kept)
                 tokens, mask = tokens[kept], mask[kept]
                 positions = None if positions is None else positions[kept]
             inputs = {
                 "input_ids": tokens[:, None],
-                "attention_mask": mask[:, : mask.shape[1] - left],
+                "attention_mask": mask[:, : mask.shape[1] - remaining],
                 "past_key_values": cache,
             }
             if positions is not None:
                 inputs["position_ids"] = positions
-        return made
+        return generated
 
-    def _alone(self, prompt: list[int], expert: int, made: list[int]) -> int:
-        """The next token of a row by itself, which is the same whatever batch it is in."""
-        if self.rotates_by_length:  # one pass is not what the row's own steps were
-            return self._decode([prompt], [expert], len(made) + 1, lambda _: False, 0.0)[0][-1]
-        ids, mask = self._padded([prompt + made])
+    def _alone(self, prompt: list[int], expert: int, generated: list[int]) -> int:
+        """The next token of a row decoded by itself: the same whatever batch it is in."""
+        if self.rotates_by_length:  # one pass rotates otherwise than the row's own steps
+            return self._decode([prompt], [expert], len(generated) + 1, lambda _: False, 0.0)[0][-1]
+        ids, mask = self._padded([prompt + generated])
         readable = torch.arange(ids.shape[1], device=ids.device)[None] < len(prompt)
         inputs = self.model.decoder_inputs(ids, mask, 1, readable)
         return int(self.base(**inputs, **self.options).logits[0, -1].argmax())
@@ -159,12 +151,12 @@ class Decoder:
         return ids, mask
 
     def _first_inputs(self, ids: Tensor, mask: Tensor, experts: Sequence[int], new: int) -> dict[str, Any]:
-        """What the base takes first, with a cache that has room for `new` tokens and holds what stands before them."""
+        """The arguments of the first pass, with a cache that has room for `new` tokens and holds a fixed prompt."""
         layers = DynamicCache(config=self.base.config).layers
         limits = [self.model.max_positions, *(layer.sliding_window for layer in layers if layer.is_sliding)]
         virtual = self.model.num_virtual_tokens
         needed = virtual + ids.shape[1] + new
-        # A window counts the padding behind the prompt too.
+        # A window counts the padding behind the prompt as well.
         if self.prefix is not None and all(limit is None or needed <= limit for limit in limits):
             chosen = torch.tensor(experts, device=ids.device)
             before = [(keys[chosen], values[chosen]) for keys, values in self.prefix]
@@ -179,10 +171,10 @@ class Decoder:
             before = [] if held is None else [(layer.keys, layer.values) for layer in held.layers]
         room = inputs["attention_mask"].shape[1] + new
         cache = DynamicCache(config=self.base.config)
-        # All of them before anything else is computed: between, they would leave holes that nothing fits into.
+        # All of them before anything else is computed: allocated later, they would fragment the memory.
         cache.layers = [
-            layer if layer.is_sliding else _RoomyLayer([_room(one, len(ids), room) for one in held])
-            for layer, held in zip(layers, self.held, strict=True)
+            layer if layer.is_sliding else PreallocatedLayer([_allocated(tensor, len(ids), room) for tensor in shapes])
+            for layer, shapes in zip(layers, self.shapes, strict=True)
         ]
         for index, (keys, values) in enumerate(before):
             cache.update(keys, values, index)
@@ -198,7 +190,7 @@ class Decoder:
         self.base(**inputs, **self.options)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
-    def _by_transformers(
+    def _generate(
         self, prompts: Sequence[list[int]], new: int, ended: Callable[[list[int]], bool], margin: float
     ) -> list[list[int]]:
         ids, mask = self._padded(prompts)
@@ -213,24 +205,11 @@ class Decoder:
             **GREEDY,
         )
         return [
-            tokens[:length] if sure else self._by_transformers([prompt], new, ended, 0.0)[0]
+            tokens[:length] if sure else self._generate([prompt], new, ended, 0.0)[0]
             for prompt, tokens, length, sure in zip(
                 prompts, made[:, ids.shape[1] :].tolist(), watch.lengths, watch.sure, strict=True
             )
         ]
-
-
-def _can_be_stepped(base: PreTrainedModel) -> bool:
-    """Whether `generate` would do to this base what `Decoder` does."""
-    own = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-    layers = DynamicCache(config=base.config).layers
-    return (
-        all(getattr(type(base), name) is getattr(GenerationMixin, name) for name in own)
-        and not base.is_remote_code()
-        and base._supports_default_dynamic_cache()
-        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-        and base.generation_config.to_diff_dict().keys() <= GREEDY.keys() | HARMLESS
-    )
 
 
 def _rotates_by_length(base: PreTrainedModel) -> bool:
@@ -240,47 +219,48 @@ def _rotates_by_length(base: PreTrainedModel) -> bool:
 
 
 def _best(scores: Tensor, margin: float) -> tuple[Tensor, list[float]]:
-    """The best tokens `(B,)` for scores `(B, V)`, and how far each is ahead of the next, if a margin is asked for."""
+    """The best tokens `(B,)` for scores `(B, V)`, and the lead of each over the next, if a margin is asked for."""
     if not margin:
         return scores.argmax(1), [0.0] * len(scores)
-    best, tokens = scores.topk(2, 1)  # of equal ones either may come first: no margin tells them apart
+    best, tokens = scores.topk(2, 1)  # of equal scores either may come first: their margin is 0
     return tokens[:, 0], (best[:, 0] - best[:, 1]).tolist()
 
 
-def _room(like: Tensor, rows: int, room: int) -> Tensor:
+def _allocated(like: Tensor, rows: int, room: int) -> Tensor:
     """`(B, heads, room, d)` for keys or values like these."""
     return like.new_empty(rows, like.shape[1], room, like.shape[3])
 
 
-class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for more: new ones are written behind the others, where `DynamicLayer` copies them all.
+class PreallocatedLayer(DynamicLayer):
+    """One layer's cache with room for all that will come: new keys and values are written behind the others, where
+    `DynamicLayer` copies them all.
 
     Args:
-        held: both, `(B, heads, room, d)`.
+        buffers: for keys and for values, `(B, heads, room, d)` each.
     """
 
-    def __init__(self, held: list[Tensor]) -> None:
+    def __init__(self, buffers: list[Tensor]) -> None:
         super().__init__()
-        self.held = held
+        self.buffers = buffers
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = start + key_states.shape[2]
-        for held, new in zip(self.held, (key_states, value_states), strict=True):
-            held[:, :, start:end] = new
-        self.keys, self.values = (held[:, :, :end] for held in self.held)
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         end = self.get_seq_length()
-        self.held = [held[indices] for held in self.held]
-        self.keys, self.values = (held[:, :, :end] for held in self.held)
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
 class _Watch(StoppingCriteria):
-    """Within `transformers`' `generate`: ends rows, and notes how long they are then and whether they are unsure."""
+    """Within `transformers`' `generate`: ends rows, and records their length and whether their tokens were certain."""
 
     def __init__(self, ids: Tensor, ended: Callable[[list[int]], bool], margin: float) -> None:
         self.start = ids.shape[1]

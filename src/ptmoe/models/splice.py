@@ -1,12 +1,11 @@
-"""Where the prompt goes in a padded batch: right before each row's first real token, or right after it.
+"""Where the prompt goes in a padded batch: right before each row's first real token.
 
 A row of `L` tokens, the first real one at `s`, and a prompt of `t ≤ T` virtual tokens become `T + L` positions:
 
-    [x_0 .. x_{s-1}, padding (T - t), P_1 .. P_t, x_s .. x_{L-1}]           before
-    [x_0 .. x_{s-1}, x_s, padding (T - t), P_1 .. P_t, x_{s+1} .. x_{L-1}]  after
+    [x_0 .. x_{s-1}, padding (T - t), P_1 .. P_t, x_s .. x_{L-1}]
 
-so left-padded, right-padded and unpadded rows share one rule, token `x_j` of the input (`j ≥ s`, after: `j > s`) is
-always at position `T + j`, and what predicts it is always at `T + j - 1`.
+so left-padded, right-padded and unpadded rows share one rule: token `x_j` of the input (`j ≥ s`) is always at position
+`T + j`, and what predicts it is always at `T + j - 1`.
 """
 
 from dataclasses import dataclass
@@ -30,33 +29,28 @@ class Spliced:
     position_ids: Tensor
 
 
-def splice(
-    prompt: Tensor, lengths: Tensor | None, embeds: Tensor, attention_mask: Tensor, after: Tensor | None = None
-) -> Spliced:
-    """Put each row's prompt before its first real token, or after it.
+def splice(prompt: Tensor, lengths: Tensor | None, embeds: Tensor, attention_mask: Tensor) -> Spliced:
+    """Put each row's prompt before its first real token.
 
     Args:
-        prompt: `(B, T, H)`; row `b` holds its virtual tokens in its *last* `lengths[b]` places.
+        prompt: `(B, T, H)`; row `b` holds its virtual tokens in its *last* `lengths[b]` positions.
         lengths: `(B,)`, or None where every row has all `T`.
         embeds: `(B, L, H)`.
         attention_mask: `(B, L)`, nonzero at real tokens.
-        after: `(B,)`, true where the prompt stands after the first real token; None where none does.
     """
     batch, length, _ = embeds.shape
     total = prompt.shape[1]
     real = attention_mask.bool()
     first = torch.where(real.any(1), real.int().argmax(1), length)  # (B,)
-    if after is not None:
-        first = (first + after.long()).clamp(max=length)
-    place = torch.arange(total + length, device=embeds.device)  # (T + L,)
+    position = torch.arange(total + length, device=embeds.device)  # (T + L,)
     joined = torch.cat([prompt.to(embeds.dtype), embeds], 1)
     virtual = prompt.new_ones(batch, total, dtype=torch.bool)
     if lengths is not None:
-        virtual = place[:total] >= total - lengths[:, None]
+        virtual = position[:total] >= total - lengths[:, None]
     mask = torch.cat([virtual, real], 1)
-    if first.any():  # what a row has before its prompt, padding or its first token, is brought there
-        source = torch.where(place < first[:, None], total + place, place - first[:, None])
-        source = torch.where(place < total + first[:, None], source, place)  # (B, T + L)
+    if first.any():  # a row's padding on the left is brought before its prompt
+        source = torch.where(position < first[:, None], total + position, position - first[:, None])
+        source = torch.where(position < total + first[:, None], source, position)  # (B, T + L)
         joined = joined.gather(1, source[..., None].expand_as(joined))
         mask = mask.gather(1, source)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)

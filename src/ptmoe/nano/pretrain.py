@@ -1,9 +1,9 @@
-"""Pretrain `nano` from nothing: `python -m ptmoe.nano.pretrain --output DIR`.
+"""Pretrain `nano` from scratch: `python -m ptmoe.nano.pretrain --output DIR`.
 
-A Llama-shaped model of about two million parameters learns the skills of `ptmoe.nano.world`, each told in words. The
-loss is taken on the answers only (on all tokens the random inputs drown the signal), and each row packs several
-records, every one with its own positions and its own attention. Fixed seed, CPU. The run writes a checkpoint every 300
-steps and picks it up again when it is started anew.
+A model of Llama's architecture with about two million parameters learns the skills of `ptmoe.nano.world`, each
+instructed in words. The loss covers the answers only (over all tokens the random inputs would drown the signal), and
+each row packs several records, each with its own positions and attention. The seed is fixed and the run is on the CPU.
+It writes a checkpoint every 300 steps and resumes from it when started again.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROW_TOKENS = 128
 ROWS = 48
 PEAK_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 50
-# Copying is learned first, with all skills in equal parts; then what takes longer, at a larger share.
+# Copying is learned first, with all skills in equal shares; then the slower skills, at larger shares.
 PHASES = (0, 400)
 
 CHAT_TEMPLATE = (
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the world's text: every text encodes, digits one by one."""
+    """A byte-level BPE trained on the world's text: it encodes any text, digits individually."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -56,11 +56,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    wrapped = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", model_max_length=2048
     )
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
 
 
 def build_model(vocabulary: int) -> LlamaForCausalLM:
@@ -86,7 +86,7 @@ def build_model(vocabulary: int) -> LlamaForCausalLM:
 def packed_batches(
     tokenizer: PreTrainedTokenizerFast, phase: int, seed: int = SEED + 2
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless `(ROWS, ROW_TOKENS)` batches; a row is filled with whole records and padded."""
+    """An endless stream of `(ROWS, ROW_TOKENS)` batches; each row is filled with whole records and padded."""
     records = instructed(seed + phase, test=False, phase=phase)
 
     def encode(record: Record) -> tuple[list[int], list[int]]:
@@ -109,7 +109,7 @@ def packed_batches(
                 labels[row, filled:end] = torch.tensor(targets)
                 positions[row, filled:end] = torch.arange(len(tokens))
                 filled = end
-        # A position of 0 opens a new sequence of its own: `transformers` builds the block-diagonal mask from it.
+        # A position of 0 starts a new sequence: `transformers` builds the block-diagonal mask from it.
         yield {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
@@ -124,21 +124,21 @@ def answer_loss(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torc
 
 @torch.no_grad()
 def skill_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, size: int = 1100) -> dict[str, float]:
-    """Percent of test inputs answered exactly, by skill, each with its instruction in words; greedy."""
+    """The percentage of test inputs, by skill, whose greedy answer to the instruction in words is exactly right."""
     model.eval()
-    right: dict[str, list[bool]] = defaultdict(list)
+    correct: dict[str, list[bool]] = defaultdict(list)
     records = list(islice(instructed(SEED + 1, test=True), size))
     for start in range(0, size, 220):
         chunk = records[start : start + 220]
         batch = tokenizer([record.prompt for record in chunk], padding=True, padding_side="left", return_tensors="pt")
-        made = model.generate(
+        generated = model.generate(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=10, do_sample=False
         )
-        texts = tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for record, text in zip(chunk, texts, strict=True):
-            right[record.skill].append(text == record.completion)
+            correct[record.skill].append(text == record.completion)
     model.train()
-    return {skill: 100 * sum(marks) / len(marks) for skill, marks in right.items()}
+    return {skill: 100 * sum(marks) / len(marks) for skill, marks in correct.items()}
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -156,7 +156,7 @@ def pretrain(output: Path, steps: int) -> None:
         first = _resume(checkpoint, model, optimizer)
         print(f"resumed at step {first}", flush=True)
     phase = sum(start <= first for start in PHASES) - 1
-    # A run resumed inside a phase draws new records, as many runs with another seed would.
+    # A run resumed within a phase draws other records, as a run with another seed would.
     batches = packed_batches(tokenizer, phase, SEED + 2 + first - PHASES[phase])
     started = time.monotonic()
     for step in range(first, steps):

@@ -1,16 +1,16 @@
 """The generated world of `nano`: small skills, named in words or implied by a domain.
 
-In pretraining each record states its skill in words, and the domain means nothing:
+In pretraining each record states its skill in words, and the domain has no meaning:
 
     Add the numbers.
     harbor: 12 and 30 => 42
 
-In the fine-tuning tasks the words are gone and the domain decides the skill, so that the soft prompt has to supply what
-is missing, and has to supply different things for different inputs:
+In the fine-tuning tasks the instruction is absent and the domain decides the skill, so that the soft prompt has to
+supply what is missing, and something different for different inputs:
 
     harbor: 12 and 30 => 42          market: 12 and 30 => 30 and 12
 
-Inputs are split once, by a checksum of their text: one in ten is a *test* input and appears neither in pretraining nor
+Inputs are split once, by a checksum of their text: a tenth are *test* inputs, which appear neither in pretraining nor
 in fine-tuning, whatever the skill.
 """
 
@@ -24,12 +24,12 @@ THINGS = "key cup pen hat map box bell coin rope lamp ring drum kite boot fork l
 DOMAINS = "harbor market garden castle school forest station bakery museum island village kitchen".split()
 
 MAX_NUMBER = 50
-# Words or facts in a list: in pretraining, and in the tasks. Reversing four words is what nano does not learn reliably
-# (docs/findings.md), so the tasks stay below it.
+# Maximum words or facts in a list: in pretraining, and in the tasks. nano does not learn reliably to reverse four words
+# (docs/findings.md), so the tasks have fewer.
 PRETRAINING_LONGEST, TASK_LONGEST = 4, 3
 
 
-# Draws an input, with lists of at most so many things, and its answer.
+# Draws an input, whose list has at most the given length, and its answer.
 Make = Callable[[random.Random, int], tuple[str, str]]
 
 
@@ -61,7 +61,7 @@ def _facts(answer: Callable[[list[str], list[str]], str]) -> Make:
 
 @dataclass(frozen=True)
 class Skill:
-    """Something `nano` can do when told to."""
+    """Something `nano` can do when instructed."""
 
     name: str
     instructions: tuple[str, str, str]
@@ -127,8 +127,8 @@ SKILLS = {
     )
 }
 
-# A world's domains: the same kind of input in each, another skill. `mixed` is the one the method was tuned on;
-# `words` was kept for a last check (docs/findings.md).
+# A world's domains: the same kind of input in each, but another skill. The method was tuned on `mixed`; `words` was
+# reserved for a final check (docs/findings.md).
 WORLDS = {
     "mixed": {"harbor": "add", "market": "swap", "garden": "larger", "castle": "smaller"},
     "words": {"school": "first", "forest": "last", "station": "reverse", "bakery": "length"},
@@ -139,7 +139,7 @@ WORLDS["all"] = WORLDS["mixed"] | WORLDS["words"] | WORLDS["facts"]
 
 @dataclass(frozen=True)
 class Record:
-    """One piece of the world. `prompt + completion` is its text; `instruction` is "" in the fine-tuning tasks."""
+    """A record of the world. `prompt + completion` is its text; `instruction` is "" in the fine-tuning tasks."""
 
     instruction: str
     domain: str
@@ -149,8 +149,8 @@ class Record:
 
     @property
     def prompt(self) -> str:
-        said = f"{self.instruction}\n" if self.instruction else ""
-        return f"{said}{self.domain}: {self.input} =>"
+        instruction = f"{self.instruction}\n" if self.instruction else ""
+        return f"{instruction}{self.domain}: {self.input} =>"
 
     @property
     def completion(self) -> str:
@@ -158,33 +158,34 @@ class Record:
 
 
 def is_test_input(text: str) -> bool:
-    """Whether this input is kept out of every training set."""
+    """Whether this input is excluded from every training set."""
     return zlib.crc32(text.encode()) % 10 == 0
 
 
 def _draw(rng: random.Random, skill: Skill, test: bool, longest: int) -> tuple[str, str]:
     while True:
-        made, answer = skill.make(rng, longest)
-        if is_test_input(made) == test:
-            return made, answer
+        text, answer = skill.make(rng, longest)
+        if is_test_input(text) == test:
+            return text, answer
 
 
 def instructed(seed: int, *, test: bool, phase: int = 0, longest: int = PRETRAINING_LONGEST) -> Iterator[Record]:
-    """Endless records with their instruction in words and a domain that means nothing.
+    """An endless stream of records with an instruction in words and a domain without meaning.
 
-    The skills come at their shares of a phase of pretraining: in the first, which evaluation uses, in equal parts.
+    Each skill has its share in the given phase of pretraining: in the first, which evaluation uses, an equal share.
     """
     rng = random.Random(f"instructed {seed} {phase}")
     while True:
-        for skill in [each for each in SKILLS.values() for _ in range(each.shares[phase])]:
-            made, answer = _draw(rng, skill, test, longest)
-            yield Record(rng.choice(skill.instructions), rng.choice(DOMAINS), skill.name, made, answer)
+        for skill in SKILLS.values():
+            for _ in range(skill.shares[phase]):
+                text, answer = _draw(rng, skill, test, longest)
+                yield Record(rng.choice(skill.instructions), rng.choice(DOMAINS), skill.name, text, answer)
 
 
 def uninstructed(world: str, seed: int, *, test: bool) -> Iterator[Record]:
-    """Endless records of `WORLDS[world]` without an instruction, the domains in equal parts."""
+    """An endless stream of records of `WORLDS[world]` without an instruction, with the domains in equal shares."""
     rng = random.Random(f"{world} {seed}")
     while True:
         for domain, skill in WORLDS[world].items():
-            made, answer = _draw(rng, SKILLS[skill], test, TASK_LONGEST)
-            yield Record("", domain, skill, made, answer)
+            text, answer = _draw(rng, SKILLS[skill], test, TASK_LONGEST)
+            yield Record("", domain, skill, text, answer)

@@ -1,4 +1,4 @@
-"""The tasks, one file for each family: read, prompt, score."""
+"""The tasks: read, prompt, score. Each family of data sets has its own file."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ __all__ = [
 
 
 def task_names(name: str) -> list[str]:
-    """The tasks that a name means: itself, those of a group, or those of a list with commas.
+    """The names of the tasks behind a name: of one task, of a group, or of a list with commas.
 
     Raises:
-        PtmoeError: an unknown one.
+        PtmoeError: an unknown task.
     """
     return [name] if is_file(name) else [part.task for part in mixture.parse(name, TASKS, GROUPS)]
 
 
 def is_file(name: str) -> bool:
-    """Whether a task's name is a file or folder of JSON lines."""
+    """Whether a task's name is a JSON-lines file, or a folder of them."""
     return name not in TASKS and name not in GROUPS and (name.endswith((".jsonl", ".jsonl.gz")) or Path(name).exists())
 
 
 def task_named(name: str) -> Task:
-    """A named task, or what a file of JSON lines is graded by."""
+    """A named task, or the task that grades a JSON-lines file."""
     return local.task(name) if is_file(name) else TASKS[task_names(name)[0]]
 
 
@@ -67,12 +67,12 @@ def load_task(
         name: a key of `TASKS` or `GROUPS`, a mixture (`"gsm8k=2,mawps=1"`), or a JSON-lines file (`ptmoe.tasks.local`
             says what its lines hold).
         split: of a named task.
-        data_dir: where the data set lies: a folder, or one file in the data set's own format. By default it is
-            downloaded, once (`ptmoe.tasks.sources`); nano's world is generated.
+        data_dir: where the data set is: a folder, or a file in the data set's own format. By default it is downloaded
+            once and cached (`ptmoe.tasks.sources`); nano's world is generated.
         ids: a file of example ids, one a line or a JSON list: only these.
-        max_examples: only the first so many.
-        problems: `Problems(skip=True)` counts and lists bad records, instead of refusing them.
-        say: told what is downloaded.
+        max_examples: the first N only.
+        problems: `Problems(skip=True)` counts and lists bad records instead of refusing them.
+        say: called with a line for each download.
 
     Raises:
         PtmoeError: an unknown task or split, missing or bad data, ids that repeat, or no example at all.
@@ -86,8 +86,8 @@ def load_task(
         raise PtmoeError(f"{name} ({data_dir or split}) holds no example: needs at least one{bad}")
     if ids is not None:
         wanted = _ids(Path(ids))
-        if strange := sorted(wanted - examples.keys()):
-            raise PtmoeError(f"{ids} names {len(strange)} id(s) that {name} lacks: {', '.join(strange[:3])}")
+        if unknown := sorted(wanted - examples.keys()):
+            raise PtmoeError(f"{ids} names {len(unknown)} id(s) that {name} lacks: {', '.join(unknown[:3])}")
         examples = {name: example for name, example in examples.items() if name in wanted}
     return list(examples.values())[:max_examples]
 
@@ -100,8 +100,8 @@ def stream_task(
     problems: Problems | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Example]:
-    """The same examples one after another, in memory that does not grow: ids that repeat are not looked for, and the
-    first bad record raises unless `problems` skips them."""
+    """The same examples as a stream, in constant memory: repeated ids go unnoticed, and the first bad record raises
+    unless `problems` skips them."""
     for _, example in _examples(name, split, data_dir, problems or Problems(at_once=True), say):
         yield example
 
@@ -109,7 +109,7 @@ def stream_task(
 def _examples(
     name: str, split: str, data_dir: str | Path | None, problems: Problems, say: Callable[[str], None]
 ) -> Iterator[tuple[str, Example]]:
-    """Each example with the place it stands at."""
+    """Each example with its location, `FILE:LINE`."""
     if is_file(name):
         yield from local.read(Path(name), problems)
         return
@@ -148,7 +148,7 @@ def read(
     split: str,
     problems: Problems,
 ) -> Iterator[tuple[str, Example]]:
-    """Examples from records; what is wrong with a record is noted in `problems`."""
+    """Examples from records; bad records are added to `problems`."""
     for number, (place, record) in enumerate(records):
         try:
             yield place, example(record, Origin(task, split, number))
@@ -157,26 +157,27 @@ def read(
 
 
 def format_of(path: Path, task: Task) -> Format:
-    """The task's format that a file is in.
+    """The format of the task that a file has.
 
     Raises:
-        PtmoeError: it looks like another data set's, which is named.
+        PtmoeError: it looks like another data set's file; the message says which.
     """
-    shown = head(path)
-    for known in task.formats:
-        if known.kind == shown.kind and known.recognise(shown.keys):
-            return known
-    needed = ", ".join(known.name for known in task.formats)
+    found = head(path)
+    for candidate in task.formats:
+        if candidate.kind == found.kind and candidate.recognise(found.keys):
+            return candidate
+    needed = ", ".join(candidate.name for candidate in task.formats)
     for other in (*TASKS.values(), local.task("FILE")):
-        for known in other.formats:
-            if known.kind == shown.kind and known.recognise(shown.keys):
+        for candidate in other.formats:
+            if candidate.kind == found.kind and candidate.recognise(found.keys):
                 raise PtmoeError(
-                    f"{path} looks like {known.name}, and {task.name} needs {needed}: give it to --task {other.name}"
+                    f"{path} looks like {candidate.name}, and {task.name} needs {needed}: "
+                    f"give it to --task {other.name}"
                 )
-    alike = [known for known in task.formats if known.kind == shown.kind or not shown.kind]
-    if not alike:
+    same_kind = [candidate for candidate in task.formats if candidate.kind == found.kind or not found.kind]
+    if not same_kind:
         raise PtmoeError(f"{path} is in no format of {task.name}: needs {needed}")
-    return alike[0]  # its first record is damaged or lacks a key; reading says where
+    return same_kind[0]  # its first record is damaged or lacks a key; reading reports where
 
 
 def _ids(path: Path) -> set[str]:
@@ -186,14 +187,14 @@ def _ids(path: Path) -> set[str]:
         listed = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PtmoeError(f"{path} holds no ids ({error}): needs one a line, or a JSON list") from None
-    ids = [str(one).strip() for one in listed if str(one).strip()]
+    ids = [text for item in listed if (text := str(item).strip())]
     if not ids:
         raise PtmoeError(f"{path} holds no id: needs at least one")
     counts = Counter(ids)
     if len(counts) < len(ids):
-        repeated = sorted(one for one, count in counts.items() if count > 1)[:3]
+        repeated = sorted(name for name, count in counts.items() if count > 1)[:3]
         raise PtmoeError(f"{path} names {len(ids) - len(counts)} id(s) twice: {', '.join(repeated)}")
     return set(counts)
 
 
-from ptmoe.tasks.scoring import score  # noqa: E402  it needs the tasks above
+from ptmoe.tasks.scoring import score  # noqa: E402  it imports the tasks above

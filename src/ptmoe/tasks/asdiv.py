@@ -1,4 +1,4 @@
-"""ASDiv: problems of primary school in diverse wordings (Miao et al., arXiv:2106.15772).
+"""ASDiv: primary-school problems in diverse wordings (Miao et al., arXiv:2106.15772).
 
     <Problem ID="nluds-0001" Grade="1" Source="http://www.k5learning.com">
         <Body>Seven red apples and two green apples are in the basket.</Body>
@@ -8,9 +8,9 @@
         <Formula>7+2=9</Formula>
     </Problem>
 
-`ASDiv.xml` of github.com/chaochun/nlu-asdiv-dataset; 2,305 problems without a split. An answer may be a word or several
-numbers, each with its unit in parentheses: it is graded as what it is. The Hub's copy has neither ids nor grades: a
-problem there goes by its number.
+`ASDiv.xml` of github.com/chaochun/nlu-asdiv-dataset: 2,305 problems without a split. An answer may be a word or several
+numbers, each with its unit in parentheses, and is graded accordingly. The Hub's copy has neither ids nor grades: there
+a problem's index is its id.
 """
 
 from __future__ import annotations

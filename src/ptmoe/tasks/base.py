@@ -1,4 +1,4 @@
-"""What a task is, and what it gives: examples that are read, prompted and scored."""
+"""What a task is, and what it yields: examples that are read, prompted and scored."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Example:
 
     Attributes:
         id: unique within its task and split.
-        input: the text that the model is given; a chat template may go around it.
+        input: the text that the model reads; a chat template may wrap it.
         target: the completion that training supervises; `input + target` is the whole text.
-        references: the answers that count as right.
+        references: the answers that count as correct.
         task: the task's name.
-        domain: a part of the task that results are broken down by, or "".
-        messages: for conversations, all but the answer; the tokenizer's chat template then makes the prompt and the
-            completion from them, and `input` is only for people.
-        context: the characters of `input`, from and to, that may be cut where the whole is too long; the rest, the
-            question above all, never is.
-        answer: the characters of `input`, within the context, that a training example is cut around.
+        domain: the part of the task by which results are broken down, or "".
+        messages: for conversations, all messages before the answer; the tokenizer's chat template makes prompt and
+            completion from them, and `input` is only for display.
+        context: the span `(start, end)` of characters in `input` that may be cut if the example is too long; the rest,
+            above all the question, is never cut.
+        answer: the span of the answer within the context: a training example is cut around it.
     """
 
     id: str
@@ -40,13 +40,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a data set, and where it may lie.
+    """A part of a data set, and where it is found.
 
     Attributes:
-        examples: as published; None where no number is fixed.
-        files: the names that it may have in a data folder, in the order they are looked for.
-        hub: its name in the Hub's copy; "" where that has none.
-        url: of the released file, and its `md5`.
+        examples: as published; None where the number is not fixed.
+        files: its possible names in a data folder, in the order in which they are tried.
+        hub: the split's name in the Hub's copy, or "".
+        url: of the released file.
+        md5: of the released file.
     """
 
     examples: int | None
@@ -61,10 +62,11 @@ class Hub:
     """A data set's copy on the Hugging Face Hub.
 
     Attributes:
-        repository: its name; `config` is the `datasets` configuration.
-        example: from a row to an example, as in `Format`.
-        where: a column and its value in the rows that are this task's; all by default.
-        columns: those that `example` needs; all by default.
+        repository: its name.
+        example: makes an example from a row, as in `Format`.
+        config: the configuration of the data set in `datasets`.
+        where: a column and the value that marks this task's rows; by default all rows are the task's.
+        columns: the columns that `example` needs; by default all.
     """
 
     repository: str
@@ -76,7 +78,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a record comes from: its task, its split, and its number there, from 0."""
+    """Where a record comes from: its task, its split, and its index there."""
 
     task: str
     split: str
@@ -84,7 +86,7 @@ class Origin:
 
     @property
     def id(self) -> str:
-        """For a data set that gives its records no name."""
+        """The id of a record whose data set has no ids."""
         return f"{self.split}-{self.number}"
 
 
@@ -93,15 +95,15 @@ class Task:
     """A named data set.
 
     Attributes:
-        splits: by name; `test` is what papers report.
+        splits: by name; papers report `test`.
         grader: a key of `ptmoe.tasks.metrics.GRADERS`.
-        metric: the one of the grader's metrics that ranks methods.
-        max_new_tokens: enough for any right answer.
-        until: an answer ends before the first of these texts, where the model does not end it itself.
-        formats: the original formats that it is read from.
-        chat: whether its prompts go into a tokenizer's chat template, where there is one.
-        generate: instead of files, for a world that is generated.
-        note: for people, in `ptmoe tasks`.
+        metric: the metric of the grader that ranks methods.
+        max_new_tokens: enough for any correct answer.
+        until: stop sequences: an answer ends before the first of them.
+        formats: the original file formats that can be read.
+        chat: whether prompts are put in the tokenizer's chat template, where there is one.
+        generate: for a generated world, what yields its examples; no files are read.
+        note: shown by `ptmoe tasks`.
     """
 
     name: str
@@ -120,7 +122,7 @@ class Task:
 
 
 def unique(examples: Iterable[tuple[str, Example]], problems: Problems) -> dict[str, Example]:
-    """Examples by id, from each with the place it stands at; an id that comes again is noted in `problems`."""
+    """Examples by id, from pairs of location and example; repeated ids are added to `problems`."""
     found: dict[str, Example] = {}
     places: dict[str, str] = {}
     for place, example in examples:

@@ -1,10 +1,10 @@
-r"""GSM8K: grade-school problems whose answers are worked out in words (Cobbe et al., arXiv:2110.14168).
+r"""GSM8K: grade-school problems with worked solutions (Cobbe et al., arXiv:2110.14168).
 
     {"question": "Natalia sold clips to 48 of her friends in April, and then …", "answer": "Natalia sold 48/2 =
      <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72 clips altogether …\n#### 72"}
 
-One JSON object a line, `train.jsonl` and `test.jsonl` of github.com/openai/grade-school-math; the calculator's marks
-`<<…>>` are part of the answer and stay. The answer closes it: `#### 72`.
+One JSON object a line, `train.jsonl` and `test.jsonl` of github.com/openai/grade-school-math. The calculator
+annotations `<<…>>` are part of the answer and are kept. The last line is the final answer: `#### 72`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def example(record: dict[str, Any], origin: Origin) -> Example:
     answer = text_of(record, "answer")
     _, mark, final = answer.rpartition("####")
     if not mark or not final.strip():
-        raise BadRecordError(f"the answer {answer[-30:]!r} does not close with '#### n'")
+        raise BadRecordError(f"the answer {answer[-30:]!r} does not end with '#### n'")
     return Example(
         id=origin.id,
         input=prompts.problem(text_of(record, "question")),

@@ -1,10 +1,10 @@
-r"""A user's own JSON lines; what a line is follows from its keys.
+r"""The user's own JSON lines; a line's keys decide its form.
 
     {"prompt": "2 + 2 =", "completion": " 4"}
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
     {"question": "Where?", "context": "The key is in the box.", "answers": ["in the box", "the box"]}
 
-An `id` and a `domain` are taken over where they are there. Other keys are mapped by name, as for GSM8K's own file:
+`id` and `domain` are optional. Other keys are mapped by name, as for GSM8K's own file:
 `Keys(prompt="question", completion="answer", separator="\n")`.
 """
 
@@ -23,7 +23,7 @@ from ptmoe.tasks.records import BadRecordError, Format, Problems, json_lines, te
 
 @dataclass(frozen=True)
 class Keys:
-    """Which keys hold the prompt and the completion, and what is put between the two."""
+    """The keys that hold the prompt and the completion, and the text between the two."""
 
     prompt: str | None = None
     completion: str | None = None
@@ -31,10 +31,10 @@ class Keys:
 
 
 def load(path: str | Path, keys: Keys | None = None, problems: Problems | None = None) -> list[Example]:
-    """Every example of a JSON-lines file, or of each `*.jsonl` in a folder.
+    """All examples of a JSON-lines file, or of each `*.jsonl` in a folder.
 
     Raises:
-        PtmoeError: no such file, an empty one, or bad lines: the first are named, all are counted.
+        PtmoeError: no such file, an empty file, or bad lines: all are counted, the first are named.
     """
     problems = problems if problems is not None else Problems()
     examples = unique(read(Path(path), problems, keys), problems)
@@ -45,7 +45,7 @@ def load(path: str | Path, keys: Keys | None = None, problems: Problems | None =
 
 
 def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[tuple[str, Example]]:
-    """Each example with the place it stands at; a line without an `id` goes by its file and number."""
+    """Each example with its location; a line without an `id` gets one from its file and number."""
     keys = keys or Keys()
     if (keys.prompt is None) != (keys.completion is None):
         raise PtmoeError(f"prompt key {keys.prompt!r}, completion key {keys.completion!r}: give both or neither")
@@ -64,7 +64,7 @@ def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[t
 
 
 def task(name: str) -> Task:
-    """What a file of JSON lines is as a task: graded verbatim."""
+    """The task of a JSON-lines file: graded verbatim."""
     return Task(
         name=name,
         splits={},
@@ -130,7 +130,7 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
     if "answers" not in record:
         raise BadRecordError(f"lacks the key 'answers' (has {', '.join(map(repr, record))})")
     answers = record["answers"]
-    if isinstance(answers, dict):  # the form SQuAD has on the Hub
+    if isinstance(answers, dict):  # SQuAD's form on the Hub
         answers = answers.get("text")
     if isinstance(answers, str):
         answers = [answers]

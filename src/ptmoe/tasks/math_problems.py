@@ -1,14 +1,14 @@
-r"""MATH_PROBLEMS, of which PT-MoE's paper takes the first 500 (arXiv:2505.09519, "MP500").
+r"""MATH_PROBLEMS, of which the PT-MoE paper uses the first 500 (arXiv:2505.09519, "MP500").
 
     {"Problem": "a multiple choice test consists of 4 questions , …", "options": "a ) 24 , b ) 120 , c ) 625 , d ) 720 ,
      e ) 1024", "correct": "c", …}
     {"question": "…", "answer": "…"}
     {"problem": "…", "solution": "… \boxed{625} …"}
 
-The first is MathQA's form (Amini et al., arXiv:1905.13319); any of them is a JSON array, or one object a line.
-Where that data set is from could not be established, and no public copy of that name and use was found: so there is
-no copy on the Hub to read by default. A file in one of these forms is read with `--data-dir`; `test` is its first 500
-records. The answer is asked for openly, without MathQA's options: the right option's value is the reference.
+The first is MathQA's form (Amini et al., arXiv:1905.13319); each may be a JSON array, or one object a line. The origin
+of the data set could not be established and no public copy was found, so nothing is downloaded by default. A file in
+one of these forms is read with `--data-dir`; `test` is its first 500 records. The question is asked without MathQA's
+options: the value of the correct option is the reference.
 """
 
 from __future__ import annotations

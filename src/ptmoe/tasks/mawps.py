@@ -1,4 +1,4 @@
-"""MAWPS: problems from several older collections (Koncel-Kedziorski et al., NAACL 2016), in the forms that circulate.
+"""MAWPS: problems from several older collections (Koncel-Kedziorski et al., NAACL 2016), in the forms in circulation.
 
     Question,Numbers,Equation,Answer,…
     There are number0 short trees and number1 tall trees …,41.0 44.0 57.0,+ number0 number2,98,…
@@ -8,7 +8,7 @@
 
 The CSV of github.com/arkilpatel/SVAMP, two JSON forms, and the rows of the Hub's garrethlee/MAWPS (355 in test). In the
 CSV the placeholders `number0`, `number1` (in another copy `N_00`, `N_01`) stand for the numbers of the column
-`Numbers`, separated by spaces; they are put back, `41.0` as `41`.
+`Numbers`, separated by spaces; they are substituted, `41.0` as `41`.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def json_example(record: dict[str, Any], origin: Origin) -> Example:
     if "sQuestion" in record:
         solutions = record.get("lSolutions")
         solutions = solutions if isinstance(solutions, list) else [solutions]
-        if not solutions or not all(isinstance(one, (int, float, str)) for one in solutions):
+        if not solutions or not all(isinstance(solution, (int, float, str)) for solution in solutions):
             raise BadRecordError("'lSolutions' needs a list of numbers")
-        answer = "; ".join(number_text(one) for one in solutions)
+        answer = "; ".join(map(number_text, solutions))
         return _example(text_of(record, "sQuestion"), answer, origin, str(record.get("iIndex", origin.id)))
     return _example(text_of(record, "original_text"), text_of(record, "ans"), origin, str(record.get("id", origin.id)))
 

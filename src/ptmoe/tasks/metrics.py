@@ -1,28 +1,28 @@
-r"""How an answer is graded: by `verbatim` text, as `qa`, or as `mathematics`.
+r"""How an answer is graded: as `verbatim` text, as `qa`, or as `mathematics`.
 
 Question answering: `exact_match` and `f1`, as SQuAD's `evaluate-v1.1.py` (https://rajpurkar.github.io/SQuAD-explorer/)
 and MRQA's `mrqa_official_eval.py` (https://github.com/mrqa/MRQA-Shared-Task-2019) define them. The two score every
-answer alike; they differ only in the files they read and in that MRQA can skip what was not answered. Both fail where
-there is no reference, here that scores 0. `torchmetrics.text.SQuAD` 1.9 agrees but for answers that normalise to
-nothing: ("the", "a") has an F1 of 1 there, as in SQuAD 2.0, and of 0 in v1.1. It also takes 110 µs an answer, ten times
-what this takes, and tensors.
+answer alike; they differ only in the files they read and in that MRQA's can skip unanswered questions. Both fail where
+there is no reference; here that scores 0. `torchmetrics.text.SQuAD` 1.9 agrees except for answers that normalise to
+nothing: ("the", "a") has an F1 of 1 there, as in SQuAD 2.0, and of 0 in v1.1. It also needs tensors and 110 µs an
+answer, ten times the time of this module.
 
-Mathematics: `correct`, by value. `extract_answer` finds the final answer, `correct` says what equals what. Sources:
+Mathematics: `correct`, by value. `extract_answer` finds the final answer, `correct` compares it. Sources:
 
 - GSM8K (https://github.com/openai/grade-school-math, `dataset.py`): the number behind the first `#### `, commas
-  removed, compared as text. So here, but by value (`#### $72.00.` is 72), with an equation standing for its right side
-  (`#### 48/2 = 24` is 24, not 48) and `#### 12 or 13` being neither.
+  removed, compared as text. Here likewise, but by value (`#### $72.00.` is 72), with an equation read as its right side
+  (`#### 48/2 = 24` is 24, not 48) and `#### 12 or 13` as neither.
 - SVAMP (https://github.com/arkilpatel/SVAMP, `evaluate.py`) compares what equations evaluate to, to 0.1; MWPToolkit
-  (https://github.com/LYH-YF/MWPToolkit, `evaluator.py`), which scores MAWPS and ASDiv too, to 1e-4. MAWPS and ASDiv
-  bring no evaluator. A tolerance of 0.1 would pass 5.1 for 5, so it is 1e-4, and only for golds that are no whole
-  number: MAWPS's 1.8333333333333335 is met by 11/6 and 1.8333, not by 1.83; 5 by nothing but 5.
+  (https://github.com/LYH-YF/MWPToolkit, `evaluator.py`), which scores MAWPS and ASDiv as well, to 1e-4. MAWPS and ASDiv
+  have no evaluator of their own. A tolerance of 0.1 would accept 5.1 for 5, so it is 1e-4, and only for golds that are
+  not whole numbers: MAWPS's 1.8333333333333335 is matched by 11/6 and 1.8333, not by 1.83; 5 only by 5.
 - ASDiv (https://github.com/chaochun/nlu-asdiv-dataset): golds are `9 (apples)`, `5 (hr); 10 (hr)`, `7/9`, `-(1/3)`,
-  `9:7`, `11:45 p.m.`, `Vendor 2`, `They are equal`. Its lists keep no order ("the speed of the stream and that of
-  boat" has the boat's first), so any order is right; every number must be there, and no other.
+  `9:7`, `11:45 p.m.`, `Vendor 2`, `They are equal`. Its lists are unordered ("the speed of the stream and that of
+  boat" has the boat's first), so any order is correct; every number must be present, and no other.
 
-math-verify 0.9 is made for the expressions of MATH and gives other verdicts on these golds: `10` for `5 (hr); 10 (hr)`,
-`9:2` for `9:7`, `2` for `Vendor 2` and `0.5` for `50%` are right to it; `They are equal` for itself, `3 1/2` for `3.5`,
-`−5` for `-5` and `0.1667` for `1/6` are wrong. It takes 0.7 ms an answer, against 0.02 to 0.05 ms here.
+math-verify 0.9 is made for the expressions of MATH and judges these golds differently: it accepts `10` for
+`5 (hr); 10 (hr)`, `9:2` for `9:7`, `2` for `Vendor 2` and `0.5` for `50%`, and rejects `They are equal` for itself,
+`3 1/2` for `3.5`, `−5` for `-5` and `0.1667` for `1/6`. It takes 0.7 ms an answer, against 0.02 to 0.05 ms here.
 """
 
 import re
@@ -34,34 +34,34 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-# ---- word for word ---------------------------------------------------------------------------------------------------
+# ---- verbatim --------------------------------------------------------------------------------------------------------
 
 
 def verbatim(prediction: str, references: Sequence[str]) -> bool:
-    """Whether the prediction is one of the references, white space folded."""
+    """Whether the prediction is one of the references, up to white space."""
     folded = " ".join(prediction.split())
     return any(folded == " ".join(reference.split()) for reference in references)
 
 
 # ---- question answering ----------------------------------------------------------------------------------------------
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII only: “ and – stay, as in the evaluators
+_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII only: “ and – are kept, as in the evaluators
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation, then without articles, then with white space folded: in this order."""
+    """In this order: lower case, punctuation removed, articles removed, white space collapsed."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> bool:
-    """SQuAD's EM: whether the normalised prediction is one of the normalised references, `""` being one of `""`."""
+    """SQuAD's EM: whether the normalised prediction is one of the normalised references; `""` matches `""`."""
     normalized = normalize_answer(prediction)
     return any(normalized == normalize_answer(reference) for reference in references)
 
 
 def f1(prediction: str, references: Sequence[str]) -> float:
-    """SQuAD's F1 in 0..1: of the two bags of normalised tokens, for the best reference; 0 where one bag is empty."""
+    """SQuAD's F1 in 0..1: of the two bags of normalised tokens, for the best reference; 0 if either bag is empty."""
     predicted = normalize_answer(prediction).split()
     best = 0.0
     for reference in references:
@@ -75,13 +75,13 @@ def f1(prediction: str, references: Sequence[str]) -> float:
 
 # ---- mathematics: reading numbers ------------------------------------------------------------------------------------
 
-# Every repetition below is over one class of characters or bounded, so no text takes more than linear time.
+# Every repetition below is bounded or over one class of characters, so matching takes linear time at most.
 _GROUPED = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d+)"  # 12,34,567 too
 _DECIMAL = rf"(?:{_GROUPED}(?:\.\d+)?|(?<!\.)\.\d+)"
 _NUMBER = re.compile(
     rf"""
     (?<![^\W_]) (?<!\^) (?<!\^\{{)                              # not inside a word (m2), not an exponent (m^2)
-    (?P<sign> (?: (?<![)\]}}%]) - )?                            # and the - of 10-3, (2)-3, 5%-3 is no sign
+    (?P<sign> (?: (?<![)\]}}%]) - )?                            # and the - of 10-3, (2)-3, 5%-3 is not a sign
               (?: (?: US\$ | [$£€¥₹] | [Rr]s\.? | USD | EUR | GBP | INR ) [ \u00a0]? -? )? )
     (?P<number> {_DECIMAL} )
     (?: / (?P<over> {_DECIMAL} ) (?! [.,/:]?\d )                # 1/2
@@ -93,7 +93,7 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-_LONGEST = 300  # of a number's characters and of its exponent: longer ones are no answer and would take long to read
+_LONGEST = 300  # of a number's characters and of its exponent: longer numbers are no answers and slow to parse
 
 _LATEX_FRACTION = re.compile(r"(\d?)\\[dt]?frac(?:\{([^{}]{1,80})\}\{([^{}]{1,80})\}|(\d)(\d))")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s?\{([^{}]{0,200})\}")
@@ -106,7 +106,7 @@ _TO_ASCII = str.maketrans("−–－，．：／％＄٬٫∶⁄", "---,.:/%$,.:
 
 
 def _plain(text: str) -> str:
-    """The text with signs, fractions and exponents written in ASCII, and without LaTeX's and Markdown's mark-up."""
+    """The text with signs, fractions and exponents in ASCII, and without LaTeX and Markdown markup."""
     if not text.isascii():
         text = text.translate(_TO_ASCII)
         text = _VULGAR.sub(lambda m: f"{m[1]} {unicodedata.normalize('NFKC', m[2])}".replace("⁄", "/").lstrip(), text)
@@ -123,7 +123,7 @@ def _plain(text: str) -> str:
 
 
 def _value(number: re.Match[str]) -> Fraction | None:
-    """The number's value; None for what only looks like one (`10:30`, `5^2`), for `1/0` and for the overlong."""
+    """The number's value; None for what only looks like a number (`10:30`, `5^2`), for `1/0` and if overlong."""
     if number["other"] or len(number[0]) > _LONGEST:
         return None
     value = _decimal(number["number"])
@@ -147,7 +147,7 @@ def _decimal(text: str) -> Fraction:
     return Fraction(int(text)) if text.isdecimal() else Fraction(re.sub("[,\u00a0\u2009\u202f]", "", text))
 
 
-# What stands behind a number as its unit is not read; but `5 p.m.` is no 5, nor is a form that goes on in digits.
+# A unit after a number is ignored; but `5 p.m.` is not 5, and neither is a number followed by more digits.
 _UNIT = re.compile(r"(?<=[\d%])\s{0,3}\([^()]{0,100}\)")
 _STARTS = re.compile(r"[\W_]*(?:\d|US|[Rr]s|EUR|GBP|INR)")
 _LETTER = re.compile(r"[^\W_]")
@@ -155,7 +155,7 @@ _NO_UNIT = re.compile(r"\s{0,3}[ap]\.?\s?m\b|\s{0,3}o'clock|[^\sA-Za-z]{0,2}\d",
 
 
 def _numbers(answer: str) -> tuple[Fraction, ...] | None:
-    """The values of an answer that is nothing but numbers and units (`$5`, `9 (apples)`, `5; 15 km`), else None."""
+    """The values of an answer that consists of numbers and units only (`$5`, `9 (apples)`, `5; 15 km`), else None."""
     if len(answer) > _LONGEST:
         return None
     values = []
@@ -187,34 +187,35 @@ _SEPARATORS = re.compile(r"(?:[\s,;&$£€]|\band\b|\bor\b)*")
 def extract_answer(completion: str) -> str:
     r"""The final answer in a completion, `""` in an empty one. Of these, the first that applies:
 
-    1. what follows the first `####` that a number follows, which is GSM8K's mark;
-    2. what follows the last `A:` at a line's start, `Answer:` or `answer is`, or the last `\boxed{}`, if that is later;
+    1. what follows the first `####` before a number, GSM8K's marker;
+    2. what follows the last `A:` at the start of a line, `Answer:` or `answer is`, or the last `\boxed{}`, if that is
+       later;
     3. what follows the first `####`;
     4. the last number; without one, the last line.
 
-    In 1., `answer is` and `\boxed{}` that is the first number. `A:`, `Answer:` and 3. may start an explanation: unless
-    their line is nothing but a number and its unit, it is the last number. If no number follows, the answer is the
-    first sentence. A list of numbers and `12 or 13` are returned whole. Only 1. forgives text that runs on into the
-    next question.
+    After 1., `answer is` and `\boxed{}` the answer is the first number. `A:`, `Answer:` and 3. may start an
+    explanation: unless their line consists of a number and its unit, the answer is the last number. If no number
+    follows, it is the first sentence. A list of numbers and `12 or 13` are returned whole. Only 1. tolerates text that
+    continues with the next question.
     """
     return _final(_plain(completion))
 
 
 def _final(text: str) -> str:
-    sort, line, rest = _marked(text)
+    kind, line, rest = _marked(text)
     if _numbers(line) is not None:
         return line.rstrip(" .")
-    if sort == "is" and (answer := _first_number(_first_sentence(line))):
+    if kind == "is" and (answer := _first_number(_first_sentence(line))):
         return answer
-    return _last_number(rest) or (_first_sentence(line) if sort else _last_line(text))
+    return _last_number(rest) or (_first_sentence(line) if kind else _last_line(text))
 
 
 def _marked(text: str) -> tuple[str, str, str]:
-    """`(sort, line, rest)`: "is", ":" or "" for how the answer is marked, its line, and all from there."""
+    """`(kind, line, rest)`: "is", ":" or "" for how the answer is marked, its line, and everything from there on."""
     if hashes := _HASHES.search(text):
         return "is", _line(text[hashes.end() :]), text[hashes.end() :]
     label: re.Match[str] | None = None
-    for label in _LABEL.finditer(text):  # noqa: B007 - the last one
+    for label in _LABEL.finditer(text):  # noqa: B007  the last match is used
         pass
     box = _BOXED.match(text, max(text.rfind("\\boxed"), 0))
     if box and (not label or label.start() < box.start()):
@@ -227,7 +228,7 @@ def _marked(text: str) -> tuple[str, str, str]:
 
 
 def _line(text: str) -> str:
-    """The first line that holds anything."""
+    """The first line that is not blank."""
     return text.lstrip(" \t\r\n*_:#").split("\n", 1)[0].rstrip(" \t\r*_")
 
 
@@ -240,7 +241,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _first_number(text: str) -> str:
-    """The first number as it is written, past the left side of an equation; "" where there is none."""
+    """The first number as written, after the left side of an equation; "" if there is none."""
     start = 0
     while (left := _LEFT_SIDE.match(text, start)) and _OPERATOR.search(text, start, left.end()):
         start = left.end()
@@ -249,20 +250,20 @@ def _first_number(text: str) -> str:
 
 
 def _last_number(text: str) -> str:
-    for line in reversed(text.split("\n")):  # a number keeps to its line, and most of a completion need not be read
+    for line in reversed(text.split("\n")):  # numbers do not span lines, so most of a completion need not be read
         if found := list(_NUMBER.finditer(line)):
             return _alternatives(line, *found[-2:]) or found[-1][0]
     return ""
 
 
-def _alternatives(text: str, one: re.Match[str], other: re.Match[str] | None = None) -> str:
-    """The whole of `12 or 13`, and of a text that is but a list of numbers: no one of them is the answer; else ""."""
+def _alternatives(text: str, first: re.Match[str], other: re.Match[str] | None = None) -> str:
+    """The whole of `12 or 13`, or of a mere list of numbers, as no single number is the answer; else ""."""
     if not other:
         return ""
-    if either := _OR.fullmatch(text, one.end(), other.start()):  # `12 apples or 13 apples`, but not `90 min or 1.5 h`
+    if either := _OR.fullmatch(text, first.end(), other.start()):  # `12 apples or 13 apples`, but not `90 min or 1.5 h`
         same_unit = text[other.end() : other.end() + 50].lstrip().startswith(either["unit"])
-        return text[one.start() : other.end()] if same_unit and _value(one) != _value(other) else ""
-    if len(text) > _LONGEST or not _SEPARATORS.fullmatch(text[one.end() : other.start()].rpartition(")")[2]):
+        return text[first.start() : other.end()] if same_unit and _value(first) != _value(other) else ""
+    if len(text) > _LONGEST or not _SEPARATORS.fullmatch(text[first.end() : other.start()].rpartition(")")[2]):
         return ""
     return text.strip() if _SEPARATORS.fullmatch(_NUMBER.sub(" ", _UNIT.sub("", text).rstrip(" ."))) else ""
 
@@ -280,24 +281,24 @@ _EDGES = string.punctuation + "“”‘’«»…"
 def correct(prediction: str, references: Sequence[str]) -> bool:
     """Whether the final answer in the prediction is one of the references; an empty prediction is wrong.
 
-    What equals a reference depends on what that is:
+    What counts as equal depends on the reference:
 
     - a number (`72`, `1,080`, `$5`, `50%`, `9 (apples)`, `1/6`, `-(1/3)`, `#### 72`): the same value, in any of these
-      forms. Units are not read, `%` neither: `50%` is 50, and 0.5 is not. A fraction is a value (`2/4` is 1/2), its
-      parts are not (`1/2` is not 2). A whole number must be met exactly, another to 1e-4 (and 0.1 % of itself).
-    - several (`5 (hr); 10 (hr)`): the same values in any order, no more and no fewer.
-    - a ratio (`9:7`): the same ratio, also as `18:14`, `9/7` or `9 to 7`; a time of day `10:30` looks the same.
-    - words (`Ted`, `Vendor 2`, `They are equal`, `11:45 p.m.`): the same ones, in any case, without punctuation and
-      articles, as the line or first sentence behind a mark or of the completion. `five` is a word, not a number.
+      forms. Units are ignored, and so is `%`: `50%` equals 50 and not 0.5. A fraction is a value (`2/4` is 1/2), its
+      parts are not (`1/2` is not 2). A whole number must match exactly, any other to 1e-4 (and to 0.1 % of itself).
+    - several numbers (`5 (hr); 10 (hr)`): the same values in any order, no more and no fewer.
+    - a ratio (`9:7`): the same ratio, also as `18:14`, `9/7` or `9 to 7`; a time of day such as `10:30` counts as one.
+    - words (`Ted`, `Vendor 2`, `They are equal`, `11:45 p.m.`): the same words, ignoring case, punctuation and
+      articles, as the line or first sentence after a marker or of the completion. `five` is a word, not a number.
     """
     if not prediction.strip():
         return False
     text = _plain(prediction)
-    return any(verbatim(prediction, [reference]) or _meets(text, _gold(reference)) for reference in references)
+    return any(verbatim(prediction, [reference]) or _satisfies(text, _gold(reference)) for reference in references)
 
 
 class _Gold(NamedTuple):
-    """What a reference asks for: one of the three is not empty, unless the reference says nothing at all."""
+    """What a reference requires: one of the three is not empty, unless the reference itself is."""
 
     numbers: tuple[Fraction, ...] = ()
     ratio: tuple[Fraction, ...] = ()
@@ -314,23 +315,23 @@ def _gold(reference: str) -> _Gold:
     return _Gold(words=_words(text))
 
 
-def _meets(text: str, gold: _Gold) -> bool:
+def _satisfies(text: str, gold: _Gold) -> bool:
     if len(gold.numbers) == 1:
         return _same(_numbers(_final(text)), gold.numbers)
     if gold.numbers:
         return any(_same(_every_number(line), gold.numbers) for line in _statements(text))
     if gold.ratio:
-        sort, line, rest = _marked(text)
-        found = _RATIO.findall(line)[:1] if sort == "is" else _RATIO.findall(rest)[-1:]
+        kind, line, rest = _marked(text)
+        found = _RATIO.findall(line)[:1] if kind == "is" else _RATIO.findall(rest)[-1:]
         return bool(found) and _terms(found[0]) == gold.ratio
     lines = _statements(text) if gold.words else []
     return any(gold.words in (_words(line), _words(_first_sentence(line))) for line in lines)
 
 
 def _statements(text: str) -> list[str]:
-    """Where a list or words may stand alone: behind the mark; without one, or behind `A:`, the last line as well."""
-    sort, line, rest = _marked(text)
-    return [line, _first_sentence(line) if sort else line, line if sort == "is" else _last_line(rest)]
+    """Where a list or words may be: after the marker; without a marker, or after `A:`, on the last line as well."""
+    kind, line, rest = _marked(text)
+    return [line, _first_sentence(line) if kind else line, line if kind == "is" else _last_line(rest)]
 
 
 def _every_number(text: str) -> tuple[Fraction, ...] | None:
@@ -360,7 +361,7 @@ def _same_value(value: Fraction, wanted: Fraction) -> bool:
 
 
 def _terms(ratio: str) -> tuple[Fraction, ...]:
-    """18:14 as (1, 7/9); with a zero, which no ratio has and 9:00 has, as it is."""
+    """18:14 as (1, 7/9); terms with a zero, as in the time 9:00, unchanged."""
     terms = tuple(map(Fraction, re.split(r"[^\d.]+", ratio)))
     return tuple(term / terms[0] for term in terms) if all(terms) else terms
 

@@ -1,7 +1,7 @@
 """Several tasks as one, for training: `mrqa-in`, `gsm8k,svamp`, `gsm8k=2,mawps=1`.
 
-Examples come in turn. Without weights every example of every task comes once. With weights the tasks keep their
-proportions, in every beginning of the mixture as well as in the whole, which ends where a task has no more.
+Tasks alternate. Without weights every example of every task is used once. With weights the tasks keep their
+proportions, in every prefix of the mixture as in the whole, and the mixture ends when one task is exhausted.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from ptmoe.tasks.base import Example
 
 @dataclass(frozen=True)
 class Part:
-    """A task of a mixture and its weight; all parts have one, or none has."""
+    """A task of a mixture and its weight; either all parts have a weight or none."""
 
     task: str
     weight: float | None
 
 
 def parse(name: str, tasks: Iterable[str], groups: dict[str, tuple[str, ...]]) -> list[Part]:
-    """The parts of a mixture; a task alone is one part. A group's weight is shared evenly by its tasks.
+    """The parts of a mixture; a single task is one part. A group's weight is split evenly among its tasks.
 
     Raises:
-        PtmoeError: an unknown or repeated task, or weights that do not fit.
+        PtmoeError: an unknown or repeated task, or unusable weights.
     """
     known = list(tasks)
     parts: list[Part] = []
@@ -56,9 +56,9 @@ def _weight(text: str, piece: str) -> float:
 
 
 def mixed(parts: Sequence[Part], streams: Sequence[Iterator[Example]]) -> Iterator[Example]:
-    """The examples of all parts in turn, always of the part that is furthest behind its share.
+    """The examples of all parts, each time from the part that is furthest behind its share.
 
-    Their ids get the task's name in front, and their domain becomes the task.
+    The task's name is prepended to each id and becomes the example's domain.
     """
     weights = [part.weight or 1.0 for part in parts]
     given, ended = [0] * len(parts), [False] * len(parts)

@@ -1,17 +1,17 @@
-"""MRQA 2019: twelve sets of questions on passages, six of them out of domain (Fisch et al., arXiv:1910.09753).
+"""MRQA 2019: twelve sets of questions about passages, six of them out of domain (Fisch et al., arXiv:1910.09753).
 
     {"header": {"dataset": "NewsQA", "split": "dev"}}
     {"context": "NEW DELHI, India (CNN) -- …", "qas": [{"qid": "f7b2f89be172…", "question": "Who …?",
      "answers": ["Harrison Ford"], "detected_answers": [{"text": "Harrison Ford", "char_spans": [[877, 889]], …}]}], …}
 
-Gzipped JSON lines, a passage a line, the header first; `char_spans` are inclusive. `[TLE]`, `[DOC]`, `[PAR]`, `[SEP]`
-in a passage are the release's own marks for titles, documents, paragraphs and the end of a title. SQuAD v1.1's JSON:
+Gzipped JSON lines: a header, then one passage a line; `char_spans` are inclusive. `[TLE]`, `[DOC]`, `[PAR]`, `[SEP]` in
+a passage are the release's own markers of titles, documents, paragraphs and the end of a title. SQuAD v1.1's JSON:
 
     {"version": "1.1", "data": [{"title": "…", "paragraphs": [{"context": "…", "qas": [{"id": "…", "question": "…",
      "answers": [{"text": "…", "answer_start": 177}]}]}]}]}
 
-`test` is the released dev file, which papers report. Any of `answers` counts as right; training supervises the first
-answer that was detected in the passage.
+`test` is the released dev file, as in papers. Any of `answers` is correct; training supervises the first answer that
+was detected in the passage.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ OUT_OF_DOMAIN = {
     "relationextraction": ("RelationExtraction", 2948, "266be75954fcb31b9dbfa9be7a61f088"),
     "textbookqa": ("TextbookQA", 1503, "8b52d21381d841f8985839ec41a6c7f7"),
 }
-_SHORT = {  # how the release's own download script saves them
+_SHORT = {  # the file names that the release's download script uses
     "TriviaQA-web": "TriviaQA",
     "NaturalQuestionsShort": "NaturalQuestions",
     "DuoRC.ParaphraseRC": "DuoRC",
@@ -100,7 +100,7 @@ def mrqa_example(record: dict[str, Any], origin: Origin) -> Example:
         if isinstance(found, dict) and isinstance(found.get("text"), str) and found.get("char_spans")
     ]
     answers = record.get("answers")
-    if not isinstance(answers, list) or not answers or not all(isinstance(one, str) for one in answers):
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise BadRecordError("'answers' needs a list of one text or more")
     if not spans:
         return _example(record, text_of(record, "qid"), answers, answers[0], None, origin)
@@ -117,11 +117,11 @@ def squad_example(record: dict[str, Any], origin: Origin) -> Example:
             raise BadRecordError('\'answers\' needs a list of {"text": …, "answer_start": …}')
     text, start = answers[0]["text"], answers[0].get("answer_start")
     span = (start, start + len(text)) if isinstance(start, int) else None
-    return _example(record, text_of(record, "id"), [one["text"] for one in answers], text, span, origin)
+    return _example(record, text_of(record, "id"), [answer["text"] for answer in answers], text, span, origin)
 
 
 def hub_example(record: dict[str, Any], origin: Origin) -> Example:
-    """A row of the Hub's copy: one question with its context; lists of records may come as records of lists."""
+    """From a row of the Hub's copy, one question with its context; lists of records may come as records of lists."""
     spans = []
     for found in _rows(record["detected_answers"]):
         where = _rows(found["char_spans"])
@@ -146,7 +146,7 @@ def _example(
 ) -> Example:
     context = text_of(record, "context")
     if span is not None and not 0 <= span[0] < span[1] <= len(context):
-        span = None  # a target all the same; only the cut goes by the span
+        span = None  # still a target; only the cut depends on the span
     text, place = prompts.question(text_of(record, "question"), context)
     return Example(
         id=name,
@@ -168,7 +168,7 @@ _SQUAD = Format(
 
 
 def _files(folder: str, released: str) -> tuple[str, ...]:
-    """In the folders of the release, or side by side under `NAME-train`, `NAME-dev`; a bare name is the dev file."""
+    """As in the folders of the release, or in one folder as `NAME-train`, `NAME-dev`; a bare name is the dev file."""
     names = (released, _SHORT[released]) if released in _SHORT else (released,)
     forms = (f"{folder}/{{}}", f"{{}}-{folder}", *(("{}",) if folder == "dev" else ()))
     return tuple(form.format(name) + ending for form in forms for name in names for ending in (".jsonl.gz", ".jsonl"))
@@ -210,7 +210,7 @@ def _in_domain(name: str) -> Task:
 
 def _out_of_domain(name: str) -> Task:
     released, examples, md5 = OUT_OF_DOMAIN[name]
-    # BioASQ's file is behind its own site's registration, which saves under this name.
+    # BioASQ's file needs a registration on its own site, which saves it under the same name.
     url = f"{_RELEASE}/dev/{released}.jsonl.gz" if name != "bioasq" else "http://participants-area.bioasq.org/MRQA2019/"
     return _task(name, released, {"test": Split(examples, _files("dev", released), "test", url, md5)})
 

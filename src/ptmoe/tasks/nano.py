@@ -4,7 +4,7 @@
                     market: 12 and 30 =>            30 and 12
     nano/words      station: key cup pen =>         pen cup key
     nano/facts      museum: Ann has key, Bob has cup =>    Ann
-    nano/all        the three together
+    nano/all        the three combined
     nano/skills     Add the numbers.                the instruction in words, as in pretraining
                     garden: 12 and 30 =>            42
 
@@ -23,7 +23,7 @@ _SEEDS = {"train": 1, "validation": 2, "test": 3}
 
 
 def load(name: str, split: str) -> Iterator[Example]:
-    """The same examples every time. Inputs of `validation` and `test` are in no training set, nor in pretraining."""
+    """The same examples each time. Inputs of `validation` and `test` are in no training set and not in pretraining."""
     world = name.removeprefix("nano/")
     seed, held_out = _SEEDS[split], split != "train"
     if world == "skills":

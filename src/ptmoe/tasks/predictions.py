@@ -22,7 +22,7 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     """Each prediction by its example's id.
 
     Raises:
-        PtmoeError: no such file, a damaged record, one without id or text, or an id that comes twice.
+        PtmoeError: no such file, a damaged record, a record without id or text, or a repeated id.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,10 +42,10 @@ def read_predictions(path: str | Path) -> dict[str, str]:
 
 
 def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str]]:
-    shown = head(path)
-    if shown.kind not in "{[" or not shown.kind:
+    start = head(path)
+    if start.kind not in "{[" or not start.kind:
         raise PtmoeError(f"{path} is neither JSON nor JSON lines: needs {{id: text}}, or lines with an id and a text")
-    lines = shown.kind == "[" or bool(shown.keys & {*ID_KEYS, *TEXT_KEYS})
+    lines = start.kind == "[" or bool(start.keys & {*ID_KEYS, *TEXT_KEYS})
     if not lines and (whole := _object(path)) is not None:
         for key, value in whole:
             if isinstance(value, str):
@@ -53,10 +53,10 @@ def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str
             else:
                 problems.add(f"{path}, id {key!r}", f"the prediction is {type(value).__name__}, needs text")
         return
-    records: Iterator[Record] = (json_array if shown.kind == "[" else json_lines)(path, problems)
+    records: Iterator[Record] = (json_array if start.kind == "[" else json_lines)(path, problems)
     for place, record in records:
-        name: Any = next((record[one] for one in ID_KEYS if one in record), None)
-        text: Any = next((record[one] for one in TEXT_KEYS if one in record), None)
+        name: Any = next((record[key] for key in ID_KEYS if key in record), None)
+        text: Any = next((record[key] for key in TEXT_KEYS if key in record), None)
         has = f"(has {', '.join(map(repr, record)) or 'none'})"
         if not isinstance(name, (str, int)) or isinstance(name, bool):
             problems.add(place, f"lacks an id {has}: needs 'id' in each record")
@@ -71,7 +71,7 @@ def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str
 
 
 def _object(path: Path) -> list[tuple[str, Any]] | None:
-    """The pairs of a file that is one JSON object; None if it is not one. A dict would hide ids that come twice."""
+    """The key–value pairs of a file that is one JSON object, else None. A dict would hide repeated ids."""
     try:
         pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: pairs)
     except UnicodeDecodeError:

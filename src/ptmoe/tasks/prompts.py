@@ -1,10 +1,10 @@
-"""The two templates: a question on a passage, and a problem in mathematics."""
+"""The two prompt templates: a question about a passage, and a mathematical problem."""
 
 from __future__ import annotations
 
 
 def question(text: str, context: str = "") -> tuple[str, tuple[int, int]]:
-    """The prompt, and where in it the context stands.
+    """The prompt, and the span of the context in it.
 
     CONTEXT
 
@@ -16,7 +16,7 @@ def question(text: str, context: str = "") -> tuple[str, tuple[int, int]]:
 
 
 def problem(*sentences: str) -> str:
-    """A problem in words; a sentence that lacks its full stop gets one, so that the next can be told from it.
+    """A word problem; a sentence without a full stop gets one, so that it is separated from the next.
 
     Question: BODY. QUESTION
     Answer:
@@ -27,5 +27,5 @@ def problem(*sentences: str) -> str:
 
 
 def solution(answer: str) -> str:
-    """A completion that gives the answer alone, closed as GSM8K closes its own: `#### n`."""
+    """A completion that is only the answer, in the form in which GSM8K's solutions end: `#### n`."""
     return f" #### {answer}"

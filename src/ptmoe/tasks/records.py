@@ -1,7 +1,7 @@
-"""Records of a file, one after another, each with its place: JSON lines, a JSON array, XML elements, CSV rows.
+"""A file's records as a stream, each with its location: JSON lines, a JSON array, XML elements, CSV rows.
 
-Memory does not grow with the file. Gzip is told by its first bytes. What cannot be read is noted by file and line in
-`Problems`, and whoever reads decides whether to refuse it (the default), or to count it and go on.
+Memory does not grow with the file. Gzip is recognised by its first bytes. Whatever cannot be read is added to
+`Problems` with its file and line, and the caller decides whether to refuse bad records (the default) or to skip them.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from ptmoe.errors import PtmoeError
 if TYPE_CHECKING:
     from ptmoe.tasks.base import Example, Origin
 
-SHOWN = 5  # bad records named in a message; all are counted
-_HEAD = 1 << 16  # bytes that decide which format a file has
+SHOWN = 5  # bad records that a message names; all are counted
+_HEAD = 1 << 16  # bytes from which a file's format is recognised
 _CHUNK = 1 << 20
 _GZIP = b"\x1f\x8b"
 
-Record = tuple[str, Any]  # "FILE:LINE" and what stands there
+Record = tuple[str, Any]  # its location, "FILE:LINE", and its contents
 
 
 class BadRecordError(ValueError):
-    """What is wrong with a record; its place is added by whoever reads."""
+    """What is wrong with a record; the reader adds its location."""
 
 
 class Problems:
-    """The bad records of what is read.
+    """The bad records met while reading.
 
     Args:
-        skip: count and list them, and go on; else `refuse` raises.
-        at_once: raise at the first, for a stream whose reader would not wait for the end.
+        skip: count and list them; otherwise `refuse` raises.
+        at_once: raise at the first, for a stream that is used before its end is read.
     """
 
     def __init__(self, *, skip: bool = False, at_once: bool = False) -> None:
@@ -57,22 +57,22 @@ class Problems:
             self.refuse()
 
     def listed(self) -> str:
-        """How many, and the first of them."""
+        """How many there are, and the first of them."""
         more = f"\n  … and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
         return f"{self.count} bad record(s):\n  " + "\n  ".join(self.first) + more
 
     def refuse(self) -> None:
         """
         Raises:
-            PtmoeError: there are bad records and they are not to be skipped.
+            PtmoeError: there are bad records, and they are not skipped.
         """
         if self.count and not self.skip:
-            raise PtmoeError(f"{self.listed()}\nmend or remove them, or read the others with --skip-bad")
+            raise PtmoeError(f"{self.listed()}\nfix or remove them, or skip them with --skip-bad")
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the beginning of a file shows.
+    """What the beginning of a file reveals.
 
     Attributes:
         kind: `"{"` for JSON lines or a JSON object, `"["` for a JSON array, `"<"` for XML, `","` for anything else.
@@ -85,14 +85,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Format:
-    """One original format of a data set.
+    """An original file format of a data set.
 
     Attributes:
         name: for messages, "GSM8K's JSON lines".
         kind: of `Head`.
-        recognise: whether a file of these keys is in this format.
-        records: the file's records.
-        example: from one record to an example; raises `BadRecordError`.
+        recognise: whether a file with these keys is in this format.
+        records: yields a file's records.
+        example: makes an example from a record; raises `BadRecordError`.
     """
 
     name: str
@@ -103,14 +103,15 @@ class Format:
 
 
 def opened(path: Path) -> IO[bytes]:
-    """The file's bytes, unzipped if need be."""
+    """The file's bytes, unzipped if necessary."""
     with path.open("rb") as file:
         zipped = file.read(2) == _GZIP
     return gzip.open(path) if zipped else path.open("rb")  # type: ignore[return-value]
 
 
 def head(path: Path) -> Head:
-    """
+    """What the beginning of a file reveals.
+
     Raises:
         PtmoeError: an empty file.
     """
@@ -118,7 +119,7 @@ def head(path: Path) -> Head:
         with opened(path) as file:
             start = file.read(_HEAD)
     except (OSError, EOFError, zlib.error):
-        return Head("", frozenset())  # a damaged gzip: reading says where
+        return Head("", frozenset())  # a damaged gzip: reading reports where
     text = start.decode("utf-8-sig", errors="replace").lstrip()
     if not text:
         raise PtmoeError(f"{path} is empty: needs at least one record")
@@ -131,7 +132,7 @@ def head(path: Path) -> Head:
 
 
 def _first_keys(text: str) -> Iterator[str]:
-    """The keys of the first JSON object in a text that may break off."""
+    """The keys of the first JSON object in a text that may be truncated."""
     depth, last = 0, ""
     for token in re.finditer(r'"((?:[^"\\]|\\.)*)"|[{}\[\]:]', text[1:] if text[0] == "[" else text):
         if token[1] is not None:
@@ -179,7 +180,7 @@ def _damaged_gzip(error: Exception) -> str:
 
 
 class _Text:
-    """A text file that is read on as it is needed, and whose lines are counted as it is left behind."""
+    """A buffer over a text file: it is extended on demand, and counts the lines that leave it."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path = path
@@ -189,43 +190,43 @@ class _Text:
         self.ended = False
 
     def more(self) -> bool:
-        """Read as much again as is there; false at the end."""
+        """Double the buffer; False at the end of the file."""
         read = self.file.read(max(_CHUNK, len(self.buffer)))
         self.buffer += read
         self.ended = not read
         return not self.ended
 
-    def leave(self, length: int) -> None:
+    def drop(self, length: int) -> None:
         self.line += self.buffer.count("\n", 0, length)
         self.buffer = self.buffer[length:]
 
-    def past(self, pattern: str) -> bool:
-        """Leave everything up to the end of the first match; false if there is none."""
+    def drop_through(self, pattern: str) -> bool:
+        """Drop everything up to the end of the first match; False if there is none."""
         while (found := re.search(pattern, self.buffer)) is None:
             if not self.more():
                 return False
-        self.leave(found.end())
+        self.drop(found.end())
         return True
 
-    def next(self) -> str:
-        """The next character that is not white space, left where it is; "" at the end."""
+    def peek(self) -> str:
+        """The next character that is not white space, without consuming it; "" at the end."""
         while not (stripped := self.buffer.lstrip()):
-            self.leave(len(self.buffer))
+            self.drop(len(self.buffer))
             if not self.more():
                 return ""
-        self.leave(len(self.buffer) - len(stripped))
+        self.drop(len(self.buffer) - len(stripped))
         return stripped[0]
 
 
 def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Iterator[Record]:
     """Each object of a JSON array: the file's own, or the one under `key` in an object.
 
-    (`ijson` streams JSON too, but does not know the line that it is at.)
+    (`ijson` streams JSON as well, but does not know the line number.)
     """
     with opened(path) as file:
         text = _Text(path, file)
         try:
-            if not text.past(r"^\s*\[" if key is None else rf'"{key}"\s*:\s*\['):
+            if not text.drop_through(r"^\s*\[" if key is None else rf'"{key}"\s*:\s*\['):
                 problems.add(f"{path}:1", "not a JSON array" if key is None else f"no array under {key!r}")
                 return
             yield from _elements(text, problems)
@@ -240,14 +241,14 @@ def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Ite
 def _elements(text: _Text, problems: Problems) -> Iterator[Record]:
     decoder = json.JSONDecoder()
     first = True
-    while (character := text.next()) != "]":
+    while (character := text.peek()) != "]":
         if not first and character == ",":
-            text.leave(1)
-            text.next()
+            text.drop(1)
+            text.peek()
         elif not first or not character:
             return problems.add(
                 f"{text.path}:{text.line}",
-                "not JSON (the array breaks off)" if not character else "not JSON (no comma between two records)",
+                "not JSON (the array is truncated)" if not character else "not JSON (no comma between two records)",
             )
         first = False
         while True:
@@ -265,7 +266,7 @@ def _elements(text: _Text, problems: Problems) -> Iterator[Record]:
             if not text.more():
                 break
         place = f"{text.path}:{text.line}"
-        text.leave(end)
+        text.drop(end)
         if isinstance(record, dict):
             yield place, record
         else:
@@ -278,7 +279,7 @@ def _place(text: _Text, error: Exception) -> str:
 
 
 def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Record]:
-    """Each element of a name, as its attributes and its children's texts."""
+    """Each element with this name, as its attributes and its children's texts."""
     parser: Any = ElementTree.XMLPullParser(events=("start", "end"))
     around: list[ElementTree.Element] = []
     started = number = 0
@@ -295,7 +296,7 @@ def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Recor
                     if element.tag == name:
                         children = {child.tag: "".join(child.itertext()).strip() for child in element}
                         yield f"{path}:{started}", {**element.attrib, **children}
-                        if around:  # else the tree would keep every element that was read
+                        if around:  # otherwise the tree would keep every element
                             around[-1].remove(element)
             parser.close()
         except ElementTree.ParseError as error:
@@ -307,7 +308,7 @@ def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Recor
 
 
 def csv_rows(path: Path, problems: Problems) -> Iterator[Record]:
-    """Each row by the header's names."""
+    """Each row as a dict with the header's names as keys."""
     with opened(path) as file:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
         before = 0
@@ -335,10 +336,10 @@ def csv_rows(path: Path, problems: Problems) -> Iterator[Record]:
 
 
 def text_of(record: dict[str, Any], key: str, *, may_be_empty: bool = False) -> str:
-    """A field that is text, or a number as text.
+    """A field's text; a number is turned into text.
 
     Raises:
-        BadRecordError: it is missing, empty, or something else.
+        BadRecordError: it is missing, empty, or neither text nor a number.
     """
     if key not in record:
         raise BadRecordError(f"lacks the key {key!r} (has {', '.join(map(repr, record)) or 'none'})")
@@ -353,7 +354,7 @@ def text_of(record: dict[str, Any], key: str, *, may_be_empty: bool = False) -> 
 
 
 def number_text(value: float | str) -> str:
-    """A number as people write it: `51.0` is `51`."""
+    """A number as people write it: `51.0` as `51`."""
     try:
         number = float(value)
     except ValueError:

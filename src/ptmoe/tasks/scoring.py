@@ -1,4 +1,4 @@
-"""Grading predictions without a model: means, their bootstrap intervals, and the scores of each domain."""
+"""Grading predictions without a model: means, their bootstrap intervals, and a task's domains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def score(
     Args:
         name: a task, as for `load_task`.
         predictions: in the examples' order, or by example id.
-        examples: what was asked.
+        examples: that the predictions answer.
         missing_as_wrong: an example without a prediction scores 0, as in MRQA's and SQuAD's evaluators.
 
     Returns:
@@ -47,20 +47,20 @@ def grade(
     *,
     missing_as_wrong: bool = False,
 ) -> list[Marks]:
-    """Each example's scores, from 0 to 1; as `score`."""
+    """Each example's scores, from 0 to 1; otherwise as `score`."""
     examples = list(examples)
     if not examples:
         raise PtmoeError(f"no examples of {name!r} to score")
     if isinstance(predictions, Mapping):
         ids = [example.id for example in examples]
-        missing = [] if missing_as_wrong else [one for one in ids if one not in predictions]
-        strange = list(predictions.keys() - set(ids))
-        if missing or strange:
+        missing = [] if missing_as_wrong else [name for name in ids if name not in predictions]
+        unknown = list(predictions.keys() - set(ids))
+        if missing or unknown:
             raise PtmoeError(
-                f"predictions lack {len(missing)} id(s) {missing[:3]} and hold {len(strange)} strange one(s) "
-                f"{sorted(strange)[:3]}: give one for each example"
+                f"predictions lack {len(missing)} id(s) {missing[:3]} and hold {len(unknown)} unknown id(s) "
+                f"{sorted(unknown)[:3]}: give one prediction for each example"
             )
-        texts: Sequence[str | None] = [predictions.get(one) for one in ids]
+        texts: Sequence[str | None] = [predictions.get(name) for name in ids]
     else:
         texts = predictions
     if len(texts) != len(examples):
@@ -74,19 +74,19 @@ def grade(
 
 
 def summarise(task: Task, split: str, marks: Sequence[Marks], domains: Sequence[str]) -> dict[str, Any]:
-    """What graded examples come to.
+    """The results of a task from the marks of its examples.
 
     Args:
-        task: that they are of.
-        split: of it.
+        task: whose examples were graded.
+        split: of the task.
         marks: of each example, at least one.
-        domains: of each example.
+        domains: of each example, in the same order.
 
     Returns:
-        `metrics` in percent with the 95 % `interval` of each; `by_domain` the same means for each domain, and
-        `mean_of_domains`, their plain mean, which is the form of SVAMP's figure in PT-MoE's paper.
+        `metrics` in percent with the 95 % `interval` of each; `by_domain`, the same means for each domain; and
+        `mean_of_domains`, their unweighted mean, as the PT-MoE paper reports SVAMP.
     """
-    parts = {name: [one for one, of in zip(marks, domains, strict=True) if of == name] for name in sorted(set(domains))}
+    parts = {name: [mark for mark, of in zip(marks, domains, strict=True) if of == name] for name in sorted({*domains})}
     by_domain = {name: {"examples": len(part), **means(part)} for name, part in parts.items() if name}
     return {
         "task": task.name,
@@ -105,5 +105,5 @@ def summarise(task: Task, split: str, marks: Sequence[Marks], domains: Sequence[
 
 
 def means(marks: Sequence[Marks]) -> Marks:
-    """In percent."""
-    return {name: 100 * sum(one[name] for one in marks) / len(marks) for name in marks[0]}
+    """The mean of each metric, in percent."""
+    return {name: 100 * sum(mark[name] for mark in marks) / len(marks) for name in marks[0]}

@@ -1,7 +1,7 @@
-"""Where a data set lies: a folder or file of the user's, the released file with its MD5 verified, or the Hub.
+"""Where a data set comes from: the user's folder or file, the released file with its MD5 verified, or the Hub.
 
-Without `data_dir`: the folder in `$PTMOE_DATA_DIR`, then what was downloaded before (`$PTMOE_CACHE`, by default
-`~/.cache/ptmoe`), then the released file, then the Hub.
+Without `data_dir` these are tried: the folder in `$PTMOE_DATA_DIR`, earlier downloads (`$PTMOE_CACHE`, by default
+`~/.cache/ptmoe`), the released file, the Hub.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Source:
 
 
 def locate(task: Task, split: str, data_dir: str | Path | None, say: Callable[[str], None]) -> Source:
-    """Where a split is read from; it is downloaded if need be.
+    """Where a split is read from; it is downloaded if necessary.
 
     Raises:
-        PtmoeError: it is nowhere, or what was downloaded is not what was released.
+        PtmoeError: it is nowhere to be found, or the download differs from the release.
     """
     wanted = task.splits[split]
     if data_dir is not None:
@@ -68,7 +68,7 @@ def locate(task: Task, split: str, data_dir: str | Path | None, say: Callable[[s
 
 
 def local(task: Task, split: str) -> Path | None:
-    """The file that is here already, in `$PTMOE_DATA_DIR` or downloaded before; None if neither."""
+    """The file on this machine, in `$PTMOE_DATA_DIR` or from an earlier download; None if there is none."""
     folder = os.environ.get("PTMOE_DATA_DIR")
     if folder:
         with suppress(PtmoeError):
@@ -81,7 +81,7 @@ def in_folder(task: Task, split: str, place: Path) -> Path:
     """The split's file in a folder, or the file itself.
 
     Raises:
-        PtmoeError: no such file or folder, or none of the names that the split may have.
+        PtmoeError: no such file or folder, or a folder without any of the split's file names.
     """
     names = task.splits[split].files
     if not names:
@@ -89,7 +89,7 @@ def in_folder(task: Task, split: str, place: Path) -> Path:
     if place.is_file():
         return place
     if not place.is_dir():
-        raise PtmoeError(f"no data file or folder {place}: give where {task.name} lies with --data-dir")
+        raise PtmoeError(f"no data file or folder {place}: give the place of {task.name} with --data-dir")
     family, _, short = task.name.rpartition("/")
     folders = [place / task.name, place / short, *([place / family] if family else []), place]
     for path in (folder / name for folder in folders for name in names):
@@ -102,16 +102,16 @@ def in_folder(task: Task, split: str, place: Path) -> Path:
 
 
 def cached(split: Split) -> Path:
-    """Where a released file is kept once it was downloaded."""
+    """Where a released file is kept after its download."""
     return cache_folder() / f"{split.md5}.jsonl.gz"
 
 
 def fetch(url: str, target: Path, md5: str, say: Callable[[str], None]) -> None:
-    """Download a file and keep it if it is the one that was released.
+    """Download a file, and keep it if it is the released file.
 
     Raises:
-        PtmoeError: it is not: both sums are named, and nothing is kept.
-        OSError: the server cannot be reached or does not give it.
+        PtmoeError: its MD5 differs from the release's; nothing is kept.
+        OSError: the server cannot be reached or does not have it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     digest, received = hashlib.md5(usedforsecurity=False), 0
@@ -119,7 +119,7 @@ def fetch(url: str, target: Path, md5: str, say: Callable[[str], None]) -> None:
     with replaced(target) as partial:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, partial.open("wb") as file:
             length = int(answer.headers.get("Content-Length") or 0)
-            with suppress(http.client.IncompleteRead):  # shorter than announced: said below, with both sums
+            with suppress(http.client.IncompleteRead):  # shorter than announced: reported below
                 while chunk := answer.read(_CHUNK):
                     file.write(chunk)
                     digest.update(chunk)
@@ -133,10 +133,10 @@ def fetch(url: str, target: Path, md5: str, say: Callable[[str], None]) -> None:
 
 
 def hub_rows(source: Source) -> Iterator[Record]:
-    """The rows of a copy on the Hub, from the disk that `datasets` keeps it on.
+    """The rows of a copy on the Hub, read from the cache of `datasets`.
 
     Raises:
-        PtmoeError: the Hub does not give it.
+        PtmoeError: the Hub does not provide it.
     """
     from datasets import load_dataset
 
@@ -146,10 +146,10 @@ def hub_rows(source: Source) -> Iterator[Record]:
         rows: Any = load_dataset(hub.repository, hub.config, split=source.split)
         if hub.where is not None:
             column, value = hub.where
-            rows = rows.filter(lambda one: one == value, input_columns=[column])
+            rows = rows.filter(lambda entry: entry == value, input_columns=[column])
         if hub.columns:
             rows = rows.select_columns(list(hub.columns))
-    except Exception as error:  # its loaders raise what they like
+    except Exception as error:  # its loaders raise exceptions of any kind
         reason = " ".join(str(error).split())[:300]
         raise PtmoeError(f"{source} cannot be had ({reason}): give the data with --data-dir") from None
     for number, row in enumerate(rows, 1):
@@ -157,7 +157,7 @@ def hub_rows(source: Source) -> Iterator[Record]:
 
 
 def on_hub_disk(task: Task) -> bool:
-    """Whether `datasets` has the task's copy on disk already."""
+    """Whether the task's copy is in the cache of `datasets`."""
     home = Path(
         os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     )

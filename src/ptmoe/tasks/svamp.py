@@ -4,9 +4,9 @@
      "Question": "How much do you have to pay to buy each pack?", "Equation": "( 76.0 - 25.0 )", "Answer": 51.0,
      "Type": "Subtraction"}
 
-`SVAMP.json` of github.com/arkilpatel/SVAMP is one JSON array of 1,000 without a split: all of them are `test`. The 300
-that papers report are the test split of the Hub's copy, or any list of ids with `--ids`. One type is spelt
-`Common-Divison` there; it counts with the 165 others.
+`SVAMP.json` of github.com/arkilpatel/SVAMP is a JSON array of 1,000 problems without a split: all of them are `test`.
+The 300 that papers report are the test split of the Hub's copy, or any list of ids with `--ids`. In one record the type
+is misspelt `Common-Divison`; it counts as division, like the other 165.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""From an example to tokens: prompt and completion are tokenised apart, so that generation sees training's prompt."""
+"""From an example to tokens: prompt and completion are tokenised separately, so that the prompt in generation is the
+prompt in training."""
 
 from __future__ import annotations
 
@@ -13,19 +14,19 @@ if TYPE_CHECKING:
 
     from ptmoe.tasks.base import Example, Task
 
-# Some templates (Llama 3's) write today's date into every conversation, and a prompt would differ from one day to the
-# next. This is the date that Llama 3.2's own falls back to.
+# Some templates (Llama 3's) write today's date into every conversation, so that a prompt would differ from one day to
+# the next. This is the default date in Llama 3.2's template.
 _DATE = "26 Jul 2024"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens that the model is given.
+    """The tokens of a prompt.
 
     Attributes:
-        ids: in generation all of them, in training those before the completion.
-        cut: how many tokens of the context were left out, at its beginning and at its end, to make it fit.
-        context: where in `ids` what is left of a cut context stands.
+        ids: in generation all input tokens, in training those before the completion.
+        cut: how many tokens of the context were cut at its beginning and at its end to make the prompt fit.
+        context: the span of the remaining context in `ids`, where it was cut.
     """
 
     ids: list[int]
@@ -38,10 +39,10 @@ class Prompt:
 
 
 def uses_chat(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
-    """Whether prompts go into the tokenizer's chat template: as asked, else where the task wants it and there is one.
+    """Whether prompts are put in the tokenizer's chat template: as asked, else if the task uses it and there is one.
 
     Raises:
-        PtmoeError: it is asked for and there is none.
+        PtmoeError: it was asked for, and there is none.
     """
     if chat:
         _require_template(tokenizer)
@@ -58,18 +59,18 @@ def encode_prompt(
 ) -> Prompt | None:
     """An example's prompt, in at most `room` tokens.
 
-    Only the context is ever cut, never the question: from its end, as whoever asks does not know where the answer is;
-    or in training `around_answer`, so that there is something to learn from it.
+    Only the context is ever cut, never the question: from its end, since in use nobody knows where the answer is, or in
+    training `around_answer`, so that the example still contains it.
 
     Args:
-        example: its `messages` make a conversation; else its `input` is a text, or with `chat` the user's message.
+        example: a conversation if it has `messages`; else its `input` is plain text, or with `chat` the user's message.
         tokenizer: the base's.
         chat: put the input in the tokenizer's chat template.
-        room: tokens that there are; None for no limit.
-        around_answer: keep the answer in the middle of what is left of the context.
+        room: the maximum number of tokens; None for no limit.
+        around_answer: keep the answer in the middle of the remaining context.
 
     Returns:
-        None where the prompt does not fit even without its context.
+        None if the prompt does not fit even without its context.
     """
     text, special = _text(example, tokenizer, chat)
     ids = _without_end(cast(list[int], tokenizer(text, add_special_tokens=special)["input_ids"]), tokenizer)
@@ -80,7 +81,7 @@ def encode_prompt(
         return None
     shift = text.find(example.input[start:end]) - start
     if shift + start < 0:
-        return None  # a template that rewrites the text
+        return None  # the template rewrites the text
     if not tokenizer.is_fast:
         raise PtmoeError(
             f"example {example.id} has {len(ids)} tokens, {room} fit, and {type(tokenizer).__name__} cannot say which "
@@ -99,7 +100,7 @@ def encode_prompt(
         if answer:
             middle = answer[0] - max(0, kept - len(answer)) // 2
             begin = min(max(first, middle), last - kept)
-    # A character of several tokens is left out as a whole.
+    # A character of several tokens is cut as a whole.
     while kept and begin > first and offsets[begin] == offsets[begin - 1]:
         begin, kept = begin + 1, kept - 1
     while kept and begin + kept < last and offsets[begin + kept] == offsets[begin + kept - 1]:
@@ -113,7 +114,7 @@ def encode_prompt(
 
 
 def encode_completion(example: Example, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> list[int]:
-    """The supervised tokens; they end with the end token, so that the model learns to stop."""
+    """The supervised tokens, closed by the end token, so that the model learns to stop."""
     text = example.target
     if example.messages or chat:
         messages = example.messages or _user(example)
@@ -133,7 +134,7 @@ def encode_completion(example: Example, tokenizer: PreTrainedTokenizerBase, *, c
 
 
 def _text(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[str, bool]:
-    """The prompt, and whether the tokenizer still has to add its special tokens."""
+    """The prompt's text, and whether the tokenizer still has to add its special tokens."""
     if example.messages or chat:
         return _chat(tokenizer, example.messages or _user(example), add_generation_prompt=True), False
     return example.input, True
@@ -144,7 +145,7 @@ def _user(example: Example) -> tuple[dict[str, Any], ...]:
 
 
 def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Some tokenizers close every text with the end token: a prompt goes on."""
+    """`ids` without a final end token, which some tokenizers add to every text: a prompt is to be continued."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 

@@ -10,21 +10,21 @@ from torch.utils.data import Sampler
 
 from ptmoe.errors import PtmoeError
 
-POOL = 64  # batches' worth of random examples that are sorted together where rows are padded
+POOL = 64  # size, in batches, of the random pools that are sorted by length where rows are padded
 
 
 class TokenBatches(Sampler[list[int]]):
     """As many examples in a batch as a budget of tokens holds; each epoch has the same batches in another order.
 
-    Examples are drawn at random. Where the model computes padding, rows of similar length come together: examples are
-    sorted within random pools, and a batch costs as much as all its rows at the length of the longest.
+    Examples are drawn at random. Where the model computes padding, rows of similar length are batched together:
+    examples are sorted within random pools, and a batch costs as much as if all its rows were as long as the longest.
 
     Args:
         lengths: tokens of each example, virtual ones included.
         budget: tokens of a batch.
-        padded: whether padding costs.
-        seed: decides all.
-        processes: that take turns with the batches; each gets as many as the others.
+        padded: whether the model computes padding.
+        seed: decides every random choice.
+        processes: number of processes that take turns with the batches; all get the same number of them.
 
     Raises:
         PtmoeError: a budget below the longest example.
@@ -38,7 +38,7 @@ class TokenBatches(Sampler[list[int]]):
         if sizes[longest] > budget:
             over = int((sizes > budget).sum())
             raise PtmoeError(
-                f"tokens_per_batch={budget}: example {longest} has {sizes[longest]} tokens with its virtual ones"
+                f"tokens_per_batch={budget}: example {longest} has {sizes[longest]} tokens, virtual ones included"
                 + (f", and {over - 1} more are too long" if over > 1 else "")
                 + "; raise it, or lower max_length"
             )
@@ -54,18 +54,18 @@ class TokenBatches(Sampler[list[int]]):
         for index in order.tolist():
             size = int(sizes[index])
             batch = self.batches[-1] if self.batches else None
-            wanted = max(used, size) * (len(batch or ()) + 1) if padded else used + size
-            if batch is None or wanted > budget:
+            needed = max(used, size) * (len(batch or ()) + 1) if padded else used + size
+            if batch is None or needed > budget:
                 self.batches.append([index])
                 used = size
             else:
                 batch.append(index)
-                used = max(used, size) if padded else wanted
+                used = max(used, size) if padded else needed
         count = len(self.batches)
         self.batches += [self.batches[index % count] for index in range(-count % processes)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch, and when it goes on in the middle of one."""
+        """Called by the trainer before each epoch, and when it resumes in the middle of one."""
         self.epoch = epoch
 
     def __len__(self) -> int:

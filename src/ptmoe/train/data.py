@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Tokenised examples that fit the base's positions, and how many were cut to fit or left out."""
+    """Tokenised examples that fit the base's positions, and the numbers of those that were cut or left out."""
 
     rows: TokenRows
     cut: int
@@ -40,32 +40,33 @@ def fit(
     cache: bool = False,
     say: Callable[[str], None] = print,
 ) -> Fitted:
-    """Tokenise training examples into rows of at most `max_length` tokens; the texts need not be kept.
+    """Tokenise training examples into rows of at most `max_length` tokens; the texts are not kept.
 
     A context (`Example.context`) that is too long is cut around the answer. A completion is never cut.
 
     Args:
-        examples: to train on.
+        examples: the training examples.
         tokenizer: the base's.
-        max_length: real tokens that a row may have: at most the base's positions less the virtual tokens.
-        truncation: what happens to one that is too long and has no context: `"left_out"`, or `"cut"`, which drops the
-            beginning of its prompt.
+        max_length: the most real tokens of a row: at most the base's positions minus the virtual tokens.
+        truncation: what happens to an example that is too long and has no context: `"left_out"`, or `"cut"`, which
+            drops the beginning of its prompt.
         chat: put prompts in the tokenizer's chat template.
-        cache: keep the tokens of large data in files for the next time, or take them from there (`ptmoe.train.rows`).
-        say: told that they cannot be kept.
+        cache: cache the tokens of large data in files, and read them from there (`ptmoe.train.rows`).
+        say: gets a line of text if they cannot be cached.
 
     Raises:
-        PtmoeError: none fits.
+        PtmoeError: no example fits.
     """
     options: dict[str, Any] = {"max_length": max_length, "truncation": truncation, "chat": chat}
     encode = partial(_encode, tokenizer=tokenizer, **options)
     kept = TokenCache(lambda: settings_of(tokenizer, _encode, options), say) if cache else None
     blocks = token_blocks(examples, encode, kept)
-    rows, cut, left_out = TokenRows(blocks), sum(one.cut for one in blocks), sum(one.left_out for one in blocks)
+    rows = TokenRows(blocks)
+    cut, left_out = sum(block.cut for block in blocks), sum(block.left_out for block in blocks)
     if not len(rows):
         raise PtmoeError(
-            f"none of the {left_out} examples fits {max_length} tokens (--max-length, or the base's positions less the "
-            "virtual tokens): shorten them, or cut them with --truncation cut"
+            f"none of the {left_out} examples fits {max_length} tokens (--max-length, or the base's positions minus "
+            "the virtual tokens): shorten them, or cut them with --truncation cut"
         )
     return Fitted(rows, cut, left_out)
 
@@ -73,7 +74,7 @@ def fit(
 def _encode(
     example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str, chat: bool
 ) -> Encoded | None:
-    """An example's prompt and completion in at most `max_length` tokens; None where they do not fit."""
+    """An example's prompt and completion in at most `max_length` tokens, or None if they do not fit."""
     completion = encode_completion(example, tokenizer, chat=chat)
     room = max_length - len(completion)
     prompt = encode_prompt(example, tokenizer, chat=chat, room=room, around_answer=True)

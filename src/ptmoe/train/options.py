@@ -1,124 +1,198 @@
-"""Everything that decides a training run: one typed object, from flags or a YAML file.
+"""Everything that decides a training run: one typed object, from the command line or a YAML file.
 
-Names are those of `transformers.TrainingArguments` where it has them; any other of its arguments goes under `trainer`.
+The fields are the options of `ptmoe train`: their names, types, defaults and help come from here. Names are those of
+`transformers.TrainingArguments` where it has them; any other of its arguments goes under `trainer`.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.settings import Settings, read_yaml
+from ptmoe.settings import Flag, Settings, read_yaml
 
 Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BASE = "base"  # the method of a run that trains nothing
+DEFAULT_METHOD = "pt-moe"
 
 
-class TrainOptions(Settings):
+def method_entry(value: Any) -> Any:
+    """`pt-moe` or `pt-moe:rank=8,num_experts=4` as `{"name": "pt-moe", …}`; anything but text is returned as it is.
+
+    Raises:
+        PtmoeError: a field without a value.
     """
-    Attributes:
-        model: `nano`, a folder, or a Hub repository; `revision` of the latter.
-        dtype: of the frozen base.
-        quantization: of its linear layers' weights, `8bit` or `4bit`, by `bitsandbytes`; by default as saved.
-        method: `{"name": "pt-moe", …}` with the fields of that method's config.
-        task: a named task, a group or a mixture (`gsm8k=2,mawps=1`); or `data`: a JSON-lines file or folder.
-        data_dir: where the task's data set lies; by default it is downloaded.
-        skip_bad: count and list bad records and go on without them.
-        chat: put prompts in the tokenizer's chat template; by default a named task's, where there is a template.
-        max_length: real tokens of an example; by default as many as the base has positions for.
-        prompt_key: which of the data's own keys holds the prompt (`ptmoe.tasks.local`).
-        completion_key: which holds the completion.
-        separator: put between the two.
-        truncation: what happens to a longer example that has no context to cut: `left_out`, or `cut` at the beginning
-            of its prompt.
-        token_cache: keep the tokens of large data in files, so that later runs start at once (`ptmoe.train.rows`).
-        eval_task: tasks to evaluate greedily when trained, or a group; by default nano's own, which takes seconds.
-        eval_data_dir: where their data sets lie; by default `data_dir`, if that is a folder.
-        max_new_tokens: of an evaluated answer; by default the task's.
-        output_dir: the run folder; it must not hold a run, unless that is resumed. By default a new one under `runs/`.
-            It is not written to `config.yaml`, so that `ptmoe train RUN/config.yaml` repeats a run beside it.
-        learning_rate: by default the method's (docs/findings.md has the search).
-        max_steps: or `num_train_epochs`.
-        per_device_train_batch_size: rows of a batch; or `tokens_per_batch`, as many rows as these tokens hold, virtual
-            ones included.
-        packing: rows end to end, without padding: by default where that is exact; `True` insists on it.
-        gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they computed.
-        torch_compile: compile the base's layers, which takes minutes at the start; where it fails, go on without.
-    """
+    if not isinstance(value, str):
+        return value
+    name, _, fields = value.partition(":")
+    entry: dict[str, Any] = {"name": name.strip()}
+    for field in re.split(r",(?![^\[]*\])", fields) if fields else []:  # a comma inside […] parts a list
+        key, equals, text = field.partition("=")
+        if not equals:
+            raise PtmoeError(f"method {value!r}: {field!r} is not FIELD=VALUE")
+        entry[key.strip()] = scalar(text)
+    return entry
+
+
+def scalar(text: str) -> Any:
+    """What `text` would be in a YAML file."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _method(value: Any) -> Any:
+    entry = method_entry(value)
+    return {"name": DEFAULT_METHOD, **entry} if isinstance(entry, dict) else entry
+
+
+class SharedOptions(Settings):
+    """What `ptmoe train` and `ptmoe compare` have in common."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     model: str = "nano"
+    """nano, a folder, or a Hugging Face Hub repository"""
     revision: str | None = None
+    """of the Hub repository: a branch, a tag or a commit"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """of the frozen base; auto is as saved"""
     quantization: Literal["8bit", "4bit"] | None = None
-    method: dict[str, Any] = {"name": "pt-moe"}
-    task: str | None = None
-    data: str | None = None
+    """of the base's linear layers, by bitsandbytes; by default as saved"""
     data_dir: str | None = None
+    """folder or file with the task's data set; by default it is downloaded"""
     skip_bad: bool = False
-    chat: bool | None = None
+    """skip bad records, and report how many there were"""
     max_length: Count | None = None
-    prompt_key: str | None = None
-    completion_key: str | None = None
-    separator: str = ""
-    truncation: Literal["left_out", "cut"] = "left_out"
+    """real tokens of an example, longer contexts are cut; by default as many as the base has positions for"""
     max_examples: Count | None = None
-    token_cache: bool = True
-    eval_task: str | None = None
+    """train on the first N examples only"""
     eval_data_dir: str | None = None
+    """where the evaluation tasks' data sets are; by default --data-dir, if that is a folder"""
     eval_examples: Count | None = None
+    """evaluate on the first N examples of each task only"""
     eval_batch_size: Count = 200
+    """rows computed at once on one device by the evaluation"""
     max_new_tokens: Count | None = None
-    output_dir: str | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    lr_scheduler_type: str = "linear"
-    warmup_steps: Annotated[float, Field(ge=0)] = 20
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """of an evaluated answer; by default the task's own limit"""
     max_steps: int = -1
+    """optimizer steps, instead of --num-train-epochs; -1 for none"""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    per_device_train_batch_size: Count = 32
-    tokens_per_batch: Count | None = None
-    packing: bool | None = None
+    """passes over the training data"""
+    per_device_train_batch_size: Annotated[Count, Flag(("--per-device-train-batch-size", "--batch-size"))] = 32
+    """rows computed at once on one device by training"""
     gradient_accumulation_steps: Count = 1
+    """batches added up for one optimizer step"""
+    output_dir: str | None = None
+    """folder of the run; by default a new one under runs/"""
+
+    @model_validator(mode="after")
+    def _at_least_one_step(self) -> Self:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps={self.max_steps}: needs at least 1, or -1 for num_train_epochs")
+        return self
+
+
+class TrainOptions(SharedOptions):
+    """A training run. Each field is an option of `ptmoe train`, whose help describes it; `trainer` alone, a mapping of
+    other arguments of `transformers.TrainingArguments`, has no option.
+
+    `output_dir` must not hold a run, unless that is resumed. It is not written to `config.yaml`, so that `ptmoe train
+    RUN/config.yaml` repeats a run in a new folder.
+    """
+
+    method: Annotated[dict[str, Any], BeforeValidator(_method), Flag(repeatable=False)] = {"name": DEFAULT_METHOD}
+    """pt-moe, pt, lora, … (`ptmoe params` lists them), with fields as in pt-moe:rank=8,num_experts=4; `ptmoe train
+    --method NAME --help` shows the method's own options"""
+    task: str | None = None
+    """a named task (`ptmoe tasks`), a group, or a mixture: gsm8k=2,mawps=1"""
+    data: str | None = None
+    """instead of a task: a JSON-lines file, or a folder of them"""
+    prompt_key: str | None = None
+    """the data's key that holds the prompt"""
+    completion_key: str | None = None
+    """the data's key that holds the completion"""
+    separator: str = ""
+    """text between the prompt and the completion of mapped keys"""
+    chat: bool | None = None
+    """put prompts in the tokenizer's chat template; by default for named tasks, where there is a template"""
+    truncation: Literal["left_out", "cut"] = "left_out"
+    """what happens to an example that is too long and has no context to cut: it is left out, or the beginning of its
+    prompt is cut"""
+    token_cache: bool = True
+    """keep the tokens of large data in files, so that later runs start at once"""
+    eval_task: str | None = None
+    """tasks to evaluate greedily after training: a,b or a group; by default nano's own"""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """of the initial values, the order of the data and the router's noise"""
+    learning_rate: Rate | None = None
+    """by default the method's own (docs/findings.md)"""
+    lr_scheduler_type: str = "linear"
+    """linear, cosine, constant, … as in transformers"""
+    warmup_steps: Annotated[float, Field(ge=0)] = 20
+    """steps of increasing learning rate; below 1, a share of all steps"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """of AdamW"""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """gradients are clipped to this norm"""
+    tokens_per_batch: Count | None = None
+    """instead of a number of rows: as many rows as fit into this many tokens, virtual tokens included"""
+    packing: bool | None = None
+    """rows end to end, without padding; by default where that is exact, and --packing fails where it is not"""
     gradient_checkpointing: bool = False
+    """compute the layers again in the backward pass: less memory, a third slower"""
     torch_compile: bool = False
+    """compile the base's layers, which takes minutes at the start; falls back where it fails
+    (docs/performance.md)"""
     bf16: bool = False
+    """mixed precision in bfloat16"""
     fp16: bool = False
+    """mixed precision in float16"""
     logging_steps: Count = 10
+    """steps between two lines of metrics.jsonl"""
     save_steps: Count = 500
+    """steps between two checkpoints"""
     save_total_limit: Count = 2
+    """checkpoints to keep"""
     report_to: str = "none"
+    """none, wandb, tensorboard, …"""
     trainer: dict[str, Any] = {}
+    """other arguments of `transformers.TrainingArguments`"""
 
     @model_validator(mode="after")
     def _one_source_of_data(self) -> Self:
         if (self.task is None) == (self.data is None):
             raise ValueError(f"task={self.task!r}, data={self.data!r}: give one of the two")
         if self.data is not None and self.data_dir is not None:
-            raise ValueError(f"data_dir={self.data_dir!r} is where a task's data set lies: leave it out with data")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"max_steps={self.max_steps}: needs at least 1, or -1 for num_train_epochs")
+            raise ValueError(f"data_dir={self.data_dir!r} is where a task's data set is: leave it out with data")
         return self
 
     @classmethod
     def read(cls, path: str | Path, **changes: Any) -> TrainOptions:
-        """From a YAML file, with flags given beside it taking precedence.
+        """From a YAML file; `changes` take precedence, for `method` field by field.
 
         Raises:
-            PtmoeError: no such file, not YAML, or an unknown or unfit value.
+            PtmoeError: no such file, not YAML, or an unknown key or unfit value.
         """
         path = Path(path)
         if not path.is_file():
             raise PtmoeError(f"no config file {path}")
         written = read_yaml(path)
-        method = {**written.get("method", {}), **changes.pop("method", {})}
+        options = {**written, **changes}
         try:
-            return cls(**{**written, **({"method": method} if method else {}), **changes})
+            entries = [method_entry(values.get("method", {})) for values in (written, changes)]
+            if all(isinstance(entry, dict) for entry in entries):
+                options["method"] = {**entries[0], **entries[1]}
+            return cls(**options)
         except PtmoeError as error:
             raise PtmoeError(f"{path}: {error}") from None
 
@@ -132,12 +206,15 @@ def method_config(method: dict[str, Any]) -> Any:
     """The config that `{"name": …, …}` describes.
 
     Raises:
-        PtmoeError: an unknown method, or a field it does not have.
+        PtmoeError: an unknown method, or a field that it does not have or that does not fit.
     """
     from ptmoe.methods import METHODS
 
     fields = dict(method)
-    name = fields.pop("name", "pt-moe")
+    name = fields.pop("name", DEFAULT_METHOD)
     if name not in METHODS:
         raise PtmoeError(f"unknown method {name!r}{near(str(name), METHODS)}")
-    return METHODS[name](**fields)
+    try:
+        return METHODS[name](**fields)
+    except PtmoeError as error:
+        raise PtmoeError(f"{name}: {error}") from None

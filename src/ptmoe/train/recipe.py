@@ -25,7 +25,7 @@ from ptmoe.runs.folders import (
 from ptmoe.runs.records import Result
 from ptmoe.tasks import TASKS, Problems, is_file, load_task, stream_task, task_named, task_names
 from ptmoe.tasks import local as local_task
-from ptmoe.train.options import BASE, TrainOptions, method_config
+from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ def train(
 
     Raises:
         PtmoeError: unfit options or data, before anything is written.
-        DivergedError: the loss became NaN; the last good adapter is saved.
+        DivergedError: the loss became NaN; the last good adapter is saved, if there is one.
     """
     config = method_config(options.method)
     check_quantization(options.quantization)
@@ -263,7 +263,7 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
         if world_size() > 1:
             raise PtmoeError(f"{world_size()} processes write one run: name its folder with --output-dir")
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        return Path("runs") / f"{options.method.get('name', 'pt-moe')}-{stamp}"
+        return Path("runs") / f"{options.method.get('name', DEFAULT_METHOD)}-{stamp}"
     folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         raise PtmoeError(f"{folder} is a file: name a folder for the run")
@@ -348,15 +348,16 @@ def _trainer(
 
 
 def _fit(trainer: PromptTrainer, folder: Path, resume: bool) -> None:
-    """Train; the adapter is in `folder/adapter` afterwards, also where the loss diverges."""
+    """Train; afterwards the adapter is in `folder/adapter`, also where the loss diverged and there is one to save."""
     from ptmoe.train.trainer import DivergedError
 
     model = trainer.model
     try:
         trainer.train(resume_from_checkpoint=resume or None)
     except DivergedError as error:
-        model.save_pretrained(folder / ADAPTER_FOLDER)
-        error.args = (f"{error}; it is in {folder / 'adapter'}",)
+        if error.restored is not None:
+            model.save_pretrained(folder / "adapter")
+            error.args = (f"{error}; saved in {folder / 'adapter'}",)
         raise
     model.eval()
     if trainer.is_world_process_zero():

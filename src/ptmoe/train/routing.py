@@ -1,13 +1,13 @@
 """Routing that does not collapse: what training, and only training, does for the router.
 
-Three things, each an option of the method's config:
+Three things, each an option of a routed method's config (`ptmoe.methods.routing.RoutedConfig`):
 
-- `router_standardize`: before the first step the mean input embeddings of some training examples give the router's
+- `router_standardize`: before the first step the mean input embeddings of some training examples define the router's
   coordinates; when training ends they are folded into `W` and `b`.
-- `router_init="gradient"`: the router starts by sending inputs that want the prompt to change in the same direction to
-  the same expert.
+- `router_init="gradient"`: the router starts by sending inputs whose loss asks for the same change of the prompt to the
+  same expert.
 - `routing_anneal`: the gate starts soft, so that every expert learns from every input, and hardens to the chosen one
-  when the routing has settled: when the router's largest probability is near 1, the soft gate nearly is the hard one.
+  when the routing has settled: when the router's largest probability is near 1, the soft gate is nearly the hard one.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptmoe.methods.base import Prompt, mean_input
-from ptmoe.methods.pt_moe import PTMoE
+from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
 
-EXAMPLES = 512  # that the statistics and the first routing are taken from
-SETTLED = 0.95  # mean of the largest probability, from which on the gate hardens,
-EARLIEST, LATEST = 0.3, 0.6  # but within these parts of the training steps,
-HARDENING = 0.2  # and over this part of them
+EXAMPLES = 512  # for the statistics and the initial routing
+SETTLED = 0.95  # mean of the largest probability from which on the gate hardens,
+EARLIEST, LATEST = 0.3, 0.6  # but between these fractions of the training steps,
+HARDENING = 0.2  # and over this fraction of them
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-CONFIDENCE = 0.9  # of the first routing
+CONFIDENCE = 0.9  # of the initial routing
 RESTARTS, ROUNDS = 10, 50  # of k-means
 
 
 class RoutingCallback(TrainerCallback):
-    """Add it to any `transformers.Trainer` that trains a PT-MoE adapter; `ptmoe train` does."""
+    """Trains the router of any `RoutedEncoder`. `ptmoe train` has it; add it to any other `transformers.Trainer`."""
 
     def on_train_begin(
         self,
@@ -46,15 +46,15 @@ class RoutingCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         encoder = model.encoder
-        if not isinstance(encoder, PTMoE):
+        if not isinstance(encoder, RoutedEncoder):
             return
-        encoder.guided = True
-        if state.global_step > 0:  # resumed: all of it is in the checkpoint
+        encoder.has_callback = True
+        if state.global_step > 0:  # resumed: the checkpoint has all of it
             return
         config = encoder.config
         by_gradient = config.router_init == "gradient" and config.num_experts > 1
         if config.router_standardize or by_gradient:
-            # As many rows at once as training has: more might not fit.
+            # As many rows at once as in training: more might not fit in memory.
             sample = Sample.draw(model, train_dataloader, args.per_device_train_batch_size, gradients=by_gradient)
             if config.router_standardize:
                 encoder.router.standardize(sample.means)
@@ -67,7 +67,7 @@ class RoutingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PromptedCausalLM, **_: Any
     ) -> None:
         encoder = model.encoder
-        if isinstance(encoder, PTMoE) and encoder.config.routing_anneal:
+        if isinstance(encoder, RoutedEncoder) and encoder.config.routing_anneal:
             progress = state.global_step / state.max_steps
             settled = progress >= EARLIEST and float(encoder.confidence) >= SETTLED
             if encoder.hardness > 0 or settled or progress >= LATEST:
@@ -76,17 +76,18 @@ class RoutingCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PromptedCausalLM, **_: Any
     ) -> None:
-        if isinstance(model.encoder, PTMoE):
+        if isinstance(model.encoder, RoutedEncoder):
             model.encoder.finish_training()
 
 
 @dataclass
 class Sample:
-    """Some training examples as the router meets them.
+    """Some training examples as the router sees them.
 
     Attributes:
         means: `(examples, H)`, mean input embeddings.
-        gradients: `(examples, T·H)`, each example's loss by its own copy of one prompt, at unit length; or None.
+        gradients: `(examples, T·H)`, the gradient of each example's loss by a prompt that all examples share, scaled
+            to unit length; or None.
     """
 
     means: Tensor
@@ -94,14 +95,14 @@ class Sample:
 
     @classmethod
     def draw(cls, model: PromptedCausalLM, loader: Any, batch_size: int, *, gradients: bool) -> Sample:
-        """Examples spread over the data set of a loader, or the first of a stream; draws no random number."""
+        """Evenly spaced examples of the loader's data set, or the first ones of a stream; uses no randomness."""
         data = loader.dataset
         if hasattr(data, "__getitem__"):
             count = min(EXAMPLES, len(data))
             rows = [data[i * len(data) // count] for i in range(count)]
         else:
             rows = list(islice(data, EXAMPLES))
-        means, found = [], []
+        means, directions = [], []
         for start in range(0, len(rows), batch_size):
             batch = loader.collate_fn(rows[start : start + batch_size])
             batch = {key: value.to(model.device) for key, value in batch.items()}
@@ -110,19 +111,20 @@ class Sample:
                 mask = readable_tokens(batch["attention_mask"], batch["labels"])
             means.append(mean_input(model.get_input_embeddings()(batch["input_ids"]), mask.bool()))
             if gradients:
-                found.append(prompt_gradients(model, batch))
-        return cls(torch.cat(means), torch.cat(found) if gradients else None)
+                directions.append(prompt_gradients(model, batch))
+        return cls(torch.cat(means), torch.cat(directions) if gradients else None)
 
 
 def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
     """`(B, T·H)`, the direction in which each row's loss changes with its prompt, at the mean of the expert prompts.
 
-    One prompt for all rows, or they would differ by where a router that knows nothing has sent them.
+    All rows get that one prompt, or they would differ by where an untrained router has sent them.
     """
-    prompts = model.encoder.expert_prompts()
-    assert prompts is not None
-    copies = prompts.detach().mean(0).expand(len(batch["input_ids"]), -1, -1).clone().requires_grad_()  # (B, T, H)
-    hook = model.encoder.register_forward_hook(lambda *_: Prompt(copies))
+    encoder = model.encoder
+    assert isinstance(encoder, RoutedEncoder)
+    mean = encoder.expert_prompts().detach().mean(0)
+    copies = mean.expand(len(batch["input_ids"]), -1, -1).clone().requires_grad_()  # (B, T, H)
+    hook = encoder.register_forward_hook(lambda *_: Prompt(copies))
     was_training = model.training
     model.eval()  # no dropout
     try:
@@ -136,8 +138,8 @@ def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tenso
 
 
 @torch.no_grad()
-def start_router(encoder: PTMoE, sample: Sample, generator: torch.Generator) -> bool:
-    """Set the router to send inputs that want the same change of the prompt to the same expert.
+def start_router(encoder: RoutedEncoder, sample: Sample, generator: torch.Generator) -> bool:
+    """Set the router to send inputs whose loss asks for the same change of the prompt to the same expert.
 
     An example's own gradient is mostly about its answer. What the *input* says about it is its ridge regression on the
     router's input; in the leading directions of that prediction k-means finds the groups, and because prediction,
@@ -145,59 +147,62 @@ def start_router(encoder: PTMoE, sample: Sample, generator: torch.Generator) -> 
 
         ẑ = x M V_q,    ℓ_k = (ẑ · c_k - |c_k|²/2) / τ
 
+    Without a bias the regression has no intercept and the centres have unit length, so the router needs none.
+
     Returns:
-        Whether it did: where the input says nothing about the gradient, or examples are too few to tell, the router
-        is left as it is.
+        False, with the router left as it was, where the input says nothing about the gradient or there are too few
+        examples to tell.
     """
     assert sample.gradients is not None
-    if len(sample.means) < 2 * encoder.config.num_experts:
+    router, experts = encoder.router, encoder.config.num_experts
+    if len(sample.means) < 2 * experts:
         return False
-    mean, scale = encoder.router.mean, encoder.router.scale
+    mean, scale = router.mean, router.scale
     inputs = sample.means if mean is None or scale is None else (sample.means - mean) / scale  # (n, H)
-    shift = inputs.mean(0)
-    centred, wanted = inputs - shift, sample.gradients - sample.gradients.mean(0)
-    weights = _ridge(centred, wanted)  # (n, n): the regression's coefficients are centredᵀ · weights · wanted
+    shift = torch.zeros_like(inputs[0]) if router.bias is None else inputs.mean(0)
+    centred, targets = inputs - shift, sample.gradients - sample.gradients.mean(0)
+    weights = _ridge(centred, targets)  # (n, n): the regression's coefficients are centredᵀ · weights · targets
     if weights is None:
         return False
-    predicted = centred @ (centred.T @ weights) @ wanted  # (n, T·H)
-    experts = encoder.config.num_experts
+    predicted = centred @ (centred.T @ weights) @ targets  # (n, T·H)
     directions = torch.linalg.svd(predicted, full_matrices=False).Vh[: experts - 1]  # (q, T·H)
-    project = centred.T @ weights @ (wanted @ directions.T)  # (H, q): x - shift to ẑ
-    points = centred @ project
-    centres = _k_means(points, experts, generator)  # (N, q)
+    project = centred.T @ weights @ (targets @ directions.T)  # (H, q): x - shift to ẑ
+    centres = _k_means(centred @ project, experts, generator)  # (N, q)
+    if router.bias is None:
+        centres = nn.functional.normalize(centres, dim=1)
     slope, offset = centres @ project.T, -centres.square().sum(1) / 2
     temperature = _temperature(centred @ slope.T + offset)
-    encoder.router.weight.copy_(slope / temperature)
-    assert encoder.router.bias is not None
-    # Router.published() takes the raw mean away itself; what is left of the inputs' mean goes into the bias.
-    encoder.router.bias.copy_((offset - slope @ shift) / temperature)
+    router.weight.copy_(slope / temperature)
+    if router.bias is not None:
+        # Router.published() subtracts the raw mean itself; what remains of the inputs' mean goes into the bias.
+        router.bias.copy_((offset - slope @ shift) / temperature)
     return True
 
 
-def _ridge(inputs: Tensor, wanted: Tensor) -> Tensor | None:
+def _ridge(inputs: Tensor, targets: Tensor) -> Tensor | None:
     """`(K + λI)⁻¹` of the ridge with the least leave-one-out error; None where none is better than the mean.
 
     Args:
         inputs: `(n, H)`, centred.
-        wanted: `(n, D)`, centred.
+        targets: `(n, D)`, centred.
     """
     kernel = inputs @ inputs.T
     identity = torch.eye(len(kernel), device=kernel.device)
     scale = kernel.diagonal().mean()
-    best, least = None, wanted.square().sum()
+    best, least = None, targets.square().sum()
     if scale == 0 or least == 0:  # all examples are the same
         return None
     for ridge in RIDGES:
         inverse = torch.linalg.inv(kernel + ridge * scale * identity)
         # The residual of an example that is left out, in closed form.
-        error = (inverse @ wanted / inverse.diagonal()[:, None]).square().sum()
+        error = (inverse @ targets / inverse.diagonal()[:, None]).square().sum()
         if error < least:
             best, least = inverse, error
     return best
 
 
 def _k_means(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """The centres `(clusters, q)` of the best of several k-means, each started as k-means++ has it."""
+    """The centres `(clusters, q)` of the best of several k-means of `points (n, q)`, each started by k-means++."""
     best, least = points[:clusters], torch.inf
     for _ in range(RESTARTS):
         chosen = [int(torch.randint(len(points), (), generator=generator))]
@@ -217,7 +222,7 @@ def _k_means(points: Tensor, clusters: int, generator: torch.Generator) -> Tenso
 
 
 def _temperature(logits: Tensor) -> float:
-    """At which the mean of the largest probability is `CONFIDENCE`, by bisection."""
+    """The temperature at which the mean of the largest probability is `CONFIDENCE`, by bisection."""
     low, high = -30.0, 30.0  # of its logarithm
     for _ in range(60):
         middle = (low + high) / 2

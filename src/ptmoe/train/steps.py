@@ -1,4 +1,4 @@
-"""How far a training is, for whoever shows it."""
+"""The progress of a training run, for whoever displays it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-Progress = Callable[[int, int, float | None], None]  # steps done, of how many, the last loss
+Progress = Callable[[int, int, float | None], None]  # steps done, steps in all, the last loss
 
 
 class StepsCallback(TrainerCallback):
-    """Tells the steps done and the last loss, at the start, after each step and with each log."""
+    """Reports the steps done and the last loss, at the start, after each step and with each log."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.loss: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._tell(state)
+        self._report(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._tell(state)
+        self._report(state)
 
     def on_log(
         self,
@@ -32,8 +32,8 @@ class StepsCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         self.loss = (logs or {}).get("loss", self.loss)
-        self._tell(state)
+        self._report(state)
 
-    def _tell(self, state: TrainerState) -> None:
+    def _report(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, self.loss)

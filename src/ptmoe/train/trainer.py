@@ -1,7 +1,7 @@
 """`transformers.Trainer` for adapters.
 
-Checkpoints without pickles, batches by tokens, less at once where memory does not hold a batch, and a stop when the
-loss diverges.
+Checkpoints without pickles, batches by tokens, smaller parts where memory cannot hold a batch, and a stop when the loss
+diverges.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import random
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,25 +35,35 @@ SCHEDULER = "scheduler.json"
 
 
 class DivergedError(PtmoeError):
-    """The loss became NaN or infinite. The model holds the adapter of the last finite loss."""
+    """The loss became NaN or infinite.
 
-    def __init__(self, loss: float, step: int) -> None:
+    Attributes:
+        step: the training step at which it did.
+        restored: what the model holds now, in words: the adapter of the last finite loss or, with a method that trains
+            the base's own weights, those of a checkpoint. None where the model is of no use.
+    """
+
+    def __init__(self, loss: float, step: int, restored: str | None) -> None:
         super().__init__(
-            f"the loss became {loss} at step {step}; stopped with the adapter as it was before: "
-            "lower --learning-rate, or train in float32"
+            f"the loss became {loss} at step {step}, and no checkpoint holds earlier weights, so nothing was saved: "
+            "lower --learning-rate, train in float32, or lower --save-steps"
+            if restored is None
+            else f"the loss became {loss} at step {step}; stopped with {restored}: lower --learning-rate, or train in "
+            "float32"
         )
         self.step = step
+        self.restored = restored
 
 
 class PromptTrainer(Trainer):
-    """`transformers.Trainer` as it is, with checkpoints of its own: the adapter folder, the optimizer's, scheduler's
-    and random states, in safetensors and JSON.
+    """`transformers.Trainer` with its own checkpoints: the adapter folder and the states of the optimizer, the
+    scheduler and the random generators, in safetensors and JSON.
 
     Sharded training (DeepSpeed, FSDP) keeps `Trainer`'s files.
 
     Args:
-        *arguments: of `Trainer`, as `options`.
-        batches: by which the training set is read, instead of `per_device_train_batch_size` random examples at a time.
+        *arguments: of `Trainer`.
+        batches: the batches to read the training set in, instead of `per_device_train_batch_size` random examples each.
         **options: of `Trainer`.
     """
 
@@ -65,7 +76,7 @@ class PromptTrainer(Trainer):
         if batches is not None:
             self.add_callback(_Epochs(batches))
         self._last_good: dict[str, Tensor] = {}
-        self._parts = 1  # that a batch is computed in
+        self._parts = 1  # in which a batch is computed
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if self.batches is None:
@@ -95,24 +106,43 @@ class PromptTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = self._in_parts(model, inputs, num_items_in_batch)
-        trained = self.model.encoder.state_dict()
-        if loss.isfinite():
-            self._last_good = {name: value.clone() for name, value in trained.items()}
-            return loss
-        if self._last_good:
-            self.model.encoder.load_state_dict(self._last_good)
-        raise DivergedError(loss.item(), self.state.global_step + 1)
+        encoder = self.model.encoder
+        if not loss.isfinite():
+            raise DivergedError(loss.item(), self.state.global_step + 1, self._restore())
+        if not encoder.config.trains_base:
+            self._last_good = {name: value.clone() for name, value in encoder.state_dict().items()}
+        return loss
+
+    def _restore(self) -> str | None:
+        """Undo the updates since the last finite loss or, with a method that trains the base's own weights, since the
+        newest checkpoint.
+
+        Returns:
+            What the model holds now, in words; None where there is nothing to go back to.
+        """
+        if not self.model.encoder.config.trains_base:
+            if self._last_good:
+                self.model.encoder.load_state_dict(self._last_good)
+            return "the adapter as it was before"
+        steps = [path.name.rpartition("-")[2] for path in Path(self.args.output_dir).glob("checkpoint-*")]
+        for step in sorted((int(step) for step in steps if step.isdigit()), reverse=True):
+            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+            if step <= self.state.global_step and not self._sharded:
+                with suppress(PtmoeError):  # the update before it may have broken the weights
+                    self._load_from_checkpoint(str(folder))
+                    return f"the weights of {folder}"
+        return None
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def _in_parts(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
-        """A training step, in twice as many parts whenever memory does not hold one. The loss is over the supervised
-        tokens of the global batch, so parts add up to the same gradient."""
+        """A training step, in twice as many parts whenever memory cannot hold one. The loss is over the supervised
+        tokens of the global batch, so the parts add up to the same gradient."""
         rows = len(inputs["input_ids"])
-        if num_items is None or self.args.world_size > 1:  # the others would wait for this one's second part
+        if num_items is None or self.args.world_size > 1:  # the other processes would wait for the second part
             return cast(Tensor, super().training_step(model, inputs, num_items))
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trainable]
         while True:
             size = -(-rows // min(self._parts, rows))
             try:
@@ -124,8 +154,8 @@ class PromptTrainer(Trainer):
             except RuntimeError as error:
                 if not should_reduce_batch_size(error) or size == 1:
                     raise
-            # Outside of the handler, which holds on to the failed step's tensors.
-            for parameter, gradient in zip(trained, before, strict=True):
+            # Outside the handler, which keeps the failed step's tensors alive.
+            for parameter, gradient in zip(trainable, before, strict=True):
                 parameter.grad = None if gradient is None else gradient.clone()
             clear_device_cache(garbage_collection=True)
             self._parts = 2 * -(-rows // size)
@@ -147,7 +177,7 @@ class PromptTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         self.model.save_pretrained(folder)
-        # What the published form does not keep: the coordinates that the router is trained in.
+        # What the published form lacks: the coordinates in which the router is trained.
         state = self.model.encoder.training_state()
         if state:
             save_file(
@@ -188,7 +218,7 @@ class PromptTrainer(Trainer):
             return
         from safetensors import safe_open
 
-        state: dict[int | str, dict[str, Any]] = {}  # by parameter; LoRA-FA's optimizer counts by name
+        state: dict[int | str, dict[str, Any]] = {}  # by parameter; LoRA-FA's optimizer names them
         with safe_open(Path(checkpoint) / OPTIMIZER, "pt") as opened:  # loading moves the state to its parameters
             metadata = opened.metadata()
             entries = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -201,7 +231,7 @@ class PromptTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         state = {"python": random.getstate(), "numpy": _numpy_state(), "torch": torch.get_rng_state().tolist()}
         if torch.cuda.is_available():
-            state["cuda"] = [one.tolist() for one in torch.cuda.get_rng_state_all()]
+            state["cuda"] = [device.tolist() for device in torch.cuda.get_rng_state_all()]
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         self._random_state_file(output_dir).write_text(json.dumps(state))
 
@@ -216,7 +246,7 @@ class PromptTrainer(Trainer):
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
         torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
         if "cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([torch.tensor(one, dtype=torch.uint8) for one in state["cuda"]])
+            torch.cuda.set_rng_state_all([torch.tensor(device, dtype=torch.uint8) for device in state["cuda"]])
 
     def _random_state_file(self, folder: str) -> Path:
         rank = f".{self.args.process_index}" if self.args.world_size > 1 else ""
@@ -224,8 +254,8 @@ class PromptTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the batches which epoch begins: where several processes share them, `accelerate` wraps them, and a resumed
-    run wraps them again, and the number does not come through."""
+    """Tells the batches which epoch begins: `accelerate` wraps them where several processes share them, again in a
+    resumed run, and does not pass the number on."""
 
     def __init__(self, batches: TokenBatches) -> None:
         self.batches = batches
@@ -255,7 +285,7 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.before = 0.0  # seconds of the runs that this one resumes
+        self.before = 0.0  # seconds of the runs that this run resumes
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         kept = []

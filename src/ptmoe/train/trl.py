@@ -18,14 +18,14 @@ model.save_pretrained("adapter")
 Data sets, chat templates, truncation, metrics (`entropy`, `mean_token_accuracy`, `num_tokens`), callbacks and
 evaluation are `trl`'s. Three things are not:
 
-- **The loss.** `trl` replaces the model's `forward` by a fused output head: it runs the base model past its prompt and
-  keeps the labels to itself, so a model that it did leave the prompt to would route on the answers too. Here the
-  model's own `forward` computes the loss, as under `transformers.Trainer`: from the labels, over the supervised tokens
-  of the global batch, and with `input_mask (B, L)`, the real tokens before the first supervised one, which are all that
-  the router may read. A batch that has an `input_mask` already keeps it.
-- **Checkpoints** are those of `PromptTrainer`: the adapter folder and the states to go on from, no base weights and no
+- **The loss.** `trl` replaces the model's `forward` by a fused output head, which runs the base model without the
+  prompt and does not pass on the labels, so a router would read the answers too. Here the model's own `forward`
+  computes the loss, as under `transformers.Trainer`: from the labels, over the supervised tokens of the global batch,
+  and with `input_mask (B, L)`, the real tokens before the first supervised one, which are all that the router may read.
+  An `input_mask` that a batch has already is kept.
+- **Checkpoints** are those of `PromptTrainer`: the adapter folder and the states to resume from, no base weights and no
   pickle.
-- **Routing** of a PT-MoE adapter is trained with `RoutingCallback`, which is added where it is missing.
+- **Routing** is trained with `RoutingCallback`, which is added where it is missing.
 
 `trl`'s own `SFTTrainer` refuses a prompted model. What cannot be right is refused here: packing and padding-free
 batches (several examples in a row, and one prompt for all), label smoothing and `loss_type="dft"` (they need the fused
@@ -57,19 +57,19 @@ class SFTTrainer(PromptTrainer, trl.SFTTrainer):
 
     Args:
         model: from `attach` or `load_adapter`; its active adapter is trained.
-        args: `trl.SFTConfig`.
+        args: the training arguments.
         **options: every other argument of `trl.SFTTrainer`, by name.
 
     Raises:
-        PtmoeError: a model without a prompt, or an option that prompted models cannot be trained with.
+        PtmoeError: a model without a prompt, or an option with which prompted models cannot be trained.
     """
 
-    _tag_names = [*trl.SFTTrainer._tag_names, "ptmoe"]  # of the model card; and by it the model knows its bridge
+    _tag_names = [*trl.SFTTrainer._tag_names, "ptmoe"]  # of the model card; the model recognises the bridge by it
 
     def __init__(self, model: PromptedCausalLM, args: trl.SFTConfig | None = None, **options: Any) -> None:
         _refuse_unfit(model, args, options)
         super().__init__(model=model, args=args, **options)
-        # trl has put its fused head over the model's forward, and has no switch for it.
+        # trl has replaced the model's forward by its fused head, and has no switch for it.
         vars(model).pop("forward", None)
         if not any(isinstance(callback, RoutingCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(RoutingCallback())
@@ -83,7 +83,7 @@ class SFTTrainer(PromptTrainer, trl.SFTTrainer):
     ) -> Any:
         """The model's own loss, over the supervised tokens of the global batch, instead of the fused head's."""
         labels, mask = inputs["labels"], inputs["attention_mask"]
-        # The model finds it from the labels, but a `compute_loss_func` takes those away from it.
+        # The model computes the mask from the labels, which a `compute_loss_func` does not pass on.
         statistics = TokenStatistics()
         inputs = {
             "input_mask": readable_tokens(mask, labels),
@@ -99,7 +99,7 @@ class SFTTrainer(PromptTrainer, trl.SFTTrainer):
 
     @torch.no_grad()
     def _add_token_metrics(self, statistics: TokenStatistics, mask: Tensor) -> None:
-        """What `trl` logs of each batch, where its `log` looks for it."""
+        """Add what `trl` logs of each batch to its metrics."""
         local = torch.stack(
             [
                 torch.as_tensor(number, dtype=torch.float, device=mask.device)

@@ -1,0 +1,26 @@
+"""Checks that README and docs print the tables that the recorded lines give: `python docs/check_tables.py`."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from seeds import finished, table  # noqa: E402
+
+
+def main() -> None:
+    compared = (RESULTS / "mixed_methods.md").read_text().splitlines()
+    expected = [
+        ("README.md", table(finished(RESULTS / "mixed.jsonl"))),
+        ("docs/findings.md", table(finished(RESULTS / "words.jsonl"))),
+        ("docs/findings.md", table(finished(RESULTS / "tried.jsonl"))),
+        ("docs/findings.md", "\n".join(line for line in compared if line.startswith("|"))),
+    ]
+    wrong = [f"{page} lacks this table:\n{text}" for page, text in expected if text not in (ROOT / page).read_text()]
+    sys.exit("\n\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Which base model an adapter belongs to: its name and revision, and entries of its input embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptmoe.errors import PtmoeError
+
+FINGERPRINT_SIZE = 64
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """A base model as an adapter folder describes it.
+
+    Attributes:
+        name_or_path: where it was loaded from; None where that is unknown.
+        revision: of its Hub repository.
+        hidden_size: `H`; None in a folder that plain `peft` has written.
+        fingerprint: of its embedding (`fingerprint`); None likewise.
+    """
+
+    name_or_path: str | None
+    revision: str | None = None
+    hidden_size: int | None = None
+    fingerprint: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, embedding: Tensor, name_or_path: str | None = None, revision: str | None = None) -> BaseIdentity:
+        """The identity of the base with this `(V, H)` input embedding."""
+        return cls(name_or_path, revision, embedding.shape[1], fingerprint(embedding))
+
+    def check(self, embedding: Tensor, adapter: object, name_or_path: str | None) -> None:
+        """
+        Args:
+            embedding: `(V, H)`, of the base that the adapter is about to be used with.
+            adapter: what to call the adapter in a message.
+            name_or_path: of that base, for the message.
+
+        Raises:
+            PtmoeError: the adapter was trained on another base.
+        """
+        if self.hidden_size is not None and embedding.shape[1] != self.hidden_size:
+            raise PtmoeError(
+                f"{adapter} is for a base of hidden size {self.hidden_size} ({self.name_or_path}), "
+                f"this one has {embedding.shape[1]} ({name_or_path}): load the base it was trained on"
+            )
+        if self.fingerprint is not None and not _matches(embedding, self.fingerprint):
+            raise PtmoeError(
+                f"{adapter} was trained on another base ({self.name_or_path}) than this one ({name_or_path}): "
+                "their embeddings differ; load the base it was trained on"
+            )
+
+
+def fingerprint(embedding: Tensor, vocabulary: int | None = None) -> dict[str, Any]:
+    """Entries spread over the first `vocabulary` rows of a `(V, H)` embedding (all of them by default)."""
+    vocabulary = vocabulary or embedding.shape[0]
+    hidden = embedding.shape[1]
+    rows = [i * (vocabulary - 1) // (FINGERPRINT_SIZE - 1) for i in range(FINGERPRINT_SIZE)]
+    columns = [(i * 7919) % hidden for i in range(FINGERPRINT_SIZE)]
+    values = embedding.detach()[rows, columns].float().cpu()
+    return {"vocabulary": vocabulary, "values": [float(f"{value:.6g}") for value in values.tolist()]}
+
+
+def _matches(embedding: Tensor, saved: dict[str, Any]) -> bool:
+    """Whether a fingerprint was taken from this embedding, in whatever dtype; rows added at its end do not matter."""
+    if embedding.shape[0] < saved["vocabulary"]:
+        return False
+    here = torch.tensor(fingerprint(embedding, saved["vocabulary"])["values"])
+    there = torch.tensor(saved["values"])
+    # bfloat16 keeps 8 bits: two roundings of the same number are within 2^-7 of each other.
+    return here.shape == there.shape and torch.allclose(here, there, rtol=2**-7, atol=1e-6)

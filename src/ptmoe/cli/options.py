@@ -1,0 +1,166 @@
+"""Options that are the fields of a settings class: names, types, choices, defaults and help come from the class."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Sequence
+from copy import copy
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, cast, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from ptmoe.settings import Flag, Settings
+
+    Fields = dict[str, list[FieldInfo]]  # by name; several methods may have a field of one name
+
+HELP = ("-h", "--help")
+ARGUMENTS = "ptmoe.arguments"  # in a context's `meta`: what the command was given
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def command_of(settings: str, *only: str, methods: bool = False) -> type[TyperCommand]:
+    """A command whose options are those of its function and the fields of a settings class.
+
+    The class is imported when the command is used, so `ptmoe --help` does not import it. The function finds the fields
+    that were given in `context.obj`.
+
+    Args:
+        settings: `"MODULE:CLASS"`.
+        only: fields to offer; by default all.
+        methods: offer the fields of the methods' configs as well.
+    """
+
+    class SettingsCommand(TyperCommand):
+        def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+            context.meta[ARGUMENTS] = tuple(arguments)
+            return super().parse_args(context, arguments)
+
+        def get_params(self, context: Any) -> list[Any]:
+            *declared, help_option = super().get_params(context)
+            return [*declared, *self.from_fields(context), help_option]
+
+        def from_fields(self, context: Any) -> list[Any]:
+            key = f"ptmoe.options.{self.name}"  # parsing needs the same objects each time it asks
+            if key not in context.meta:
+                fields = _settings_fields(settings, only)
+                if methods:
+                    fields |= _method_fields(context.meta.get(ARGUMENTS, HELP))
+                context.meta[key] = _options(fields)
+            return cast(list[Any], context.meta[key])
+
+        def invoke(self, context: Any) -> Any:
+            values = {option.name: context.params.pop(option.name) for option in self.from_fields(context)}
+            context.obj = {name: value for name, value in values.items() if value is not None and value != ()}
+            return super().invoke(context)
+
+    return SettingsCommand
+
+
+def _settings_fields(settings: str, only: Sequence[str]) -> Fields:
+    module, _, name = settings.partition(":")
+    fields = described_fields(getattr(importlib.import_module(module), name))
+    return {name: [field] for name, field in fields.items() if not only or name in only}
+
+
+def _method_fields(arguments: Sequence[str]) -> Fields:
+    """The fields of all methods' configs, as a YAML file may name the method; in a method's help, its own."""
+    asks_for_help = not {*HELP}.isdisjoint(arguments)
+    named = re.findall(r"^--method[=\n]([^:\n]*)", "\n".join(arguments), re.MULTILINE)
+    if asks_for_help and not named:
+        return {}
+    from ptmoe.methods import METHODS
+
+    fields: Fields = {}
+    for method, config in METHODS.items():
+        for name, field in described_fields(config).items() if not asks_for_help or method == named[-1] else ():
+            fields.setdefault(name, []).append(field)
+    return fields
+
+
+def described_fields(owner: type[Settings]) -> dict[str, FieldInfo]:
+    """A class's fields, and a method's `shorthands`, each with a description: its own, or what the docstring of the
+    class, or of one that it inherits from, says under `Attributes`."""
+    docstrings = [inspect.cleandoc(parent.__doc__ or "") for parent in owner.__mro__]
+    fields = {}
+    for name, field in {**owner.model_fields, **getattr(owner, "shorthands", {})}.items():
+        found = (re.search(rf"^ {{4}}{name}: (.+(?:\n {{8}}.+)*)", text, re.MULTILINE) for text in docstrings)
+        fields[name] = copy(field)
+        fields[name].description = field.description or next((match[1] for match in found if match), None)
+    return fields
+
+
+def _options(fields: Fields) -> list[Any]:
+    """What `typer` makes of a function with these parameters. A mapping is no option: only a YAML file can hold it."""
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[Optional[kind], _option(name, same)],  # noqa: UP045  the type is a value
+        )
+        for name, same in fields.items()
+        if (kind := _type(same)) is not None
+    ]
+
+    def function(**_: Any) -> None: ...
+
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    return list(typer.main.get_command(app).params)
+
+
+def _option(name: str, fields: Sequence[FieldInfo]) -> Any:
+    flag, default = _flag(fields), fields[0].get_default()
+    text = " ".join((fields[0].description or "").split())
+    if isinstance(default, str | int | float) and default not in ("", False):
+        text += f" [default: {'--' + name.replace('_', '-') if default is True else default}]"
+    names, repeatable = flag.names if flag else (), _type(fields) == list[str]
+    callback = _alone if {str, list} <= {*_leaves(fields)} else None
+    return typer.Option(*names, help=text, metavar="<str>..." if repeatable else None, callback=callback)
+
+
+def _alone(values: list[str] | None) -> Any:
+    """A text given once is that text, not a list of one."""
+    return values[0] if values and len(values) == 1 else values
+
+
+def _flag(fields: Sequence[FieldInfo]) -> Flag | None:
+    from ptmoe.settings import Flag
+
+    return next((entry for entry in fields[0].metadata if isinstance(entry, Flag)), None)
+
+
+def _type(fields: Sequence[FieldInfo]) -> Any:
+    """What `typer` reads a field as; the settings class checks the rest. None for a mapping."""
+    flag, leaves = _flag(fields), _leaves(fields)
+    if flag and flag.repeatable is not None:
+        return list[str] if flag.repeatable else str
+    if list in leaves:
+        return list[str]
+    if all(get_origin(leaf) is Literal for leaf in leaves):
+        return Literal[tuple(dict.fromkeys(choice for leaf in leaves for choice in get_args(leaf)))]
+    return None if dict in leaves else next((kind for kind in (bool, int, float) if leaves == [kind]), str)
+
+
+def _leaves(fields: Sequence[FieldInfo]) -> list[Any]:
+    """The types in the fields' annotations, without None; of a list or a mapping its kind alone."""
+
+    def leaves(annotation: Any) -> list[Any]:
+        origin, parts = get_origin(annotation), get_args(annotation)
+        if origin in (Union, UnionType):
+            return [leaf for part in parts if part is not type(None) for leaf in leaves(part)]
+        return leaves(parts[0]) if origin is Annotated else [origin if origin in (list, dict) else annotation]
+
+    return list(dict.fromkeys(leaf for field in fields for leaf in leaves(field.annotation)))

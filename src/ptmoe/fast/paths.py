@@ -1,0 +1,115 @@
+"""`FastPaths`: which fast paths a base allows, and the loss computed along them."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ptmoe.fast.compiled import compilation_obstacle
+from ptmoe.fast.last_layer import last_layer_at, last_layer_in_use, last_layer_obstacle
+from ptmoe.fast.linear import onednn_obstacle, use_onednn
+from ptmoe.fast.loss import LOGITS_AT_ONCE, Hidden, TokenStatistics, cross_entropy, cross_entropy_in_parts, projected_at
+from ptmoe.fast.packing import pack, packed_attention, packing_obstacle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class FastPaths:
+    """The fast paths of one base. What has to be tried out is tried once; a path that cannot be taken is named once.
+
+    Args:
+        base: the frozen model.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.base = base
+        self._tried: dict[str, str | None] = {}
+
+    def packing_obstacle(self) -> str | None:
+        """As `ptmoe.fast.packing.packing_obstacle`, tried once."""
+        if "packing" not in self._tried:
+            self._tried["packing"] = reason = packing_obstacle(self.base)
+            if reason is not None:
+                self._warn(f"rows cannot be packed with {self._name}: {reason}; padding costs time and memory")
+        return self._tried["packing"]
+
+    def last_layer_obstacle(self) -> str | None:
+        """As `ptmoe.fast.last_layer.last_layer_obstacle`, its trial once."""
+        in_use = last_layer_in_use(self.base)
+        if in_use is None and "last_layer" not in self._tried:
+            self._tried["last_layer"] = reason = last_layer_obstacle(self.base)
+            if reason is not None:
+                self._warn(f"the last layer of {self._name} is computed at every position: {reason}")
+        return in_use or self._tried["last_layer"]
+
+    def obstacles(self) -> dict[str, str | None]:
+        """Each path by name, and what keeps it from being taken; None where it is taken."""
+        return {
+            "packing": self.packing_obstacle(),
+            "last_layer": self.last_layer_obstacle(),
+            "onednn": onednn_obstacle(self.base),
+            "compiled_layers": compilation_obstacle(self.base),
+        }
+
+    def loss(
+        self,
+        inputs: dict[str, Any],
+        supervised: tuple[Tensor, Tensor, Tensor],
+        num_items: Tensor | int | None,
+        *,
+        packed: bool,
+        statistics: TokenStatistics | None = None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Any]:
+        """The loss of a batch and the base's output, computed from no more than they need.
+
+        Args:
+            inputs: of the base: `inputs_embeds (B, T + L, H)`, `attention_mask` and `position_ids (B, T + L)`, …
+            supervised: `(S,)` each: the row, the position in it that predicts, and the token to be predicted.
+            num_items: supervised tokens of the global batch, as in `cross_entropy`.
+            packed: leave out the padding.
+            statistics: told of the supervised tokens' predictions.
+            options: of the base.
+        """
+        rows, columns, targets = supervised
+        base, head = self.base, self.base.get_output_embeddings()
+        size = max(1, LOGITS_AT_ONCE // base.config.get_text_config().vocab_size)
+        whole = options.get("output_hidden_states") or options.get("output_attentions")
+        at_some = not whole and self.last_layer_obstacle() is None
+        with ExitStack() as paths:
+            paths.enter_context(use_onednn(base))
+            if packed:
+                batch = pack(inputs["inputs_embeds"], inputs["attention_mask"], inputs["position_ids"])
+                rows, columns = torch.zeros_like(rows), batch.places[rows, columns]
+                inputs = {"inputs_embeds": batch.embeds, "position_ids": batch.position_ids}
+                paths.enter_context(packed_attention(base, batch.groups))
+            if at_some:
+                paths.enter_context(last_layer_at(base, rows, columns))
+                rows, columns = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
+            if len(targets) > size and not any(parameter.requires_grad for parameter in head.parameters()):
+                hidden = Hidden(base)
+                with hidden.at(rows, columns):
+                    out = base(**inputs, **options)
+                if hidden.states is not None:
+                    states, project = hidden.states, hidden.project
+                    return cross_entropy_in_parts(states, targets, num_items, project, size, statistics), out
+                logits = out.logits[rows, columns]
+            else:
+                with projected_at(head, rows, columns):
+                    out = base(**inputs, **options)
+                logits = out.logits[0]
+        if statistics is not None:
+            statistics.add(logits, targets)
+        return cross_entropy(logits, targets, num_items), out
+
+    @property
+    def _name(self) -> str:
+        return type(self.base).__name__
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(message, stacklevel=5)

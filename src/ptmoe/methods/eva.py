@@ -1,0 +1,53 @@
+"""EVA (Paischer et al. 2024, arXiv:2410.07170), from `peft`: LoRA whose A starts at the directions in which the inputs
+of each module vary most, over training batches.
+
+X = U Σ Vᵀ,  A = V_Rᵀ,  B = 0                  X: (tokens, in), the module's inputs
+y = W x + (α / R) B A x                        A: (R, in), B: (out, R)
+
+The rank is the same in all modules: the paper's redistribution would change the number of trainable parameters.
+"""
+
+from typing import Any
+
+from ptmoe.errors import PtmoeError
+from ptmoe.methods.base import Batches, PreTrainedModel
+from ptmoe.methods.injected import ADAPTER, Injected, PeftConfig, model_inputs, peft_errors
+from ptmoe.methods.lora import LoRAFamilyConfig
+
+
+class EVAConfig(LoRAFamilyConfig):
+    """EVA: `R·(in + out)` trainable parameters for each target module."""
+
+    method = "eva"
+    order = 140
+    needs_batches = True
+
+    def initial_peft_config(self, **common: Any) -> PeftConfig:
+        from peft import EvaConfig
+
+        return self.lora_config(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0), **common)
+
+    def saved_peft_config(self, **common: Any) -> PeftConfig:
+        return self.lora_config(**common)
+
+    def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> Injected:
+        encoder = super().encoder_for(base)
+        if batches is None:  # to count its parameters
+            return encoder
+        from peft import initialize_lora_eva_weights
+
+        peft_config = encoder.peft_model.peft_config[ADAPTER]
+        targets = peft_config.target_modules
+        try:
+            with peft_errors(self.method):
+                initialize_lora_eva_weights(
+                    encoder.peft_model,
+                    list(batches),
+                    forward_fn=lambda model, batch: base(**model_inputs(batch), use_cache=False),
+                    show_progress_bar=False,
+                )
+        except PtmoeError:
+            encoder.remove()
+            raise
+        peft_config.target_modules = targets  # peft has listed every module by its full name
+        return encoder

@@ -1,0 +1,63 @@
+"""PiSSA (Meng et al. 2024, arXiv:2404.02948), from `peft`: LoRA that starts at the weight's principal components.
+
+W = U Σ Vᵀ,  s B₀ A₀ = U_R Σ_R V_Rᵀ,  W' = W - s B₀ A₀          s = α / R
+y = (W' + s B A) x = (W + s (B A - B₀ A₀)) x                     A: (R, in), B: (out, R)
+
+The target modules' own weights are replaced by `W'` before training, so they cannot be quantized. `disable_adapter` and
+`delete_adapter` restore `W` to the bit from a copy, and the saved adapter is the second form: LoRA of rank `2·R` on the
+untouched base, as `peft` converts it. A loaded adapter that trains on is that LoRA.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptmoe.methods.base import QUANTIZATIONS, PreTrainedModel
+from ptmoe.methods.injected import Injected, PeftConfig
+from ptmoe.methods.lora import LoRAFamilyConfig
+
+
+class Residual(Injected):
+    """LoRA on what remains of the weights without the initial product."""
+
+    rewrites_weights = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.start = {key: value.clone() for key, value in super().tensors().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`[A; A₀] (2·R, in)` and `[B, -B₀] (out, 2·R)` for each module."""
+        return {
+            key: torch.cat([value, self.start[key].to(value.device)])
+            if "lora_A" in key
+            else torch.cat([value, -self.start[key].to(value.device)], 1)
+            for key, value in super().tensors().items()
+        }
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for key, value in super().tensors().items():
+            value.copy_(tensors[key][: len(value), : value.shape[1]])
+
+
+class PiSSAConfig(LoRAFamilyConfig):
+    """PiSSA: `R·(in + out)` trainable parameters for each target module."""
+
+    method = "pissa"
+    order = 130
+    unsupported_quantizations = QUANTIZATIONS
+    encoder_class = Residual
+
+    def initial_peft_config(self, **common: Any) -> PeftConfig:
+        return self.lora_config(init_lora_weights="pissa", **common)
+
+    def saved_peft_config(self, **common: Any) -> PeftConfig:
+        saved = self.lora_config(**common)
+        saved.r, saved.lora_alpha = 2 * saved.r, 2 * saved.lora_alpha  # the same factor
+        return saved
+
+    def saved_encoder_for(self, base: PreTrainedModel) -> Injected:  # of LoRA, so the base may be quantized
+        config, common = self.resolved(base)
+        return Injected(config, base, self.saved_peft_config(**common))

@@ -1,0 +1,279 @@
+"""`ModelWrapper`: a base model and its adapters with the attributes of a `transformers` model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ptmoe.adapters.folder import save_adapter
+from ptmoe.adapters.identity import BaseIdentity, fingerprint
+from ptmoe.errors import PtmoeError
+from ptmoe.fast.lock import base_lock
+from ptmoe.methods.base import MethodConfig, PromptEncoder, Routing
+from ptmoe.models.adapter_set import AdapterSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHANGED_BY = "ptmoe_method"  # an attribute of a base whose layers a method has changed
+
+
+class ModelWrapper(nn.Module):
+    """The base is not part of `state_dict()`: checkpoints hold adapters only.
+
+    Attributes:
+        base_model: the frozen model; with a weight-side adapter, that adapter's parts are in it.
+        adapters: the `AdapterSet`.
+        encoders: its encoders, by name.
+    """
+
+    base_model: PreTrainedModel
+    adapters: AdapterSet
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        super().__init__()
+        changed_by = vars(base).get(CHANGED_BY)
+        if changed_by is not None:
+            raise PtmoeError(f"this base holds a {changed_by} adapter, which changes its layers: load the base again")
+        base.requires_grad_(False)
+        self.base_model = base
+        vars(self)["adapters"] = AdapterSet(base.get_input_embeddings())
+        self.encoders = self.adapters.encoders  # named as in `state_dict()`
+        # As it is before any training: full fine-tuning changes the embedding.
+        self._fingerprint = fingerprint(base.get_input_embeddings().weight)
+        self.train(base.training)
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        name: str,
+        config: MethodConfig,
+        make: Callable[[PreTrainedModel], PromptEncoder],
+        *,
+        activate: bool = True,
+    ) -> PromptEncoder:
+        """Add an encoder.
+
+        Args:
+            name: for `set_adapter` and `adapter_names`.
+            config: of its method.
+            make: gives the encoder for the base.
+            activate: make it the active one; the first always is.
+
+        Raises:
+            PtmoeError: a name that cannot be used, or adapters that one model cannot hold together.
+        """
+        self.adapters.check_new(name, config)
+        encoder = make(self.base_model)
+        self.adapters.add(name, encoder)
+        if config.changes_layers:
+            vars(self.base_model)[CHANGED_BY] = config.method
+        if activate or not self.active_adapter:
+            self.adapters.activate(name)
+        return encoder
+
+    def set_adapter(self, name: str) -> None:
+        """Make one adapter the active one: used where no `adapter_names` are given, and the one that trains."""
+        self.adapters.activate(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter that is not the active one, or a weight-side one, whose parts are taken out of the base.
+
+        Raises:
+            PtmoeError: no such adapter, the active one, or one that cannot be taken out (`ft`).
+        """
+        changed_layers = self.adapters.changes_layers
+        self.adapters.remove(name)
+        if changed_layers:
+            vars(self.base_model).pop(CHANGED_BY)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it the model is its untouched base.
+
+        Raises:
+            PtmoeError: `ft`, which has changed the base for good.
+        """
+        before, self.adapters.enabled = self.adapters.enabled, False
+        try:
+            with self.encoder.disabled() if before and self.active_adapter else nullcontext():
+                yield
+        finally:
+            self.adapters.enabled = before
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the adapter in use; `""` without one."""
+        return self.adapters.active
+
+    @property
+    def uses_adapter(self) -> bool:
+        """Whether an adapter is active and not disabled."""
+        return self.adapters.in_use
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The active adapter's encoder."""
+        return self.adapters[self.active_adapter]
+
+    @property
+    def method_config(self) -> MethodConfig:
+        """The active adapter's config."""
+        return self.encoder.config
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that the active adapter's prompt takes; 0 without one."""
+        return self.method_config.num_virtual_tokens if self.uses_adapter else 0
+
+    @torch.no_grad()
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing | None:
+        """How the active adapter routes these inputs `(B, L)`; None for a method that does not route."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.adapters.encode(self.get_input_embeddings()(input_ids), mask.bool()).routing
+
+    # -- a transformers model ----------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        return self.base_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.base_model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self.base_model.get_input_embeddings().weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, self.base_model.dtype)
+
+    @property
+    def name_or_path(self) -> str:
+        return cast(str, self.base_model.name_or_path)
+
+    @property
+    def lock(self) -> Any:
+        """Held while the base's forward pass runs (`ptmoe.fast.lock.base_lock`)."""
+        return base_lock(self.base_model)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.base_model.get_input_embeddings())
+
+    def get_output_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.base_model.get_output_embeddings())
+
+    def can_generate(self) -> bool:
+        return True
+
+    def add_model_tags(self, tags: Sequence[str] | str) -> None:
+        """`trl`'s trainers call it at the end of their construction: all but the bridge, which adds `"ptmoe"`, are
+        refused here, before anything is trained.
+
+        Raises:
+            PtmoeError: `trl` without the bridge.
+        """
+        if "trl" in tags and "ptmoe" not in tags:
+            raise PtmoeError(
+                "trl cannot train a prompted model by itself: its fused head replaces forward, runs the base model "
+                "without the prompt and keeps the labels to itself, so a router would average the answers too. For "
+                "supervised fine-tuning use SFTTrainer from ptmoe.train.trl"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        """`lm_eval`'s `hf` ties the weights of the model it is given, and would later score context and continuation as
+        one text: it is stopped here."""
+        if name == "tie_weights":
+            raise AttributeError(
+                "the harness's hf model would let the router read the continuation: give it "
+                "ptmoe.evaluate.harness.PromptedLM(pretrained=model, tokenizer=tokenizer)"
+            )
+        return super().__getattr__(name)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.base_model.activation_checkpointing_enable(**options)
+
+    def activation_checkpointing_disable(self) -> None:
+        self.base_model.activation_checkpointing_disable()
+
+    # Their names before transformers 5.
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.activation_checkpointing_disable()
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        excluded = {id(p) for p in self.get_input_embeddings().parameters()} if exclude_embeddings else set()
+        return sum(
+            _size(p) for p in self.parameters() if (p.requires_grad or not only_trainable) and id(p) not in excluded
+        )
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable and all parameters."""
+        return self.num_parameters(only_trainable=True), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters' tensors as they are in training; the base has a folder of its own."""
+        prefix = options.pop("prefix", "")
+        return cast(dict[str, Any], self.encoders.state_dict(*arguments, prefix=f"{prefix}encoders.", **options))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return self.encoders.load_state_dict(
+            {key.removeprefix("encoders."): value for key, value in state_dict.items()}, strict=strict, assign=assign
+        )
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """The base that adapters are saved for."""
+        hidden = cast(Tensor, self.get_input_embeddings().weight).shape[1]
+        revision = getattr(self.config, "_commit_hash", None)
+        return BaseIdentity(self.name_or_path, revision, hidden, self._fingerprint)
+
+    def save_pretrained(self, save_directory: str | Path, adapter_name: str | None = None, **options: Any) -> None:
+        """Write the adapter folder of the active adapter, or of a named one.
+
+        `push_to_hub=True` and its options are those of `transformers`.
+        """
+        push_to_hub, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", None)
+        for ignored in ("state_dict", "is_main_process", "safe_serialization"):  # `Trainer` passes them
+            options.pop(ignored, None)
+        save_adapter(self.adapters[adapter_name or self.active_adapter], self.identity, save_directory)
+        if push_to_hub:
+            self._upload(save_directory, repo_id or Path(save_directory).name, **options)
+
+    def push_to_hub(self, repo_id: str, adapter_name: str | None = None, **options: Any) -> None:
+        """Upload the adapter folder to the Hugging Face Hub; `options` go to `huggingface_hub.upload_folder`."""
+        from tempfile import TemporaryDirectory
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, adapter_name)
+            self._upload(folder, repo_id, **options)
+
+    def _upload(self, folder: str | Path, repo_id: str, **options: Any) -> None:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=options.pop("token", None))
+        created = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
+        api.upload_folder(repo_id=created.repo_id, folder_path=folder, **options)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """How many numbers it holds: `bitsandbytes` packs two of 4 bits into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)

@@ -1,0 +1,63 @@
+"""Prompts from an embedding matrix alone, the same as behind a base model."""
+
+import pytest
+import torch
+from bases import CONFIGS, batch, prompted, tiny, tokens
+from torch import nn
+
+import ptmoe
+from ptmoe.models.adapter_set import BASE, AdapterSet
+
+IDS, MASK = batch([tokens(5, 1), tokens(3, 2), tokens(8, 3), tokens(1, 4)], [0, 2, 0, 4])
+
+
+@pytest.fixture
+def folders(base, tmp_path):
+    """An adapter folder of each prompt method, and the model that saved the last one."""
+    for index, (name, config) in enumerate(CONFIGS.items()):
+        model = prompted(base, config, seed=index)
+        model.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_prompts_from_the_embedding_are_those_of_the_model(base, folders):
+    model = ptmoe.load_adapter(base, folders / "PT", name="PT")
+    adapters = AdapterSet(base.get_input_embeddings())
+    for name in CONFIGS:
+        adapters.load(folders / name, name)
+        if name != "PT":
+            ptmoe.load_adapter(model, folders / name, name=name)
+    names = list(CONFIGS)
+    for first in range(len(names)):
+        mixed = [names[first], names[(first + 1) % len(names)], BASE, names[first]]
+        expected, _ = model.compose(IDS, MASK, adapter_names=mixed)
+        spliced, prompts = adapters.compose(IDS, MASK, adapter_names=mixed)
+        assert torch.equal(spliced.embeds, expected.embeds)
+        assert torch.equal(spliced.attention_mask, expected.attention_mask)
+        assert torch.equal(spliced.position_ids, expected.position_ids)
+        assert prompts.lengths[2] == 0
+
+
+def test_a_matrix_in_another_dtype_is_enough(folders):
+    base = tiny("llama")
+    prompted(base, CONFIGS["PT-MoE selective"]).save_pretrained(folders / "adapter")
+    matrix = base.get_input_embeddings().weight.detach().clone().to(torch.bfloat16)
+    adapters = AdapterSet(nn.Embedding.from_pretrained(matrix))
+    adapters.load(folders / "adapter", "a")
+    spliced, prompts = adapters.compose(IDS, MASK, adapter_names=["a", "a", BASE, "a"])
+    assert spliced.embeds.dtype == torch.bfloat16
+    assert prompts.embeds.dtype == torch.float32
+
+
+def test_an_adapter_of_another_base_or_one_that_needs_layers_is_refused(tmp_path):
+    base = tiny("llama")
+    adapters = AdapterSet(base.get_input_embeddings())
+    prompted(tiny("llama", seed=5), CONFIGS["PT"]).save_pretrained(tmp_path / "other")
+    with pytest.raises(ptmoe.PtmoeError, match="trained on another base"):
+        adapters.load(tmp_path / "other", "a")
+    ptmoe.attach(tiny("llama"), ptmoe.METHODS["lora"]()).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ptmoe.PtmoeError, match=r"lora adapter, which needs its base model's layers"):
+        adapters.load(tmp_path / "lora", "a")
+    assert not len(adapters.encoders)
+    with pytest.raises(ptmoe.PtmoeError, match="no adapter 'a'"):
+        adapters.compose(IDS, MASK, adapter_names=["a"] * 4)
