@@ -107,7 +107,7 @@ def _name_points(
         boxes = []
         for right, up in offsets:
             left = x + right * scale - width * (0.5 if right == 0 else right < 0)
-            left = max(inside.x0, min(left, inside.x1 - width))
+            left = max(inside.x0 + 4 * scale, min(left, inside.x1 - width))
             boxes.append(Bbox.from_bounds(left, y + up * scale - height / 2, width, height))
         free = (box for box in boxes if not any(box.overlaps(other) for other in taken))
         box = next((box for box in free if inside.y0 <= box.y0 and box.y1 <= inside.y1), boxes[0])
