@@ -24,9 +24,10 @@ from ptmoe.evaluate.nearest_words import nearest_tokens
 from ptmoe.report import comparison_summary, read_comparison, write_report
 from ptmoe.report.comparison import MEAN
 from ptmoe.report.figures import curve_points, score_by_parameters
-from ptmoe.report.published import paper, published_for
+from ptmoe.report.published import paper
 from ptmoe.report.results import AVERAGE, Board, Score, boards, holm, paired_test, t_interval
 from ptmoe.report.table import Table, to_csv, to_latex, to_markdown
+from ptmoe.report.tables import published_for
 from ptmoe.report.theme import DARK, LIGHT, drawing, styles
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
