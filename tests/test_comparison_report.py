@@ -13,8 +13,6 @@ import torch
 from comparisons import ALL_ON_SECOND, DOMAINS, ONE_EACH, SVAMP_TYPES, write_cell, write_plan
 from matplotlib.image import imread
 from matplotlib.text import Text
-from ptmoe.runs.folders import FAILED_FILE
-from ptmoe.runs.records import Failure, write_lines
 from rich.console import Console
 from scipy import stats
 from test_report import Page
@@ -29,6 +27,8 @@ from ptmoe.report.results import AVERAGE, Board, Score, boards, holm, paired_tes
 from ptmoe.report.table import Table, to_csv, to_latex, to_markdown
 from ptmoe.report.tables import published_for
 from ptmoe.report.theme import DARK, LIGHT, drawing, styles
+from ptmoe.runs.folders import FAILED_FILE
+from ptmoe.runs.records import Failure, write_lines
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
 TASKS = ("nano/mixed", "nano/facts")

@@ -10,8 +10,6 @@ import pytest
 from comparisons import ALL_ON_SECOND, DOMAINS, ONE_EACH, write_cell, write_plan, write_run
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from ptmoe.runs.folders import read_run
-from ptmoe.runs.records import LogLine
 from rich.console import Console
 
 from ptmoe.errors import PtmoeError
@@ -20,6 +18,8 @@ from ptmoe.report import comparison_summary, read_comparison, routing_figures, w
 from ptmoe.report.comparison import single_run
 from ptmoe.report.figures import curve_points, learning_curves, plain, routing_heat_map, show_legend
 from ptmoe.report.theme import DARK, LIGHT, drawing, styles
+from ptmoe.runs.folders import read_run
+from ptmoe.runs.records import LogLine
 
 
 class Page(HTMLParser):

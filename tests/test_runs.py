@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import yaml
 from comparisons import ALL_ON_SECOND, DOMAINS, ENVIRONMENT, ONE_EACH, write_run
+
+from ptmoe.errors import PtmoeError
 from ptmoe.runs.folders import is_run, read_run
 from ptmoe.runs.predictions import PredictionsFile, read_predictions
 from ptmoe.runs.records import Environment, EvaluationSummary, LogLine, Prediction, RoutingSummary, write_lines
-
-from ptmoe.errors import PtmoeError
 
 TASK = "nano/mixed"
 
