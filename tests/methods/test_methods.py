@@ -87,8 +87,6 @@ def test_a_method_is_a_module_of_its_own_and_an_import():
 
 
 def test_the_methods_of_the_paper_are_in_its_order_and_no_two_look_alike():
-    of_paper = [config for config in METHODS.values() if config.paper_order is not None]
-    assert [config.method for config in sorted(of_paper, key=lambda config: config.paper_order)] == list(PAPER)
     for attribute in ("figure_marker", "order"):
         assert len({getattr(config, attribute) for config in of_paper}) == len(of_paper)
     for mode in (0, 1):

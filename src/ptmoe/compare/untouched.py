@@ -13,6 +13,5 @@ class UntouchedConfig(MethodConfig):
 
     method: ClassVar[str] = BASE
     order: ClassVar[int] = 0
-    paper_order: ClassVar[int | None] = 0
     figure_color: ClassVar[tuple[str, str] | None] = ("#858b95", "#9aa1ac")
     num_virtual_tokens: ClassVar[int] = 0

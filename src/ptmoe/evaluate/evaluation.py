@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ptmoe import __version__
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import complete
-from ptmoe.evaluate.routing import expert_similarity, soft_gate, summarise_routing
+from ptmoe.evaluate.routing import expert_similarity, summarise_routing
 from ptmoe.methods.base import quantization_of
 from ptmoe.models.decoding import Decoder
 from ptmoe.runs.folders import evaluation_file, predictions_file
@@ -151,7 +151,7 @@ def evaluate(
     }
     similarity, soft = None, False
     if model.uses_adapter:
-        similarity, soft = expert_similarity(model.encoder), soft_gate(model.method_config)
+        similarity, soft = expert_similarity(model.encoder), model.method_config.soft_gate
     file, done = None, []
     if folder is not None:
         path = predictions_file(folder, task.name, split)

@@ -15,7 +15,7 @@ from ptmoe.tasks.tokens import encode_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ptmoe.methods.base import MethodConfig, PromptEncoder
+    from ptmoe.methods.base import PromptEncoder
     from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.tasks.base import Example
 
@@ -54,11 +54,6 @@ def summarise_routing(
         prompt_similarity=similarity,
         soft_gate=soft_gate,
     )
-
-
-def soft_gate(config: MethodConfig) -> bool:
-    """Whether a method's gate mixes all experts, so that an input's largest entry does not decide its prompt alone."""
-    return bool(getattr(config, "soft_gate", not getattr(config, "selective", config.method != "attempt")))
 
 
 def _entropy(distribution: np.ndarray[Any, np.dtype[np.float64]]) -> float:

@@ -31,7 +31,6 @@ class ATTEMPTConfig(PromptConfig):
 
     method = "attempt"
     order = 50
-    paper_order = 7
     figure_color = ("#8a6d00", "#e3c13b")
     figure_marker = "v"
     free_sizes = ("num_virtual_tokens", "bottleneck")

@@ -78,7 +78,6 @@ class MethodConfig(Settings):
 
     method: ClassVar[str]  # its name in `METHODS`, on the command line and in files
     order: ClassVar[int] = 1000  # place in `METHODS`, tables and legends; equal ones are sorted by name
-    paper_order: ClassVar[int | None] = None  # place in the PT-MoE paper's tables
     figure_color: ClassVar[tuple[str, str] | None] = None  # on a light and on a dark background
     figure_marker: ClassVar[str | None] = None  # of matplotlib
     default_learning_rate: ClassVar[float] = 0.03

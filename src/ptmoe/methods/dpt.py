@@ -19,7 +19,6 @@ class DPTConfig(PromptConfig):
 
     method = "dpt"
     order = 30
-    paper_order = 5
     figure_color = ("#00805d", "#2fc79b")
     figure_marker = "^"
     free_sizes = ("rank", "num_virtual_tokens")

@@ -24,7 +24,6 @@ class FTConfig(WeightConfig):
 
     method = "ft"
     order = 90
-    paper_order = 1
     figure_color = ("#1f2937", "#f3f4f6")
     figure_marker = "p"
     default_learning_rate = 1e-4

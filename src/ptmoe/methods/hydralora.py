@@ -32,7 +32,6 @@ class HydraLoRAConfig(LowRankConfig):
 
     method = "hydralora"
     order = 110
-    paper_order = 3
     figure_color = ("#882255", "#d9739f")
     figure_marker = "X"
     num_experts: Size = 2

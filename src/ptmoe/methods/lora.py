@@ -46,6 +46,5 @@ class LoRAConfig(LoRAFamilyConfig):
 
     method = "lora"
     order = 100
-    paper_order = 2
     figure_color = ("#5340b8", "#a79bf0")
     figure_marker = "P"

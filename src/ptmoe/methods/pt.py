@@ -14,7 +14,6 @@ class PTConfig(PromptConfig):
 
     method = "pt"
     order = 20
-    paper_order = 4
     figure_color = ("#d55e00", "#f08a3c")
     figure_marker = "s"
 

@@ -44,7 +44,6 @@ class PTMoEConfig(RoutedConfig):
 
     method = "pt-moe"
     order = 10
-    paper_order = 8
     figure_color = ("#0072b2", "#4fa8e0")
     figure_marker = "o"
     free_sizes = ("rank", "num_virtual_tokens")

@@ -20,7 +20,6 @@ class SMoPConfig(RoutedConfig):
 
     method = "smop"
     order = 40
-    paper_order = 6
     figure_color = ("#b0568a", "#e092be")
     figure_marker = "D"
     router_bias = False
