@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ptmoe.files import replaced
 from ptmoe.nano.world import Record, instructed
 
 SEED = 20250519
@@ -188,26 +189,26 @@ def pretrain(output: Path, steps: int) -> None:
 
 
 def _checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
-    tensors = {f"model.{name}": value for name, value in model.named_parameters()}
-    for name, value in model.named_parameters():
-        state = optimizer.state[value]
-        tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-    part = path.with_suffix(".part")
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, {"step": str(step)})
-    part.replace(path)
+    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    with replaced(path) as part:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, part, {"step": str(step)})
 
 
 def _resume(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
     with safe_open(path, "pt") as opened:
         step = int(opened.metadata()["step"])
-    tensors = load_file(path)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.copy_(tensors[f"model.{name}"])
-            optimizer.state[value] = {
-                "step": torch.tensor(float(step)),
-                **{key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")},
-            }
+    states: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+    parameters = dict(model.named_parameters())
+    for name, value in load_file(path).items():
+        owner, _, rest = name.partition(".")
+        if owner == "model":
+            parameters[rest].data.copy_(value)
+        else:
+            index, _, key = rest.partition(".")
+            states[int(index)][key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(states)})
     return step
 
 

@@ -6,7 +6,7 @@ proportions, in every prefix of the mixture as in the whole, and the mixture end
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ptmoe.errors import PtmoeError, near
@@ -21,20 +21,19 @@ class Part:
     weight: float | None
 
 
-def parse(name: str, tasks: Iterable[str], groups: dict[str, tuple[str, ...]]) -> list[Part]:
+def parse(name: str, tasks: Collection[str], groups: Mapping[str, tuple[str, ...]]) -> list[Part]:
     """The parts of a mixture; a single task is one part. A group's weight is split evenly among its tasks.
 
     Raises:
         PtmoeError: an unknown or repeated task, or unusable weights.
     """
-    known = list(tasks)
     parts: list[Part] = []
     for piece in name.split(","):
         task, equals, weight = piece.strip().partition("=")
         members = groups.get(task, (task,))
         for member in members:
-            if member not in known:
-                raise PtmoeError(f"unknown task {member!r}{near(member, [*known, *groups])}; or give a JSON-lines file")
+            if member not in tasks:
+                raise PtmoeError(f"unknown task {member!r}{near(member, [*tasks, *groups])}; or give a JSON-lines file")
             if any(part.task == member for part in parts):
                 raise PtmoeError(
                     f"task {member!r} is twice in {name!r}: give each once, with a weight (gsm8k=2,mawps=1)"
@@ -55,20 +54,19 @@ def _weight(text: str, piece: str) -> float:
     return weight
 
 
-def mixed(parts: Sequence[Part], streams: Sequence[Iterator[Example]]) -> Iterator[Example]:
-    """The examples of all parts, each time from the part that is furthest behind its share.
+def mixed(parts: Sequence[Part], streams: Sequence[Iterator[tuple[str, Example]]]) -> Iterator[tuple[str, Example]]:
+    """The examples of all parts with their locations, each time from the part that is furthest behind its share.
 
     The task's name is prepended to each id and becomes the example's domain.
     """
-    weights = [part.weight or 1.0 for part in parts]
-    given, ended = [0] * len(parts), [False] * len(parts)
-    while not all(ended):
-        index = min((i for i in range(len(parts)) if not ended[i]), key=lambda i: ((given[i] + 1) / weights[i], i))
-        example = next(streams[index], None)
-        if example is None:
-            if parts[index].weight is not None:
-                return
-            ended[index] = True
-            continue
-        given[index] += 1
-        yield replace(example, id=f"{example.task}:{example.id}", domain=example.task)
+    used = dict.fromkeys(range(len(parts)), 0)  # by the index of each part that is not exhausted
+    while used:
+        index = min(used, key=lambda i: ((used[i] + 1) / (parts[i].weight or 1.0), i))
+        place, example = next(streams[index], ("", None))
+        if example is not None:
+            used[index] += 1
+            yield place, replace(example, id=f"{example.task}:{example.id}", domain=example.task)
+        elif parts[index].weight is None:
+            del used[index]
+        else:
+            return
