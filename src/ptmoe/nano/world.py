@@ -88,19 +88,16 @@ SKILLS = {
         _words, lambda *w: len(w), ("How many words are there?", "Count the words.", "Tell the number of words.")
     ),
     "owner": Skill(
-        _facts,
-        lambda people, things: people[0],
-        ("Who is named first?", "Name the first person.", "Tell who comes first."),
-        2,
+        _facts, lambda who, what: who[0], ("Who is named first?", "Name the first person.", "Tell who comes first."), 2
     ),
     "thing": Skill(
         _facts,
-        lambda people, things: things[-1],
+        lambda who, what: what[-1],
         ("What is owned last?", "Name the last thing.", "Tell which thing comes last."),
     ),
     "facts": Skill(
         _facts,
-        lambda people, things: len(people),
+        lambda who, what: len(who),
         ("How many facts are there?", "Count the facts.", "Tell the number of facts."),
     ),
 }
