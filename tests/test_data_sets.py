@@ -459,8 +459,8 @@ def test_unfit_mixtures_are_refused(root):
         "gsm8k=0,mawps=1": "weight '0' in 'gsm8k=0': needs a number above 0",
         "gsm8k=x": "weight 'x'",
         "gsm8k=nan": "weight 'nan'",
-        "gsm8k,gsm8k": "task 'gsm8k' is twice",
-        "mrqa-in,mrqa/squad": "task 'mrqa/squad' is twice",
+        "gsm8k,gsm8k": "task 'gsm8k' appears twice",
+        "mrqa-in,mrqa/squad": "task 'mrqa/squad' appears twice",
         "gsm8k,svmap": "unknown task 'svmap'; did you mean 'svamp'",
     }.items():
         with pytest.raises(ptmoe.PtmoeError, match=message):

@@ -13,8 +13,6 @@ numbers, each with its unit in parentheses, and is graded accordingly. The Hub's
 a problem's index is its id.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

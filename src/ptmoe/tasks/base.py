@@ -1,7 +1,5 @@
 """What a task is, and what it yields: examples that are read, prompted and scored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any

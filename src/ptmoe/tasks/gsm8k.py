@@ -7,8 +7,6 @@ One JSON object a line, `train.jsonl` and `test.jsonl` of github.com/openai/grad
 annotations `<<…>>` are part of the answer and are kept. The last line is the final answer: `#### 72`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ptmoe.tasks.base import Example, Format, Hub, Origin, Split

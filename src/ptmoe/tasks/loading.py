@@ -1,7 +1,5 @@
 """The tasks by name, and their examples."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +27,7 @@ def task_names(name: str) -> list[str]:
     Raises:
         PtmoeError: an unknown task.
     """
-    return [name] if is_file(name) else [part.task for part in mixture.parse(name, TASKS, GROUPS)]
+    return [name] if is_file(name) else list(mixture.parse(name, TASKS, GROUPS))
 
 
 def is_file(name: str) -> bool:
@@ -100,14 +98,14 @@ def _examples(
     if is_file(name):
         yield from local.read(Path(name), problems)
         return
-    parts = mixture.parse(name, TASKS, GROUPS)
-    streams = [_of_task(TASKS[part.task], split, data_dir, problems, say) for part in parts]
-    if len(parts) == 1:
+    weights = mixture.parse(name, TASKS, GROUPS)
+    streams = [_of_task(TASKS[task], split, data_dir, problems, say) for task in weights]
+    if len(streams) == 1:
         yield from streams[0]
         return
     if data_dir is not None and Path(data_dir).is_file():
         raise PtmoeError(f"{name} is several tasks, {data_dir} one file: give the folder that holds them all")
-    yield from mixture.mixed(parts, streams)
+    yield from mixture.mixed(weights, streams)
 
 
 def _of_task(

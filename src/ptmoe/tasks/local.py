@@ -8,8 +8,6 @@ r"""The user's own JSON lines; a line's keys decide its form.
 `Keys(prompt="question", completion="answer", separator="\n")`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -11,8 +11,6 @@ one of these forms is read with `--data-dir`; `test` is its first 500 records. T
 options: the value of the correct option is the reference.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -11,8 +11,6 @@ CSV the placeholders `number0`, `number1` (in another copy `N_00`, `N_01`) stand
 `Numbers`, separated by spaces; they are substituted, `41.0` as `41`.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

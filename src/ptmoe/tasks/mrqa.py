@@ -14,8 +14,6 @@ a passage are the release's own markers of titles, documents, paragraphs and the
 was detected in the passage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

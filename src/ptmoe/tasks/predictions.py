@@ -4,8 +4,6 @@
 {"id": "test-0", "completion": "… #### 18"}
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

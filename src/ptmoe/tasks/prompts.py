@@ -1,7 +1,5 @@
 """The two prompt templates, a question about a passage and a mathematical problem, and what all such problems share."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from ptmoe.tasks.base import Example, Origin, Task

@@ -4,8 +4,6 @@ Memory does not grow with the file. Gzip is recognised by its first bytes. Whate
 `Problems` with its file and line, and the caller decides whether to refuse bad records (the default) or to skip them.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

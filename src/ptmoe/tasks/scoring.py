@@ -1,7 +1,5 @@
 """Grading predictions without a model: means, their bootstrap intervals, and a task's domains."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Without `data_dir` these are tried: the folder in `$PTMOE_DATA_DIR`, earlier dow
 `~/.cache/ptmoe`), the released file, the Hub.
 """
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import os
@@ -67,7 +65,7 @@ def in_folder(task: Task, split: str, place: Path) -> Path:
     """
     names = task.splits[split].files
     if not names:
-        raise PtmoeError(f"{task.name} has no {split} split in a file ({task.note}): leave --data-dir out")
+        raise PtmoeError(f"{task.name} has no {split} split in a file ({task.note}): omit --data-dir")
     if place.is_file():
         return place
     if not place.is_dir():

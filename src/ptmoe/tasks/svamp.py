@@ -9,8 +9,6 @@ The 300 that papers report are the test split of the Hub's copy, or any list of 
 is misspelt `Common-Divison`; it counts as division, like the other 165.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ptmoe.tasks.base import Example, Format, Hub, Origin, Split

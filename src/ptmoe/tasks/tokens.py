@@ -152,5 +152,5 @@ def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise PtmoeError(
             f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template for data with messages: "
-            "give prompt and completion instead, or leave --chat out"
+            "give prompt and completion instead, or omit --chat"
         )
