@@ -1,4 +1,4 @@
-"""The embedded base: what it can do when told, that it fails when not, and how it was made."""
+"""The embedded base: what it can do when instructed, that it fails otherwise, and how it was pretrained."""
 
 from itertools import islice
 
@@ -10,7 +10,16 @@ from ptmoe.evaluate import evaluate
 from ptmoe.methods import PTConfig
 from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
-from ptmoe.nano.pretrain import SEED, answer_loss, build_model, build_tokenizer, packed_batches, pretrain
+from ptmoe.nano.pretrain import (
+    SEED,
+    answer_loss,
+    build_model,
+    build_tokenizer,
+    load_checkpoint,
+    packed_batches,
+    pretrain,
+    save_checkpoint,
+)
 from ptmoe.nano.world import SKILLS, instructed
 from ptmoe.tasks import load_task
 
@@ -28,14 +37,14 @@ def accuracy_by_domain(base, task):
     return evaluation.metrics["accuracy"], evaluation.summary().by_domain
 
 
-def test_told_in_words_every_skill_is_answered_at_least_90_percent_right(base):
+def test_instructed_in_words_every_skill_reaches_90_percent(base):
     _, parts = accuracy_by_domain(base, "nano/skills")
     assert parts.keys() == SKILLS.keys()
     assert {name: part["accuracy"] for name, part in parts.items() if part["accuracy"] < 90} == {}
 
 
 @pytest.mark.parametrize("task", ["nano/mixed", "nano/words", "nano/facts", "nano/all"])
-def test_without_the_words_the_base_fails(base, task):
+def test_without_the_instruction_the_base_fails(base, task):
     accuracy, _ = accuracy_by_domain(base, task)
     assert accuracy < 35
 
@@ -50,7 +59,7 @@ def test_any_text_encodes_and_decodes(base, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_digits_are_tokens_of_their_own(base):
+def test_each_digit_is_a_token(base):
     _, tokenizer = base
     assert tokenizer.tokenize("12345") == ["1", "2", "3", "4", "5"]
 
@@ -64,7 +73,7 @@ def test_pretraining_records_never_hold_a_test_input():
     assert not held_out & {record.input for record in islice(instructed(SEED + 2, test=False), 5000)}
 
 
-def test_a_packed_record_sees_itself_only():
+def test_a_packed_record_attends_to_itself_only():
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer)).eval()
     batch = next(packed_batches(tokenizer, phase=0))
@@ -88,6 +97,31 @@ def test_the_pretraining_loss_is_that_of_the_answers():
         for label in [batch["labels"][row, place]]
     ]
     torch.testing.assert_close(answer_loss(model, batch).detach(), torch.stack(terms).mean())
+
+
+def test_an_interrupted_pretraining_resumes_with_the_same_weights_and_optimizer(tmp_path, monkeypatch):
+    monkeypatch.setattr("ptmoe.nano.pretrain.ROWS", 2)
+    tokenizer = build_tokenizer()
+    batch = next(packed_batches(tokenizer, phase=0))
+
+    def model_and_optimizer():
+        model = build_model(len(tokenizer))
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        answer_loss(model, batch).backward()
+        optimizer.step()
+
+    first, resumed = model_and_optimizer(), model_and_optimizer()
+    step(*first)
+    step(*first)
+    save_checkpoint(tmp_path / "c.safetensors", *first, 2)
+    assert load_checkpoint(tmp_path / "c.safetensors", *resumed) == 2
+    step(*first)
+    step(*resumed)
+    for (name, value), other in zip(first[0].named_parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(value, other), name
 
 
 def test_pretraining_writes_a_model_that_loads(tmp_path, monkeypatch):

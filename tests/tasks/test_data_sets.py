@@ -6,7 +6,6 @@ import hashlib
 import http.server
 import json
 import threading
-import time
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -19,7 +18,6 @@ from ptmoe.tasks import GROUPS, TASKS, Problems, load_task, sources, stream_task
 from ptmoe.tasks.base import Split
 from ptmoe.tasks.predictions import read_predictions
 from ptmoe.tasks.records import SHOWN
-from ptmoe.tasks.scoring import grade
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.exists(), reason="needs the data sets' own files")
@@ -39,7 +37,7 @@ def nothing_kept(tmp_path, monkeypatch):
 
 
 def lines(path, *records):
-    path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in records))
+    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
     return path
 
 
@@ -50,11 +48,21 @@ GSM8K = [
     {"question": "What are 1,000 and 234?", "answer": "1,000 + 234 = <<1000+234=1234>>1,234\n#### 1,234"},
 ]
 SVAMP = [
-    {"ID": "chal-1", "Body": "A pack costs 76 dollars", "Question": "How much is it at 25 off?", "Answer": 51.0},
-    {"ID": "chal-2", "Body": "There are 9 cups.", "Question": "How many for each of 3?", "Answer": 2.5},
+    {
+        "ID": "chal-1",
+        "Body": "A pack costs 76 dollars",
+        "Question": "How much is it at 25 off?",
+        "Answer": 51.0,
+        "Type": "Subtraction",
+    },
+    {
+        "ID": "chal-2",
+        "Body": "There are 9 cups.",
+        "Question": "How many for each of 3?",
+        "Answer": 2.5,
+        "Type": "Common-Divison",
+    },
 ]
-for one, kind in zip(SVAMP, ("Subtraction", "Common-Divison"), strict=True):
-    one["Type"] = kind
 ASDIV = """<?xml version="1.0" encoding="UTF-8" ?>
 <Machine-Reading-Corpus-File>
 <ProblemSet>
@@ -162,9 +170,7 @@ def files(folder):
     return made
 
 
-FORMATS = "gsm8k svamp asdiv mawps csv,mawps json,mwptoolkit,mathqa,boxed,mrqa,mrqa gzip,squad".replace(
-    "gsm8k svamp asdiv ", "gsm8k,svamp,asdiv,"
-).split(",")
+FORMATS = "gsm8k,svamp,asdiv,mawps csv,mawps json,mwptoolkit,mathqa,boxed,mrqa,mrqa gzip,squad".split(",")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -180,7 +186,7 @@ def test_each_original_format_is_read(name, tmp_path):
     assert set(wrong.values()) == {0.0}
 
 
-def test_what_the_formats_say_is_in_the_examples(tmp_path):
+def test_the_examples_hold_what_their_records_say(tmp_path):
     made = {name: load_task(task, "test", path) for name, (task, path, _) in files(tmp_path).items()}
     assert made["gsm8k"][0].input == "Question: Ann has 2 cups and buys 3. How many?\nAnswer:"
     assert made["gsm8k"][0].target == " She has 2 + 3 = <<2+3=5>>5 cups.\n#### 5"
@@ -210,7 +216,7 @@ def test_the_first_500_of_math_problems_are_its_test(tmp_path):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_file_in_another_familys_format_is_said_to_be_that(name, tmp_path):
+def test_a_file_in_another_familys_format_is_named_as_such(name, tmp_path):
     made = files(tmp_path)
     task, path, _ = made[name]
     own = {known.name for known in TASKS[task].formats}
@@ -246,24 +252,6 @@ def test_svamps_types_are_counted():
     }
 
 
-@needs_data
-def test_gsm8ks_train_set_loads_in_under_a_second():
-    load_task("gsm8k", "train", SHARED)
-    started = time.perf_counter()
-    load_task("gsm8k", "train", SHARED)
-    assert time.perf_counter() - started < 1
-
-
-@needs_data
-def test_100_000_predictions_are_scored_in_under_10_seconds():
-    for task, place in (("gsm8k", SHARED), ("mrqa/squad", SHARED / "squad" / "xquad.en.json")):
-        examples = load_task(task, "test", place)
-        many = (examples * (100_000 // len(examples) + 1))[:100_000]
-        started = time.perf_counter()
-        grade(task, [example.target for example in many], many)
-        assert time.perf_counter() - started < 10
-
-
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 DAMAGE = {
@@ -276,14 +264,17 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_json_line_is_named_or_skipped_and_counted(name, tmp_path):
-    damage, said = DAMAGE[name]
+    damage, message = DAMAGE[name]
     path = lines(tmp_path / "test.jsonl", GSM8K[0], damage, GSM8K[1])
-    with pytest.raises(ptmoe.PtmoeError, match=rf"1 bad record\(s\):\n  .*test\.jsonl{said}"):
+    with pytest.raises(ptmoe.PtmoeError, match=rf"1 bad record\(s\):\n  .*test\.jsonl{message}"):
         load_task("gsm8k", "test", path)
     with pytest.raises(ptmoe.PtmoeError, match="1 bad record"):
         list(stream_task("gsm8k", "test", path))
     problems = Problems(skip=True)
-    assert [one.references for one in load_task("gsm8k", "test", path, problems=problems)] == [("5",), ("1,234",)]
+    assert [example.references for example in load_task("gsm8k", "test", path, problems=problems)] == [
+        ("5",),
+        ("1,234",),
+    ]
     assert problems.count == 1
     assert "test.jsonl:2" in problems.listed()
 
@@ -291,13 +282,13 @@ def test_a_damaged_json_line_is_named_or_skipped_and_counted(name, tmp_path):
 def test_damage_in_every_other_format_is_named_by_file_and_line(tmp_path):
     made = files(tmp_path)
 
-    def refused(name, change, said, kept):
+    def refused(name, change, message, kept):
         task, path, _ = made[name]
         whole = path.read_bytes()
         path.write_bytes(change(whole))
         with pytest.raises(ptmoe.PtmoeError) as error:
             load_task(task, "test", path)
-        assert said.format(path=path) in str(error.value)
+        assert message.format(path=path) in str(error.value)
         problems = Problems(skip=True)
         if kept:
             assert len(load_task(task, "test", path, problems=problems)) == kept
@@ -335,8 +326,37 @@ def test_damage_in_every_other_format_is_named_by_file_and_line(tmp_path):
     refused("mrqa", without(b'"qas"', b'"questions"'), "{path}:2: lacks a list of 'qas'", 0)
     refused("mrqa gzip", lambda whole: whole[:-20], "{path}:2: damaged gzip", 0)
     refused("mrqa gzip", lambda whole: whole[:60] + b"\x00" * 20 + whole[80:], "damaged gzip", 0)
-    refused("squad", without(b'"paragraphs"', b'"texts"'), "{path}:1: the article lacks a list of 'paragraphs'", 0)
-    refused("squad", without(b'"id": "s2"', b'"name": "s2"'), "paragraph 1), question 2: lacks the key 'id'", 1)
+    refused("squad", without(b'"paragraphs"', b'"texts"'), "{path}:1: lacks a list of 'paragraphs'", 0)
+    refused("squad", without(b'"id": "s2"', b'"name": "s2"'), "paragraph 1, question 2: lacks the key 'id'", 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_where_a_chunk_ends_changes_nothing(chunk, tmp_path, monkeypatch):
+    def read():
+        read_so = {}
+        for damage in (b"", b'"ID"', b'"ID": "chal-2"', b"},", b"cups", b"title", b'"qas": [', b"]"):
+            for name in ("svamp", "squad"):
+                task, path, _ = files(tmp_path)[name]
+                path.write_bytes(path.read_bytes().replace(damage, b"", 1) if damage else path.read_bytes())
+                problems = Problems(skip=True)
+                try:
+                    examples = load_task(task, "test", path, problems=problems)
+                except ptmoe.PtmoeError as error:
+                    examples = str(error)
+                read_so[name, damage] = examples, problems.listed()
+        return read_so
+
+    whole = read()
+    assert len({str(outcome) for outcome in whole.values()}) > 8
+    monkeypatch.setattr("ptmoe.tasks.records._CHUNK", chunk)
+    assert read() == whole
+
+
+@pytest.mark.parametrize("task", ["svamp", "gsm8k"])
+def test_a_value_nested_too_deep_is_named_by_file_and_line(task, tmp_path):
+    (tmp_path / "data").write_text({"svamp": "[", "gsm8k": '{"question": '}[task] + "[" * 100_000)
+    with pytest.raises(ptmoe.PtmoeError, match=r"data:1: not JSON that can be read \(nested too deep\)"):
+        load_task(task, "test", tmp_path / "data")
 
 
 def test_all_bad_records_are_counted_and_the_first_are_listed(tmp_path):
@@ -366,7 +386,7 @@ def test_ids_that_repeat_and_files_without_examples_are_refused(tmp_path):
         load_task("svamp", "train", path)
 
 
-def test_only_the_ids_of_a_file_are_taken(tmp_path):
+def test_only_the_ids_in_a_file_are_loaded(tmp_path):
     path = tmp_path / "SVAMP.json"
     path.write_text(json.dumps(SVAMP))
     ids = tmp_path / "ids"
@@ -434,16 +454,16 @@ def test_groups_are_what_the_paper_evaluates_on():
 
 
 def test_unfit_mixtures_are_refused(root):
-    for name, said in {
+    for name, message in {
         "gsm8k=2,mawps": "some tasks in .* have a weight and some have none",
         "gsm8k=0,mawps=1": "weight '0' in 'gsm8k=0': needs a number above 0",
         "gsm8k=x": "weight 'x'",
         "gsm8k=nan": "weight 'nan'",
-        "gsm8k,gsm8k": "task 'gsm8k' is twice",
-        "mrqa-in,mrqa/squad": "task 'mrqa/squad' is twice",
+        "gsm8k,gsm8k": "task 'gsm8k' appears twice",
+        "mrqa-in,mrqa/squad": "task 'mrqa/squad' appears twice",
         "gsm8k,svmap": "unknown task 'svmap'; did you mean 'svamp'",
     }.items():
-        with pytest.raises(ptmoe.PtmoeError, match=said):
+        with pytest.raises(ptmoe.PtmoeError, match=message):
             load_task(name, "train", root)
     with pytest.raises(ptmoe.PtmoeError, match="is several tasks"):
         load_task("gsm8k,mawps", "train", root / "gsm8k" / "train.jsonl")
@@ -530,29 +550,31 @@ def kept(tmp_path):
 
 
 def test_a_released_file_is_downloaded_once_and_verified(released, tmp_path):
-    content = gzip.compress("".join(json.dumps(one) + "\n" for one in MRQA_LINES).encode())
-    said = []
+    content = gzip.compress("".join(json.dumps(line) + "\n" for line in MRQA_LINES).encode())
+    messages = []
     with served(content) as url:
         released(url, content)
-        assert [example.id for example in load_task("mrqa/drop", say=said.append)] == ["q1", "q2"]
-    assert said == [f"downloading {url}"]
-    assert len(load_task("mrqa/drop", say=said.append)) == 2  # the server is gone
-    assert len(said) == 1
+        assert [example.id for example in load_task("mrqa/drop", say=messages.append)] == ["q1", "q2"]
+    assert messages == [f"downloading {url}"]
+    assert len(load_task("mrqa/drop", say=messages.append)) == 2  # the server is gone
+    assert len(messages) == 1
     assert kept(tmp_path) == [hashlib.md5(content).hexdigest() + ".jsonl.gz"]
 
 
 def test_a_wrong_md5_and_a_short_download_name_both_sums_and_keep_nothing(released, tmp_path):
     content = gzip.compress(b"{}")
-    sums = [hashlib.md5(one).hexdigest() for one in (content, content + b"!")]
-    for announced, said in ((None, ""), (10 * len(content), f" after {len(content)} of {10 * len(content)} bytes")):
+    sums = [hashlib.md5(data).hexdigest() for data in (content, content + b"!")]
+    for announced, message in ((None, ""), (10 * len(content), f" after {len(content)} of {10 * len(content)} bytes")):
         with served(content, announced) as url:
             released(url, content + b"!")
-            with pytest.raises(ptmoe.PtmoeError, match=rf"MD5 {sums[0]}{said}, the release {sums[1]}; nothing is kept"):
+            with pytest.raises(
+                ptmoe.PtmoeError, match=rf"MD5 {sums[0]}{message}, the release {sums[1]}; nothing is kept"
+            ):
                 load_task("mrqa/drop")
         assert kept(tmp_path) == []
 
 
-def test_what_nobody_gives_says_where_it_was_looked_for(released, tmp_path):
+def test_a_data_set_found_nowhere_names_the_places_that_were_tried(released, tmp_path):
     with served(b"") as url:
         released(url.replace("/file", "/other"), b"")
         with pytest.raises(
@@ -567,7 +589,7 @@ def test_what_nobody_gives_says_where_it_was_looked_for(released, tmp_path):
     assert kept(tmp_path) == []
 
 
-def test_the_paper_s_sums_and_sizes_of_mrqa_are_the_published_ones():
+def test_the_sizes_and_md5_sums_of_mrqa_are_the_published_ones():
     reference = SHARED.parent / "reference" / "README.md"
     if not reference.exists():
         pytest.skip("needs the published sums")
@@ -588,7 +610,7 @@ def test_the_data_folder_of_the_environment_is_used_first(root, monkeypatch):
 HUB = {
     "gsm8k": (GSM8K, ["5", "1,234"]),
     "svamp": (
-        [{**one, "Answer": str(one["Answer"]), "question_concat": ""} for one in SVAMP],
+        [{**problem, "Answer": str(problem["Answer"]), "question_concat": ""} for problem in SVAMP],
         ["51", "2.5"],
     ),
     "asdiv": (
@@ -640,7 +662,7 @@ def test_a_copy_on_the_hub_is_read_through_datasets(name, tmp_path, monkeypatch)
 def test_without_the_hub_the_message_says_what_to_do(monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(ptmoe.PtmoeError, match=r"openai/gsm8k \(test\) cannot be had .*--data-dir"):
+    with pytest.raises(ptmoe.PtmoeError, match=r"openai/gsm8k \(test\) cannot be loaded .*--data-dir"):
         load_task("gsm8k")
 
 
@@ -665,10 +687,10 @@ def test_predictions_are_read_in_each_form(tmp_path):
 
 def test_bad_predictions_are_named(tmp_path):
     path = tmp_path / "p"
-    for written, said in {
+    for written, message in {
         '{"id": "a", "text": "1"}\n{"text": "2"}\n': r"p:2: lacks an id \(has 'text'\)",
-        '{"id": "a", "text": "1"}\n{"id": "a", "text": "2"}\n': "p:2: id 'a' was given before, at .*p:1",
-        '{"a": "1", "a": "2"}': "id 'a' was given before",
+        '{"id": "a", "text": "1"}\n{"id": "a", "text": "2"}\n': "p:2: id 'a' was used before, at .*p:1",
+        '{"a": "1", "a": "2"}': "id 'a' was used before",
         '{"id": "a"}\n': "p:1: lacks the predicted text",
         '{"a": 1.5, "b": ["x"]}': "id 'b': the prediction is list",
         '{"id": "a", "text": "1"}\n{"id": ': "p:2: not JSON",
@@ -677,7 +699,7 @@ def test_bad_predictions_are_named(tmp_path):
         "": "is empty",
     }.items():
         path.write_text(written)
-        with pytest.raises(ptmoe.PtmoeError, match=said):
+        with pytest.raises(ptmoe.PtmoeError, match=message):
             print(read_predictions(path))
     with pytest.raises(ptmoe.PtmoeError, match="no predictions file"):
         read_predictions(tmp_path / "none")

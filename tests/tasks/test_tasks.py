@@ -1,4 +1,4 @@
-"""Reading data: every form of line, every bad line by file and number; nano's world."""
+"""Reading data: every form of line, every bad line by file and number; nano's world; a new data set and metric."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,12 @@ import pytest
 
 import ptmoe
 from ptmoe.nano.world import DOMAINS, SKILLS, WORLDS, is_test_input
-from ptmoe.tasks import load_task, nano
+from ptmoe.tasks import TASKS, load_task, nano
+from ptmoe.tasks.base import Example, Format, Split, Task
 from ptmoe.tasks.local import Keys, load
+from ptmoe.tasks.metrics import GRADERS
+from ptmoe.tasks.records import text_of
+from ptmoe.train import TrainOptions, train
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 
@@ -143,3 +147,54 @@ def test_gsm8k_loads_with_its_own_keys_mapped():
     assert len(examples) == 7473
     assert examples[0].input.endswith("in April and May?\n")
     assert examples[0].target.endswith("#### 72")
+
+
+def test_a_new_data_set_and_a_new_metric_are_known_by_their_registration_alone(tmp_path, monkeypatch):
+    """As in docs/add-a-task.md: a function, a `Task` and an entry in `TASKS`; for a metric an entry in `GRADERS`."""
+
+    def example(record, origin):
+        fields = [text_of(record, key) for key in ("uid", "ask", "result", "kind")]
+        return Example(fields[0], f"{fields[1]} =>", f" {fields[2]}", (fields[2],), origin.task, fields[3])
+
+    def grade(prediction, references):
+        return {"overlap": len({*prediction} & {*references[0]}) / len({*prediction} | {*references[0]})}
+
+    task = Task(
+        name="sums",
+        splits={name: Split(20, (f"{name}.jsonl",)) for name in ("train", "test")},
+        grader="characters",
+        metric="overlap",
+        max_new_tokens=4,
+        formats=(Format("sums' JSON lines", "{", ("uid ask result",), example),),
+    )
+    monkeypatch.setitem(TASKS, "sums", task)
+    monkeypatch.setitem(GRADERS, "characters", grade)
+    sums = [{"uid": n, "ask": f"{n} and {n}", "result": 2 * n, "kind": ("even", "odd")[n % 2]} for n in range(1, 21)]
+    for split in task.splits:
+        written(tmp_path / f"{split}.jsonl", *sums)
+
+    examples = load_task("sums", "test", tmp_path)
+    assert (examples[2].id, examples[2].input, examples[2].references) == ("3", "3 and 3 =>", ("6",))
+    assert ptmoe.score("sums", [example.references[0] for example in examples], examples) == {"overlap": 100.0}
+    assert ptmoe.score("sums", ["12"] * 20, examples)["overlap"] < 100
+    with pytest.raises(ptmoe.PtmoeError, match="looks like sums' JSON lines, and gsm8k needs GSM8K's JSON lines"):
+        load_task("gsm8k", "test", tmp_path / "test.jsonl")
+
+    options = TrainOptions(
+        task="sums",
+        eval_task="sums",
+        data_dir=str(tmp_path),
+        method={"name": "pt-moe"},
+        max_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        output_dir=str(tmp_path / "run"),
+    )
+    run = train(options, say=lambda _: None)
+    summary = json.loads((run.folder / "eval" / "sums.json").read_text())
+    assert summary["metric"] == "overlap"
+    assert summary["metrics"].keys() == summary["interval"].keys() == {"overlap"}
+    assert summary["by_domain"].keys() == {"even", "odd"}
+    predicted = [json.loads(line) for line in (run.folder / "predictions" / "sums.jsonl").read_text().splitlines()]
+    texts = {line["id"]: line["completion"] for line in predicted}
+    assert ptmoe.score("sums", texts, examples) == pytest.approx(summary["metrics"])

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ptmoe.files import replaced
 from ptmoe.nano.world import Record, instructed
 
 SEED = 20250519
@@ -89,28 +90,23 @@ def packed_batches(
     """An endless stream of `(ROWS, ROW_TOKENS)` batches; each row is filled with whole records and padded."""
     records = instructed(seed + phase, test=False, phase=phase)
 
-    def encode(record: Record) -> tuple[list[int], list[int]]:
+    def encode(record: Record) -> dict[str, list[int]]:
         prompt = tokenizer(record.prompt)["input_ids"]
         answer = [*tokenizer(record.completion)["input_ids"], tokenizer.eos_token_id]
-        return prompt + answer, [-100] * len(prompt) + answer
+        ids, labels = prompt + answer, [-100] * len(prompt) + answer
+        return {"input_ids": ids, "labels": labels, "position_ids": list(range(len(ids)))}
 
     while True:
-        ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.long)
-        labels = torch.full((ROWS, ROW_TOKENS), -100)
-        positions = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.long)
-        for row in range(ROWS):
-            filled = 0
-            while True:
-                tokens, targets = encode(next(records))
-                end = filled + len(tokens)
-                if end > ROW_TOKENS:
-                    break
-                ids[row, filled:end] = torch.tensor(tokens)
-                labels[row, filled:end] = torch.tensor(targets)
-                positions[row, filled:end] = torch.arange(len(tokens))
-                filled = end
         # A position of 0 starts a new sequence: `transformers` builds the block-diagonal mask from it.
-        yield {"input_ids": ids, "labels": labels, "position_ids": positions}
+        fill = {"input_ids": tokenizer.pad_token_id, "labels": -100, "position_ids": 0}
+        batch = {name: torch.full((ROWS, ROW_TOKENS), value) for name, value in fill.items()}
+        for row in range(ROWS):
+            start = 0
+            while (end := start + len((record := encode(next(records)))["input_ids"])) <= ROW_TOKENS:
+                for name, values in record.items():
+                    batch[name][row, start:end] = torch.tensor(values)
+                start = end
+        yield batch
 
 
 def answer_loss(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -153,7 +149,7 @@ def pretrain(output: Path, steps: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     checkpoint, first = output / "pretraining.safetensors", 0
     if checkpoint.exists():
-        first = _resume(checkpoint, model, optimizer)
+        first = load_checkpoint(checkpoint, model, optimizer)
         print(f"resumed at step {first}", flush=True)
     phase = sum(start <= first for start in PHASES) - 1
     # A run resumed within a phase draws other records, as a run with another seed would.
@@ -175,7 +171,7 @@ def pretrain(output: Path, steps: int) -> None:
         if (step + 1) % 300 == 0 or step + 1 == steps:
             accuracy = skill_accuracy(model, tokenizer)
             print({skill: round(value, 1) for skill, value in accuracy.items()}, flush=True)
-            _checkpoint(checkpoint, model, optimizer, step + 1)
+            save_checkpoint(checkpoint, model, optimizer, step + 1)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     (output / "pretraining.json").write_text(
@@ -187,27 +183,27 @@ def pretrain(output: Path, steps: int) -> None:
     checkpoint.unlink()
 
 
-def _checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
-    tensors = {f"model.{name}": value for name, value in model.named_parameters()}
-    for name, value in model.named_parameters():
-        state = optimizer.state[value]
-        tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-    part = path.with_suffix(".part")
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, {"step": str(step)})
-    part.replace(path)
+def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    with replaced(path) as part:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, part, {"step": str(step)})
 
 
-def _resume(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
     with safe_open(path, "pt") as opened:
         step = int(opened.metadata()["step"])
-    tensors = load_file(path)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.copy_(tensors[f"model.{name}"])
-            optimizer.state[value] = {
-                "step": torch.tensor(float(step)),
-                **{key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")},
-            }
+    states: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+    parameters = dict(model.named_parameters())
+    for name, value in load_file(path).items():
+        owner, _, rest = name.partition(".")
+        if owner == "model":
+            parameters[rest].data.copy_(value)
+        else:
+            index, _, key = rest.partition(".")
+            states[int(index)][key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(states)})
     return step
 
 

@@ -18,113 +18,88 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 NAMES = "Ann Bob Eve Tom Kim Max Lea Sam Joe Mia Ben Zoe Ian Amy Dan Liv".split()
 THINGS = "key cup pen hat map box bell coin rope lamp ring drum kite boot fork leaf".split()
 DOMAINS = "harbor market garden castle school forest station bakery museum island village kitchen".split()
 
 MAX_NUMBER = 50
-# Maximum words or facts in a list: in pretraining, and in the tasks. nano does not learn reliably to reverse four words
+# Maximum words or facts in a list: in pretraining, and in the tasks. nano does not learn to reverse four words reliably
 # (docs/findings.md), so the tasks have fewer.
 PRETRAINING_LONGEST, TASK_LONGEST = 4, 3
 
 
-# Draws an input, whose list has at most the given length, and its answer.
-Make = Callable[[random.Random, int], tuple[str, str]]
+Draw = Callable[[random.Random, int], tuple[str, tuple[Any, ...]]]
+"""Draws an input whose list has at most the given length; returns its text and what it consists of."""
 
 
-def _numbers(answer: Callable[[int, int], str]) -> Make:
-    def make(rng: random.Random, longest: int) -> tuple[str, str]:
-        first, second = rng.sample(range(MAX_NUMBER), 2)
-        return f"{first} and {second}", answer(first, second)
-
-    return make
+def _numbers(rng: random.Random, longest: int) -> tuple[str, tuple[Any, ...]]:
+    first, second = rng.sample(range(MAX_NUMBER), 2)
+    return f"{first} and {second}", (first, second)
 
 
-def _words(answer: Callable[[list[str]], str]) -> Make:
-    def make(rng: random.Random, longest: int) -> tuple[str, str]:
-        words = rng.sample(THINGS, rng.randint(2, longest))
-        return " ".join(words), answer(words)
-
-    return make
+def _words(rng: random.Random, longest: int) -> tuple[str, tuple[Any, ...]]:
+    words = rng.sample(THINGS, rng.randint(2, longest))
+    return " ".join(words), tuple(words)
 
 
-def _facts(answer: Callable[[list[str], list[str]], str]) -> Make:
-    def make(rng: random.Random, longest: int) -> tuple[str, str]:
-        size = rng.randint(2, longest)
-        people, things = rng.sample(NAMES, size), rng.sample(THINGS, size)
-        facts = ", ".join(f"{who} has {what}" for who, what in zip(people, things, strict=True))
-        return facts, answer(people, things)
-
-    return make
+def _facts(rng: random.Random, longest: int) -> tuple[str, tuple[Any, ...]]:
+    size = rng.randint(2, longest)
+    people, things = rng.sample(NAMES, size), rng.sample(THINGS, size)
+    return ", ".join(f"{who} has {what}" for who, what in zip(people, things, strict=True)), (people, things)
 
 
 @dataclass(frozen=True)
 class Skill:
-    """Something `nano` can do when instructed."""
+    """Something `nano` can do when instructed.
 
-    name: str
+    Attributes:
+        draw: draws an input.
+        answer: from what the input consists of.
+        instructions: three ways to say it.
+        later_share: of the records in the second phase of pretraining; in the first, each skill has a share of 1.
+    """
+
+    draw: Draw
+    answer: Callable[..., Any]
     instructions: tuple[str, str, str]
-    make: Make
-    shares: tuple[int, int] = (1, 1)  # of the records in the two phases of pretraining
+    later_share: int = 1
 
 
 SKILLS = {
-    skill.name: skill
-    for skill in (
-        Skill(
-            "add",
-            ("Add the numbers.", "What is the sum?", "Count both together."),
-            _numbers(lambda a, b: str(a + b)),
-            (1, 4),
-        ),
-        Skill(
-            "swap",
-            ("Swap the numbers.", "Say the second number first.", "Exchange the two."),
-            _numbers(lambda a, b: f"{b} and {a}"),
-        ),
-        Skill(
-            "larger",
-            ("Name the larger number.", "Which is more?", "Take the maximum."),
-            _numbers(lambda a, b: str(max(a, b))),
-            (1, 4),
-        ),
-        Skill(
-            "smaller",
-            ("Name the smaller number.", "Which is less?", "Take the minimum."),
-            _numbers(lambda a, b: str(min(a, b))),
-            (1, 4),
-        ),
-        Skill("first", ("Say the first word.", "Which word comes first?", "Copy the start."), _words(lambda w: w[0])),
-        Skill("last", ("Say the last word.", "Which word comes last?", "Copy the end."), _words(lambda w: w[-1])),
-        Skill(
-            "reverse",
-            ("Reverse the words.", "Say the words backwards.", "Turn the order around."),
-            _words(lambda w: " ".join(reversed(w))),
-            (1, 2),
-        ),
-        Skill(
-            "length",
-            ("How many words are there?", "Count the words.", "Tell the number of words."),
-            _words(lambda w: str(len(w))),
-        ),
-        Skill(
-            "owner",
-            ("Who is named first?", "Name the first person.", "Tell who comes first."),
-            _facts(lambda people, things: people[0]),
-            (1, 2),
-        ),
-        Skill(
-            "thing",
-            ("What is owned last?", "Name the last thing.", "Tell which thing comes last."),
-            _facts(lambda people, things: things[-1]),
-        ),
-        Skill(
-            "facts",
-            ("How many facts are there?", "Count the facts.", "Tell the number of facts."),
-            _facts(lambda people, things: str(len(people))),
-        ),
-    )
+    "add": Skill(_numbers, lambda a, b: a + b, ("Add the numbers.", "What is the sum?", "Count both together."), 4),
+    "swap": Skill(
+        _numbers,
+        lambda a, b: f"{b} and {a}",
+        ("Swap the numbers.", "Say the second number first.", "Exchange the two."),
+    ),
+    "larger": Skill(_numbers, max, ("Name the larger number.", "Which is more?", "Take the maximum."), 4),
+    "smaller": Skill(_numbers, min, ("Name the smaller number.", "Which is less?", "Take the minimum."), 4),
+    "first": Skill(_words, lambda *w: w[0], ("Say the first word.", "Which word comes first?", "Copy the start.")),
+    "last": Skill(_words, lambda *w: w[-1], ("Say the last word.", "Which word comes last?", "Copy the end.")),
+    "reverse": Skill(
+        _words,
+        lambda *w: " ".join(reversed(w)),
+        ("Reverse the words.", "Say the words backwards.", "Turn the order around."),
+        2,
+    ),
+    "length": Skill(
+        _words, lambda *w: len(w), ("How many words are there?", "Count the words.", "Tell the number of words.")
+    ),
+    "owner": Skill(
+        _facts, lambda who, what: who[0], ("Who is named first?", "Name the first person.", "Tell who comes first."), 2
+    ),
+    "thing": Skill(
+        _facts,
+        lambda who, what: what[-1],
+        ("What is owned last?", "Name the last thing.", "Tell which thing comes last."),
+    ),
+    "facts": Skill(
+        _facts,
+        lambda who, what: len(who),
+        ("How many facts are there?", "Count the facts.", "Tell the number of facts."),
+    ),
 }
 
 # A world's domains: the same kind of input in each, but another skill. The method was tuned on `mixed`; `words` was
@@ -164,9 +139,9 @@ def is_test_input(text: str) -> bool:
 
 def _draw(rng: random.Random, skill: Skill, test: bool, longest: int) -> tuple[str, str]:
     while True:
-        text, answer = skill.make(rng, longest)
+        text, parts = skill.draw(rng, longest)
         if is_test_input(text) == test:
-            return text, answer
+            return text, str(skill.answer(*parts))
 
 
 def instructed(seed: int, *, test: bool, phase: int = 0, longest: int = PRETRAINING_LONGEST) -> Iterator[Record]:
@@ -176,10 +151,10 @@ def instructed(seed: int, *, test: bool, phase: int = 0, longest: int = PRETRAIN
     """
     rng = random.Random(f"instructed {seed} {phase}")
     while True:
-        for skill in SKILLS.values():
-            for _ in range(skill.shares[phase]):
+        for name, skill in SKILLS.items():
+            for _ in range(skill.later_share if phase else 1):
                 text, answer = _draw(rng, skill, test, longest)
-                yield Record(rng.choice(skill.instructions), rng.choice(DOMAINS), skill.name, text, answer)
+                yield Record(rng.choice(skill.instructions), rng.choice(DOMAINS), name, text, answer)
 
 
 def uninstructed(world: str, seed: int, *, test: bool) -> Iterator[Record]:
@@ -187,5 +162,4 @@ def uninstructed(world: str, seed: int, *, test: bool) -> Iterator[Record]:
     rng = random.Random(f"{world} {seed}")
     while True:
         for domain, skill in WORLDS[world].items():
-            text, answer = _draw(rng, SKILLS[skill], test, TASK_LONGEST)
-            yield Record("", domain, skill, text, answer)
+            yield Record("", domain, skill, *_draw(rng, SKILLS[skill], test, TASK_LONGEST))

@@ -13,59 +13,33 @@ numbers, each with its unit in parentheses, and is graded accordingly. The Hub's
 a problem's index is its id.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from ptmoe.tasks import prompts
-from ptmoe.tasks.base import Example, Hub, Origin, Split, Task
-from ptmoe.tasks.records import Format, Problems, Record, text_of, xml_elements
+from ptmoe.tasks.base import Example, Format, Hub, Origin, Split
+from ptmoe.tasks.prompts import WordProblems, word_problem
+from ptmoe.tasks.records import text_of, xml_elements
 
 
 def example(record: dict[str, Any], origin: Origin) -> Example:
-    return _example(record, origin, text_of(record, "ID"), ("Body", "Question", "Answer"))
+    sentences = text_of(record, "Body", may_be_empty=True), text_of(record, "Question")
+    return word_problem(origin, text_of(record, "ID"), *sentences, answer=text_of(record, "Answer"))
 
 
 def hub_example(record: dict[str, Any], origin: Origin) -> Example:
-    return _example(record, origin, origin.id, ("body", "question", "answer"))
+    """From a row of the Hub's copy: its keys are in lower case."""
+    return example({"ID": origin.id, **{key.capitalize(): value for key, value in record.items()}}, origin)
 
 
-def _example(record: dict[str, Any], origin: Origin, name: str, keys: tuple[str, str, str]) -> Example:
-    body, question, answer = (text_of(record, key, may_be_empty=key is keys[0]) for key in keys)
-    return Example(
-        id=name,
-        input=prompts.problem(body, question),
-        target=prompts.solution(answer),
-        references=(answer,),
-        task=origin.task,
-    )
-
-
-def _problems(path: Path, problems: Problems) -> Iterator[Record]:
-    return xml_elements(path, problems, name="Problem")
-
+_ROOTS = ("Machine-Reading-Corpus-File", "ProblemSet")
 
 TASKS = (
-    Task(
+    WordProblems(
         name="asdiv",
         splits={"test": Split(2305, ("ASDiv.xml",), hub="validation")},
-        grader="mathematics",
-        metric="accuracy",
-        max_new_tokens=512,
-        until=("\nQuestion:",),
         licence="CC BY-NC 4.0",
         source="github.com/chaochun/nlu-asdiv-dataset",
-        formats=(
-            Format(
-                "ASDiv's XML",
-                "<",
-                lambda keys: bool(keys & {"Machine-Reading-Corpus-File", "ProblemSet"}),
-                _problems,
-                example,
-            ),
-        ),
+        formats=(Format("ASDiv's XML", "<", _ROOTS, example, partial(xml_elements, name="Problem")),),
         hub=Hub("EleutherAI/asdiv", hub_example, config="asdiv"),
         note="papers that report 301 use a split of their own: give it with --ids",
     ),

@@ -1,12 +1,11 @@
 """What a task is, and what it yields: examples that are read, prompted and scored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptmoe.tasks.records import Format, Problems
+from ptmoe.errors import PtmoeError
+from ptmoe.tasks.records import Problems, Reader, unique
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,45 @@ class Example:
     messages: tuple[dict[str, Any], ...] = field(default=())
     context: tuple[int, int] = (0, 0)
     answer: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a record comes from: its task, its split, and its index there."""
+
+    task: str
+    split: str
+    number: int
+
+    @property
+    def id(self) -> str:
+        """The id of a record whose data set has no ids."""
+        return f"{self.split}-{self.number}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """An original file format of a data set.
+
+    Attributes:
+        name: for messages, "GSM8K's JSON lines".
+        kinds: `"{"` for JSON lines, `"["` for a JSON array, `"{["` for both, `","` for CSV, `"<"` for XML.
+        keys: alternatives such as `("question answer", "problem solution")`: a file is recognised by having all keys of
+            one of them in its first record, its CSV header, or as its XML root.
+        example: makes an example from a record; raises `BadRecordError`.
+        reader: yields a file's records; by default the kind's own in `ptmoe.tasks.records.READERS`.
+        first: how many of its records are the task's; by default all.
+    """
+
+    name: str
+    kinds: str
+    keys: tuple[str, ...]
+    example: Callable[[dict[str, Any], Origin], Example]
+    reader: Reader | None = None
+    first: int | None = None
+
+    def recognises(self, kind: str, keys: frozenset[str]) -> bool:
+        return kind in self.kinds and any(keys.issuperset(alternative.split()) for alternative in self.keys)
 
 
 @dataclass(frozen=True)
@@ -77,20 +115,6 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a record comes from: its task, its split, and its index there."""
-
-    task: str
-    split: str
-    number: int
-
-    @property
-    def id(self) -> str:
-        """The id of a record whose data set has no ids."""
-        return f"{self.split}-{self.number}"
-
-
-@dataclass(frozen=True)
 class Task:
     """A named data set.
 
@@ -99,8 +123,8 @@ class Task:
         grader: a key of `ptmoe.tasks.metrics.GRADERS`.
         metric: the metric of the grader that ranks methods.
         max_new_tokens: enough for any correct answer.
-        until: stop sequences: an answer ends before the first of them.
         formats: the original file formats that can be read.
+        until: stop sequences: an answer ends before the first of them.
         chat: whether prompts are put in the tokenizer's chat template, where there is one.
         generate: for a generated world, what yields its examples; no files are read.
         note: shown by `ptmoe tasks`.
@@ -111,8 +135,8 @@ class Task:
     grader: str
     metric: str
     max_new_tokens: int
-    licence: str
-    source: str
+    licence: str = ""
+    source: str = ""
     formats: tuple[Format, ...] = ()
     hub: Hub | None = None
     until: tuple[str, ...] = ()
@@ -121,13 +145,15 @@ class Task:
     note: str = ""
 
 
-def unique(examples: Iterable[tuple[str, Example]], problems: Problems) -> dict[str, Example]:
-    """Examples by id, from pairs of location and example; repeated ids are added to `problems`."""
-    found: dict[str, Example] = {}
-    places: dict[str, str] = {}
-    for place, example in examples:
-        if example.id in found:
-            problems.add(place, f"id {example.id!r} was used before, at {places[example.id]}")
-        else:
-            found[example.id], places[example.id] = example, place
-    return found
+def collect(examples: Iterable[tuple[str, Example]], problems: Problems, source: str) -> list[Example]:
+    """All examples of a stream of locations and examples.
+
+    Raises:
+        PtmoeError: ids that repeat, other bad records, or no example at all.
+    """
+    collected = unique(((place, example.id, example) for place, example in examples), problems)
+    problems.refuse()
+    if not collected:
+        bad = f"; {problems.listed()}" if problems.count else ""
+        raise PtmoeError(f"{source} holds no example: needs at least one{bad}")
+    return list(collected.values())

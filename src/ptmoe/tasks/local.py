@@ -8,8 +8,6 @@ r"""The user's own JSON lines; a line's keys decide its form.
 `Keys(prompt="question", completion="answer", separator="\n")`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,8 @@ from typing import Any
 
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks import prompts
-from ptmoe.tasks.base import Example, Origin, Task, unique
-from ptmoe.tasks.records import BadRecordError, Format, Problems, json_lines, text_of
+from ptmoe.tasks.base import Example, Format, Task, collect
+from ptmoe.tasks.records import BadRecordError, Problems, has, json_lines, text_of
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,7 @@ def load(path: str | Path, keys: Keys | None = None, problems: Problems | None =
         PtmoeError: no such file, an empty file, or bad lines: all are counted, the first are named.
     """
     problems = problems if problems is not None else Problems()
-    examples = unique(read(Path(path), problems, keys), problems)
-    problems.refuse()
-    if not examples:
-        raise PtmoeError(f"{path} holds no example: needs at least one JSON line")
-    return list(examples.values())
+    return collect(read(Path(path), problems, keys), problems, str(path))
 
 
 def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[tuple[str, Example]]:
@@ -56,48 +50,32 @@ def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[t
         raise PtmoeError(f"the folder {path} has no *.jsonl file")
     for file in files:
         for place, record in json_lines(file, problems):
-            name = f"{file.stem}-{place.rpartition(':')[2]}"
-            try:
-                yield place, _example(record, keys, name, str(path))
-            except BadRecordError as problem:
-                problems.add(place, str(problem))
+            with problems.at(place):
+                yield place, _example(record, keys, f"{file.stem}-{place.rpartition(':')[2]}", str(path))
 
 
 def task(name: str) -> Task:
     """The task of a JSON-lines file: graded verbatim."""
-    return Task(
-        name=name,
-        splits={},
-        grader="verbatim",
-        metric="accuracy",
-        max_new_tokens=64,
-        licence="",
-        source="",
-        chat=False,
-        formats=(Format("JSON lines of prompts and completions", "{", _recognise, json_lines, _by_line),),
+    form = Format(
+        "JSON lines of prompts and completions",
+        "{",
+        ("prompt completion", "messages", "question answers"),
+        lambda record, origin: _example(record, Keys(), origin.id, origin.task),
     )
-
-
-def _recognise(keys: frozenset[str]) -> bool:
-    return keys >= {"prompt", "completion"} or "messages" in keys or keys >= {"question", "answers"}
-
-
-def _by_line(record: dict[str, Any], origin: Origin) -> Example:
-    return _example(record, Keys(), origin.id, origin.task)
+    return Task(name, {}, grader="verbatim", metric="accuracy", max_new_tokens=64, formats=(form,), chat=False)
 
 
 def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> Example:
     messages: tuple[dict[str, Any], ...] = ()
     context, answer = (0, 0), None
+    references: tuple[str, ...] = ()
     if keys.prompt is not None and keys.completion is not None:
         prompt, completion = text_of(record, keys.prompt) + keys.separator, text_of(record, keys.completion)
-        references: tuple[str, ...] = (completion.strip(),)
     elif "messages" in record:
         messages, completion = _conversation(record["messages"])
-        prompt, references = "\n".join(f"{m['role']}: {m['content']}" for m in messages), (completion.strip(),)
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
     elif "prompt" in record:
         prompt, completion = text_of(record, "prompt"), text_of(record, "completion")
-        references = (completion.strip(),)
     elif "question" in record:
         references = _answers(record)
         passage = text_of(record, "context") if record.get("context") is not None else ""
@@ -109,15 +87,14 @@ def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> 
             f"has the keys {', '.join(map(repr, record)) or 'none'}: needs prompt and completion, messages, or "
             "question and answers; map other keys with --prompt-key and --completion-key"
         )
-    if not completion.strip():
-        raise BadRecordError("the completion is empty")
-    if not prompt.strip():
-        raise BadRecordError("the prompt is empty")
+    for name, text in (("completion", completion), ("prompt", prompt)):
+        if not text.strip():
+            raise BadRecordError(f"the {name} is empty")
     return Example(
         id=str(record.get("id", default_id)),
         input=prompt,
         target=completion,
-        references=references,
+        references=references or (completion.strip(),),
         task=task,
         domain=str(record.get("domain", "")),
         messages=messages,
@@ -128,7 +105,7 @@ def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
     if "answers" not in record:
-        raise BadRecordError(f"lacks the key 'answers' (has {', '.join(map(repr, record))})")
+        raise BadRecordError(f"lacks the key 'answers' {has(record)}")
     answers = record["answers"]
     if isinstance(answers, dict):  # SQuAD's form on the Hub
         answers = answers.get("text")
@@ -140,6 +117,7 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _conversation(value: Any) -> tuple[tuple[dict[str, Any], ...], str]:
+    """A conversation's messages and its final answer."""
     if not isinstance(value, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     ):

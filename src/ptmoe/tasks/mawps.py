@@ -11,22 +11,13 @@ CSV the placeholders `number0`, `number1` (in another copy `N_00`, `N_01`) stand
 `Numbers`, separated by spaces; they are substituted, `41.0` as `41`.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
-from ptmoe.tasks import gsm8k, prompts
-from ptmoe.tasks.base import Example, Hub, Origin, Split, Task
-from ptmoe.tasks.records import (
-    BadRecordError,
-    Format,
-    csv_rows,
-    json_array,
-    json_lines,
-    number_text,
-    text_of,
-)
+from ptmoe.tasks import gsm8k
+from ptmoe.tasks.base import Example, Format, Hub, Origin, Split
+from ptmoe.tasks.prompts import WordProblems, word_problem
+from ptmoe.tasks.records import BadRecordError, number_text, text_of
 
 _PLACEHOLDER = re.compile(r"\b(?:number|N_)(\d+)\b")
 
@@ -40,7 +31,7 @@ def csv_example(record: dict[str, Any], origin: Origin) -> Example:
         return numbers[int(found[1])]
 
     question = _PLACEHOLDER.sub(number, text_of(record, "Question"))
-    return _example(question, text_of(record, "Answer"), origin, origin.id)
+    return word_problem(origin, origin.id, question, answer=number_text(text_of(record, "Answer")))
 
 
 def json_example(record: dict[str, Any], origin: Origin) -> Example:
@@ -49,28 +40,14 @@ def json_example(record: dict[str, Any], origin: Origin) -> Example:
         solutions = solutions if isinstance(solutions, list) else [solutions]
         if not solutions or not all(isinstance(solution, (int, float, str)) for solution in solutions):
             raise BadRecordError("'lSolutions' needs a list of numbers")
-        answer = "; ".join(map(number_text, solutions))
-        return _example(text_of(record, "sQuestion"), answer, origin, str(record.get("iIndex", origin.id)))
-    return _example(text_of(record, "original_text"), text_of(record, "ans"), origin, str(record.get("id", origin.id)))
-
-
-def _example(question: str, answer: str, origin: Origin, name: str) -> Example:
-    answer = number_text(answer)
-    return Example(
-        id=name,
-        input=prompts.problem(question),
-        target=prompts.solution(answer),
-        references=(answer,),
-        task=origin.task,
-    )
-
-
-def _is_json(keys: frozenset[str]) -> bool:
-    return keys >= {"sQuestion", "lSolutions"} or keys >= {"original_text", "ans"}
+        name, question, answer = "iIndex", text_of(record, "sQuestion"), "; ".join(map(number_text, solutions))
+    else:
+        name, question, answer = "id", text_of(record, "original_text"), text_of(record, "ans")
+    return word_problem(origin, str(record.get(name, origin.id)), question, answer=number_text(answer))
 
 
 TASKS = (
-    Task(
+    WordProblems(
         name="mawps",
         splits={
             "train": Split(1417, ("train.csv", "train.json", "trainset.json"), hub="train"),
@@ -78,16 +55,11 @@ TASKS = (
                 355, ("test.csv", "test.json", "testset.json", "dev.csv", "MAWPS.json", "mawps.json"), hub="test"
             ),
         },
-        grader="mathematics",
-        metric="accuracy",
-        max_new_tokens=512,
-        until=("\nQuestion:",),
         licence="not stated",
         source="github.com/sroy9/mawps",
         formats=(
-            Format("MAWPS's CSV", ",", lambda keys: keys >= {"Question", "Numbers", "Answer"}, csv_rows, csv_example),
-            Format("MAWPS's JSON", "[", _is_json, json_array, json_example),
-            Format("MAWPS's JSON lines", "{", _is_json, json_lines, json_example),
+            Format("MAWPS's CSV", ",", ("Question Numbers Answer",), csv_example),
+            Format("MAWPS's JSON or JSON lines", "[{", ("sQuestion lSolutions", "original_text ans"), json_example),
         ),
         hub=Hub("garrethlee/MAWPS", gsm8k.example),
         note="sizes are those of the Hub's copy",

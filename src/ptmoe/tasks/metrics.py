@@ -214,9 +214,7 @@ def _marked(text: str) -> tuple[str, str, str]:
     """`(kind, line, rest)`: "is", ":" or "" for how the answer is marked, its line, and everything from there on."""
     if hashes := _HASHES.search(text):
         return "is", _line(text[hashes.end() :]), text[hashes.end() :]
-    label: re.Match[str] | None = None
-    for label in _LABEL.finditer(text):  # noqa: B007  the last match is used
-        pass
+    label = max(_LABEL.finditer(text), key=re.Match.start, default=None)
     box = _BOXED.match(text, max(text.rfind("\\boxed"), 0))
     if box and (not label or label.start() < box.start()):
         return "is", box[1].strip(), box[1]

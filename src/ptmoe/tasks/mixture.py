@@ -4,45 +4,37 @@ Tasks alternate. Without weights every example of every task is used once. With 
 proportions, in every prefix of the mixture as in the whole, and the mixture ends when one task is exhausted.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from ptmoe.errors import PtmoeError, near
 from ptmoe.tasks.base import Example
 
-
-@dataclass(frozen=True)
-class Part:
-    """A task of a mixture and its weight; either all parts have a weight or none."""
-
-    task: str
-    weight: float | None
+Weights = dict[str, float | None]
+"""The tasks of a mixture and their weights; either all have a weight or none."""
 
 
-def parse(name: str, tasks: Iterable[str], groups: dict[str, tuple[str, ...]]) -> list[Part]:
-    """The parts of a mixture; a single task is one part. A group's weight is split evenly among its tasks.
+def parse(name: str, tasks: Collection[str], groups: Mapping[str, tuple[str, ...]]) -> Weights:
+    """The weights in a mixture's name; a group's weight is split evenly among its tasks.
 
     Raises:
         PtmoeError: an unknown or repeated task, or unusable weights.
     """
-    known = list(tasks)
-    parts: list[Part] = []
+    weights: Weights = {}
     for piece in name.split(","):
         task, equals, weight = piece.strip().partition("=")
         members = groups.get(task, (task,))
         for member in members:
-            if member not in known:
-                raise PtmoeError(f"unknown task {member!r}{near(member, [*known, *groups])}; or give a JSON-lines file")
-            if any(part.task == member for part in parts):
+            if member not in tasks:
+                raise PtmoeError(f"unknown task {member!r}{near(member, [*tasks, *groups])}; or give a JSON-lines file")
+            if member in weights:
                 raise PtmoeError(
-                    f"task {member!r} is twice in {name!r}: give each once, with a weight (gsm8k=2,mawps=1)"
+                    f"task {member!r} appears twice in {name!r}: give each once, with a weight (gsm8k=2,mawps=1)"
                 )
-            parts.append(Part(member, _weight(weight, piece) / len(members) if equals else None))
-    if len({part.weight is None for part in parts}) > 1:
-        raise PtmoeError(f"some tasks in {name!r} have a weight and some have none: give all one, or none")
-    return parts
+            weights[member] = _weight(weight, piece) / len(members) if equals else None
+    if len({weight is None for weight in weights.values()}) > 1:
+        raise PtmoeError(f"some tasks in {name!r} have a weight and some have none: give one to all or to none")
+    return weights
 
 
 def _weight(text: str, piece: str) -> float:
@@ -55,20 +47,20 @@ def _weight(text: str, piece: str) -> float:
     return weight
 
 
-def mixed(parts: Sequence[Part], streams: Sequence[Iterator[Example]]) -> Iterator[Example]:
-    """The examples of all parts, each time from the part that is furthest behind its share.
+def mixed(weights: Weights, streams: Iterable[Iterator[tuple[str, Example]]]) -> Iterator[tuple[str, Example]]:
+    """The examples of all tasks with their locations, each time from the task that is furthest behind its share.
 
     The task's name is prepended to each id and becomes the example's domain.
     """
-    weights = [part.weight or 1.0 for part in parts]
-    given, ended = [0] * len(parts), [False] * len(parts)
-    while not all(ended):
-        index = min((i for i in range(len(parts)) if not ended[i]), key=lambda i: ((given[i] + 1) / weights[i], i))
-        example = next(streams[index], None)
-        if example is None:
-            if parts[index].weight is not None:
-                return
-            ended[index] = True
-            continue
-        given[index] += 1
-        yield replace(example, id=f"{example.task}:{example.id}", domain=example.task)
+    active = dict(zip(weights, streams, strict=True))
+    used = dict.fromkeys(active, 0)
+    while active:
+        task = min(active, key=lambda task: (used[task] + 1) / (weights[task] or 1.0))
+        place, example = next(active[task], ("", None))
+        if example is not None:
+            used[task] += 1
+            yield place, replace(example, id=f"{task}:{example.id}", domain=task)
+        elif weights[task] is None:
+            del active[task]
+        else:
+            return

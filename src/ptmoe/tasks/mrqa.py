@@ -14,22 +14,19 @@ a passage are the release's own markers of titles, documents, paragraphs and the
 was detected in the passage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ptmoe.tasks import prompts
-from ptmoe.tasks.base import Example, Hub, Origin, Split, Task
-from ptmoe.tasks.records import BadRecordError, Format, Problems, Record, json_array, json_lines, text_of
+from ptmoe.tasks.base import Example, Format, Hub, Origin, Split, Task
+from ptmoe.tasks.records import BadRecordError, Problems, Record, has, json_array, json_lines, object_of, text_of
 
 _RELEASE = "https://s3.us-east-2.amazonaws.com/mrqa/release/v2"
-_CC_BY_SA = "CC BY-SA 4.0"
-_UNSTATED = "its own"
 
-# name: (its name in the release, examples and MD5 of train, of dev); from the README of github.com/mrqa.
-IN_DOMAIN = {
+# name: (its name in the release, examples and MD5 of train if it is in domain, of dev); from the README of
+# github.com/mrqa.
+RELEASED: dict[str, tuple[Any, ...]] = {
     "squad": ("SQuAD", 86588, "efd6a551d2697c20a694e933210489f8", 10507, "05f3f16c5c31ba8e46ff5fa80647ac46"),
     "newsqa": ("NewsQA", 74160, "182f4e977b849cb1dbfb796030b91444", 4212, "5c188c92a84ddffe2ab590ac7598bde2"),
     "triviaqa": ("TriviaQA-web", 61688, "e18f586152612a9358c22f5536bfd32a", 7785, "5c9fdc633dfe196f1b428c81205fd82f"),
@@ -42,8 +39,6 @@ IN_DOMAIN = {
         12836,
         "c0347eebbca02d10d1b07b9a64efe61d",
     ),
-}
-OUT_OF_DOMAIN = {
     "bioasq": ("BioASQ", 1504, "70752a39beb826a022ab21353cb66e54"),
     "drop": ("DROP", 1503, "070eb2ac92d2b2fc1b99abeda97ac37a"),
     "duorc": ("DuoRC.ParaphraseRC", 1501, "b325c0ad2fa10e699136561ee70c5ddd"),
@@ -56,6 +51,8 @@ _SHORT = {  # the file names that the release's download script uses
     "NaturalQuestionsShort": "NaturalQuestions",
     "DuoRC.ParaphraseRC": "DuoRC",
 }
+# BioASQ's file needs a registration on its own site, which saves it under the same name.
+_URLS = {"bioasq": "http://participants-area.bioasq.org/MRQA2019/"}
 
 
 def passages(path: Path, problems: Problems) -> Iterator[Record]:
@@ -68,66 +65,57 @@ def passages(path: Path, problems: Problems) -> Iterator[Record]:
 def articles(path: Path, problems: Problems) -> Iterator[Record]:
     """Each question of SQuAD's articles with its context."""
     for place, article in json_array(path, problems, key="data"):
-        paragraphs = article.get("paragraphs")
-        if not isinstance(paragraphs, list):
-            problems.add(place, f"the article lacks a list of 'paragraphs' (has {', '.join(map(repr, article))})")
-            continue
-        for number, paragraph in enumerate(paragraphs, 1):
-            where = f"{place} (article {article.get('title', '')!r}, paragraph {number})"
-            if isinstance(paragraph, dict):
-                yield from _questions(where, paragraph, problems)
-            else:
-                problems.add(where, f"a JSON {type(paragraph).__name__}, needs an object")
+        title = f"article {article.get('title', '')!r}, paragraph"
+        for where, paragraph in _nested(place, article, "paragraphs", title, problems):
+            yield from _questions(where, paragraph, problems)
 
 
 def _questions(place: str, passage: dict[str, Any], problems: Problems) -> Iterator[Record]:
-    questions = passage.get("qas")
-    if not isinstance(questions, list):
-        return problems.add(place, f"lacks a list of 'qas' (has {', '.join(map(repr, passage))})")
-    for number, question in enumerate(questions, 1):
-        where = f"{place}, question {number}" if len(questions) > 1 else place
-        if isinstance(question, dict):
-            yield where, {"context": passage.get("context"), **question}
-        else:
-            problems.add(where, f"a JSON {type(question).__name__}, needs an object")
+    for where, question in _nested(place, passage, "qas", "question", problems):
+        yield where, {"context": passage.get("context"), **question}
+
+
+def _nested(place: str, record: dict[str, Any], key: str, name: str, problems: Problems) -> Iterator[Record]:
+    """Each object of the list under `key`."""
+    objects = record.get(key)
+    if not isinstance(objects, list):
+        return problems.add(place, f"lacks a list of {key!r} {has(record)}")
+    for number, nested in enumerate(objects, 1):
+        where = f"{place}, {name} {number}"
+        with problems.at(where):
+            yield where, object_of(nested)
     return None
 
 
 def mrqa_example(record: dict[str, Any], origin: Origin) -> Example:
-    spans = [
-        (found["text"], found["char_spans"][0])
-        for found in record.get("detected_answers") or []
-        if isinstance(found, dict) and isinstance(found.get("text"), str) and found.get("char_spans")
-    ]
     answers = record.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise BadRecordError("'answers' needs a list of one text or more")
-    if not spans:
-        return _example(record, text_of(record, "qid"), answers, answers[0], None, origin)
-    text, (start, end) = spans[0]
-    return _example(record, text_of(record, "qid"), answers, text, (start, end + 1), origin)
+    for found in record.get("detected_answers") or []:
+        if isinstance(found, dict) and isinstance(found.get("text"), str) and found.get("char_spans"):
+            start, end = found["char_spans"][0]
+            return _example(record, "qid", answers, found["text"], (start, end + 1), origin)
+    return _example(record, "qid", answers, answers[0], None, origin)
 
 
 def squad_example(record: dict[str, Any], origin: Origin) -> Example:
     answers = record.get("answers")
     if not isinstance(answers, list) or not answers:
         raise BadRecordError("'answers' needs a list of one answer or more")
-    for answer in answers:
-        if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
-            raise BadRecordError('\'answers\' needs a list of {"text": …, "answer_start": …}')
+    if not all(isinstance(answer, dict) and isinstance(answer.get("text"), str) for answer in answers):
+        raise BadRecordError('\'answers\' needs a list of {"text": …, "answer_start": …}')
     text, start = answers[0]["text"], answers[0].get("answer_start")
     span = (start, start + len(text)) if isinstance(start, int) else None
-    return _example(record, text_of(record, "id"), [answer["text"] for answer in answers], text, span, origin)
+    return _example(record, "id", [answer["text"] for answer in answers], text, span, origin)
 
 
 def hub_example(record: dict[str, Any], origin: Origin) -> Example:
     """From a row of the Hub's copy, one question with its context; lists of records may come as records of lists."""
-    spans = []
-    for found in _rows(record["detected_answers"]):
-        where = _rows(found["char_spans"])
-        if where:
-            spans.append({"text": found["text"], "char_spans": [[where[0]["start"], where[0]["end"]]]})
-    return mrqa_example({**record, "detected_answers": spans}, origin)
+    detected = [
+        {"text": found["text"], "char_spans": [(span["start"], span["end"]) for span in _rows(found["char_spans"])]}
+        for found in _rows(record["detected_answers"])
+    ]
+    return mrqa_example({**record, "detected_answers": detected}, origin)
 
 
 def _rows(value: Any) -> list[dict[str, Any]]:
@@ -137,54 +125,43 @@ def _rows(value: Any) -> list[dict[str, Any]]:
 
 
 def _example(
-    record: dict[str, Any],
-    name: str,
-    answers: list[str],
-    target: str,
-    span: tuple[int, int] | None,
-    origin: Origin,
+    record: dict[str, Any], key: str, answers: list[str], target: str, span: tuple[int, int] | None, origin: Origin
 ) -> Example:
-    context = text_of(record, "context")
+    name, context = text_of(record, key), text_of(record, "context")
     if span is not None and not 0 <= span[0] < span[1] <= len(context):
         span = None  # still a target; only the cut depends on the span
     text, place = prompts.question(text_of(record, "question"), context)
-    return Example(
-        id=name,
-        input=text,
-        target=f" {target.strip()}",
-        references=tuple(dict.fromkeys(answers)),
-        task=origin.task,
-        context=place,
-        answer=span,
-    )
+    references = tuple(dict.fromkeys(answers))
+    return Example(name, text, f" {target.strip()}", references, origin.task, context=place, answer=span)
 
 
-_LINES = Format(
-    "MRQA's JSON lines", "{", lambda keys: keys >= {"context", "qas"} or "header" in keys, passages, mrqa_example
-)
-_SQUAD = Format(
-    "SQuAD v1.1's JSON", "{", lambda keys: "data" in keys and "prediction" not in keys, articles, squad_example
-)
-
-
-def _files(folder: str, released: str) -> tuple[str, ...]:
-    """As in the folders of the release, or in one folder as `NAME-train`, `NAME-dev`; a bare name is the dev file."""
-    names = (released, _SHORT[released]) if released in _SHORT else (released,)
+def _split(name: str, folder: str, hub: str, examples: int, md5: str) -> Split:
+    """Files as in the folders of the release, or in one folder as `NAME-train`, `NAME-dev`; a bare name is dev."""
+    released = RELEASED[name][0]
+    names = dict.fromkeys((released, _SHORT.get(released, released)))
     forms = (f"{folder}/{{}}", f"{{}}-{folder}", *(("{}",) if folder == "dev" else ()))
-    return tuple(form.format(name) + ending for form in forms for name in names for ending in (".jsonl.gz", ".jsonl"))
+    files = [form.format(file) + end for form in forms for file in names for end in (".jsonl.gz", ".jsonl")]
+    if name == "squad":
+        files.append(f"{folder}-v1.1.json")
+    return Split(examples, tuple(files), hub, _URLS.get(name, f"{_RELEASE}/{folder}/{released}.jsonl.gz"), md5)
 
 
-def _task(name: str, released: str, splits: dict[str, Split], licence: str = _UNSTATED) -> Task:
+def _task(name: str, released: str, *sizes_and_sums: Any) -> Task:
+    *train, examples, md5 = sizes_and_sums
+    splits = {"train": _split(name, "train", "train", *train)} if train else {}
     return Task(
         name=f"mrqa/{name}",
-        splits=splits,
+        splits={**splits, "test": _split(name, "dev", "validation" if train else "test", examples, md5)},
         grader="qa",
         metric="f1",
         max_new_tokens=32,
         until=("\n",),
-        licence=licence,
+        licence="CC BY-SA 4.0" if name == "squad" else "its own",
         source="github.com/mrqa/MRQA-Shared-Task-2019",
-        formats=(_LINES, _SQUAD),
+        formats=(
+            Format("MRQA's JSON lines", "{", ("context qas", "header"), mrqa_example, passages),
+            Format("SQuAD v1.1's JSON", "{", ("data",), squad_example, articles),
+        ),
         hub=Hub(
             "mrqa-workshop/mrqa",
             hub_example,
@@ -195,28 +172,8 @@ def _task(name: str, released: str, splits: dict[str, Split], licence: str = _UN
     )
 
 
-def _in_domain(name: str) -> Task:
-    released, train, train_md5, dev, dev_md5 = IN_DOMAIN[name]
-    train_files, dev_files = _files("train", released), _files("dev", released)
-    if name == "squad":
-        train_files, dev_files = (*train_files, "train-v1.1.json"), (*dev_files, "dev-v1.1.json")
-    url = f"{_RELEASE}/{{}}/{released}.jsonl.gz"
-    splits = {
-        "train": Split(train, train_files, "train", url.format("train"), train_md5),
-        "test": Split(dev, dev_files, "validation", url.format("dev"), dev_md5),
-    }
-    return _task(name, released, splits, _CC_BY_SA if name == "squad" else _UNSTATED)
-
-
-def _out_of_domain(name: str) -> Task:
-    released, examples, md5 = OUT_OF_DOMAIN[name]
-    # BioASQ's file needs a registration on its own site, which saves it under the same name.
-    url = f"{_RELEASE}/dev/{released}.jsonl.gz" if name != "bioasq" else "http://participants-area.bioasq.org/MRQA2019/"
-    return _task(name, released, {"test": Split(examples, _files("dev", released), "test", url, md5)})
-
-
-TASKS = (*(_in_domain(name) for name in IN_DOMAIN), *(_out_of_domain(name) for name in OUT_OF_DOMAIN))
+TASKS = tuple(_task(name, *released) for name, released in RELEASED.items())
 GROUPS = {
-    "mrqa-in": tuple(f"mrqa/{name}" for name in IN_DOMAIN),
-    "mrqa-out": tuple(f"mrqa/{name}" for name in OUT_OF_DOMAIN),
+    "mrqa-in": tuple(task.name for task in TASKS if "train" in task.splits),
+    "mrqa-out": tuple(task.name for task in TASKS if "train" not in task.splits),
 }

@@ -31,14 +31,8 @@ def load(name: str, split: str) -> Iterator[Example]:
     else:
         records = uninstructed(world, seed, test=held_out)
     for number, record in enumerate(islice(records, SPLITS[split])):
-        yield Example(
-            id=f"{split}-{number}",
-            input=record.prompt,
-            target=record.completion,
-            references=(record.answer,),
-            task=name,
-            domain=record.skill if world == "skills" else record.domain,
-        )
+        domain = record.skill if world == "skills" else record.domain
+        yield Example(f"{split}-{number}", record.prompt, record.completion, (record.answer,), name, domain)
 
 
 TASKS = tuple(

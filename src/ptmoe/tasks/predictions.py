@@ -4,15 +4,13 @@
 {"id": "test-0", "completion": "… #### 18"}
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ptmoe.errors import PtmoeError
-from ptmoe.tasks.records import Problems, Record, head, json_array, json_lines
+from ptmoe.tasks.records import READERS, BadRecordError, Problems, has, head, unique
 
 ID_KEYS = ("id", "qid", "ID")
 TEXT_KEYS = ("completion", "prediction", "prediction_text", "text", "answer", "output")
@@ -28,12 +26,7 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     if not path.is_file():
         raise PtmoeError(f"no predictions file {path}")
     problems = Problems()
-    predictions: dict[str, str] = {}
-    places: dict[str, str] = {}
-    for place, name, text in _predictions(path, problems):
-        if name in places:
-            problems.add(place, f"id {name!r} was given before, at {places[name]}")
-        places[name], predictions[name] = place, text
+    predictions = unique(_predictions(path, problems), problems)
     if problems.count:
         raise PtmoeError(problems.listed())
     if not predictions:
@@ -42,32 +35,26 @@ def read_predictions(path: str | Path) -> dict[str, str]:
 
 
 def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str]]:
-    start = head(path)
-    if start.kind not in "{[" or not start.kind:
+    """Each prediction's location, id and text."""
+    kind, keys = head(path)
+    if kind not in ("{", "["):
         raise PtmoeError(f"{path} is neither JSON nor JSON lines: needs {{id: text}}, or lines with an id and a text")
-    lines = start.kind == "[" or bool(start.keys & {*ID_KEYS, *TEXT_KEYS})
-    if not lines and (whole := _object(path)) is not None:
-        for key, value in whole:
-            if isinstance(value, str):
+    if kind == "{" and keys.isdisjoint({*ID_KEYS, *TEXT_KEYS}) and (pairs := _object(path)) is not None:
+        for key, value in pairs:
+            with problems.at(f"{path}, id {key!r}"):
+                if not isinstance(value, str):
+                    raise BadRecordError(f"the prediction is {type(value).__name__}, needs text")
                 yield str(path), key, value
-            else:
-                problems.add(f"{path}, id {key!r}", f"the prediction is {type(value).__name__}, needs text")
         return
-    records: Iterator[Record] = (json_array if start.kind == "[" else json_lines)(path, problems)
-    for place, record in records:
-        name: Any = next((record[key] for key in ID_KEYS if key in record), None)
-        text: Any = next((record[key] for key in TEXT_KEYS if key in record), None)
-        has = f"(has {', '.join(map(repr, record)) or 'none'})"
-        if not isinstance(name, (str, int)) or isinstance(name, bool):
-            problems.add(place, f"lacks an id {has}: needs 'id' in each record")
-        elif isinstance(text, (int, float)) and not isinstance(text, bool):
+    for place, record in READERS[kind](path, problems):
+        with problems.at(place):
+            name, text = (next((record[key] for key in keys if key in record), None) for keys in (ID_KEYS, TEXT_KEYS))
+            if isinstance(name, bool) or not isinstance(name, (str, int)):
+                raise BadRecordError(f"lacks an id {has(record)}: needs 'id' in each record")
+            if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+                wanted = ", ".join(map(repr, TEXT_KEYS[:3]))
+                raise BadRecordError(f"lacks the predicted text {has(record)}: needs {wanted} or another")
             yield place, str(name), str(text)
-        elif not isinstance(text, str):
-            problems.add(
-                place, f"lacks the predicted text {has}: needs {', '.join(map(repr, TEXT_KEYS[:3]))} or another"
-            )
-        else:
-            yield place, str(name), text
 
 
 def _object(path: Path) -> list[tuple[str, Any]] | None:

@@ -1,6 +1,8 @@
-"""The two prompt templates: a question about a passage, and a mathematical problem."""
+"""The two prompt templates, a question about a passage and a mathematical problem, and what all such problems share."""
 
-from __future__ import annotations
+from functools import partial
+
+from ptmoe.tasks.base import Example, Origin, Task
 
 
 def question(text: str, context: str = "") -> tuple[str, tuple[int, int]]:
@@ -15,17 +17,23 @@ def question(text: str, context: str = "") -> tuple[str, tuple[int, int]]:
     return f"{before}Question: {text.strip()}\nAnswer:", (0, len(context))
 
 
-def problem(*sentences: str) -> str:
-    """A word problem; a sentence without a full stop gets one, so that it is separated from the next.
+def word_problem(
+    origin: Origin, name: str, *sentences: str, answer: str, target: str = "", domain: str = ""
+) -> Example:
+    """The example of a word problem; a sentence without a full stop gets one, to separate it from the next.
 
     Question: BODY. QUESTION
-    Answer:
+    Answer: #### ANSWER
+
+    Args:
+        name: its id.
+        answer: its reference.
+        target: a worked solution; by default the answer alone, in the form in which GSM8K's solutions end.
     """
     parts = [part.strip() for part in sentences if part.strip()]
     joined = " ".join(part if part[-1] in ".,;:!?" or part is parts[-1] else f"{part}." for part in parts)
-    return question(joined)[0]
+    return Example(name, question(joined)[0], target or f" #### {answer}", (answer,), origin.task, domain)
 
 
-def solution(answer: str) -> str:
-    """A completion that is only the answer, in the form in which GSM8K's solutions end: `#### n`."""
-    return f" #### {answer}"
+WordProblems = partial(Task, grader="mathematics", metric="accuracy", max_new_tokens=512, until=("\nQuestion:",))
+"""A `Task` of word problems."""

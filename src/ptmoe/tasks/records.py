@@ -1,10 +1,8 @@
-"""A file's records as a stream, each with its location: JSON lines, a JSON array, XML elements, CSV rows.
+"""A file's records as a stream, each with its location: JSON lines, a JSON array, CSV rows, XML elements.
 
 Memory does not grow with the file. Gzip is recognised by its first bytes. Whatever cannot be read is added to
 `Problems` with its file and line, and the caller decides whether to refuse bad records (the default) or to skip them.
 """
-
-from __future__ import annotations
 
 import csv
 import gzip
@@ -12,23 +10,24 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, TypeVar, cast
 from xml.etree import ElementTree
 
 from ptmoe.errors import PtmoeError
-
-if TYPE_CHECKING:
-    from ptmoe.tasks.base import Example, Origin
 
 SHOWN = 5  # bad records that a message names; all are counted
 _HEAD = 1 << 16  # bytes from which a file's format is recognised
 _CHUNK = 1 << 20
 _GZIP = b"\x1f\x8b"
+_SEPARATOR = re.compile(r"\s*([,\]]?)\s*")  # between two records of a JSON array, or at its end
+_DAMAGED = (EOFError, OSError, zlib.error)  # what `gzip` raises
 
 Record = tuple[str, Any]  # its location, "FILE:LINE", and its contents
+T = TypeVar("T")
 
 
 class BadRecordError(ValueError):
@@ -36,7 +35,7 @@ class BadRecordError(ValueError):
 
 
 class Problems:
-    """The bad records met while reading.
+    """The bad records found while reading.
 
     Args:
         skip: count and list them; otherwise `refuse` raises.
@@ -56,6 +55,14 @@ class Problems:
         if self.at_once:
             self.refuse()
 
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Add a `BadRecordError` raised in this block, with its location."""
+        try:
+            yield
+        except BadRecordError as error:
+            self.add(place, str(error))
+
     def listed(self) -> str:
         """How many there are, and the first of them."""
         more = f"\n  … and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
@@ -70,65 +77,48 @@ class Problems:
             raise PtmoeError(f"{self.listed()}\nfix or remove them, or skip them with --skip-bad")
 
 
-@dataclass(frozen=True)
-class Head:
-    """What the beginning of a file reveals.
-
-    Attributes:
-        kind: `"{"` for JSON lines or a JSON object, `"["` for a JSON array, `"<"` for XML, `","` for anything else.
-        keys: of the first JSON object or the CSV header; for XML the root element's name.
-    """
-
-    kind: str
-    keys: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Format:
-    """An original file format of a data set.
-
-    Attributes:
-        name: for messages, "GSM8K's JSON lines".
-        kind: of `Head`.
-        recognise: whether a file with these keys is in this format.
-        records: yields a file's records.
-        example: makes an example from a record; raises `BadRecordError`.
-    """
-
-    name: str
-    kind: str
-    recognise: Callable[[frozenset[str]], bool]
-    records: Callable[[Path, Problems], Iterator[Record]]
-    example: Callable[[dict[str, Any], Origin], Example]
+def unique(records: Iterable[tuple[str, str, T]], problems: Problems) -> dict[str, T]:
+    """Values by id, from triples of location, id and value; repeated ids are added to `problems`."""
+    found: dict[str, T] = {}
+    places: dict[str, str] = {}
+    for place, name, value in records:
+        if name in found:
+            problems.add(place, f"id {name!r} was used before, at {places[name]}")
+        else:
+            found[name], places[name] = value, place
+    return found
 
 
-def opened(path: Path) -> IO[bytes]:
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, unzipped if necessary."""
     with path.open("rb") as file:
-        zipped = file.read(2) == _GZIP
-    return gzip.open(path) if zipped else path.open("rb")  # type: ignore[return-value]
+        zipped = file.peek(2)[:2] == _GZIP
+        yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if zipped else file
 
 
-def head(path: Path) -> Head:
+def head(path: Path) -> tuple[str, frozenset[str]]:
     """What the beginning of a file reveals.
+
+    Returns:
+        its kind: `"{"` for JSON lines or a JSON object, `"["` for a JSON array, `"<"` for XML, `","` for anything else,
+        `""` for a damaged gzip; and the keys of its first JSON object, its CSV header, or its XML root element's name.
 
     Raises:
         PtmoeError: an empty file.
     """
     try:
         with opened(path) as file:
-            start = file.read(_HEAD)
-    except (OSError, EOFError, zlib.error):
-        return Head("", frozenset())  # a damaged gzip: reading reports where
-    text = start.decode("utf-8-sig", errors="replace").lstrip()
+            text = file.read(_HEAD).decode("utf-8-sig", errors="replace").lstrip()
+    except _DAMAGED:
+        return "", frozenset()
     if not text:
         raise PtmoeError(f"{path} is empty: needs at least one record")
     if text[0] in "{[":
-        return Head(text[0], frozenset(_first_keys(text)))
+        return text[0], frozenset(_first_keys(text))
     if text[0] == "<":
-        root = re.search(r"<([A-Za-z_][\w.-]*)", text)
-        return Head("<", frozenset([root[1]] if root else []))
-    return Head(",", frozenset(next(csv.reader([text.splitlines()[0]]), [])))
+        return "<", frozenset(re.findall(r"<([A-Za-z_][\w.-]*)", text)[:1])
+    return ",", frozenset(next(csv.reader([text.splitlines()[0]]), []))
 
 
 def _first_keys(text: str) -> Iterator[str]:
@@ -146,193 +136,170 @@ def _first_keys(text: str) -> Iterator[str]:
                 return
 
 
+@dataclass
+class _Reading:
+    """A file that is being read, and the line that has been reached."""
+
+    path: Path
+    file: IO[bytes]
+    line: int = 1
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}:{self.line}"
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self.file:
+            yield line
+            self.line += 1
+
+
+@contextmanager
+def _reading(path: Path, problems: Problems) -> Iterator[_Reading]:
+    """A file to read; damage that ends the reading early is added to `problems` at the line that has been reached."""
+    with opened(path) as file:
+        reading = _Reading(path, file)
+        try:
+            yield reading
+            return
+        except UnicodeDecodeError:
+            damage = "not UTF-8 text at or after this line"
+        except _DAMAGED as error:
+            damage = f"damaged gzip ({error})"
+        except BadRecordError as error:
+            damage = str(error)
+        problems.add(reading.place, f"{damage}: nothing from here on can be read")
+
+
 def json_lines(path: Path, problems: Problems) -> Iterator[Record]:
     """Each line's object."""
-    number = 0
-    with opened(path) as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"{path}:{number}", _object(line.rstrip().removeprefix(b"\xef\xbb\xbf"))
-                    except BadRecordError as problem:
-                        problems.add(f"{path}:{number}", str(problem))
-        except (EOFError, OSError, zlib.error) as error:
-            problems.add(f"{path}:{number + 1}", _damaged_gzip(error))
+    with _reading(path, problems) as reading:
+        for line in reading:
+            if line.strip():
+                with problems.at(reading.place):
+                    yield reading.place, object_of(_parsed(line.rstrip().removeprefix(b"\xef\xbb\xbf")))
 
 
-def _object(line: bytes) -> dict[str, Any]:
+def _parsed(line: bytes) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except UnicodeDecodeError:
         raise BadRecordError("not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise BadRecordError(f"not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise BadRecordError("not JSON that can be read (nested too deep)") from None
-    if not isinstance(record, dict):
-        raise BadRecordError(f"a JSON {type(record).__name__}, needs an object")
-    return record
-
-
-def _damaged_gzip(error: Exception) -> str:
-    return f"damaged gzip ({error}): nothing from here on can be read"
-
-
-class _Text:
-    """A buffer over a text file: it is extended on demand, and counts the lines that leave it."""
-
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
-        self.path = path
-        self.file = io.TextIOWrapper(file, encoding="utf-8-sig")
-        self.buffer = ""
-        self.line = 1
-        self.ended = False
-
-    def more(self) -> bool:
-        """Double the buffer; False at the end of the file."""
-        read = self.file.read(max(_CHUNK, len(self.buffer)))
-        self.buffer += read
-        self.ended = not read
-        return not self.ended
-
-    def drop(self, length: int) -> None:
-        self.line += self.buffer.count("\n", 0, length)
-        self.buffer = self.buffer[length:]
-
-    def drop_through(self, pattern: str) -> bool:
-        """Drop everything up to the end of the first match; False if there is none."""
-        while (found := re.search(pattern, self.buffer)) is None:
-            if not self.more():
-                return False
-        self.drop(found.end())
-        return True
-
-    def peek(self) -> str:
-        """The next character that is not white space, without consuming it; "" at the end."""
-        while not (stripped := self.buffer.lstrip()):
-            self.drop(len(self.buffer))
-            if not self.more():
-                return ""
-        self.drop(len(self.buffer) - len(stripped))
-        return stripped[0]
 
 
 def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Iterator[Record]:
     """Each object of a JSON array: the file's own, or the one under `key` in an object.
 
-    (`ijson` streams JSON as well, but does not know the line number.)
+    (`ijson` streams JSON as well, but does not know the line, and drops the records of a chunk before damage in it.)
     """
-    with opened(path) as file:
-        text = _Text(path, file)
-        try:
-            if not text.drop_through(r"^\s*\[" if key is None else rf'"{key}"\s*:\s*\['):
-                problems.add(f"{path}:1", "not a JSON array" if key is None else f"no array under {key!r}")
-                return
-            yield from _elements(text, problems)
-        except UnicodeDecodeError:
-            problems.add(
-                f"{path}:{text.line}", "not UTF-8 text at or after this line: nothing from here on can be read"
-            )
-        except (EOFError, OSError, zlib.error) as error:
-            problems.add(f"{path}:{text.line}", _damaged_gzip(error))
-
-
-def _elements(text: _Text, problems: Problems) -> Iterator[Record]:
-    decoder = json.JSONDecoder()
-    first = True
-    while (character := text.peek()) != "]":
-        if not first and character == ",":
-            text.drop(1)
-            text.peek()
-        elif not first or not character:
-            return problems.add(
-                f"{text.path}:{text.line}",
-                "not JSON (the array is truncated)" if not character else "not JSON (no comma between two records)",
-            )
-        first = False
+    before = re.compile((r"\s*" if key is None else rf'.*?"{key}"\s*:\s*') + r"(\[\s*\]?)\s*", re.DOTALL)
+    decode = json.JSONDecoder().raw_decode
+    with _reading(path, problems) as reading:
+        file = io.TextIOWrapper(reading.file, encoding="utf-8-sig")
+        text, start = "", 0  # a part of the file, and where the next record in it starts, or the comma before
         while True:
+            damage, where, end = "", start, len(text)
+            mark = before.match(text, start)
             try:
-                record, end = decoder.raw_decode(text.buffer)
-                if isinstance(record, dict) or end < len(text.buffer):
-                    break
-            except (json.JSONDecodeError, RecursionError) as error:
-                if not text.ended and text.more():
-                    continue
-                return problems.add(
-                    _place(text, error),
-                    f"not JSON ({getattr(error, 'msg', 'nested too deep')}): nothing from here on can be read",
-                )
-            if not text.more():
-                break
-        place = f"{text.path}:{text.line}"
-        text.drop(end)
-        if isinstance(record, dict):
-            yield place, record
-        else:
-            problems.add(place, f"a JSON {type(record).__name__}, needs an object")
-    return None
-
-
-def _place(text: _Text, error: Exception) -> str:
-    return f"{text.path}:{text.line + text.buffer.count(chr(10), 0, getattr(error, 'pos', 0))}"
+                if mark is None:
+                    damage = "not a JSON array" if key is None else f"no array under {key!r}"
+                elif mark[1].endswith("]"):
+                    return
+                elif not mark[1]:
+                    raise json.JSONDecodeError("no comma between two records", text, mark.end())
+                else:
+                    record, end = decode(text, mark.end())
+            except json.JSONDecodeError as error:
+                where = error.pos
+                damage = f"not JSON ({'the array is truncated' if where == end else error.msg})"
+            except RecursionError:
+                damage = "not JSON that can be read (nested too deep)"
+            if end == len(text) and (more := file.read(max(_CHUNK, end - start))):
+                text, start = text[start:] + more, 0  # a longer part may hold what is missing
+                continue
+            if damage or mark is None:
+                reading.line += text.count("\n", start, where)
+                raise BadRecordError(damage)
+            place = f"{path}:{reading.line + text.count(chr(10), start, mark.end())}"
+            with problems.at(place):
+                yield place, object_of(record)
+            reading.line += text.count("\n", start, end)
+            start, before = end, _SEPARATOR
 
 
 def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Record]:
     """Each element with this name, as its attributes and its children's texts."""
     parser: Any = ElementTree.XMLPullParser(events=("start", "end"))
-    around: list[ElementTree.Element] = []
-    started = number = 0
-    with opened(path) as file:
+    ancestors: list[ElementTree.Element] = []
+    place = ""
+    with _reading(path, problems) as reading:
         try:
-            for number, line in enumerate(file, 1):
+            for line in reading:
                 parser.feed(line)
                 for event, element in parser.read_events():
                     if event == "start":
-                        around.append(element)
-                        started = number if element.tag == name else started
+                        ancestors.append(element)
+                        place = reading.place if element.tag == name else place
                         continue
-                    around.pop()
+                    ancestors.pop()
                     if element.tag == name:
-                        children = {child.tag: "".join(child.itertext()).strip() for child in element}
-                        yield f"{path}:{started}", {**element.attrib, **children}
-                        if around:  # otherwise the tree would keep every element
-                            around[-1].remove(element)
+                        yield (
+                            place,
+                            {**element.attrib, **{child.tag: "".join(child.itertext()).strip() for child in element}},
+                        )
+                        if ancestors:  # otherwise the tree would keep every element
+                            ancestors[-1].remove(element)
             parser.close()
         except ElementTree.ParseError as error:
-            problems.add(
-                f"{path}:{error.position[0]}", f"not XML ({str(error).split(':')[0]}): nothing from here on can be read"
-            )
-        except (EOFError, OSError, zlib.error) as error:
-            problems.add(f"{path}:{number + 1}", _damaged_gzip(error))
+            reading.line = error.position[0]
+            raise BadRecordError(f"not XML ({str(error).split(':')[0]})") from None
 
 
 def csv_rows(path: Path, problems: Problems) -> Iterator[Record]:
     """Each row as a dict with the header's names as keys."""
-    with opened(path) as file:
-        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
-        before = 0
-        header: list[str] | None = None
+    with _reading(path, problems) as reading:
+        rows = csv.reader(io.TextIOWrapper(reading.file, encoding="utf-8-sig", newline=""), strict=True)
+        header: list[str] = []
         while True:
+            place = reading.place
             try:
-                row = next(reader, None)
-            except UnicodeDecodeError:
-                return problems.add(f"{path}:{reader.line_num + 1}", "not UTF-8 text at or after this line")
-            except (EOFError, OSError, zlib.error) as error:
-                return problems.add(f"{path}:{reader.line_num + 1}", _damaged_gzip(error))
+                row = next(rows, None)
             except csv.Error as error:
-                problems.add(f"{path}:{before + 1}", f"not CSV ({error})")
-                before = reader.line_num
-                continue
+                problems.add(place, f"not CSV ({error})")
+                row = []
             if row is None:
-                return None
-            place, before = f"{path}:{before + 1}", reader.line_num
-            if header is None:
+                return
+            reading.line = rows.line_num + 1
+            if not header:
                 header = row
             elif len(row) == len(header):
                 yield place, dict(zip(header, row, strict=True))
             elif row:
                 problems.add(place, f"{len(row)} fields, the header has {len(header)}")
+
+
+Reader = Callable[[Path, Problems], Iterator[Record]]
+READERS: dict[str, Reader] = {"{": json_lines, "[": json_array, ",": csv_rows}  # by kind, as `head` returns it
+
+
+def object_of(value: Any) -> dict[str, Any]:
+    """A record that has to be a JSON object.
+
+    Raises:
+        BadRecordError: it is something else.
+    """
+    if not isinstance(value, dict):
+        raise BadRecordError(f"a JSON {type(value).__name__}, needs an object")
+    return value
+
+
+def has(record: dict[str, Any]) -> str:
+    """A record's keys, for messages."""
+    return f"(has {', '.join(map(repr, record)) or 'none'})"
 
 
 def text_of(record: dict[str, Any], key: str, *, may_be_empty: bool = False) -> str:
@@ -342,7 +309,7 @@ def text_of(record: dict[str, Any], key: str, *, may_be_empty: bool = False) -> 
         BadRecordError: it is missing, empty, or neither text nor a number.
     """
     if key not in record:
-        raise BadRecordError(f"lacks the key {key!r} (has {', '.join(map(repr, record)) or 'none'})")
+        raise BadRecordError(f"lacks the key {key!r} {has(record)}")
     value = record[key]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return number_text(value)

@@ -1,15 +1,13 @@
 """Grading predictions without a model: means, their bootstrap intervals, and a task's domains."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ptmoe.errors import PtmoeError
-from ptmoe.tasks import task_named
 from ptmoe.tasks.base import Example, Task
+from ptmoe.tasks.loading import task_named
 from ptmoe.tasks.metrics import GRADERS
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
@@ -51,16 +49,16 @@ def grade(
     examples = list(examples)
     if not examples:
         raise PtmoeError(f"no examples of {name!r} to score")
+    texts: Sequence[str | None]
     if isinstance(predictions, Mapping):
-        ids = [example.id for example in examples]
-        missing = [] if missing_as_wrong else [name for name in ids if name not in predictions]
-        unknown = list(predictions.keys() - set(ids))
+        texts = [predictions.get(example.id) for example in examples]
+        missing = [] if missing_as_wrong else [e.id for e in examples if e.id not in predictions]
+        unknown = sorted(predictions.keys() - {example.id for example in examples})
         if missing or unknown:
             raise PtmoeError(
                 f"predictions lack {len(missing)} id(s) {missing[:3]} and hold {len(unknown)} unknown id(s) "
-                f"{sorted(unknown)[:3]}: give one prediction for each example"
+                f"{unknown[:3]}: give one prediction for each example"
             )
-        texts: Sequence[str | None] = [predictions.get(name) for name in ids]
     else:
         texts = predictions
     if len(texts) != len(examples):

@@ -4,73 +4,53 @@ Without `data_dir` these are tried: the folder in `$PTMOE_DATA_DIR`, earlier dow
 `~/.cache/ptmoe`), the released file, the Hub.
 """
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from ptmoe.errors import PtmoeError
 from ptmoe.files import cache_folder, replaced
-from ptmoe.tasks.base import Hub, Split, Task
+from ptmoe.tasks.base import Split, Task
 from ptmoe.tasks.records import Record
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30  # seconds without a byte
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file, or the rows of a copy on the Hub."""
-
-    path: Path | None = None
-    hub: Hub | None = None
-    split: str = ""
-
-    def __str__(self) -> str:
-        return str(self.path) if self.path else f"the Hub's {self.hub.repository if self.hub else ''} ({self.split})"
-
-
-def locate(task: Task, split: str, data_dir: str | Path | None, say: Callable[[str], None]) -> Source:
-    """Where a split is read from; it is downloaded if necessary.
+def locate(task: Task, split: str, data_dir: str | Path | None, say: Callable[[str], None]) -> Path | None:
+    """The file of a split, downloaded if necessary; None if it is to be read from the Hub.
 
     Raises:
         PtmoeError: it is nowhere to be found, or the download differs from the release.
     """
-    wanted = task.splits[split]
     if data_dir is not None:
-        return Source(in_folder(task, split, Path(data_dir)))
-    present = local(task, split)
-    if present is not None:
-        return Source(present)
-    tried = []
+        return in_folder(task, split, Path(data_dir))
+    if present := local(task, split):
+        return present
+    wanted, tried = task.splits[split], ""
     if wanted.url:
-        target = cached(wanted)
         try:
-            fetch(wanted.url, target, wanted.md5, say)
-            return Source(target)
+            return fetch(wanted, say)
         except OSError as error:
-            tried.append(f"{wanted.url}: {error}")
+            tried = f" ({wanted.url}: {error})"
     if task.hub is not None and wanted.hub:
-        return Source(hub=task.hub, split=wanted.hub)
-    reasons = f" ({'; '.join(tried)})" if tried else ""
+        return None
     raise PtmoeError(
-        f"{task.name} has no {split} split to download{reasons}: give its file, or the folder that holds "
+        f"{task.name} has no {split} split to download{tried}: give its file, or the folder that holds "
         f"{' or '.join(wanted.files[:3]) or 'it'}, with --data-dir"
     )
 
 
 def local(task: Task, split: str) -> Path | None:
     """The file on this machine, in `$PTMOE_DATA_DIR` or from an earlier download; None if there is none."""
-    folder = os.environ.get("PTMOE_DATA_DIR")
-    if folder:
+    if folder := os.environ.get("PTMOE_DATA_DIR"):
         with suppress(PtmoeError):
             return in_folder(task, split, Path(folder))
     wanted = task.splits[split]
@@ -85,7 +65,7 @@ def in_folder(task: Task, split: str, place: Path) -> Path:
     """
     names = task.splits[split].files
     if not names:
-        raise PtmoeError(f"{task.name} has no {split} split in a file ({task.note}): leave --data-dir out")
+        raise PtmoeError(f"{task.name} has no {split} split in a file ({task.note}): omit --data-dir")
     if place.is_file():
         return place
     if not place.is_dir():
@@ -106,33 +86,34 @@ def cached(split: Split) -> Path:
     return cache_folder() / f"{split.md5}.jsonl.gz"
 
 
-def fetch(url: str, target: Path, md5: str, say: Callable[[str], None]) -> None:
-    """Download a file, and keep it if it is the released file.
+def fetch(split: Split, say: Callable[[str], None]) -> Path:
+    """Download a released file, and keep it if its MD5 is the release's.
 
     Raises:
-        PtmoeError: its MD5 differs from the release's; nothing is kept.
+        PtmoeError: its MD5 differs; nothing is kept.
         OSError: the server cannot be reached or does not have it.
     """
+    target, digest, received = cached(split), hashlib.md5(usedforsecurity=False), 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest, received = hashlib.md5(usedforsecurity=False), 0
-    say(f"downloading {url}")
+    say(f"downloading {split.url}")
     with replaced(target) as partial:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, partial.open("wb") as file:
+        with urllib.request.urlopen(split.url, timeout=_TIMEOUT) as answer, partial.open("wb") as file:
             length = int(answer.headers.get("Content-Length") or 0)
             with suppress(http.client.IncompleteRead):  # shorter than announced: reported below
                 while chunk := answer.read(_CHUNK):
                     file.write(chunk)
                     digest.update(chunk)
                     received += len(chunk)
-        if digest.hexdigest() != md5:
+        if digest.hexdigest() != split.md5:
             short = f" after {received:,} of {length:,} bytes" if received < length else ""
             raise PtmoeError(
-                f"{url}: the download has MD5 {digest.hexdigest()}{short}, the release {md5}; nothing is kept. "
-                "Try again, or give a copy of your own with --data-dir"
+                f"{split.url}: the download has MD5 {digest.hexdigest()}{short}, the release {split.md5}; nothing is "
+                "kept. Try again, or give a copy of your own with --data-dir"
             )
+    return target
 
 
-def hub_rows(source: Source) -> Iterator[Record]:
+def hub_rows(task: Task, split: str) -> Iterator[Record]:
     """The rows of a copy on the Hub, read from the cache of `datasets`.
 
     Raises:
@@ -140,10 +121,10 @@ def hub_rows(source: Source) -> Iterator[Record]:
     """
     from datasets import load_dataset
 
-    assert source.hub is not None
-    hub = source.hub
+    hub, name = task.hub, task.splits[split].hub
+    assert hub is not None
     try:
-        rows: Any = load_dataset(hub.repository, hub.config, split=source.split)
+        rows: Any = load_dataset(hub.repository, hub.config, split=name)
         if hub.where is not None:
             column, value = hub.where
             rows = rows.filter(lambda entry: entry == value, input_columns=[column])
@@ -151,15 +132,14 @@ def hub_rows(source: Source) -> Iterator[Record]:
             rows = rows.select_columns(list(hub.columns))
     except Exception as error:  # its loaders raise exceptions of any kind
         reason = " ".join(str(error).split())[:300]
-        raise PtmoeError(f"{source} cannot be had ({reason}): give the data with --data-dir") from None
+        raise PtmoeError(
+            f"the Hub's {hub.repository} ({name}) cannot be loaded ({reason}): give the data with --data-dir"
+        ) from None
     for number, row in enumerate(rows, 1):
         yield f"{hub.repository}, row {number}", row
 
 
 def on_hub_disk(task: Task) -> bool:
     """Whether the task's copy is in the cache of `datasets`."""
-    home = Path(
-        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    )
-    folder = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
     return task.hub is not None and (folder / task.hub.repository.replace("/", "___").lower()).is_dir()

@@ -9,13 +9,11 @@ The 300 that papers report are the test split of the Hub's copy, or any list of 
 is misspelt `Common-Divison`; it counts as division, like the other 165.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
-from ptmoe.tasks import prompts
-from ptmoe.tasks.base import Example, Hub, Origin, Split, Task
-from ptmoe.tasks.records import BadRecordError, Format, json_array, number_text, text_of
+from ptmoe.tasks.base import Example, Format, Hub, Origin, Split
+from ptmoe.tasks.prompts import WordProblems, word_problem
+from ptmoe.tasks.records import BadRecordError, number_text, text_of
 
 TYPES = {
     "Addition": "addition",
@@ -30,30 +28,18 @@ def example(record: dict[str, Any], origin: Origin) -> Example:
     kind = text_of(record, "Type")
     if kind not in TYPES:
         raise BadRecordError(f"unknown Type {kind!r}: needs one of {', '.join(TYPES)}")
+    sentences = text_of(record, "Body", may_be_empty=True), text_of(record, "Question")
     answer = number_text(text_of(record, "Answer"))
-    return Example(
-        id=text_of(record, "ID"),
-        input=prompts.problem(text_of(record, "Body", may_be_empty=True), text_of(record, "Question")),
-        target=prompts.solution(answer),
-        references=(answer,),
-        task=origin.task,
-        domain=TYPES[kind],
-    )
+    return word_problem(origin, text_of(record, "ID"), *sentences, answer=answer, domain=TYPES[kind])
 
-
-FORMAT = Format("SVAMP's JSON", "[", lambda keys: keys >= {"ID", "Body", "Question", "Type"}, json_array, example)
 
 TASKS = (
-    Task(
+    WordProblems(
         name="svamp",
         splits={"train": Split(700, hub="train"), "test": Split(1000, ("SVAMP.json",), hub="test")},
-        grader="mathematics",
-        metric="accuracy",
-        max_new_tokens=512,
-        until=("\nQuestion:",),
         licence="MIT",
         source="github.com/arkilpatel/SVAMP",
-        formats=(FORMAT,),
+        formats=(Format("SVAMP's JSON", "[", ("ID Body Question Type",), example),),
         hub=Hub("ChilleD/SVAMP", example),
         note="SVAMP.json has no split: test is all of it; the Hub's test is 300",
     ),

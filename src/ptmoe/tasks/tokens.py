@@ -3,7 +3,6 @@ prompt in training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -72,8 +71,11 @@ def encode_prompt(
     Returns:
         None if the prompt does not fit even without its context.
     """
-    text, special = _text(example, tokenizer, chat)
-    ids = _without_end(cast(list[int], tokenizer(text, add_special_tokens=special)["input_ids"]), tokenizer)
+    chat = chat or bool(example.messages)
+    text = _chat(tokenizer, _messages(example), add_generation_prompt=True) if chat else example.input
+    ids = cast(list[int], tokenizer(text, add_special_tokens=not chat)["input_ids"])
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # added by some tokenizers; but a prompt is to be continued
+        ids = ids[:-1]
     if room is None or len(ids) <= room:
         return Prompt(ids)
     start, end = example.context
@@ -87,7 +89,7 @@ def encode_prompt(
             f"example {example.id} has {len(ids)} tokens, {room} fit, and {type(tokenizer).__name__} cannot say which "
             "of them are the context's: use a fast tokenizer, or a base with more positions"
         )
-    offsets = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
+    offsets = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
     inside = [i for i, (a, b) in enumerate(offsets) if shift + start <= a < b <= shift + end]
     excess = len(ids) - room
     if not inside or excess > len(inside):
@@ -117,10 +119,10 @@ def encode_completion(example: Example, tokenizer: PreTrainedTokenizerBase, *, c
     """The supervised tokens, closed by the end token, so that the model learns to stop."""
     text = example.target
     if example.messages or chat:
-        messages = example.messages or _user(example)
+        messages = _messages(example)
         before = _chat(tokenizer, messages, add_generation_prompt=True)
         answer = {"role": "assistant", "content": text if example.messages else text.strip()}
-        whole = _chat(tokenizer, (*messages, answer), add_generation_prompt=False)
+        whole = _chat(tokenizer, [*messages, answer], add_generation_prompt=False)
         if not whole.startswith(before):
             raise PtmoeError(
                 "the tokenizer's chat template writes a conversation differently with and without its last answer, so "
@@ -133,33 +135,22 @@ def encode_completion(example: Example, tokenizer: PreTrainedTokenizerBase, *, c
     return ids if end is None or end in ids[-2:] else [*ids, end]
 
 
-def _text(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[str, bool]:
-    """The prompt's text, and whether the tokenizer still has to add its special tokens."""
-    if example.messages or chat:
-        return _chat(tokenizer, example.messages or _user(example), add_generation_prompt=True), False
-    return example.input, True
+def _messages(example: Example) -> list[dict[str, Any]]:
+    """The messages before the answer."""
+    return list(example.messages) or [{"role": "user", "content": example.input}]
 
 
-def _user(example: Example) -> tuple[dict[str, Any], ...]:
-    return ({"role": "user", "content": example.input},)
-
-
-def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`ids` without a final end token, which some tokenizers add to every text: a prompt is to be continued."""
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+    _require_template(tokenizer)
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
+    )
+    return cast(str, text)
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise PtmoeError(
             f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template for data with messages: "
-            "give prompt and completion instead, or leave --chat out"
+            "give prompt and completion instead, or omit --chat"
         )
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], *, add_generation_prompt: bool) -> str:
-    _require_template(tokenizer)
-    made = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
-    )
-    return cast(str, made)

@@ -1,0 +1,169 @@
+"""The tasks by name, and their examples."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ptmoe.errors import PtmoeError, near
+from ptmoe.tasks import local, mixture, mrqa, sources
+from ptmoe.tasks.base import Example, Format, Origin, Task, collect
+from ptmoe.tasks.records import READERS, Problems, Record, head
+
+# The modules with the data sets, in the order in which these are listed. A new one is a file and its name in this line.
+FAMILIES = "nano mrqa gsm8k svamp asdiv mawps math_problems".split()
+TASKS: dict[str, Task] = {
+    task.name: task for family in FAMILIES for task in import_module(f"ptmoe.tasks.{family}").TASKS
+}
+GROUPS: dict[str, tuple[str, ...]] = {**mrqa.GROUPS, "math-out": ("svamp", "asdiv", "mawps", "math_problems")}
+
+
+def task_names(name: str) -> list[str]:
+    """The names of the tasks behind a name: of one task, of a group, or of a list with commas.
+
+    Raises:
+        PtmoeError: an unknown task.
+    """
+    return [name] if is_file(name) else list(mixture.parse(name, TASKS, GROUPS))
+
+
+def is_file(name: str) -> bool:
+    """Whether a task's name is a JSON-lines file, or a folder of them."""
+    return name not in TASKS and name not in GROUPS and (name.endswith((".jsonl", ".jsonl.gz")) or Path(name).exists())
+
+
+def task_named(name: str) -> Task:
+    """A named task, or the task that grades a JSON-lines file."""
+    return local.task(name) if is_file(name) else TASKS[task_names(name)[0]]
+
+
+def load_task(
+    name: str,
+    split: str = "test",
+    data_dir: str | Path | None = None,
+    *,
+    ids: str | Path | None = None,
+    max_examples: int | None = None,
+    problems: Problems | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Example]:
+    """The examples of a task.
+
+    Args:
+        name: a key of `TASKS` or `GROUPS`, a mixture (`"gsm8k=2,mawps=1"`), or a JSON-lines file (`ptmoe.tasks.local`
+            says what its lines hold).
+        split: of a named task.
+        data_dir: where the data set is: a folder, or a file in the data set's own format. By default it is downloaded
+            once and cached (`ptmoe.tasks.sources`); nano's world is generated.
+        ids: a file of example ids, one a line or a JSON list: only these.
+        max_examples: the first N only.
+        problems: `Problems(skip=True)` counts and lists bad records instead of refusing them.
+        say: called with a line for each download.
+
+    Raises:
+        PtmoeError: an unknown task or split, missing or bad data, ids that repeat, or no example at all.
+    """
+    problems = problems if problems is not None else Problems()
+    stream = _examples(name, split, data_dir, problems, say)
+    examples = collect(islice(stream, None if ids else max_examples), problems, f"{name} ({data_dir or split})")
+    if ids is None:
+        return examples
+    wanted = _ids(Path(ids))
+    if unknown := sorted(wanted - {example.id for example in examples}):
+        raise PtmoeError(f"{ids} names {len(unknown)} id(s) that {name} lacks: {', '.join(unknown[:3])}")
+    return [example for example in examples if example.id in wanted][:max_examples]
+
+
+def stream_task(
+    name: str,
+    split: str = "test",
+    data_dir: str | Path | None = None,
+    *,
+    problems: Problems | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[Example]:
+    """The same examples as a stream, in constant memory: repeated ids go unnoticed, and the first bad record raises
+    unless `problems` skips them."""
+    for _, example in _examples(name, split, data_dir, problems or Problems(at_once=True), say):
+        yield example
+
+
+def _examples(
+    name: str, split: str, data_dir: str | Path | None, problems: Problems, say: Callable[[str], None]
+) -> Iterator[tuple[str, Example]]:
+    """Each example with its location, `FILE:LINE`."""
+    if is_file(name):
+        yield from local.read(Path(name), problems)
+        return
+    weights = mixture.parse(name, TASKS, GROUPS)
+    streams = [_of_task(TASKS[task], split, data_dir, problems, say) for task in weights]
+    if len(streams) == 1:
+        yield from streams[0]
+        return
+    if data_dir is not None and Path(data_dir).is_file():
+        raise PtmoeError(f"{name} is several tasks, {data_dir} one file: give the folder that holds them all")
+    yield from mixture.mixed(weights, streams)
+
+
+def _of_task(
+    task: Task, split: str, data_dir: str | Path | None, problems: Problems, say: Callable[[str], None]
+) -> Iterator[tuple[str, Example]]:
+    if split not in task.splits:
+        raise PtmoeError(f"task {task.name!r} has no split {split!r}{near(split, task.splits)}")
+    if task.generate is not None:
+        yield from ((example.id, example) for example in task.generate(task.name, split))
+        return
+    path = sources.locate(task, split, data_dir, say)
+    records: Iterable[Record]
+    make: Callable[[dict[str, Any], Origin], Example]
+    if path is not None:
+        kind, form = _format(path, task)
+        read, make = form.reader or READERS[kind or form.kinds[0]], form.example
+        records = islice(read(path, problems), form.first)
+    else:
+        assert task.hub is not None
+        records, make = sources.hub_rows(task, split), task.hub.example
+    for number, (place, record) in enumerate(records):
+        with problems.at(place):
+            yield place, make(record, Origin(task.name, split, number))
+
+
+def _format(path: Path, task: Task) -> tuple[str, Format]:
+    """A file's kind, and the format of the task that it has.
+
+    Raises:
+        PtmoeError: it looks like another data set's file; the message says which.
+    """
+    kind, keys = head(path)
+    needed = ", ".join(form.name for form in task.formats)
+    for other in (task, *TASKS.values(), local.task("FILE")):
+        form = next((form for form in other.formats if form.recognises(kind, keys)), None)
+        if form is not None and other is task:
+            return kind, form
+        if form is not None:
+            raise PtmoeError(
+                f"{path} looks like {form.name}, and {task.name} needs {needed}: give it to --task {other.name}"
+            )
+    for form in task.formats:
+        if kind in form.kinds:  # its first record lacks a key, or `kind` is "": reading reports the damage
+            return kind, form
+    raise PtmoeError(f"{path} is in no format of {task.name}: needs {needed}")
+
+
+def _ids(path: Path) -> set[str]:
+    """The ids in a file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        listed = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PtmoeError(f"{path} holds no ids ({error}): needs one a line, or a JSON list") from None
+    counts = Counter(name for item in listed if (name := str(item).strip()))
+    if not counts:
+        raise PtmoeError(f"{path} holds no id: needs at least one")
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
+        twice = counts.total() - len(counts)
+        raise PtmoeError(f"{path} names {twice} id(s) twice: {', '.join(repeated[:3])}")
+    return set(counts)
