@@ -55,8 +55,8 @@ def test_batch_sizes_1_3_and_32_give_the_same_file_and_scores(routed, examples, 
     results = {size: evaluated(routed, examples, tmp_path / str(size), batch_size=size) for size in (1, 3, 32)}
     assert predictions(tmp_path / "1") == predictions(tmp_path / "3") == predictions(tmp_path / "32")
     summaries = [one.summary() for one in results.values()]
-    assert all(one["metrics"] == summaries[0]["metrics"] for one in summaries)
-    assert all(one["interval"] == summaries[0]["interval"] for one in summaries)
+    assert all(one.metrics == summaries[0].metrics for one in summaries)
+    assert all(one.interval == summaries[0].interval for one in summaries)
     lines = [json.loads(line) for line in predictions(tmp_path / "1").splitlines()]
     assert len({max(range(3), key=line["gate"].__getitem__) for line in lines}) > 1, (
         "one expert takes all: tells nothing"
@@ -186,7 +186,7 @@ def test_a_long_context_is_cut_from_its_end_and_counted_and_a_question_that_does
     path.write_text("".join(json.dumps(one) + "\n" for one in (long, hopeless, {**long, "context": "Ann."})))
     evaluation = evaluated(routed, load_task(str(path)), tmp_path, max_length=120)
     summary = evaluation.summary()
-    assert (summary["cut"], summary["unanswered"], summary["examples"]) == (1, 1, 3)
+    assert (summary.cut, summary.unanswered, summary.examples) == (1, 1, 3)
     by_id = {one.id: one for one in evaluation.predictions}
     assert by_id["long-1"].prompt.startswith("Ann has the key. Bob has")
     assert by_id["long-1"].prompt.endswith("\n\nQuestion: Who has the key?\nAnswer:")

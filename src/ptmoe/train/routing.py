@@ -12,13 +12,14 @@ Three things, each an option of a routed method's config (`ptmoe.methods.routing
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ptmoe.methods.base import Prompt, mean_input
 from ptmoe.methods.routing import RoutedEncoder
@@ -40,7 +41,7 @@ class RoutingCallback(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        control: Any,
         model: PromptedCausalLM,
         train_dataloader: Any = None,
         **_: Any,
@@ -63,9 +64,7 @@ class RoutingCallback(TrainerCallback):
         if config.routing_anneal:
             encoder.hardness = 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PromptedCausalLM, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: PromptedCausalLM, **_: Any) -> None:
         encoder = model.encoder
         if isinstance(encoder, RoutedEncoder) and encoder.config.routing_anneal:
             progress = state.global_step / state.max_steps
@@ -73,9 +72,7 @@ class RoutingCallback(TrainerCallback):
             if encoder.hardness > 0 or settled or progress >= LATEST:
                 encoder.hardness = min(1.0, encoder.hardness + 1 / (HARDENING * state.max_steps))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PromptedCausalLM, **_: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: PromptedCausalLM, **_: Any) -> None:
         if isinstance(model.encoder, RoutedEncoder):
             model.encoder.finish_training()
 
@@ -95,17 +92,10 @@ class Sample:
 
     @classmethod
     def draw(cls, model: PromptedCausalLM, loader: Any, batch_size: int, *, gradients: bool) -> Sample:
-        """Evenly spaced examples of the loader's data set, or the first ones of a stream; uses no randomness."""
-        data = loader.dataset
-        if hasattr(data, "__getitem__"):
-            count = min(EXAMPLES, len(data))
-            rows = [data[i * len(data) // count] for i in range(count)]
-        else:
-            rows = list(islice(data, EXAMPLES))
+        """Examples of the loader's data set, in batches of this size (`sample_batches`)."""
         means, directions = [], []
-        for start in range(0, len(rows), batch_size):
-            batch = loader.collate_fn(rows[start : start + batch_size])
-            batch = {key: value.to(model.device) for key, value in batch.items()}
+        for collated in sample_batches(loader.dataset, loader.collate_fn, batch_size):
+            batch = {key: value.to(model.device) for key, value in collated.items()}
             mask = batch.get("input_mask")
             if mask is None:
                 mask = readable_tokens(batch["attention_mask"], batch["labels"])
@@ -113,6 +103,17 @@ class Sample:
             if gradients:
                 directions.append(prompt_gradients(model, batch))
         return cls(torch.cat(means), torch.cat(directions) if gradients else None)
+
+
+def sample_batches(data: Any, collate: Callable[[Any], dict[str, Tensor]], size: int) -> list[dict[str, Tensor]]:
+    """Up to `EXAMPLES` evenly spaced examples of a data set, or the first ones of a stream, in batches of `size`; uses
+    no randomness."""
+    if hasattr(data, "__getitem__"):
+        count = min(EXAMPLES, len(data))
+        examples = [data[i * len(data) // count] for i in range(count)]
+    else:
+        examples = list(islice(data, EXAMPLES))
+    return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
 
 def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
