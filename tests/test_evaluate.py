@@ -19,8 +19,8 @@ from ptmoe.fast.linear import use_onednn
 from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
 from ptmoe.models.causal import PromptedCausalLM
-from ptmoe.tasks import Example, load_task
-from ptmoe.tasks.scoring import bootstrap_interval
+from ptmoe.tasks import Example, load_task, task_named
+from ptmoe.tasks.scoring import summarise
 from ptmoe.tasks.tokens import encode_prompt
 
 TASK = "nano/all"
@@ -275,10 +275,15 @@ def test_bad_limits_and_no_examples_are_refused(routed, examples):
 
 
 def test_the_interval_is_the_binomials_for_marks_and_does_not_depend_on_their_order():
+    def interval(marks):
+        return summarise(task_named(TASK), "test", [{"accuracy": mark} for mark in marks], [""] * len(marks))[
+            "interval"
+        ]
+
     marks = [1.0] * 30 + [0.0] * 70
-    low, high = bootstrap_interval(marks)
+    low, high = interval(marks)["accuracy"]
     assert 20 <= low <= 23
     assert 37 <= high <= 40
     shuffled = random.Random(0).sample(marks, 100)
-    assert bootstrap_interval(shuffled) == [low, high]
-    assert bootstrap_interval([1.0] * 5) == [100.0, 100.0]
+    assert interval(shuffled)["accuracy"] == (low, high)
+    assert interval([1.0] * 5)["accuracy"] == (100.0, 100.0)

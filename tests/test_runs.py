@@ -219,13 +219,12 @@ def test_a_folder_that_does_not_say_whether_its_gate_is_soft_is_judged_by_its_ga
 
 
 def test_the_writer_knows_which_gates_are_soft():
-    from ptmoe.evaluate.routing import soft_gate
     from ptmoe.methods import METHODS, PTMoEConfig
 
-    assert not soft_gate(PTMoEConfig())
-    assert soft_gate(PTMoEConfig(selective=False))
-    assert soft_gate(METHODS["attempt"]())
-    assert not soft_gate(METHODS["smop"]())
+    assert not PTMoEConfig().soft_gate
+    assert PTMoEConfig(selective=False).soft_gate
+    assert METHODS["attempt"]().soft_gate
+    assert not METHODS["smop"]().soft_gate
 
 
 def test_a_collapse_is_found_with_a_hard_gate(tmp_path):

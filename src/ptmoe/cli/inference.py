@@ -79,7 +79,7 @@ def inspect(
     model, tokenizer = loaded.model, loaded.tokenizer
 
     from ptmoe.evaluate.nearest_words import nearest_words
-    from ptmoe.evaluate.routing import expert_similarity, route_examples, soft_gate, summarise_routing
+    from ptmoe.evaluate.routing import expert_similarity, route_examples, summarise_routing
     from ptmoe.report import routing_figures
     from ptmoe.report.theme import drawing
 
@@ -87,7 +87,7 @@ def inspect(
     gates = route_examples(model, tokenizer, examples, chat=chat)
     domains = [example.domain for example in examples]
     routing = summarise_routing(
-        gates, domains, similarity=expert_similarity(model.encoder), soft_gate=soft_gate(model.method_config)
+        gates, domains, similarity=expert_similarity(model.encoder), soft_gate=model.method_config.soft_gate
     )
     console = Console()
     nearest = nearest_words(model, tokenizer)
