@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import ptmoe
 from ptmoe.cli.main import app
 from ptmoe.evaluate import evaluate
-from ptmoe.evaluate.evaluation import _batches
+from ptmoe.evaluate.evaluation import batches_within
 from ptmoe.evaluate.generation import complete
 from ptmoe.methods import METHODS
 from ptmoe.models.attach import attach
@@ -272,9 +272,9 @@ def test_batches_of_tokens_hold_what_fits_and_change_no_answer(nano, examples, t
 
 def test_a_batch_is_closed_only_where_the_next_row_does_not_fit():
     needs = [0, 0, 50, 49, 49, 30, 20, 20, 20, 20, 19, 1]
-    batches = _batches(range(len(needs)), needs, 100)
+    batches = batches_within(range(len(needs)), needs, 100)
     assert batches == [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11]]
-    assert _batches(range(5), [1] * 5, 2) == [[0, 1], [2, 3], [4]]
+    assert batches_within(range(5), [1] * 5, 2) == [[0, 1], [2, 3], [4]]
 
 
 def test_an_evaluation_by_tokens_goes_on_with_whole_batches(nano, examples, tmp_path):

@@ -70,7 +70,7 @@ def test_padding_stays_below_five_percent_where_it_costs() -> None:
 
 
 def test_a_budget_below_the_longest_example_names_it() -> None:
-    with pytest.raises(PtmoeError, match=r"tokens_per_batch=50: example 1 has 70 tokens .* and 1 more"):
+    with pytest.raises(PtmoeError, match=r"tokens_per_batch=50: example 1 has 70 tokens, .* and 1 more"):
         TokenBatches([10, 70, 60], 50)
 
 

@@ -65,6 +65,18 @@ def test_a_run_folder_holds_what_the_design_says(trained):
     )
 
 
+def test_the_environment_records_the_fast_paths_and_why_each_other_was_not_taken(trained, tmp_path, monkeypatch):
+    recorded = json.loads((trained.folder / "environment.json").read_text())["fast_paths"]
+    assert recorded == trained.model.fast_paths()
+    assert recorded["packing"] is None
+    assert "--torch-compile" in recorded["compiled_layers"]
+    monkeypatch.setattr("ptmoe.train.recipe.compile_layers", lambda base: "no C++ compiler")
+    short = {"max_steps": 1, "eval_examples": 1, "packing": False, "torch_compile": True}
+    again = json.loads((train(options(tmp_path / "run", **short)).folder / "environment.json").read_text())
+    assert again["fast_paths"]["packing"] == "not asked for (packing=False)"
+    assert again["fast_paths"]["compiled_layers"] == "no C++ compiler"
+
+
 def test_the_loss_falls(trained):
     losses = [line["loss"] for line in logged(trained.folder)]
     assert losses[-1] < losses[0]
@@ -264,7 +276,7 @@ def test_cutting_keeps_the_completion_and_the_end_of_the_prompt():
     _, tokenizer = load_base("nano")
     (example,) = load_task("nano/words", "test")[:1]
     whole = encode_prompt(example, tokenizer).ids + encode_completion(example, tokenizer)
-    row = fit([example], tokenizer, len(whole) - 2, "cut").rows[0]
+    row = fit([example], tokenizer, len(whole) - 2, "cut")[0]
     assert row["input_ids"].tolist() == whole[2:]
     assert [label for label in row["labels"] if label != -100] == encode_completion(example, tokenizer)
     assert encode_completion(example, tokenizer)[-1] == tokenizer.eos_token_id
@@ -306,7 +318,7 @@ def test_a_question_trains_on_the_passage_around_its_answer_and_is_asked_as_it_w
     assert trained.result.examples_cut == trained.result.examples == 6
     assert "0 of 6 examples left out and 6 cut: longer than 160 tokens" in said[0]
     tokenizer = trained.tokenizer
-    rows = fit(load_task("mrqa/squad", "train", file), tokenizer, 160, chat=True).rows
+    rows = fit(load_task("mrqa/squad", "train", file), tokenizer, 160, chat=True)
     for number, row in enumerate(rows):
         text = tokenizer.decode(row["input_ids"])
         assert len(row["input_ids"]) == 160
@@ -347,7 +359,7 @@ def test_what_training_supervises_follows_what_evaluation_asks(chat, tmp_path):
     """For every family: the row is the evaluation's prompt, then the answer, then the end."""
     _, tokenizer = load_base("nano")
     examples = load_task("mrqa/squad", "test", squad_file(tmp_path / "s.json")) + load_task("nano/all", max_examples=3)
-    rows = fit(examples, tokenizer, 2000, chat=chat).rows
+    rows = fit(examples, tokenizer, 2000, chat=chat)
     for example, row in zip(examples, rows, strict=True):
         prompt = encode_prompt(example, tokenizer, chat=chat).ids
         assert row["input_ids"][: len(prompt)].tolist() == prompt

@@ -8,7 +8,7 @@ import ptmoe
 from ptmoe.methods.pt_moe import PTMoE
 from ptmoe.train import routing
 from ptmoe.train.data import collate
-from ptmoe.train.routing import RoutingCallback, Sample, prompt_gradients, start_router
+from ptmoe.train.routing import RoutingCallback, prompt_gradients, start_router
 from testing.bases import tiny_llama
 
 HIDDEN, EXPERTS = 16, 4
@@ -30,7 +30,7 @@ def grouped(seed=0, examples=240, groups=EXPERTS, noise=3.0):
     means[torch.arange(examples), group] += 5
     wanted = torch.randn(groups, 40, generator=generator)[group]
     gradients = wanted + noise * torch.randn(examples, 40, generator=generator)
-    return group, Sample(means, torch.nn.functional.normalize(gradients, dim=1))
+    return group, means, torch.nn.functional.normalize(gradients, dim=1)
 
 
 def routed_to(router, means):
@@ -43,23 +43,23 @@ WITHOUT_BIAS = ptmoe.SMoPConfig(num_virtual_tokens=5, num_experts=EXPERTS)
 @pytest.mark.parametrize("config", [None, WITHOUT_BIAS], ids=["standardised", "without a bias"])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_router_starts_by_parting_the_groups_that_want_different_prompts(seed, config):
-    group, sample = grouped(seed, examples=960)
+    group, means, gradients = grouped(seed, examples=960)
     built = encoder(seed, config)
     if built.config.router_bias:
-        built.router.standardize(sample.means)
-    assert start_router(built, sample, torch.Generator().manual_seed(seed))
-    routes = routed_to(built.router, sample.means)
+        built.router.standardize(means)
+    assert start_router(built, means, gradients, torch.Generator().manual_seed(seed))
+    routes = routed_to(built.router, means)
     shares = torch.stack([torch.bincount(routes[group == index], minlength=EXPERTS) for index in range(EXPERTS)]) / 240
     assert shares.max(1).values.min() > 0.95
     assert len(set(shares.argmax(1).tolist())) == EXPERTS
 
 
 def test_the_start_is_calibrated_to_the_confidence_it_names():
-    _, sample = grouped()
+    _, means, gradients = grouped()
     built = encoder()
-    built.router.standardize(sample.means)
-    assert start_router(built, sample, torch.Generator().manual_seed(0))
-    confidence = built.router(sample.means, 0.0).softmax(1).amax(1).mean()
+    built.router.standardize(means)
+    assert start_router(built, means, gradients, torch.Generator().manual_seed(0))
+    confidence = built.router(means, 0.0).softmax(1).amax(1).mean()
     torch.testing.assert_close(confidence, torch.tensor(routing.CONFIDENCE), atol=1e-3, rtol=0)
 
 
@@ -68,34 +68,34 @@ def test_a_router_without_a_bias_is_not_standardised_since_nothing_could_hold_th
     with pytest.raises(ptmoe.PtmoeError, match=message):
         ptmoe.SMoPConfig(router_standardize=True)
     with pytest.raises(ValueError, match="without a bias"):
-        encoder(config=WITHOUT_BIAS).router.standardize(grouped()[1].means)
+        encoder(config=WITHOUT_BIAS).router.standardize(grouped()[1])
 
 
 def test_where_the_input_says_nothing_about_the_gradient_the_router_is_left_alone():
-    _, sample = grouped()
-    noise = torch.randn(sample.gradients.shape, generator=torch.Generator().manual_seed(9))
+    _, means, gradients = grouped()
+    noise = torch.randn(gradients.shape, generator=torch.Generator().manual_seed(9))
     built = encoder()
     before = built.router.weight.clone()
-    assert not start_router(built, Sample(sample.means, noise), torch.Generator().manual_seed(0))
+    assert not start_router(built, means, noise, torch.Generator().manual_seed(0))
     assert torch.equal(built.router.weight, before)
 
 
 def test_standardising_and_folding_leave_the_same_function_to_the_bit():
-    _, sample = grouped()
+    _, means, _ = grouped()
     built = encoder()
-    built.router.standardize(sample.means)
-    trained = built.router(sample.means, 0.0)
+    built.router.standardize(means)
+    trained = built.router(means, 0.0)
     built.finish_training()
-    assert torch.equal(built.router(sample.means, 0.0), trained)
+    assert torch.equal(built.router(means, 0.0), trained)
     assert built.router.mean is None
     assert built.router.scale is None
 
 
 def test_a_feature_that_never_varies_does_not_decide():
-    _, sample = grouped()
-    sample.means[:, 3] = 7.0
+    _, means, _ = grouped()
+    means[:, 3] = 7.0
     built = encoder()
-    built.router.standardize(sample.means)
+    built.router.standardize(means)
     weight, bias = built.router.published()
     assert weight.isfinite().all()
     assert bias.isfinite().all()
@@ -181,7 +181,7 @@ def test_any_routed_method_has_the_training_of_its_router(tmp_path):
 def test_a_checkpoint_restores_the_training_of_the_router(config):
     trained, restored = encoder(1, config), encoder(2, config)
     if trained.config.router_bias:
-        trained.router.standardize(grouped()[1].means)
+        trained.router.standardize(grouped()[1])
     trained.hardness, trained.confidence = 0.25, torch.tensor(0.75)
     restored.load_tensors(trained.tensors())
     restored.load_training_state({key: value.clone() for key, value in trained.training_state().items()})

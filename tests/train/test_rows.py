@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import ptmoe
+from ptmoe.files import cache_folder
 from ptmoe.models.bases import load_tokenizer
 from ptmoe.tasks.base import Example
 from ptmoe.tasks.tokens import encode_completion, encode_prompt
@@ -97,16 +98,16 @@ def test_rows_are_the_same_from_memory_and_from_files_and_those_of_each_example_
                 fit(examples, tokenizer, length, truncation, chat=chat, cache=cache)
             continue
         made = fit(iter(examples), tokenizer, length, truncation, chat=chat, cache=cache)
-        assert listed(made.rows) == expected
+        assert listed(made) == expected
         assert (made.cut, made.left_out) == (cut, left_out)
-        assert made.rows.lengths.tolist() == [len(row["input_ids"]) for row in expected]
-        assert len(made.rows) == len(expected)
-        assert all(values.dtype == np.int32 for values in made.rows[0].values())
+        assert made.lengths.tolist() == [len(row["input_ids"]) for row in expected]
+        assert len(made) == len(expected)
+        assert all(values.dtype == np.int32 for values in made[0].values())
 
 
 def test_rows_are_a_sequence_and_belong_to_whoever_asks(tokenizer):
     fit(EXAMPLES, tokenizer, 2000, cache=True)
-    rows = fit(EXAMPLES, tokenizer, 2000, cache=True).rows
+    rows = fit(EXAMPLES, tokenizer, 2000, cache=True)
     assert listed([rows[-1]]) == listed([rows[len(rows) - 1]])
     for beyond in (len(rows), -len(rows) - 1):
         with pytest.raises(IndexError):
@@ -167,11 +168,11 @@ def test_more_examples_add_blocks_to_those_that_are_there(tokenizer, monkeypatch
     seen = counted(monkeypatch)
     more = fit(EXAMPLES, tokenizer, 2000, cache=True)
     assert {one.id for one in EXAMPLES[30:]} <= set(seen) <= {one.id for one in EXAMPLES[24:]}
-    assert listed(more.rows) == listed(fit(EXAMPLES, tokenizer, 2000).rows)
+    assert listed(more) == listed(fit(EXAMPLES, tokenizer, 2000))
 
 
 def test_small_data_makes_no_file(tokenizer, folder):
-    assert len(fit(EXAMPLES[:2], tokenizer, 2000, cache=True).rows) == 2
+    assert len(fit(EXAMPLES[:2], tokenizer, 2000, cache=True)) == 2
     assert not folder.exists()
 
 
@@ -220,7 +221,7 @@ def test_a_tokenizer_that_is_another_has_other_files(what, tokenizer, folder, mo
     TOKENIZERS[what](tokenizer, monkeypatch)
     again = fit([ONE], tokenizer, 2000, cache=True)
     assert len(files(folder)) == 2
-    assert listed(again.rows) == listed(fit([ONE], tokenizer, 2000).rows)
+    assert listed(again) == listed(fit([ONE], tokenizer, 2000))
 
 
 def test_every_option_has_its_own_files(tokenizer, folder):
@@ -235,9 +236,9 @@ def test_every_option_has_its_own_files(tokenizer, folder):
 @settings(max_examples=40)
 @given(st.data())
 def test_a_file_cut_short_or_with_a_changed_byte_is_noticed_and_made_again(data):
-    folder = storing.TokenCache(bytes, print).folder
+    folder = cache_folder() / "tokens"
     tokenizer = load_tokenizer("nano")[0]
-    expected = listed(fit(EXAMPLES, tokenizer, 2000, cache=True).rows)
+    expected = listed(fit(EXAMPLES, tokenizer, 2000, cache=True))
     before = files(folder)
     name = data.draw(st.sampled_from(sorted(before)))
     content = before[name]
@@ -253,7 +254,7 @@ def test_a_file_cut_short_or_with_a_changed_byte_is_noticed_and_made_again(data)
     (folder / "damaged").write_bytes(damaged)
     (folder / "damaged").rename(folder / name)
     assert Block.read(folder / name) is None
-    assert listed(fit(EXAMPLES, tokenizer, 2000, cache=True).rows) == expected
+    assert listed(fit(EXAMPLES, tokenizer, 2000, cache=True)) == expected
     assert files(folder) == before
 
 
@@ -280,7 +281,7 @@ def test_a_run_killed_while_it_writes_leaves_nothing_that_is_trusted(at, tokeniz
         with pytest.raises(KeyboardInterrupt):
             fit(EXAMPLES, tokenizer, 2000, cache=True)
     assert files(folder) == {}
-    assert listed(fit(EXAMPLES, tokenizer, 2000, cache=True).rows) == listed(fit(EXAMPLES, tokenizer, 2000).rows)
+    assert listed(fit(EXAMPLES, tokenizer, 2000, cache=True)) == listed(fit(EXAMPLES, tokenizer, 2000))
 
 
 def test_what_a_run_could_not_clear_away_is_not_read(tokenizer, folder):
@@ -316,11 +317,11 @@ def test_several_may_write_the_same_file_while_others_read_it(tokenizer, folder)
 
 
 def test_a_folder_that_cannot_be_written_is_said_once_and_rows_stay_in_memory(tokenizer, folder, monkeypatch):
-    expected = listed(fit(EXAMPLES, tokenizer, 2000).rows)
+    expected = listed(fit(EXAMPLES, tokenizer, 2000))
     folder.parent.write_text("a file, not a folder")
     said, seen = [], counted(monkeypatch)
     made = fit(EXAMPLES, tokenizer, 2000, cache=True, say=said.append)
-    assert listed(made.rows) == expected
+    assert listed(made) == expected
     assert len(said) == 1
     assert str(folder) in said[0]
     assert seen == [one.id for one in EXAMPLES], "each once"
@@ -330,9 +331,9 @@ def test_a_tokenizer_that_cannot_be_saved_trains_without_files(tokenizer, folder
     def unable(folder):
         raise NotImplementedError("no vocabulary file")
 
-    expected, said = listed(fit(EXAMPLES, tokenizer, 2000).rows), []
+    expected, said = listed(fit(EXAMPLES, tokenizer, 2000)), []
     monkeypatch.setattr(tokenizer, "save_pretrained", unable)
-    assert listed(fit(EXAMPLES, tokenizer, 2000, cache=True, say=said.append).rows) == expected
+    assert listed(fit(EXAMPLES, tokenizer, 2000, cache=True, say=said.append)) == expected
     assert len(said) == 1
     assert "TokenizersBackend cannot be saved: no vocabulary file" in said[0]
     assert files(folder) == {}
@@ -355,7 +356,7 @@ def test_memory_does_not_grow_with_the_data(tokenizer, monkeypatch):
     def peak(count, first, cache=True):
         examples = (example(first + number, 60) for number in range(count))
         tracemalloc.start()
-        rows = fit(examples, tokenizer, 2000, cache=cache).rows
+        rows = fit(examples, tokenizer, 2000, cache=cache)
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert len(rows) == count
@@ -364,7 +365,7 @@ def test_memory_does_not_grow_with_the_data(tokenizer, monkeypatch):
     peak(60, 1000)  # what is imported and compiled once
     new = peak(60, 2000), peak(600, 3000)
     old = peak(60, 2000), peak(600, 3000)
-    tokens = 4 * fit([example(3000, 60)], tokenizer, 2000).rows.lengths.sum() * 540
+    tokens = 4 * fit([example(3000, 60)], tokenizer, 2000).lengths.sum() * 540
     for small, large in (new, old):
         assert large - small < tokens / 20
     assert peak(600, 3000, cache=False) - new[0] > tokens / 2
@@ -375,7 +376,7 @@ def test_files_are_mapped_and_none_is_kept_open(tokenizer, folder):
         pytest.skip("needs /proc")
     fit(EXAMPLES, tokenizer, 2000, cache=True)
     before = len(os.listdir("/proc/self/fd"))
-    rows = fit(EXAMPLES, tokenizer, 2000, cache=True).rows
+    rows = fit(EXAMPLES, tokenizer, 2000, cache=True)
     assert len(os.listdir("/proc/self/fd")) == before
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     assert {str(folder / name) for name in files(folder)} <= mapped
@@ -383,7 +384,7 @@ def test_files_are_mapped_and_none_is_kept_open(tokenizer, folder):
 
 
 def test_a_data_loaders_workers_share_the_files(tokenizer, folder):
-    rows = fit(EXAMPLES, tokenizer, 2000, cache=True).rows
+    rows = fit(EXAMPLES, tokenizer, 2000, cache=True)
     alone = [collate([row]) for row in rows]
     for number, batch in enumerate(DataLoader(rows, batch_size=1, num_workers=2, collate_fn=collate)):
         assert all(batch[name].equal(alone[number][name]) for name in batch)
@@ -411,6 +412,6 @@ def test_the_files_used_least_recently_make_room_and_nothing_else_does(tokenizer
     assert {1e9 - 300} <= gone <= {1e9 - 300, 1e9 - 100}, "neither what is no file of tokens, nor what was used since"
     assert sum(path.stat().st_size for path in folder.glob("*.tokens")) <= storing.LIMIT
     monkeypatch.setattr(storing, "LIMIT", 0)
-    rows = fit([*EXAMPLES, *EXAMPLES[::-1]], tokenizer, 2000, cache=True).rows
+    rows = fit([*EXAMPLES, *EXAMPLES[::-1]], tokenizer, 2000, cache=True)
     assert len(list(folder.glob("*.tokens"))) == len({block.path for block in rows._blocks}), "only its own"
-    assert listed(own.rows) == listed(rows)[:40], "files removed while they are mapped"
+    assert listed(own) == listed(rows)[:40], "files removed while they are mapped"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ptmoe import __version__
 from ptmoe.errors import PtmoeError
-from ptmoe.evaluate.generation import complete
+from ptmoe.evaluate.generation import Completion, complete
 from ptmoe.evaluate.routing import expert_similarity, summarise_routing
 from ptmoe.methods.base import quantization_of
 from ptmoe.models.decoding import Decoder
@@ -30,15 +30,18 @@ if TYPE_CHECKING:
     from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.tasks.base import Example, Task
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """A task's predictions, in the order in which they were answered.
 
     Attributes:
-        task: that they are of; `split` of it.
+        task: the task that was evaluated.
+        split: its split.
         predictions: at least one.
-        seconds: of this evaluation, without what an interrupted one had done.
+        seconds: of this evaluation, without those of an interrupted one that it resumed.
         settings: what decided the predictions.
         expert_similarity: cosines of the expert prompts `(N, N)`.
         soft_gate: whether the gate mixes all experts.
@@ -61,18 +64,12 @@ class Evaluation:
         """What `eval/TASK.json` holds."""
         predictions = self.predictions
         scores, domains = [each.scores for each in predictions], [each.domain for each in predictions]
-        routed = [each for each in predictions if each.gate is not None]
-        routing = summarise_routing(
-            [each.gate for each in routed],
-            [each.domain for each in routed],
-            similarity=self.expert_similarity,
-            soft_gate=self.soft_gate,
-        )
+        gates = [each.gate for each in predictions]
         return EvaluationSummary(
             **summarise(self.task, self.split, scores, domains),
             cut=sum(each.cut > 0 for each in predictions),
             unanswered=sum(not each.answered for each in predictions),
-            routing=routing,
+            routing=summarise_routing(gates, domains, similarity=self.expert_similarity, soft_gate=self.soft_gate),
             seconds=round(self.seconds, 3),
             settings=self.settings,
         )
@@ -113,8 +110,8 @@ def evaluate(
         max_length: real tokens that a prompt may have; by default what the base has positions for. A context is cut
             from its end; an example that does not fit without it is not answered and scores 0.
         chat: put prompts in the tokenizer's chat template.
-        folder: a run folder, for `predictions/TASK.jsonl`, written as answers come and gone on with if it is there,
-            and `eval/TASK.json`; by default nothing is written.
+        folder: a run folder, for `predictions/TASK.jsonl`, appended to after each batch and resumed if it exists, and
+            `eval/TASK.json`; by default nothing is written.
         overwrite: start over.
         progress: called with the examples done and all of them, after each batch.
 
@@ -126,21 +123,22 @@ def evaluate(
         raise PtmoeError("no examples to evaluate")
     started = time.monotonic()
     task = task or task_named(examples[0].task)
-    new, room = _room(model, max_new_tokens, task.max_new_tokens, max_length)
-    prompts = [encode_prompt(example, tokenizer, chat=chat, room=room) for example in examples]
+    new, room = _limits(model, max_new_tokens, task.max_new_tokens, max_length)
+    rows = [(example, encode_prompt(example, tokenizer, chat=chat, room=room)) for example in examples]
     # The longest first: what does not fit into memory shows at once, and the time left is never underestimated.
-    order = sorted(range(len(examples)), key=lambda i: -len(one.ids) if (one := prompts[i]) else -(2**62))
-    batches = _batches(order, [1] * len(order), batch_size)
-    if tokens_per_batch is not None:
+    rows.sort(key=lambda row: -(2**62) if row[1] is None else -len(row[1].ids))
+    if tokens_per_batch is None:
+        batches = batches_within(rows, [1] * len(rows), batch_size)
+    else:
         added = model.num_virtual_tokens + new
-        needs = [0 if (prompt := prompts[i]) is None else len(prompt.ids) + added for i in order]
-        if max(needs) > tokens_per_batch:
+        needs = [0 if prompt is None else len(prompt.ids) + added for _, prompt in rows]
+        most = max(needs)
+        if most > tokens_per_batch:
             raise PtmoeError(
-                f"tokens_per_batch={tokens_per_batch}: example {examples[order[needs.index(max(needs))]].id!r} needs "
-                f"{max(needs)}, {max(needs) - added} of its prompt, {model.num_virtual_tokens} virtual and {new} new "
-                "ones; raise it"
+                f"tokens_per_batch={tokens_per_batch}: example {rows[needs.index(most)][0].id!r} needs {most}, "
+                f"{most - added} of its prompt, {model.num_virtual_tokens} virtual and {new} new ones; raise it"
             )
-        batches = _batches(order, needs, tokens_per_batch)
+        batches = batches_within(rows, needs, tokens_per_batch)
     settings = {
         **_identity(model, examples),
         "task": task.name,
@@ -152,13 +150,13 @@ def evaluate(
     similarity, soft = None, False
     if model.uses_adapter:
         similarity, soft = expert_similarity(model.encoder), model.method_config.soft_gate
-    file, done = None, []
+    file, done = None, list[Prediction]()
     if folder is not None:
         path = predictions_file(folder, task.name, split)
-        file = PredictionsFile(path, settings, [examples[i].id for i in order], overwrite=overwrite)
+        file = PredictionsFile(path, settings, [example.id for example, _ in rows], overwrite=overwrite)
         done = file.resume()
-    if progress is not None:
-        progress(len(done), len(order))
+    progress = progress or (lambda done, total: None)
+    progress(len(done), len(rows))
     was_training = model.training
     model.eval()
     try:
@@ -167,14 +165,12 @@ def evaluate(
             start, end = end, end + len(batch)
             if end <= len(done):
                 continue
-            # A batch that was broken off is computed whole: its rows get the same company as undisturbed.
-            answered = _answer(model, tokenizer, task, [(examples[i], prompts[i]) for i in batch], new, chat, decoder)
-            fresh = answered[max(0, len(done) - start) :]
+            # An interrupted batch is computed whole: its rows are batched as they would have been.
+            fresh = _answer(model, tokenizer, task, batch, new, chat, decoder)[max(0, len(done) - start) :]
             if file is not None:
                 file.append(fresh)
             done += fresh
-            if progress is not None:
-                progress(len(done), len(order))
+            progress(len(done), len(rows))
     finally:
         model.train(was_training)
     evaluation = Evaluation(task, split, done, time.monotonic() - started, settings, similarity, soft)
@@ -183,26 +179,28 @@ def evaluate(
     return evaluation
 
 
-def _batches(order: Sequence[int], needs: Sequence[int], budget: int) -> list[list[int]]:
-    """`order` in parts, each of as many as `budget` holds when all need what the neediest does.
+def batches_within(items: Iterable[T], needs: Iterable[int], budget: int, *, padded: bool = True) -> list[list[T]]:
+    """`items` in batches of as many as `budget` holds.
 
     Args:
-        needs: of each in `order`; 0 is not counted.
-        budget: at least the highest need.
+        items: in order.
+        needs: of each item, at most `budget`; those with 0 are not counted.
+        budget: of each batch.
+        padded: each item of a batch takes what the largest of them needs, instead of what it needs itself.
     """
-    batches: list[list[int]] = [[]]
-    rows = most = 0
-    for index, need in zip(order, needs, strict=True):
-        rows, most = rows + (need > 0), max(most, need)
-        if rows * most > budget:
+    batches: list[list[T]] = [[]]
+    count = most = total = 0
+    for item, need in zip(items, needs, strict=True):
+        count, most, total = count + (need > 0), max(most, need), total + need
+        if (count * most if padded else total) > budget:
             batches.append([])
-            rows, most = 1, need
-        batches[-1].append(index)
+            count, most, total = 1, need, need
+        batches[-1].append(item)
     return batches
 
 
-def _room(model: PromptedCausalLM, asked: int | None, usual: int, max_length: int | None) -> tuple[int, int | None]:
-    """How many tokens an answer and a prompt may have."""
+def _limits(model: PromptedCausalLM, asked: int | None, usual: int, max_length: int | None) -> tuple[int, int | None]:
+    """The maximum numbers of tokens of an answer and of a prompt."""
     positions = model.max_positions
     if positions is None:
         return asked or usual, max_length
@@ -217,7 +215,7 @@ def _room(model: PromptedCausalLM, asked: int | None, usual: int, max_length: in
 
 
 def _identity(model: PromptedCausalLM, examples: Sequence[Example]) -> dict[str, Any]:
-    """What was asked of which model."""
+    """The model, and the questions it is asked."""
     adapter = None
     if model.uses_adapter:
         tensors = hashlib.sha256(model.method_config.model_dump_json().encode())
@@ -248,30 +246,25 @@ def _answer(
     chat: bool,
     decoder: Decoder,
 ) -> list[Prediction]:
-    """The predictions of a batch."""
     fitting = [prompt.ids for _, prompt in rows if prompt is not None]
-    made = iter(
-        complete(model, tokenizer, fitting, max_new_tokens=max_new_tokens, until=task.until, decoder=decoder)
-        if fitting
-        else []
-    )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "until": task.until, "decoder": decoder}
+    completions = iter(complete(model, tokenizer, fitting, **options) if fitting else [])
     predictions = []
     for example, prompt in rows:
-        completion = next(made) if prompt is not None else None
-        text = completion.text if completion else ""
-        as_it_is = prompt is None or not (prompt.is_cut or example.messages or chat)
-        scores = GRADERS[task.grader](text, example.references)
+        completion = Completion("", None) if prompt is None else next(completions)
+        scores = GRADERS[task.grader](completion.text, example.references)
+        rewritten = prompt is not None and (prompt.is_cut or example.messages or chat)
         predictions.append(
             Prediction(
                 id=example.id,
-                prompt=example.input if as_it_is or prompt is None else tokenizer.decode(prompt.ids),
-                completion=text,
+                prompt=tokenizer.decode(prompt.ids) if prompt and rewritten else example.input,
+                completion=completion.text,
                 references=list(example.references),
-                scores=scores if completion else dict.fromkeys(scores, 0.0),
+                scores=scores if prompt else dict.fromkeys(scores, 0.0),
                 domain=example.domain,
-                gate=completion.gate if completion else None,
+                gate=completion.gate,
                 cut=sum(prompt.cut) if prompt else 0,
-                answered=completion is not None,
+                answered=prompt is not None,
             )
         )
     return predictions

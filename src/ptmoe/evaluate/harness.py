@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ptmoe import nano
@@ -40,6 +41,7 @@ from ptmoe.runs.environment import world_size
 try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import Collator
 except ImportError as error:
     raise PtmoeError(f"lm-evaluation-harness cannot be imported ({error}): pip install 'ptmoe[lm-eval]'") from None
 
@@ -105,10 +107,13 @@ class PromptedLM(HFLM):
         _check_options(options)
         known = inspect.signature(HFLM.__init__).parameters
         loading = {name: options.pop(name) for name in list(options) if name not in known}
-        target = _device(device)
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = None
+        target = place(device)
         if pretrained is None or isinstance(pretrained, str):
             if options.get("trust_remote_code"):
                 loading["trust_remote_code"] = True
+            revision = None if revision is None else str(revision)  # the harness parses what looks like a number
             base = {"revision": revision, "dtype": dtype, "quantization": quantization, "device": target}
             model, own = _load(adapter, pretrained, base, loading)
             tokenizer = tokenizer or own
@@ -173,9 +178,13 @@ class PromptedLM(HFLM):
             PtmoeError: a context or continuation without tokens, or a continuation longer than `max_length`.
         """
         answers = [(0.0, False)] * len(requests)
+        self.batch_sizes: dict[int, int] = {}  # found for these requests
+        size = override_bs or self.batch_size
+        find_size = self._batch_scheduler if size == "auto" else None
+        batches = Collator.get_chunks(self._rows(requests), n=size, fn=find_size)
         hidden = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=hidden, desc="Running loglikelihood requests") as progress:
-            for batch in self._batches(self._rows(requests), override_bs):
+            for batch in batches:
                 for (indices, _, _), scores in zip(batch, self._scores(batch), strict=True):
                     wanted = torch.tensor([requests[index][2] for index in indices], device=scores.device)  # (M, C)
                     likelihoods = scores.gather(1, wanted.T).float().sum(0).tolist()
@@ -207,37 +216,20 @@ class PromptedLM(HFLM):
             logger.warning("%d of %d contexts are cut on the left to fit %d tokens", cut, len(requests), longest)
         return sorted(rows.values(), key=lambda row: -len(row[1]) - len(row[2]))
 
-    def _batches(self, rows: list[Row], size: int | None) -> Iterator[list[Row]]:
-        """`rows` in groups of `size`, by default the batch size, which is searched for where it is automatic."""
-        find = self.batch_size == "auto" and size is None
-        if find:
-            self.batch_sizes: dict[int, int] = {}
-        batch: list[Row] = []
-        for position, row in enumerate(rows):
-            batch.append(row)
-            if len(batch) == (self._batch_scheduler(position, rows) if find else size or self.batch_size):
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
     @torch.no_grad()
     def _scores(self, batch: list[Row]) -> Iterator[Tensor]:
         """For each row, `(C, V)`: the log-probabilities of every token at each position of its continuation."""
-        inputs = [context + continuation[:-1] for _, context, continuation in batch]
-        ids = torch.zeros(len(batch), max(map(len, inputs)), dtype=torch.long)  # (B, L)
-        real, readable = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, (tokens, (_, context, _)) in enumerate(zip(inputs, batch, strict=True)):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            real[row, : len(tokens)] = 1
-            readable[row, : len(context)] = 1
+        inputs = [torch.tensor(context + continuation[:-1]) for _, context, continuation in batch]
+        ids = pad_sequence(inputs, batch_first=True).to(self.device)  # (B, L)
+        real, readable = (
+            (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long().to(self.device)
+            for lengths in ([len(row) for row in inputs], [len(context) for _, context, _ in batch])
+        )
         precision = self.mixed_precision_dtype
         with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
-            logits = self.model(
-                ids.to(self.device), attention_mask=real.to(self.device), input_mask=readable.to(self.device)
-            ).logits
-        for row, (tokens, (_, context, _)) in enumerate(zip(inputs, batch, strict=True)):
-            yield logits[row, len(context) - 1 : len(tokens)].log_softmax(-1, dtype=self.softmax_dtype)
+            logits = self.model(ids, attention_mask=real, input_mask=readable).logits
+        for scores, row, (_, context, _) in zip(logits, inputs, batch, strict=True):
+            yield scores[len(context) - 1 : len(row)].log_softmax(-1, dtype=self.softmax_dtype)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results record about the model. Unlike `HFLM`'s version it makes no request to the Hub."""
@@ -261,7 +253,7 @@ def _check_options(options: dict[str, Any]) -> None:
                 f"{name}={options[name]!r}: ptmoe evaluates one adapter on one device, leave it out{other}"
             )
     if options.get("backend", "default") not in ("default", "causal"):
-        raise PtmoeError(f"backend={options['backend']!r}: an adapter stands before a causal language model")
+        raise PtmoeError(f"backend={options['backend']!r}: an adapter goes before a causal language model")
     if world_size() > 1:
         raise PtmoeError(f"{world_size()} processes: each would evaluate everything; start one process")
 
@@ -272,8 +264,6 @@ def _load(
     """An adapter on its base, or on the base `name`."""
     if adapter is None:
         raise PtmoeError("no adapter: give --model_args adapter=FOLDER, an adapter folder or a run folder")
-    if base["revision"] is not None:
-        base["revision"] = str(base["revision"])  # the harness parses a revision that looks like a number
     try:
         run = load_run(str(adapter), model=name, **base, **options)
     except TypeError as error:  # an option that neither transformers nor the model's class has
@@ -291,15 +281,6 @@ def _prompted(model: PreTrainedModel | PromptedCausalLM, adapter: str | Path | N
     if adapter is None:
         raise PtmoeError(f"{type(model).__name__} without an adapter: give adapter=FOLDER, or use the harness's own hf")
     return load_adapter(model, str(adapter))
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    """
-    Raises:
-        PtmoeError: no such device on this machine.
-    """
-    is_cuda = device is not None and str(device).startswith("cuda")
-    return place(None if is_cuda and not torch.cuda.is_available() else device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,25 +1,15 @@
-"""What a run runs on, and which of its processes this is."""
+"""The software and hardware of a run, and which of its processes this is."""
 
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ptmoe.runs.records import Environment
 
-PACKAGES = (
-    "ptmoe",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-)
+PACKAGES = "ptmoe torch transformers peft accelerate bitsandbytes datasets safetensors tokenizers numpy".split()
 
 
 def environment(seed: int, fast_paths: dict[str, str | None] | None = None) -> Environment:
@@ -42,26 +32,22 @@ def environment(seed: int, fast_paths: dict[str, str | None] | None = None) -> E
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def _commit() -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
+    command = ["git", "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        folder = Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()

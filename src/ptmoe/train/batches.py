@@ -9,8 +9,9 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from ptmoe.errors import PtmoeError
+from ptmoe.evaluate.evaluation import batches_within
 
-POOL = 64  # size, in batches, of the random pools that are sorted by length where rows are padded
+POOL = 64  # size, in batches, of the random pools in which padded rows are sorted by length
 
 
 class TokenBatches(Sampler[list[int]]):
@@ -24,7 +25,7 @@ class TokenBatches(Sampler[list[int]]):
         budget: tokens of a batch.
         padded: whether the model computes padding.
         seed: decides every random choice.
-        processes: number of processes that take turns with the batches; all get the same number of them.
+        processes: how many processes share the batches; each gets the same number of them.
 
     Raises:
         PtmoeError: a budget below the longest example.
@@ -49,18 +50,7 @@ class TokenBatches(Sampler[list[int]]):
             pool = max(1, round(POOL * budget / sizes.mean()))
             parts = [order[start : start + pool] for start in range(0, len(order), pool)]
             order = np.concatenate([part[np.argsort(sizes[part], kind="stable")] for part in parts])
-        self.batches: list[list[int]] = []
-        used = 0
-        for index in order.tolist():
-            size = int(sizes[index])
-            batch = self.batches[-1] if self.batches else None
-            needed = max(used, size) * (len(batch or ()) + 1) if padded else used + size
-            if batch is None or needed > budget:
-                self.batches.append([index])
-                used = size
-            else:
-                batch.append(index)
-                used = max(used, size) if padded else needed
+        self.batches = batches_within(order.tolist(), sizes[order].tolist(), budget, padded=padded)
         count = len(self.batches)
         self.batches += [self.batches[index % count] for index in range(-count % processes)]
 

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.loss import IGNORED
 from ptmoe.tasks.tokens import Prompt, encode_completion, encode_prompt
-from ptmoe.train.rows import Encoded, TokenCache, TokenRows, settings_of, token_blocks
+from ptmoe.train.rows import Encoded, TokenRows, settings_hash, token_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ptmoe.tasks.base import Example
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Tokenised examples that fit the base's positions, and the numbers of those that were cut or left out."""
-
-    rows: TokenRows
-    cut: int
-    left_out: int
 
 
 def fit(
@@ -39,7 +30,7 @@ def fit(
     chat: bool = False,
     cache: bool = False,
     say: Callable[[str], None] = print,
-) -> Fitted:
+) -> TokenRows:
     """Tokenise training examples into rows of at most `max_length` tokens; the texts are not kept.
 
     A context (`Example.context`) that is too long is cut around the answer. A completion is never cut.
@@ -58,17 +49,14 @@ def fit(
         PtmoeError: no example fits.
     """
     options: dict[str, Any] = {"max_length": max_length, "truncation": truncation, "chat": chat}
-    encode = partial(_encode, tokenizer=tokenizer, **options)
-    kept = TokenCache(lambda: settings_of(tokenizer, _encode, options), say) if cache else None
-    blocks = token_blocks(examples, encode, kept)
-    rows = TokenRows(blocks)
-    cut, left_out = sum(block.cut for block in blocks), sum(block.left_out for block in blocks)
+    settings = partial(settings_hash, tokenizer, _encode, options) if cache else None
+    rows = token_rows(examples, partial(_encode, tokenizer=tokenizer, **options), settings, say)
     if not len(rows):
         raise PtmoeError(
-            f"none of the {left_out} examples fits {max_length} tokens (--max-length, or the base's positions minus "
-            "the virtual tokens): shorten them, or cut them with --truncation cut"
+            f"none of the {rows.left_out} examples fits {max_length} tokens (--max-length, or the base's positions "
+            "minus the virtual tokens): shorten them, or cut them with --truncation cut"
         )
-    return Fitted(rows, cut, left_out)
+    return rows
 
 
 def _encode(
@@ -87,15 +75,10 @@ def _encode(
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask` and `labels`, `(B, L)` each."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        "input_ids": torch.zeros(len(rows), longest, dtype=torch.long),
-        "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
-        "labels": torch.full((len(rows), longest), IGNORED),
+    ids, labels = ([torch.as_tensor(row[key], dtype=torch.long) for row in rows] for key in ("input_ids", "labels"))
+    pad = partial(pad_sequence, batch_first=True)
+    return {
+        "input_ids": pad(ids),
+        "attention_mask": pad([torch.ones_like(row) for row in ids]),
+        "labels": pad(labels, padding_value=IGNORED),
     }
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        batch["input_ids"][index, :length] = torch.as_tensor(row["input_ids"])
-        batch["attention_mask"][index, :length] = 1
-        batch["labels"][index, :length] = torch.as_tensor(row["labels"])
-    return batch

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ptmoe.errors import PtmoeError, near
+from ptmoe.evaluate import Evaluation, evaluate
+from ptmoe.fast.compiled import compile_layers
+from ptmoe.models.attach import attach
 from ptmoe.models.bases import check_quantization, load_base
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.environment import environment, world_size
 from ptmoe.runs.folders import (
     ADAPTER_FOLDER,
@@ -25,22 +32,25 @@ from ptmoe.runs.folders import (
 from ptmoe.runs.records import Result
 from ptmoe.tasks import TASKS, Problems, is_file, load_task, stream_task, task_named, task_names
 from ptmoe.tasks import local as local_task
+from ptmoe.tasks.base import Example
+from ptmoe.tasks.tokens import uses_chat
+from ptmoe.train.batches import TokenBatches
+from ptmoe.train.data import collate, fit
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
+from ptmoe.train.routing import RoutingCallback, sample_batches
+from ptmoe.train.rows import TokenRows
+from ptmoe.train.trainer import DivergedError, MetricsFile, PromptTrainer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
-
-    from ptmoe.evaluate import Evaluation
-    from ptmoe.models.causal import PromptedCausalLM
-    from ptmoe.tasks.base import Example
-    from ptmoe.train.rows import TokenRows
-    from ptmoe.train.trainer import PromptTrainer
+    from transformers import PreTrainedTokenizerBase
 
 RUN_FILES = (CONFIG_FILE, RESULT_FILE, ADAPTER_FOLDER, METRICS_FILE, CHECKPOINTS_FOLDER)
+TRAINER_ARGUMENTS = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
+# Options whose names `TrainingArguments` has as well, but which are carried out here.
+NOT_PASSED_ON = {"output_dir", "torch_compile", "gradient_checkpointing"}
 
 
-@dataclass
+@dataclasses.dataclass
 class Trained:
     """A finished run: its folder, its result, the model with its adapter, and its evaluations."""
 
@@ -52,8 +62,8 @@ class Trained:
 
 
 def training_examples(options: TrainOptions, problems: Problems, say: Callable[[str], None]) -> Iterable[Example]:
-    """The first is read at once, so that missing data is said before the base is loaded; a task's others as they are
-    needed, so that no data set has to fit into memory as text."""
+    """The first is read at once, so that missing data is reported before the base is loaded; a task's others as they
+    are needed, so that no data set has to fit into memory as text."""
     if options.task is None:
         assert options.data is not None
         keys = local_task.Keys(options.prompt_key, options.completion_key, options.separator)
@@ -66,22 +76,18 @@ def training_examples(options: TrainOptions, problems: Problems, say: Callable[[
 
 
 def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> list[list[Example]]:
-    """Of each task in `eval_task`; by default the test split of nano's own tasks."""
-    name = options.eval_task
-    if name is None and options.task is not None and not is_file(options.task):
-        names = task_names(options.task)
-        name = ",".join(names) if all(TASKS[one].generate for one in names) else None
-    if name is None:
-        return []
+    """The examples of each task in `eval_task`; by default the test splits of nano's own tasks."""
+    if options.eval_task is not None:
+        names = task_names(options.eval_task)
+    else:
+        names = [] if options.task is None or is_file(options.task) else task_names(options.task)
+        if not all(TASKS[name].generate for name in names):
+            return []
     folder = options.eval_data_dir
     if folder is None and options.data_dir is not None and Path(options.data_dir).is_dir():
         folder = options.data_dir
-    return [
-        load_task(
-            one, "test", folder, max_examples=options.eval_examples, problems=Problems(skip=options.skip_bad), say=say
-        )
-        for one in task_names(name)
-    ]
+    limits: dict[str, Any] = {"max_examples": options.eval_examples, "say": say}
+    return [load_task(name, "test", folder, problems=Problems(skip=options.skip_bad), **limits) for name in names]
 
 
 def train(
@@ -97,9 +103,9 @@ def train(
 
     Args:
         options: everything that decides the run.
-        resume: go on from the last checkpoint in `output_dir`.
+        resume: continue from the last checkpoint in `output_dir`.
         callbacks: of `transformers`, for progress.
-        say: told in a line what a user should know: examples left out or cut.
+        say: gets a line of text for each thing a user should know: examples left out or cut.
 
     Raises:
         PtmoeError: unfit options or data, before anything is written.
@@ -109,46 +115,43 @@ def train(
     check_quantization(options.quantization)
     config.check_quantization(options.quantization)
     folder = run_folder(options, resume)
-    # A stream cannot wait for its end to refuse what is bad; a file's bad lines are counted first.
+    # A stream is used before it ends, so a bad record in it is refused at once; a file's bad lines are counted first.
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
-    _check_trainer_arguments(options)
-
-    from ptmoe.models.attach import attach
-    from ptmoe.train.data import fit
+    for name in options.trainer:
+        if name not in TRAINER_ARGUMENTS:
+            raise PtmoeError(f"trainer: unknown key {name!r}{near(name, TRAINER_ARGUMENTS)}")
+        if name in TrainOptions.model_fields:
+            raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
 
     model, tokenizer, chat = _base(options)
     positions = (model.max_positions or 2**31) - config.num_virtual_tokens
-    fitted = fit(
-        examples,
-        tokenizer,
-        min(positions, options.max_length or positions),
-        options.truncation,
-        chat=chat,
-        cache=options.token_cache,
-        say=say,
-    )
-    batches = starting_batches(fitted.rows, options.per_device_train_batch_size) if config.needs_batches else None
+    length = min(positions, options.max_length or positions)
+    rows = fit(examples, tokenizer, length, options.truncation, chat=chat, cache=options.token_cache, say=say)
+    size = options.per_device_train_batch_size
+    batches = sample_batches(rows, collate, size) if config.needs_batches else None
     attach(model, config, seed=options.seed, tokenizer=tokenizer, batches=batches)
     if problems.count:
         say(f"left out {problems.listed()}")
-    if fitted.cut or fitted.left_out:
+    if rows.cut or rows.left_out:
         say(
-            f"{fitted.left_out:,} of {len(fitted.rows) + fitted.left_out:,} examples left out and {fitted.cut:,} cut: "
-            f"longer than {min(positions, options.max_length or positions):,} tokens (--max-length, or the base's "
-            f"positions less {config.num_virtual_tokens} virtual tokens)"
+            f"{rows.left_out:,} of {len(rows) + rows.left_out:,} examples left out and {rows.cut:,} cut: longer than "
+            f"{length:,} tokens (--max-length, or the base's positions less {config.num_virtual_tokens} virtual tokens)"
         )
 
-    resolved = {
-        "method": {"name": config.method, **model.method_config.model_dump()},
-        "chat": chat,
-        "learning_rate": options.learning_rate or config.default_learning_rate,
-    }
-    options = options.replace(**resolved)
-    trainer = _trainer(model, fitted.rows, options, folder, callbacks)
+    options = options.replace(
+        method={"name": config.method, **model.method_config.model_dump()},
+        chat=chat,
+        learning_rate=options.learning_rate or config.default_learning_rate,
+    )
+    model.packing = options.packing
+    if options.packing:
+        model.can_pack()  # or says why not, before anything is written
+    compile_failure = compile_layers(model.base_model) if options.torch_compile else None
+    trainer = _trainer(model, rows, options, folder, callbacks)
     first = trainer.is_world_process_zero()
     if first:
-        _begin(folder, options, model)
+        _begin(folder, options, model, compile_failure)
     started = time.monotonic()
     _fit(trainer, folder, resume)
     result = Result(
@@ -157,16 +160,13 @@ def train(
         trainable_parameters=model.num_parameters(only_trainable=True),
         train_seconds=round(time.monotonic() - started, 3),
         steps=trainer.state.global_step,
-        examples=len(fitted.rows),
-        examples_cut=fitted.cut,
-        examples_left_out=fitted.left_out,
+        examples=len(rows),
+        examples_cut=rows.cut,
+        examples_left_out=rows.left_out,
     )
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.state.destroy_process_group()  # the others leave while the first evaluates
-    if not first:
-        return Trained(folder, result, model, tokenizer, [])
-    result.write(folder / RESULT_FILE)
-    evaluations = _evaluate(model, tokenizer, held_out, options, folder)
+    evaluations = _finish(folder, result, model, tokenizer, held_out, options) if first else []
     return Trained(folder, result, model, tokenizer, evaluations)
 
 
@@ -174,8 +174,8 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     """Evaluate the base as it is, into a run folder in which nothing was trained; its method is `base`.
 
     Args:
-        options: as of the runs that it stands beside.
-        say: told in a line what a user should know.
+        options: as of the runs that it is compared with.
+        say: gets a line of text for each thing a user should know.
 
     Raises:
         PtmoeError: unfit options or data, before anything is written.
@@ -183,23 +183,16 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     check_quantization(options.quantization)
     folder = run_folder(options, resume=False)
     held_out = evaluation_examples(options, say)
-
-    from accelerate import PartialState
-
     model, tokenizer, chat = _base(options)
     model.to(PartialState().device)  # where a trainer would put it
     options = options.replace(method={"name": BASE}, chat=chat)
     _begin(folder, options, model)
     result = Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0)
-    result.write(folder / RESULT_FILE)
-    _evaluate(model, tokenizer, held_out, options, folder)
+    _finish(folder, result, model, tokenizer, held_out, options)
 
 
 def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase, bool]:
     """The base without an adapter, its tokenizer, and whether prompts go into its chat template."""
-    from ptmoe.models.causal import PromptedCausalLM
-    from ptmoe.tasks.tokens import uses_chat
-
     base, tokenizer = load_base(
         options.model, revision=options.revision, dtype=options.dtype, quantization=options.quantization
     )
@@ -207,24 +200,25 @@ def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerB
     return PromptedCausalLM(base), tokenizer, chat
 
 
-def _begin(folder: Path, options: TrainOptions, model: PromptedCausalLM) -> None:
-    """The run folder with what is known before the run."""
+def _begin(folder: Path, options: TrainOptions, model: PromptedCausalLM, compile_failure: str | None = None) -> None:
+    """Write what is known before the run."""
     folder.mkdir(parents=True, exist_ok=True)
     options.write(folder / CONFIG_FILE)
-    fast_paths = getattr(model, "fast_paths", None)
-    environment(options.seed, None if fast_paths is None else fast_paths()).write(folder / ENVIRONMENT_FILE)
+    fast_paths = model.fast_paths()
+    fast_paths["compiled_layers"] = compile_failure or fast_paths["compiled_layers"]
+    environment(options.seed, fast_paths).write(folder / ENVIRONMENT_FILE)
 
 
-def _evaluate(
+def _finish(
+    folder: Path,
+    result: Result,
     model: PromptedCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Iterable[list[Example]],
     options: TrainOptions,
-    folder: Path,
 ) -> list[Evaluation]:
-    """On each task's examples, as the resolved options say."""
-    from ptmoe.evaluate import evaluate
-
+    """Write the result, and evaluate on each task's examples, as the resolved options say."""
+    result.write(folder / RESULT_FILE)
     return [
         evaluate(
             model,
@@ -241,18 +235,8 @@ def _evaluate(
     ]
 
 
-def starting_batches(rows: TokenRows, size: int) -> list[dict[str, Tensor]]:
-    """Examples spread over the data, for methods that start from the activations that they give."""
-    from ptmoe.train.data import collate
-    from ptmoe.train.routing import EXAMPLES
-
-    count = min(EXAMPLES, len(rows))
-    chosen = [rows[i * len(rows) // count] for i in range(count)]
-    return [collate(chosen[start : start + size]) for start in range(0, count, size)]
-
-
 def run_folder(options: TrainOptions, resume: bool) -> Path:
-    """The run's folder, checked but not made: by default a new one under `runs/`.
+    """The run's folder, checked but not created: by default a new one under `runs/`.
 
     Raises:
         PtmoeError: it holds a run already, or none to resume.
@@ -272,7 +256,8 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
         raise PtmoeError(f"{folder} holds no checkpoint to resume from")
     if held and not resume:
         raise PtmoeError(
-            f"{folder} already holds a run ({', '.join(held)}): choose another --output-dir, or go on with --resume"
+            f"{folder} already holds a run ({', '.join(held)}): choose another --output-dir, or continue it with "
+            "--resume"
         )
     return folder
 
@@ -284,36 +269,22 @@ def _trainer(
     folder: Path,
     callbacks: Sequence[TrainerCallback],
 ) -> PromptTrainer:
-    """The trainer of a run.
-
+    """
     Raises:
         PtmoeError: what `transformers` refuses: a scheduler that it does not know, a logger that is not installed, …
     """
-    import torch
-    from transformers import TrainingArguments
-
-    from ptmoe.fast.compiled import compile_layers
-    from ptmoe.train.batches import TokenBatches
-    from ptmoe.train.data import collate
-    from ptmoe.train.routing import RoutingCallback
-    from ptmoe.train.trainer import MetricsFile, PromptTrainer
-
+    shared = (TRAINER_ARGUMENTS & TrainOptions.model_fields.keys()) - NOT_PASSED_ON
     chosen = {
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
         "save_strategy": "steps",
-        **{name: getattr(options, name) for name in TrainOptions.model_fields if name in TRAINER_FIELDS},
+        **{name: getattr(options, name) for name in shared},
         **options.trainer,
     }
     if options.gradient_checkpointing:
         chosen["activation_checkpointing"] = True
-    model.packing = options.packing
-    if options.packing:
-        model.can_pack()  # or say why not, before anything is written
-    if options.torch_compile:
-        compile_layers(model.base_model)
     batches = None
     if options.tokens_per_batch is not None:
         lengths = rows.lengths + model.num_virtual_tokens
@@ -327,7 +298,6 @@ def _trainer(
         # For what counts in rows: the routing's first examples come in batches that fit.
         chosen["per_device_train_batch_size"] = max(1, options.tokens_per_batch // int(lengths.max()))
         chosen["accelerator_config"] = {"even_batches": False}
-    made = not folder.exists()
     try:
         trainer = PromptTrainer(
             model=model,
@@ -338,49 +308,20 @@ def _trainer(
             callbacks=[RoutingCallback(), MetricsFile(folder / METRICS_FILE), *callbacks],
         )
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        if made and folder.exists():  # the trainer makes its folder first
-            shutil.rmtree(folder)
         raise PtmoeError(f"transformers refuses these options: {' '.join(str(error).split())}") from None
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ == "PrinterCallback":  # the metrics go to the file and to `callbacks`
-            trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)  # the metrics go to the file and to `callbacks`
     return trainer
 
 
 def _fit(trainer: PromptTrainer, folder: Path, resume: bool) -> None:
-    """Train; afterwards the adapter is in `folder/adapter`, also where the loss diverged and there is one to save."""
-    from ptmoe.train.trainer import DivergedError
-
-    model = trainer.model
+    """Train, and save the adapter, even if the loss diverged and there is an earlier one to save."""
     try:
         trainer.train(resume_from_checkpoint=resume or None)
     except DivergedError as error:
         if error.restored is not None:
-            model.save_pretrained(folder / "adapter")
-            error.args = (f"{error}; saved in {folder / 'adapter'}",)
+            trainer.model.save_pretrained(folder / ADAPTER_FOLDER)
+            error.args = (f"{error}; saved in {folder / ADAPTER_FOLDER}",)
         raise
-    model.eval()
+    trainer.model.eval()
     if trainer.is_world_process_zero():
-        model.save_pretrained(folder / ADAPTER_FOLDER)
-
-
-TRAINER_FIELDS = frozenset(
-    "seed learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm max_steps num_train_epochs "
-    "per_device_train_batch_size gradient_accumulation_steps bf16 fp16 logging_steps save_steps save_total_limit "
-    "report_to".split()
-)
-
-
-def _check_trainer_arguments(options: TrainOptions) -> None:
-    if not options.trainer:
-        return
-    from dataclasses import fields
-
-    from transformers import TrainingArguments
-
-    known = {field.name for field in fields(TrainingArguments)}
-    for name in options.trainer:
-        if name not in known:
-            raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
-        if name in TRAINER_FIELDS or name == "output_dir":
-            raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
+        trainer.model.save_pretrained(folder / ADAPTER_FOLDER)

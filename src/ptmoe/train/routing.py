@@ -12,13 +12,13 @@ Three things, each an option of a routed method's config (`ptmoe.methods.routing
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ptmoe.methods.base import Prompt, mean_input
 from ptmoe.methods.routing import RoutedEncoder
@@ -40,7 +40,7 @@ class RoutingCallback(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        control: Any,
         model: PromptedCausalLM,
         train_dataloader: Any = None,
         **_: Any,
@@ -55,17 +55,21 @@ class RoutingCallback(TrainerCallback):
         by_gradient = config.router_init == "gradient" and config.num_experts > 1
         if config.router_standardize or by_gradient:
             # As many rows at once as in training: more might not fit in memory.
-            sample = Sample.draw(model, train_dataloader, args.per_device_train_batch_size, gradients=by_gradient)
+            size, loader = args.per_device_train_batch_size, train_dataloader
+            batches = [
+                {key: value.to(model.device) for key, value in batch.items()}
+                for batch in sample_batches(loader.dataset, loader.collate_fn, size)
+            ]
+            means = torch.cat([mean_inputs(model, batch) for batch in batches])
             if config.router_standardize:
-                encoder.router.standardize(sample.means)
+                encoder.router.standardize(means)
             if by_gradient:
-                start_router(encoder, sample, torch.Generator().manual_seed(args.seed))
+                gradients = torch.cat([prompt_gradients(model, batch) for batch in batches])
+                start_router(encoder, means, gradients, torch.Generator().manual_seed(args.seed))
         if config.routing_anneal:
             encoder.hardness = 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PromptedCausalLM, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: PromptedCausalLM, **_: Any) -> None:
         encoder = model.encoder
         if isinstance(encoder, RoutedEncoder) and encoder.config.routing_anneal:
             progress = state.global_step / state.max_steps
@@ -73,46 +77,28 @@ class RoutingCallback(TrainerCallback):
             if encoder.hardness > 0 or settled or progress >= LATEST:
                 encoder.hardness = min(1.0, encoder.hardness + 1 / (HARDENING * state.max_steps))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PromptedCausalLM, **_: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: PromptedCausalLM, **_: Any) -> None:
         if isinstance(model.encoder, RoutedEncoder):
             model.encoder.finish_training()
 
 
-@dataclass
-class Sample:
-    """Some training examples as the router sees them.
+def sample_batches(data: Any, collate: Callable[[Any], dict[str, Tensor]], size: int) -> list[dict[str, Tensor]]:
+    """Up to `EXAMPLES` evenly spaced examples of a data set, or the first ones of a stream, in batches of `size`; uses
+    no randomness."""
+    if hasattr(data, "__getitem__"):
+        count = min(EXAMPLES, len(data))
+        examples = [data[i * len(data) // count] for i in range(count)]
+    else:
+        examples = list(islice(data, EXAMPLES))
+    return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
-    Attributes:
-        means: `(examples, H)`, mean input embeddings.
-        gradients: `(examples, T·H)`, the gradient of each example's loss by a prompt that all examples share, scaled
-            to unit length; or None.
-    """
 
-    means: Tensor
-    gradients: Tensor | None
-
-    @classmethod
-    def draw(cls, model: PromptedCausalLM, loader: Any, batch_size: int, *, gradients: bool) -> Sample:
-        """Evenly spaced examples of the loader's data set, or the first ones of a stream; uses no randomness."""
-        data = loader.dataset
-        if hasattr(data, "__getitem__"):
-            count = min(EXAMPLES, len(data))
-            rows = [data[i * len(data) // count] for i in range(count)]
-        else:
-            rows = list(islice(data, EXAMPLES))
-        means, directions = [], []
-        for start in range(0, len(rows), batch_size):
-            batch = loader.collate_fn(rows[start : start + batch_size])
-            batch = {key: value.to(model.device) for key, value in batch.items()}
-            mask = batch.get("input_mask")
-            if mask is None:
-                mask = readable_tokens(batch["attention_mask"], batch["labels"])
-            means.append(mean_input(model.get_input_embeddings()(batch["input_ids"]), mask.bool()))
-            if gradients:
-                directions.append(prompt_gradients(model, batch))
-        return cls(torch.cat(means), torch.cat(directions) if gradients else None)
+def mean_inputs(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
+    """`(B, H)`, the mean embedding of each row's tokens that the router may read."""
+    mask = batch.get("input_mask")
+    if mask is None:
+        mask = readable_tokens(batch["attention_mask"], batch["labels"])
+    return mean_input(model.get_input_embeddings()(batch["input_ids"]), mask.bool())
 
 
 def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
@@ -138,7 +124,7 @@ def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tenso
 
 
 @torch.no_grad()
-def start_router(encoder: RoutedEncoder, sample: Sample, generator: torch.Generator) -> bool:
+def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, generator: torch.Generator) -> bool:
     """Set the router to send inputs whose loss asks for the same change of the prompt to the same expert.
 
     An example's own gradient is mostly about its answer. What the *input* says about it is its ridge regression on the
@@ -149,18 +135,22 @@ def start_router(encoder: RoutedEncoder, sample: Sample, generator: torch.Genera
 
     Without a bias the regression has no intercept and the centres have unit length, so the router needs none.
 
+    Args:
+        encoder: whose router is set.
+        means: `(examples, H)`, mean input embeddings.
+        gradients: `(examples, T·H)`, as from `prompt_gradients`.
+        generator: of the random starts of k-means.
+
     Returns:
-        False, with the router left as it was, where the input says nothing about the gradient or there are too few
+        False, and the router is left as it was, if the input says nothing about the gradient or there are too few
         examples to tell.
     """
-    assert sample.gradients is not None
     router, experts = encoder.router, encoder.config.num_experts
-    if len(sample.means) < 2 * experts:
+    if len(means) < 2 * experts:
         return False
-    mean, scale = router.mean, router.scale
-    inputs = sample.means if mean is None or scale is None else (sample.means - mean) / scale  # (n, H)
+    inputs = means if router.mean is None or router.scale is None else (means - router.mean) / router.scale  # (n, H)
     shift = torch.zeros_like(inputs[0]) if router.bias is None else inputs.mean(0)
-    centred, targets = inputs - shift, sample.gradients - sample.gradients.mean(0)
+    centred, targets = inputs - shift, gradients - gradients.mean(0)
     weights = _ridge(centred, targets)  # (n, n): the regression's coefficients are centredᵀ · weights · targets
     if weights is None:
         return False
@@ -180,7 +170,7 @@ def start_router(encoder: RoutedEncoder, sample: Sample, generator: torch.Genera
 
 
 def _ridge(inputs: Tensor, targets: Tensor) -> Tensor | None:
-    """`(K + λI)⁻¹` of the ridge with the least leave-one-out error; None where none is better than the mean.
+    """`(K + λI)⁻¹` of the ridge with the least leave-one-out error; None if none is better than the mean.
 
     Args:
         inputs: `(n, H)`, centred.

@@ -1,15 +1,15 @@
-"""Tokenised examples, and the files that keep them for the next run.
+"""Tokenised examples, and the files that cache them for later runs.
 
-Examples are tokenised in blocks, and a block's file is named by a hash of all that decides its tokens: its examples'
-own texts, the tokenizer, the options and the code. So no file is ever out of date, wherever the examples come from, and
-more examples of the same data only add blocks. The texts are read and hashed at every start; tokenising them takes more
-than ten times as long.
+Examples are tokenised in blocks, and the name of a block's file is a hash of everything that decides its tokens: the
+examples' own texts, the tokenizer, the options and the code. So no file is ever out of date, wherever the examples come
+from, and more examples of the same data only add blocks. The texts are read and hashed at every start; tokenising them
+takes more than ten times as long.
 
 A file is one array of int32, which is mapped into memory:
 
     rows, examples cut, examples left out | each row's length | its prompt's length | all tokens | checksum
 
-The files lie in `$PTMOE_CACHE/tokens`, by default `~/.cache/ptmoe/tokens`, which may be deleted at any time.
+The files are in `$PTMOE_CACHE/tokens`, by default `~/.cache/ptmoe/tokens`, which may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import json
 import os
 import sys
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
     from ptmoe.tasks.base import Example
 
-BLOCK = 1 << 20  # characters of the examples in a block; fewer in all are tokenised in seconds, and kept in no file
-LIMIT = 8 << 30  # bytes of all files; those used least recently are removed
+BLOCK = 1 << 20  # characters of the examples in a block; less data is tokenised in seconds, and not cached
+LIMIT = 8 << 30  # bytes of all files; the least recently used are removed
 _COUNTS = 3  # numbers before the lengths
-_WHENCE = ("is_local", "local_files_only", "name_or_path")
+_ORIGIN = ("is_local", "local_files_only", "name_or_path")  # keys of a tokenizer's config that no token depends on
 
 Row = np.ndarray[Any, np.dtype[np.int32]]
 Encoded = tuple[tokens.Prompt, list[int]]  # an example's prompt and completion
@@ -55,9 +55,10 @@ class Block:
     """The rows of consecutive examples.
 
     Attributes:
-        numbers: all of it in one array, as in the file.
-        path: the file that it is mapped from; None for one in memory.
-        cut: how many examples were cut to fit, and `left_out`, how many did not fit.
+        numbers: the block as one array, as in its file.
+        path: the file that it is mapped from; None for a block in memory.
+        cut: how many examples were cut to fit.
+        left_out: how many examples did not fit.
         lengths: `(rows,)`, tokens of each row.
     """
 
@@ -70,24 +71,18 @@ class Block:
     @classmethod
     def of(cls, encoded: Iterable[Encoded | None]) -> Block:
         """A block in memory; None stands for an example that does not fit."""
-        lengths, prompts, ids = array("i"), array("i"), array("i")
-        cut = left_out = 0
-        for one in encoded:
-            if one is None:
-                left_out += 1
-                continue
-            prompt, completion = one
-            cut += prompt.is_cut
-            lengths.append(len(prompt.ids) + len(completion))
-            prompts.append(len(prompt.ids))
-            ids.extend(prompt.ids)
-            ids.extend(completion)
-        numbers: Row = np.concatenate([[len(lengths), cut, left_out], lengths, prompts, ids], dtype=np.int32)
+        examples = list(encoded)
+        rows = [example for example in examples if example is not None]
+        counts = [len(rows), sum(prompt.is_cut for prompt, _ in rows), len(examples) - len(rows)]
+        lengths = [len(prompt.ids) + len(completion) for prompt, completion in rows]
+        prompts = [len(prompt.ids) for prompt, _ in rows]
+        ids = (token for prompt, completion in rows for token in (*prompt.ids, *completion))
+        numbers = np.fromiter(chain(counts, lengths, prompts, ids), np.int32)
         return cls(np.append(numbers, _checksum(numbers)))
 
     @classmethod
     def read(cls, path: Path) -> Block | None:
-        """A block mapped from its file; None where there is none, or not as it was written."""
+        """A block mapped from its file; None if there is no such file or it is damaged."""
         try:
             size, numbers = path.stat().st_size, _mapped(path)
         except (OSError, RuntimeError):
@@ -96,7 +91,7 @@ class Block:
         return cls(numbers, path) if whole else None
 
     def write(self, path: Path) -> None:
-        """All at once: a killed process leaves nothing under this name, and two may write it at the same time.
+        """Atomically: an interruption leaves no partial file, and two processes may write the same one.
 
         Raises:
             OSError: it cannot be written.
@@ -137,14 +132,18 @@ def _checksum(numbers: Row) -> np.int32:
 
 
 class TokenRows(Dataset[dict[str, Row]]):
-    """A sequence of rows, each `input_ids` and `labels`, `(L,)` of int32, the caller's own.
+    """A sequence of rows, each `input_ids` and `labels`, `(L,)` of int32; the caller may change them.
 
     Attributes:
         lengths: `(rows,)`, the L of each.
+        cut: how many examples were cut to fit.
+        left_out: how many examples did not fit, and have no row.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.lengths: Row = np.concatenate([np.empty(0, np.int32), *(block.lengths for block in blocks)])
+        self.cut = sum(block.cut for block in blocks)
+        self.left_out = sum(block.left_out for block in blocks)
         self._blocks = list(blocks)
         self._ends = np.cumsum([len(block.lengths) for block in blocks])
 
@@ -152,86 +151,70 @@ class TokenRows(Dataset[dict[str, Row]]):
         return len(self.lengths)
 
     def __getitem__(self, index: Any) -> Any:
-        """A row, or with a slice a list of them."""
+        """A row, or a list of rows for a slice."""
         if isinstance(index, slice):
             return [self[place] for place in range(len(self))[index]]
-        index = range(len(self))[index]  # a negative one counts from the end, one beyond it raises
+        index = range(len(self))[index]  # counts negative indices from the end, and raises beyond it
         number = int(np.searchsorted(self._ends, index, side="right"))
         block = self._blocks[number]
         return block.row(index - int(self._ends[number]) + len(block.lengths))
 
 
-class TokenCache:
-    """Blocks in files that are named by what they were made from.
+def token_rows(
+    examples: Iterable[Example],
+    encode: Callable[[Example], Encoded | None],
+    settings: Callable[[], bytes] | None,
+    say: Callable[[str], None],
+) -> TokenRows:
+    """Examples tokenised by `encode`, or read from the files of an earlier run.
 
     Args:
-        settings: all that decides the tokens besides the examples (`settings_of`); called where there is data enough.
-        say: told that a file cannot be written: its tokens and all that follow stay in memory.
+        examples: whose texts are not kept.
+        encode: gives an example's tokens, or None if it does not fit.
+        settings: gives `settings_hash` of whatever decides the tokens besides the examples; called if there is enough
+            data to cache. None to cache nothing.
+        say: reports that a file cannot be written: from there on, tokens stay in memory.
     """
-
-    def __init__(self, settings: Callable[[], bytes], say: Callable[[str], None]) -> None:
-        self.folder = cache_folder() / "tokens"
-        self._make_settings, self._say = settings, say
-        self._settings = b""
-        self._used: set[Path] = set()
-        self._written = self._refused = False
-
-    def block(self, texts: bytes, make: Callable[[], Block]) -> Block:
-        """The block of the examples with these texts, a hash: from its file, or made and written to it."""
-        if self._refused:
-            return make()
-        made: Block | None = None
-        try:
-            self._settings = self._settings or self._make_settings()
-            path = self.folder / f"{hashlib.sha256(self._settings + texts).hexdigest()}.tokens"
-            self._used.add(path)
-            found = Block.read(path)
-            if found is not None:
-                with suppress(OSError):  # a folder that can only be read
-                    os.utime(path)
-                return found
-            made = make()
-            made.write(path)
-            self._written = True
-            return Block.read(path) or made
-        except OSError as error:
-            self._refused = True
-            self._say(f"tokens are not kept in {self.folder} for the next run: {error.strerror or error}")
-            return made or make()
-
-    def trim(self) -> None:
-        """Remove the files used least recently, by any run, while all take more than `LIMIT`; never this run's own."""
-        if not self._written:
-            return
-        with suppress(OSError):  # another run removes some, too
-            files = [(path.stat(), path) for path in self.folder.glob("*.tokens*")]
-            excess = sum(state.st_size for state, _ in files) - LIMIT
-            for state, path in sorted(files, key=lambda file: file[0].st_mtime):
-                if excess > 0 and path not in self._used:
-                    path.unlink(missing_ok=True)
-                    excess -= state.st_size
-
-
-def token_blocks(
-    examples: Iterable[Example], encode: Callable[[Example], Encoded | None], cache: TokenCache | None
-) -> list[Block]:
-    """Examples tokenised by `encode`, or what a run before this made of them."""
-    blocks: list[Block] = []
+    folder, blocks, prefix = cache_folder() / "tokens", list[Block](), b""
     for part, characters, texts in _parts(examples):
         if not blocks and characters < BLOCK:
-            cache = None
+            settings = None
+        block = None
+        try:
+            if settings is not None:
+                prefix = prefix or settings()
+                path = folder / f"{hashlib.sha256(prefix + texts).hexdigest()}.tokens"
+                block = Block.read(path)
+                if block is not None:
+                    with suppress(OSError):  # a read-only folder
+                        os.utime(path)
+                else:
+                    block = Block.of(map(encode, part))
+                    block.write(path)
+                    block = Block.read(path) or block
+        except OSError as error:
+            settings = None
+            say(f"tokens are not cached in {folder} for later runs: {error.strerror or error}")
+        blocks.append(block or Block.of(map(encode, part)))
+    if settings is not None:
+        _trim(folder, {block.path for block in blocks})
+    return TokenRows(blocks)
 
-        def make(part: list[Example] = part) -> Block:
-            return Block.of(map(encode, part))
 
-        blocks.append(cache.block(texts, make) if cache else make())
-    if cache is not None:
-        cache.trim()
-    return blocks
+def _trim(folder: Path, own: set[Path | None]) -> None:
+    """Remove the files that any run used least recently while all exceed `LIMIT`; never those of this run."""
+    with suppress(OSError):  # another run removes some, too
+        files = [(path.stat(), path) for path in folder.glob("*.tokens*")]
+        excess = sum(state.st_size for state, _ in files) - LIMIT
+        for state, path in sorted(files, key=lambda file: file[0].st_mtime):
+            if excess > 0 and path not in own:
+                path.unlink(missing_ok=True)
+                excess -= state.st_size
 
 
 def _parts(examples: Iterable[Example]) -> Iterator[tuple[list[Example], int, bytes]]:
-    """Consecutive examples of `BLOCK` characters, or fewer at the end; how many, and a hash of their texts."""
+    """Consecutive examples of `BLOCK` characters or, at the end, fewer; their number of characters, and a hash of their
+    texts."""
     part: list[Example] = []
     characters, digest = 0, hashlib.sha256()
     for example in examples:
@@ -246,17 +229,17 @@ def _parts(examples: Iterable[Example]) -> Iterator[tuple[list[Example], int, by
         yield part, characters, digest.digest()
 
 
-def settings_of(
+def settings_hash(
     tokenizer: PreTrainedTokenizerBase, encode: Callable[..., Encoded | None], options: dict[str, Any]
 ) -> bytes:
-    """A hash of a tokenizer as it is saved, chat template and all, of `encode`'s code, and of the options it gets.
+    """A hash of a tokenizer as it is saved, chat template included, of `encode`'s code, and of its options.
 
     Raises:
         OSError: the tokenizer cannot be saved.
     """
-    tokenizer("")  # what was padded or cut before would be saved as the tokenizer's own way
+    tokenizer("")  # resets padding and truncation, which would be saved as well
     parts = [type(tokenizer).__qualname__, transformers.__version__, tokenizers.__version__, json.dumps(options)]
-    # The sources themselves: a version number would have to be thought of.
+    # The sources themselves: nobody has to remember to raise a version number.
     parts += [inspect.getsource(code) for code in (tokens, sys.modules[__name__], encode)]
     saved: list[tuple[str, bytes]] = []
     with TemporaryDirectory() as folder:
@@ -266,8 +249,8 @@ def settings_of(
             raise OSError(f"{type(tokenizer).__name__} cannot be saved: {error}") from None
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             content = file.read_bytes()
-            if file.name == "tokenizer_config.json":  # which also says where the tokenizer was loaded from
+            if file.name == "tokenizer_config.json":
                 config = json.loads(content)
-                content = json.dumps({key: config[key] for key in config if key not in _WHENCE}).encode()
+                content = json.dumps({key: config[key] for key in config if key not in _ORIGIN}).encode()
             saved.append((file.name, content))
     return hashlib.sha256(repr((parts, saved)).encode()).digest()

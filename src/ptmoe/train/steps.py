@@ -1,11 +1,11 @@
-"""The progress of a training run, for whoever displays it."""
+"""The progress of a training run, for display."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 Progress = Callable[[int, int, float | None], None]  # steps done, steps in all, the last loss
 
@@ -17,23 +17,12 @@ class StepsCallback(TrainerCallback):
         self.progress = progress
         self.loss: float | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._report(state)
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        self.loss = logs.get("loss", self.loss)
+        self._report(args, state, control)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._report(state)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
-        self._report(state)
-
-    def _report(self, state: TrainerState) -> None:
+    def _report(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, self.loss)
+
+    on_train_begin = on_step_end = _report

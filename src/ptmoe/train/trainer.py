@@ -1,8 +1,5 @@
-"""`transformers.Trainer` for adapters.
-
-Checkpoints without pickles, batches by tokens, smaller parts where memory cannot hold a batch, and a stop when the loss
-diverges.
-"""
+"""`transformers.Trainer` for adapters: checkpoints without pickles, batches by tokens, smaller parts where memory is
+short, and a stop when the loss diverges."""
 
 from __future__ import annotations
 
@@ -17,10 +14,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
@@ -102,7 +100,7 @@ class PromptTrainer(Trainer):
             self.optimizer = self.model.encoder.optimizer(self.args.learning_rate, self.args.weight_decay)
         return cast(torch.optim.Optimizer, super().create_optimizer(*arguments))
 
-    # -- divergence --------------------------------------------------------------------------------------------------
+    # -- divergence ----------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = self._in_parts(model, inputs, num_items_in_batch)
@@ -133,21 +131,23 @@ class PromptTrainer(Trainer):
                     return f"the weights of {folder}"
         return None
 
-    # -- memory ------------------------------------------------------------------------------------------------------
+    # -- memory --------------------------------------------------------------------------------------------------------
 
     def _in_parts(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
-        """A training step, in twice as many parts whenever memory cannot hold one. The loss is over the supervised
-        tokens of the global batch, so the parts add up to the same gradient."""
-        rows = len(inputs["input_ids"])
+        """A training step, in twice as many parts whenever memory cannot hold it. The loss is over the supervised
+        tokens of the global batch, so the gradients of the parts add up to the same."""
         if num_items is None or self.args.world_size > 1:  # the other processes would wait for the second part
             return cast(Tensor, super().training_step(model, inputs, num_items))
+        rows = len(inputs["input_ids"])
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trainable]
         while True:
             size = -(-rows // min(self._parts, rows))
             try:
                 losses = [
-                    super(PromptTrainer, self).training_step(model, _rows(inputs, start, start + size), num_items)
+                    super(PromptTrainer, self).training_step(
+                        model, _rows(inputs, slice(start, start + size)), num_items
+                    )
                     for start in range(0, rows, size)
                 ]
                 return torch.stack(losses).sum()
@@ -165,7 +165,7 @@ class PromptTrainer(Trainer):
                 stacklevel=2,
             )
 
-    # -- checkpoints without pickles ---------------------------------------------------------------------------------
+    # -- checkpoints without pickles -----------------------------------------------------------------------------------
 
     @property
     def _sharded(self) -> bool:
@@ -178,11 +178,8 @@ class PromptTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         self.model.save_pretrained(folder)
         # What the published form lacks: the coordinates in which the router is trained.
-        state = self.model.encoder.training_state()
-        if state:
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / TRAINING_STATE
-            )
+        if state := self.model.encoder.training_state():
+            save_file({name: value.contiguous() for name, value in state.items()}, folder / TRAINING_STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._sharded:
@@ -197,43 +194,35 @@ class PromptTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._sharded or self.optimizer is None:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        if not self.args.should_save:
-            return
-        saved = self.optimizer.state_dict()
-        tensors, numbers = {}, {}
-        for index, entries in saved["state"].items():
-            for name, value in entries.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-                else:
-                    numbers[f"{index}.{name}"] = value
-        metadata = {"param_groups": json.dumps(saved["param_groups"]), "numbers": json.dumps(numbers)}
-        save_file(tensors, Path(output_dir) / OPTIMIZER, metadata)
-        (Path(output_dir) / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict()))
+        elif self.args.should_save:
+            saved = self.optimizer.state_dict()
+            state = {f"{key}.{name}": value for key, part in saved["state"].items() for name, value in part.items()}
+            tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+            numbers = {name: value for name, value in state.items() if name not in tensors}
+            metadata = {"param_groups": json.dumps(saved["param_groups"]), "numbers": json.dumps(numbers)}
+            save_file(tensors, Path(output_dir) / OPTIMIZER, metadata)
+            (Path(output_dir) / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._sharded or not (Path(checkpoint) / OPTIMIZER).exists():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        from safetensors import safe_open
-
-        state: dict[int | str, dict[str, Any]] = {}  # by parameter; LoRA-FA's optimizer names them
+        state: dict[int | str, dict[str, Any]] = {}  # by parameter: its number or, in LoRA-FA's optimizer, its name
         with safe_open(Path(checkpoint) / OPTIMIZER, "pt") as opened:  # loading moves the state to its parameters
             metadata = opened.metadata()
-            entries = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        for key, value in (entries | json.loads(metadata["numbers"])).items():
-            index, name = key.rsplit(".", 1)
-            state.setdefault(int(index) if index.isdigit() else index, {})[name] = value
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        for name, value in (tensors | json.loads(metadata["numbers"])).items():
+            key, _, entry = name.rpartition(".")
+            state.setdefault(int(key) if key.isdigit() else key, {})[entry] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": json.loads(metadata["param_groups"])})
         self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULER).read_text()))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        state = {"python": random.getstate(), "numpy": _numpy_state(), "torch": torch.get_rng_state().tolist()}
+        state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
         if torch.cuda.is_available():
-            state["cuda"] = [device.tolist() for device in torch.cuda.get_rng_state_all()]
+            state["cuda"] = torch.cuda.get_rng_state_all()
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        self._random_state_file(output_dir).write_text(json.dumps(state))
+        self._random_state_file(output_dir).write_text(json.dumps(state, default=lambda array: array.tolist()))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._random_state_file(checkpoint).exists():
@@ -242,8 +231,7 @@ class PromptTrainer(Trainer):
         state = json.loads(self._random_state_file(checkpoint).read_text())
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        np.random.set_state(state["numpy"])
         torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([torch.tensor(device, dtype=torch.uint8) for device in state["cuda"]])
@@ -254,30 +242,23 @@ class PromptTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the batches which epoch begins: `accelerate` wraps them where several processes share them, again in a
-    resumed run, and does not pass the number on."""
+    """Passes the epoch on to the batches: `accelerate` wraps them where several processes share them, again in a
+    resumed run, and does not pass it on."""
 
     def __init__(self, batches: TokenBatches) -> None:
         self.batches = batches
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.batches.set_epoch(int(state.epoch or 0))
 
 
-def _rows(inputs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+def _rows(inputs: dict[str, Any], part: slice) -> dict[str, Any]:
     """Some rows of a batch."""
     count = len(inputs["input_ids"])
-    if (start, min(stop, count)) == (0, count):
-        return inputs
     return {
-        name: value[start:stop] if isinstance(value, Tensor | list | tuple) and len(value) == count else value
+        name: value[part] if isinstance(value, Tensor | list | tuple) and len(value) == count else value
         for name, value in inputs.items()
     }
-
-
-def _numpy_state() -> list[Any]:
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return [name, keys.tolist(), *rest]  # type: ignore[union-attr]
 
 
 class MetricsFile(TrainerCallback):
@@ -287,25 +268,17 @@ class MetricsFile(TrainerCallback):
         self.path = path
         self.before = 0.0  # seconds of the runs that this run resumes
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        kept = []
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
+        kept = []
         if state.global_step and self.path.exists():
             kept = [line for line in LogLine.read_lines(self.path) if (line.step or 0) <= state.global_step]
             self.before = kept[-1].seconds or 0.0 if kept else 0.0
         write_lines(self.path, kept)
         self.started = time.monotonic()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        seconds = round(self.before + time.monotonic() - self.started, 3)
-        append_line(self.path, LogLine(**{"step": state.global_step, "seconds": seconds, **logs}))
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if state.is_world_process_zero and "train_runtime" not in logs:
+            seconds = round(self.before + time.monotonic() - self.started, 3)
+            append_line(self.path, LogLine(**{"step": state.global_step, "seconds": seconds, **logs}))
