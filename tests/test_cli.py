@@ -220,6 +220,9 @@ def test_a_run_trains_generates_and_repeats(run, run_folder, tmp_path):
     status, out, _ = run("train", run_folder / "config.yaml", "--output-dir", tmp_path / "again")
     assert status == 0
     assert "trainable parameters, 4 steps" in out
+    assert "nano/words" not in (tmp_path / "again" / "report.html").read_text()
+    assert run("eval", tmp_path / "again", "--task", "nano/words", "--examples", 5)[0] == 0
+    assert "nano/words" in (tmp_path / "again" / "report.html").read_text()
     first, again = (folder / "adapter" / "adapter_model.safetensors" for folder in (run_folder, tmp_path / "again"))
     assert first.read_bytes() == again.read_bytes()
 

@@ -22,8 +22,9 @@ from ptmoe.compare.run import Watcher, compare
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, PTMoEConfig
 from ptmoe.models.attach import count_parameters
-from ptmoe.report import read_comparison, read_run
-from ptmoe.report.results import scoreboards
+from ptmoe.report import read_comparison
+from ptmoe.report.results import boards
+from ptmoe.runs.folders import read_run
 from ptmoe.train import TrainOptions
 from ptmoe.train.options import SharedOptions
 
@@ -303,7 +304,8 @@ def test_every_preset_runs_on_nano(preset, tmp_path):
     asked = {"preset": preset, "model": "nano", "seeds": 2, "output_dir": str(tmp_path / "c")}
     comparison = prepare(read_plan(None, asked))
     assert not comparison.left_out
-    assert len(comparison.cells) == 2 * len(comparison.variants) >= 4
+    trained = [variant for variant in comparison.variants if not variant.is_base]
+    assert len(comparison.cells) == 2 * len(trained) + (preset == "quickstart") >= 4
     assert all(cell.task.startswith("nano/") and cell.options.max_steps <= 400 for cell in comparison.cells)
     allowed = {"ft", "hydralora"}  # over the budget in the paper, too
     for variant in comparison.variants:
@@ -350,7 +352,7 @@ def test_the_help_names_every_preset(run):
 
 MISTAKES = {
     ("--preset", "paper-maths"): "unknown preset 'paper-maths'; did you mean 'paper-math'?",
-    (): "nothing to compare on: give a --task, or a --preset (paper-qa",
+    (): "nothing to compare on: give a --task, or a --preset (quickstart, paper-qa",
     ("nowhere.yaml",): "no plan nowhere.yaml",
     ("--task", "nano/mixd"): "unknown task 'nano/mixd'; did you mean 'nano/mixed'?",
     ("--task", "nano/mixed", "--method", "ptmoe"): "unknown method 'ptmoe'; did you mean 'pt-moe'?",
@@ -461,13 +463,13 @@ def test_a_failed_cell_is_reported_and_the_others_still_run(tmp_path, trained):
     trained.does = broken
     failed = compare(prepared(tmp_path / "c"))
     assert len(trained) == 4
-    assert sorted((cell["label"], cell["task"], cell["seed"], cell["error"]) for cell in failed) == [
+    assert sorted((*failure.cell, failure.error) for failure in failed) == [
         ("dpt", "nano/mixed", 0, "RuntimeError: out of memory"),
         ("pt", "nano/mixed", 1, "the loss became nan"),
     ]
     assert "in broken" in (tmp_path / "c" / "log.txt").read_text(), "the traceback of an unforeseen error"
     lines = (tmp_path / "c" / "failed.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == failed
+    assert [json.loads(line) for line in lines] == [failure.model_dump() for failure in failed]
 
     trained.does = lambda options: None
     assert compare(prepared(tmp_path / "c")) == []
@@ -517,8 +519,12 @@ def test_the_base_is_a_row_of_the_report_that_nothing_was_trained_for(run, tmp_p
     assert run("eval", "--model", "nano", *options)[0] == 0
     alone, here = (folder / "predictions" / "nano__mixed.jsonl" for folder in (tmp_path / "alone", place))
     assert here.read_text() == alone.read_text()
-    board = next(board for board in scoreboards(read_comparison(tmp_path / "c")) if board.ranks)
-    assert [(row.label, row.trainable_parameters) for row in board.rows] == [("base", 0), ("pt", 768)]
+    comparison = read_comparison(tmp_path / "c")
+    assert next(board for board in boards(comparison) if board.ranks).scores.keys() >= {
+        ("base", "average"),
+        ("pt", "average"),
+    }
+    assert [comparison.of(label)[0].trainable_parameters for label in comparison.labels] == [0, 768]
     assert run(*arguments, "--dry-run")[1].count("0 to run") == 1
 
 
@@ -536,7 +542,7 @@ def test_another_comparisons_folder_is_refused_with_the_differences(change, diff
         prepared(tmp_path / "c", **change)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(PtmoeError, match="holds something that is no comparison"):
+    with pytest.raises(PtmoeError, match="holds something other than a comparison"):
         prepared(tmp_path / "other")
 
 
@@ -553,7 +559,7 @@ def test_a_cell_whose_record_is_damaged_or_of_another_size_is_run_again(tmp_path
 def test_two_commands_do_not_work_in_one_folder(tmp_path, trained):
     pytest.importorskip("fcntl")
     comparison = prepared(tmp_path / "c")
-    with ComparisonFolder(tmp_path / "c").held(), pytest.raises(PtmoeError, match="another ptmoe compare is at work"):
+    with ComparisonFolder(tmp_path / "c").held(), pytest.raises(PtmoeError, match="another ptmoe compare is running"):
         compare(comparison)
     compare(comparison)
     assert len(trained) == 4
