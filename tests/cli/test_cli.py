@@ -189,20 +189,20 @@ def test_a_yaml_file_names_the_method_and_options_take_precedence_field_by_field
     }
 
 
-def test_a_batch_size_is_the_rows_of_the_commands_main_work(run, options, monkeypatch):
+def test_a_batch_size_is_the_rows_of_the_commands_main_work(run, options, monkeypatch, tmp_path):
     task = ("--task", "nano/mixed")
     assert options(*task, "--batch-size", 3) == options(*task, "--per-device-train-batch-size", 3)
     assert options(*task, "--batch-size", 3, "--eval-batch-size", 5).eval_batch_size == 5
     plans = []
-    monkeypatch.setattr("ptmoe.cli.comparison.prepare", lambda plan, **_: plans.append(plan) or sys.exit())
+    monkeypatch.setattr("ptmoe.compare.run.prepare", lambda plan, **_: plans.append(plan) or sys.exit())
     for flag in ("--batch-size", "--per-device-train-batch-size"):
         run("compare", *task, flag, 3)
     assert plans[0] == plans[1]
     assert plans[0].per_device_train_batch_size == 3
     sizes = []
-    monkeypatch.setattr("ptmoe.cli.evaluation.evaluate", lambda *_, **__: sizes.append(_[5]["batch_size"]))
+    monkeypatch.setattr("ptmoe.evaluate.evaluate", lambda *_, batch_size, **__: sizes.append(batch_size) or sys.exit())
     for flag in ("--batch-size", "--per-device-eval-batch-size"):
-        run("eval", "--model", "nano", *task, flag, 3)
+        run("eval", "--model", "nano", *task, flag, 3, "--output-dir", tmp_path)
     assert sizes == [3, 3]
     for command in ("train", "compare", "eval"):
         assert "--batch-size" in shown_options(run, command)

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from transformers import LlamaConfig
 
 from ptmoe.compare import ComparePlan, fit_budget, parse_budget, prepare, read_plan
-from ptmoe.compare import cell as cell_module
+from ptmoe.compare import workers as workers_module
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.presets import NANO_BUDGET, PRESETS
-from ptmoe.compare.processes import Processes
 from ptmoe.compare.run import Watcher, compare
+from ptmoe.compare.workers import Workers
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, PTMoEConfig
 from ptmoe.models.attach import count_parameters
@@ -79,7 +79,7 @@ def trained(monkeypatch):
             return 7
 
     cells = Trained()
-    monkeypatch.setattr(cell_module, "run_cell", cells.run)
+    monkeypatch.setattr(workers_module, "run_cell", cells.run)
     return cells
 
 
@@ -364,7 +364,13 @@ MISTAKES = {
     ("--task", "nano/mixed", "--budget", "80q"): "budget '80q': needs a whole number of parameters",
     ("--task", "nano/mixed", "--learning-rate", "x"): "needs a number, or METHOD=NUMBER",
     ("--task", "nano/mixed", "--learning-rate", "dpt=1"): "learning_rate of 'dpt', which is not compared",
-    ("--task", "nano/mixed", "--model", "./nowhere"): "unknown model './nowhere'",
+    ("--task", "nano/mixed", "--model", "./nowhere"): "no model folder './nowhere'",
+    (
+        "--task",
+        "nano/mixed",
+        "--model",
+        "nowhere",
+    ): "unknown model 'nowhere': it is not nano, not a folder, and the Hub",
     ("--task", "nano/mixed", "--max-steps", "0"): "max_steps=0",
     ("--task", "nano/mixed", "--eval-task", "svamp", "--data-dir", "."): "holds no test split of svamp",
     ("--task", "math_problems"): "no cell is left: math_problems: math_problems has no train split",
@@ -557,7 +563,6 @@ def test_a_cell_whose_record_is_damaged_or_of_another_size_is_run_again(tmp_path
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path, trained):
-    pytest.importorskip("fcntl")
     comparison = prepared(tmp_path / "c")
     with ComparisonFolder(tmp_path / "c").held(), pytest.raises(PtmoeError, match="another ptmoe compare is running"):
         compare(comparison)
@@ -614,16 +619,16 @@ def test_a_process_that_is_killed_fails_its_cell_and_another_takes_over(tmp_path
         "    if json.loads(line)['seed'] == 14: sys.exit(3)\n"
         "    print(json.dumps({'trainable': 384}), flush=True)\n"
     )
-    monkeypatch.setattr(Processes, "command", (sys.executable, "-S", "-c", script))
-    processes = Processes(2, tmp_path / "log.txt")
+    monkeypatch.setattr(Workers, "command", (sys.executable, "-S", "-c", script))
+    workers = Workers(2, tmp_path / "log.txt")
     steps = []
 
     def kill(*step):
-        for process in processes.alive:
+        for process in workers.alive:
             process.kill()
 
     def run(seed, progress):
-        return processes.run(TrainOptions(task="nano/mixed", seed=seed), progress, print)
+        return workers.run(TrainOptions(task="nano/mixed", seed=seed), progress, print)
 
     try:
         assert run(1, lambda *step: steps.append(step)) == 384
@@ -633,7 +638,7 @@ def test_a_process_that_is_killed_fails_its_cell_and_another_takes_over(tmp_path
             run(14, lambda *step: None)
         assert run(2, lambda *step: steps.append(step)) == 384
         assert steps == [(1, 2, None)] * 2
-        assert len(processes.alive) == 3, "one served two cells, and each that died has a successor"
+        assert len(workers.alive) == 3, "one served two cells, and each that died has a successor"
     finally:
-        processes.stop()
-    assert all(process.poll() is not None for process in processes.alive)
+        workers.stop()
+    assert all(process.poll() is not None for process in workers.alive)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from ptmoe.cli.options import AdapterBase, DataDir, Device, Examples, Ids, NamedSplit, SkipBad
 from ptmoe.errors import PtmoeError
-from ptmoe.tasks import Problems, load_task, task_named, task_names
 
 if TYPE_CHECKING:
     from ptmoe.models.causal import PromptedCausalLM
@@ -19,30 +20,62 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: str | None,
-    names: Sequence[str],
-    split: str,
-    data: dict[str, Any],
-    base: dict[str, Any],
-    options: dict[str, Any],
-    *,
-    chat: bool | None,
-    output_dir: Path | None,
-    skip_bad: bool,
+    context: typer.Context,
+    run: Annotated[
+        str | None, typer.Argument(help="run folder or adapter folder; without one --model is evaluated alone")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="a named task, a group (mrqa-in, …) or a JSON-lines file; several times")
+    ] = None,
+    split: Annotated[str, typer.Option(help="of named tasks")] = "test",
+    data_dir: DataDir = None,
+    ids: Ids = None,
+    examples: Examples = None,
+    skip_bad: SkipBad = False,
+    model: AdapterBase = None,
+    device: Device = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            "--per-device-eval-batch-size",
+            "--batch-size",
+            min=1,
+            help="rows computed at once on one device by the evaluation; changes no answer in float32",
+        ),
+    ] = 32,
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="instead: as many rows as fit into this many tokens, new and virtual tokens included"),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="of an answer; by default the task's")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="real tokens of a prompt; longer contexts lose their end")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(help="the tokenizer's chat template; by default as the run was trained, else for named tasks"),
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="where eval/ and predictions/ are written; by default the run folder")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="start over instead of resuming an interrupted evaluation")
+    ] = False,
 ) -> None:
-    """Evaluate an adapter, or a base without one, on tasks one after another."""
-    if not names:
+    """Answer tasks greedily and grade the answers. An interrupted evaluation is resumed."""
+    from ptmoe.tasks import task_named, task_names
+
+    if not task:
         raise PtmoeError("nothing to answer: give a task with --task (`ptmoe tasks` lists them)")
-    if run is None and base["model"] is None:
+    if run is None and model is None:
         raise PtmoeError("nothing to evaluate: give a run or adapter folder, or a base with --model")
     if run is None and output_dir is None:
         raise PtmoeError("a base alone has no run folder: name a folder with --output-dir")
-    console = Console()
-    tasks = list(dict.fromkeys(task for name in names for task in task_names(name)))
-    if data.get("data_dir") is not None and Path(data["data_dir"]).is_file() and len(tasks) > 1:
-        raise PtmoeError(f"{len(tasks)} tasks and one file {data['data_dir']}: give the folder that holds them all")
-    if data.get("ids") is not None and len(tasks) > 1:
-        raise PtmoeError(f"{len(tasks)} tasks and one list of ids {data['ids']}: evaluate that task by itself")
+    tasks = list(dict.fromkeys(name for group in task for name in task_names(group)))
+    if len(tasks) > 1 and data_dir is not None and Path(data_dir).is_file():
+        raise PtmoeError(f"{len(tasks)} tasks and one file {data_dir}: give the folder that holds them all")
+    if len(tasks) > 1 and ids is not None:
+        raise PtmoeError(f"{len(tasks)} tasks and one list of ids {ids}: evaluate that task by itself")
     if run is not None:
         from ptmoe.adapters.folder import local_folder, read_config_file
 
@@ -50,7 +83,9 @@ def evaluate(
     folder = output_dir or Path(str(run))
     if not folder.is_dir() and output_dir is None:
         raise PtmoeError(f"{run} is not a local folder: name a folder for the results with --output-dir")
-    examples = {task: load(task, split, data, skip_bad, console) for task in tasks}
+    console = Console()
+    data = {"data_dir": data_dir, "ids": ids, "max_examples": examples}
+    loaded = {name: _load(name, split, console, skip_bad, **data) for name in tasks}
 
     from ptmoe.cli.progress import progress_bar
     from ptmoe.evaluate import evaluate as evaluate_task
@@ -61,30 +96,35 @@ def evaluate(
 
     quiet()
     if run is not None:
-        loaded = load_run(run, **base)
-        model, tokenizer = loaded.model, loaded.tokenizer
-        chat = loaded.chat if chat is None else chat
+        prompted = load_run(run, model=model, device=device, **context.obj)
+        answering, tokenizer = prompted.model, prompted.tokenizer
+        chat = prompted.chat if chat is None else chat
     else:
-        plain, tokenizer = load_base(base.pop("model"), **base)
-        model = PromptedCausalLM(plain.eval())
-    if options["batch_size"] > 1 or "tokens_per_batch" in options:
-        _warn_of_near_ties(model, console)
-    summaries = []
-    for name in tasks:
-        with progress_bar() as progress:
-            bar = progress.add_task(name, total=len(examples[name]), note="")
-            evaluation = evaluate_task(
-                model,
-                tokenizer,
-                examples[name],
-                task=task_named(name),
-                split=split,
-                chat=uses_chat(task_named(name), tokenizer, chat),
-                folder=folder,
-                progress=lambda done, total, bar=bar, bars=progress: bars.update(bar, completed=done),  # type: ignore[misc]
-                **options,
-            )
-        summaries.append(evaluation.summary())
+        base, tokenizer = load_base(str(model), device=device, **context.obj)
+        answering = PromptedCausalLM(base.eval())
+    if batch_size > 1 or tokens_per_batch is not None:
+        _warn_of_near_ties(answering, console)
+
+    def answer(name: str) -> EvaluationSummary:
+        bar = progress.add_task(name, total=len(loaded[name]), note="")
+        return evaluate_task(
+            answering,
+            tokenizer,
+            loaded[name],
+            task=task_named(name),
+            split=split,
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            chat=uses_chat(task_named(name), tokenizer, chat),
+            folder=folder,
+            overwrite=overwrite,
+            progress=lambda done, _: progress.update(bar, completed=done),
+        ).summary()
+
+    with progress_bar() as progress:
+        summaries = [answer(name) for name in tasks]
     console.print(evaluation_table(summaries))
     console.print(f"results: {folder / 'eval'}, predictions: {folder / 'predictions'}")
     report_run(folder, console)
@@ -115,7 +155,9 @@ def _warn_of_near_ties(model: PromptedCausalLM, console: Console) -> None:
         )
 
 
-def load(name: str, split: str, data: dict[str, Any], skip_bad: bool, console: Console) -> list[Example]:
+def _load(name: str, split: str, console: Console, skip_bad: bool, **data: Any) -> list[Example]:
+    from ptmoe.tasks import Problems, load_task
+
     problems = Problems(skip=skip_bad)
     examples = load_task(name, split, problems=problems, say=console.print, **data)
     if problems.count:
@@ -130,58 +172,53 @@ def evaluation_table(summaries: Sequence[EvaluationSummary]) -> Table:
     table = Table("task")
     for column in ("examples", *(f"{name}, %" for name in names), *notes):
         table.add_column(column, justify="right")
+
+    def cells(scores: Mapping[str, float], intervals: Mapping[str, tuple[float, float]] | None = None) -> Iterator[str]:
+        for name in names:
+            interval = " [{:.2f}, {:.2f}]".format(*intervals[name]) if intervals and name in scores else ""
+            yield f"{scores[name]:.2f}{interval}" if name in scores else "–"
+
     for summary in summaries:
-        cells = [_with_interval(summary, name) if name in summary.metrics else "–" for name in names]
         counts = (f"{getattr(summary, note):,}" for note in notes)
-        table.add_row(summary.task, f"{summary.examples:,}", *cells, *counts)
+        table.add_row(summary.task, f"{summary.examples:,}", *cells(summary.metrics, summary.interval), *counts)
         if len(summary.by_domain) > 1:
             for domain, part in summary.by_domain.items():
-                scores = (f"{part[name]:.2f}" if name in part else "–" for name in names)
-                table.add_row(f"  {domain}", f"{part['examples']:,}", *scores)
-            means = summary.mean_of_domains
-            table.add_row("  mean of these", "", *(f"{means[name]:.2f}" if name in means else "–" for name in names))
+                table.add_row(f"  {domain}", f"{part['examples']:,}", *cells(part))
+            table.add_row("  mean of these", "", *cells(summary.mean_of_domains))
     if len(summaries) > 1:
-        averages = []
-        for name in names:
-            values = [summary.metrics[name] for summary in summaries if name in summary.metrics]
-            averages.append(f"{sum(values) / len(values):.2f}" if len(values) == len(summaries) else "–")
+        shared = set.intersection(*(set(summary.metrics) for summary in summaries))
+        means = {name: sum(summary.metrics[name] for summary in summaries) / len(summaries) for name in shared}
         table.add_section()
-        table.add_row("mean", "", *averages)
+        table.add_row("mean", "", *cells(means))
     return table
 
 
-def _with_interval(summary: EvaluationSummary, metric: str) -> str:
-    low, high = summary.interval[metric]
-    return f"{summary.metrics[metric]:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _mean(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.2f}" if len(known) == len(values) else "–"
-
-
 def score(
-    name: str,
-    predictions: Path,
-    split: str,
-    data: dict[str, Any],
-    *,
-    missing_as_wrong: bool,
-    skip_bad: bool,
-    output: Path | None,
+    task: Annotated[str, typer.Argument(help="a named task or a JSON-lines file")],
+    predictions: Annotated[Path, typer.Argument(help="{id: text} as JSON, or JSON lines with an id and a text")],
+    split: NamedSplit = "test",
+    data_dir: DataDir = None,
+    ids: Ids = None,
+    examples: Examples = None,
+    skip_bad: SkipBad = False,
+    missing_as_wrong: Annotated[
+        bool, typer.Option("--missing-as-wrong", help="an unanswered example scores 0, as in MRQA's evaluator")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="write the result as JSON")] = None,
 ) -> None:
-    """Grade a file of predictions without a model."""
+    """Grade any system's predictions, without a model."""
     from ptmoe.runs.records import EvaluationSummary
+    from ptmoe.tasks import task_named
     from ptmoe.tasks.predictions import read_predictions
     from ptmoe.tasks.scoring import grade, summarise
 
     console = Console()
     texts = read_predictions(predictions)
-    examples = load(name, split, data, skip_bad, console)
-    marks = grade(name, texts, examples, missing_as_wrong=missing_as_wrong)
+    loaded = _load(task, split, console, skip_bad, data_dir=data_dir, ids=ids, max_examples=examples)
+    marks = grade(task, texts, loaded, missing_as_wrong=missing_as_wrong)
     summary = EvaluationSummary(
-        **summarise(task_named(name), split, marks, [example.domain for example in examples]),
-        unanswered=sum(example.id not in texts for example in examples),
+        **summarise(task_named(task), split, marks, [example.domain for example in loaded]),
+        unanswered=sum(example.id not in texts for example in loaded),
     )
     console.print(evaluation_table([summary]))
     if output is not None:

@@ -7,11 +7,13 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from ptmoe.cli.options import Adapter, AdapterBase, DataDir, Device, NamedSplit, given
 from ptmoe.errors import PtmoeError
 
 if TYPE_CHECKING:
@@ -19,18 +21,27 @@ if TYPE_CHECKING:
 
 
 def generate(
-    adapter: Path,
-    prompts: list[str] | None,
-    base: dict[str, Any],
-    options: dict[str, Any],
-    *,
-    seed: int | None,
-    chat: bool | None,
-    show_routing: bool,
+    context: typer.Context,
+    adapter: Adapter,
+    prompt: Annotated[list[str] | None, typer.Argument(help="prompts; by default the lines of standard input")] = None,
+    model: AdapterBase = None,
+    device: Device = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    num_beams: Annotated[int, typer.Option(min=1)] = 1,
+    do_sample: Annotated[bool, typer.Option("--do-sample")] = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: Annotated[int | None, typer.Option(help="for --do-sample")] = None,
+    chat: Annotated[
+        bool | None, typer.Option(help="the tokenizer's chat template; by default as the run was trained")
+    ] = None,
+    show_routing: Annotated[
+        bool, typer.Option("--show-routing", help="report the expert that each prompt is routed to")
+    ] = False,
 ) -> None:
-    """Print a completion of each prompt; an empty line for an empty prompt."""
-    prompts = prompts or [line.rstrip("\n") for line in sys.stdin]
-    if not any(prompt.strip() for prompt in prompts):
+    """Complete prompts with an adapter."""
+    prompts = prompt or [line.rstrip("\n") for line in sys.stdin]
+    if not any(text.strip() for text in prompts):
         raise PtmoeError("no prompt: give one as an argument, or lines on standard input")
 
     import torch
@@ -42,30 +53,49 @@ def generate(
     from ptmoe.tasks.tokens import encode_prompt
 
     quiet()
-    loaded = load_run(adapter, **base)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    chat = bool(loaded.chat) if chat is None else chat
-    ends = {"eos_token_id": sorted(end_tokens(model, tokenizer)) or None, "pad_token_id": tokenizer.pad_token_id}
+    loaded = load_run(adapter, model=model, device=device, **context.obj)
+    prompted, tokenizer = loaded.model, loaded.tokenizer
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "do_sample": do_sample,
+        "eos_token_id": sorted(end_tokens(prompted, tokenizer)) or None,
+        "pad_token_id": tokenizer.pad_token_id,
+        **given(temperature=temperature, top_p=top_p),
+    }
     if seed is not None:
         torch.manual_seed(seed)
-    for prompt in prompts:
-        if not prompt.strip():
+    for text in prompts:
+        if not text.strip():
             print()
             continue
-        encoded = encode_prompt(Example("", prompt, "", (), ""), tokenizer, chat=chat)
+        in_template = bool(loaded.chat) if chat is None else chat
+        encoded = encode_prompt(Example("", text, "", (), ""), tokenizer, chat=in_template)
         assert encoded is not None  # without a limit every prompt fits
-        ids = torch.tensor([encoded.ids], device=model.device)
-        completed = model.generate(input_ids=ids, **ends, **options)
+        ids = torch.tensor([encoded.ids], device=prompted.device)
+        completed = prompted.generate(input_ids=ids, **options)
         print(tokenizer.decode(completed[0, ids.shape[1] :], skip_special_tokens=True))
-        routing = model.route(ids) if show_routing else None
+        routing = prompted.route(ids) if show_routing else None
         if routing is not None:
             gate = ", ".join(f"{value:.3f}" for value in routing.gate[0].tolist())
             print(f"expert {int(routing.gate[0].argmax())}, gate [{gate}]", file=sys.stderr)
 
 
 def inspect(
-    adapter: Path, task: str, split: str, data: dict[str, Any], base: dict[str, Any], output_dir: Path | None
+    context: typer.Context,
+    adapter: Adapter,
+    task: Annotated[str, typer.Option(help="a named task or a JSON-lines file whose inputs are routed")],
+    split: NamedSplit = "test",
+    data_dir: DataDir = None,
+    examples: Annotated[int, typer.Option(min=1, help="the first N examples only")] = 1000,
+    model: AdapterBase = None,
+    device: Device = None,
+    output_dir: Annotated[Path | None, typer.Option(help="where figures go; by default ADAPTER/inspect")] = None,
 ) -> None:
+    """Print and draw what an adapter has learned.
+
+    That is the experts' use by domain, the similarity of their prompts, and the words nearest to each virtual token.
+    """
     from ptmoe.cli.evaluation import report_run
     from ptmoe.models.attach import load_run
     from ptmoe.models.bases import quiet
@@ -73,36 +103,33 @@ def inspect(
     from ptmoe.tasks import load_task, task_named
     from ptmoe.tasks.tokens import uses_chat
 
-    examples = load_task(task, split, **data)
+    inputs = load_task(task, split, data_dir, max_examples=examples)
     quiet()
-    loaded = load_run(adapter, **base)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    loaded = load_run(adapter, model=model, device=device, **context.obj)
+    prompted, tokenizer, config = loaded.model, loaded.tokenizer, loaded.model.method_config
 
     from ptmoe.evaluate.nearest_words import nearest_words
     from ptmoe.evaluate.routing import expert_similarity, route_examples, summarise_routing
     from ptmoe.report import routing_figures
     from ptmoe.report.theme import drawing
 
-    chat = uses_chat(task_named(task), tokenizer, loaded.chat)
-    gates = route_examples(model, tokenizer, examples, chat=chat)
-    domains = [example.domain for example in examples]
-    routing = summarise_routing(
-        gates, domains, similarity=expert_similarity(model.encoder), soft_gate=model.method_config.soft_gate
-    )
-    console = Console()
-    nearest = nearest_words(model, tokenizer)
-    folder = output_dir or adapter / INSPECT_FOLDER
+    gates = route_examples(prompted, tokenizer, inputs, chat=uses_chat(task_named(task), tokenizer, loaded.chat))
+    domains = [example.domain for example in inputs]
+    similarity = expert_similarity(prompted.encoder)
+    routing = summarise_routing(gates, domains, similarity=similarity, soft_gate=config.soft_gate)
+    nearest = nearest_words(prompted, tokenizer)
     if routing is None and not nearest.experts:
         raise PtmoeError(
-            f"{adapter} is a {model.method_config.method} adapter: it has neither a gate of each input nor virtual "
-            "tokens in the embeddings' space, there is nothing to show"
+            f"{adapter} is a {config.method} adapter: it has neither a gate of each input nor virtual tokens in the "
+            "embeddings' space, there is nothing to show"
         )
+    console, folder = Console(), output_dir or adapter / INSPECT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    console.print(f"{model.method_config.method} on {task}, {len(examples):,} inputs")
+    console.print(f"{config.method} on {task}, {len(inputs):,} inputs")
     if routing is None:
         console.print("it does not route: one prompt serves every input")
     else:
-        show_routing(console, routing, Counter(domains))
+        _print_routing(console, routing, Counter(domains))
         routing.write(folder / ROUTING_FILE)
         with drawing():
             for name, figure in routing_figures(routing).items():
@@ -119,33 +146,39 @@ def inspect(
         report_run(adapter, console)  # now with these words
 
 
-def show_routing(console: Console, routing: RoutingSummary, examples: Mapping[str, int]) -> None:
+def _print_routing(console: Console, routing: RoutingSummary, examples: Mapping[str, int]) -> None:
     """Which expert each domain goes to, how evenly, and whether routing has collapsed; `examples` of each domain."""
     from ptmoe.runs.records import collapsed_expert
 
-    experts = routing.num_experts
-    table = Table("domain", *(f"expert {i}" for i in range(experts)))
+    experts = [f"expert {i}" for i in range(routing.num_experts)]
+    table = Table("domain", *experts)
     for domain, use in routing.use.items():
         table.add_row(domain or "all", *(f"{100 * share:.1f} %" for share in use))
     console.print(table)
     console.print(
-        f"entropy of the use {routing.entropy:.3f} nats (even: {math.log(experts):.3f}), "
+        f"entropy of the use {routing.entropy:.3f} nats (even: {math.log(len(experts)):.3f}), "
         f"mutual information of expert and domain {routing.mutual_information:.3f} nats"
     )
     shares = routing.overall_shares(examples)
     if collapsed_expert(shares) is not None:
         console.print(
-            f"[bold]warning[/bold]: the routing has collapsed, one of {experts} experts takes "
+            f"[bold]warning[/bold]: the routing has collapsed, one of {len(experts)} experts takes "
             f"{100 * max(shares):.1f} % of the {'gate' if routing.is_soft else 'inputs'}"
         )
-    similarity = Table("cosine of the prompts", *(f"expert {i}" for i in range(experts)))
-    for index, row in enumerate(routing.prompt_similarity or []):
-        similarity.add_row(f"expert {index}", *(f"{value:.3f}" for value in row))
+    similarity = Table("cosine of the prompts", *experts)
+    for expert, row in zip(experts, routing.prompt_similarity or [], strict=False):
+        similarity.add_row(expert, *(f"{value:.3f}" for value in row))
     console.print(similarity)
 
 
-def convert(source: Path, target: Path, model: str | None) -> None:
-    """Write a pt adapter as peft's PROMPT_TUNING folder, or the reverse."""
+def convert(
+    source: Annotated[Path, typer.Argument(help="adapter folder: a pt adapter of ours, or peft's PROMPT_TUNING")],
+    target: Annotated[Path, typer.Argument(help="folder to write; must be new or empty")],
+    model: Annotated[
+        str | None, typer.Option(help="the base, for a folder of peft's; by default the base that it names")
+    ] = None,
+) -> None:
+    """Convert a pt adapter to peft's PROMPT_TUNING, or back. The logits stay the same."""
     from ptmoe.adapters.folder import CONFIG_FILE, read_config_file
     from ptmoe.adapters.peft import from_peft, to_peft
     from ptmoe.models.bases import load_base, quiet

@@ -1,14 +1,16 @@
-"""Options that are the fields of a settings class: names, types, choices, defaults and help come from the class."""
+"""Options that several commands share, and options that are the fields of a settings class."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Sequence
 from copy import copy
+from functools import cached_property
+from pathlib import Path
+from pkgutil import resolve_name
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
@@ -21,7 +23,18 @@ if TYPE_CHECKING:
     Fields = dict[str, list[FieldInfo]]  # by name; several methods may have a field of one name
 
 HELP = ("-h", "--help")
-ARGUMENTS = "ptmoe.arguments"  # in a context's `meta`: what the command was given
+
+Model = Annotated[str, typer.Option(help="nano, a folder, or a Hugging Face Hub repository")]
+AdapterBase = Annotated[str | None, typer.Option("--model", help="by default the base that the adapter names")]
+Adapter = Annotated[Path, typer.Argument(help="adapter folder, or a run folder that holds one")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …; by default the accelerator, where there is one")
+]
+NamedSplit = Annotated[str, typer.Option(help="of a named task")]
+DataDir = Annotated[str | None, typer.Option(help="folder or file with the data set; by default it is downloaded")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="skip bad records, and report how many there were")]
+Ids = Annotated[Path | None, typer.Option(help="file of example ids, one a line or a JSON list: only these")]
+Examples = Annotated[int | None, typer.Option(min=1, help="the first N examples only")]
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -42,35 +55,28 @@ def command_of(settings: str, *only: str, methods: bool = False) -> type[TyperCo
     """
 
     class SettingsCommand(TyperCommand):
+        arguments: Sequence[str] = HELP  # what the command was given; the reference in docs/ is its help
+
+        @cached_property
+        def from_fields(self) -> list[Any]:
+            described = described_fields(resolve_name(settings))
+            fields = {name: [field] for name, field in described.items() if not only or name in only}
+            return _options(fields | _method_fields(self.arguments) if methods else fields)
+
         def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
-            context.meta[ARGUMENTS] = tuple(arguments)
+            self.arguments = tuple(arguments)
             return super().parse_args(context, arguments)
 
         def get_params(self, context: Any) -> list[Any]:
             *declared, help_option = super().get_params(context)
-            return [*declared, *self.from_fields(context), help_option]
-
-        def from_fields(self, context: Any) -> list[Any]:
-            key = f"ptmoe.options.{self.name}"  # parsing needs the same objects each time it asks
-            if key not in context.meta:
-                fields = _settings_fields(settings, only)
-                if methods:
-                    fields |= _method_fields(context.meta.get(ARGUMENTS, HELP))
-                context.meta[key] = _options(fields)
-            return cast(list[Any], context.meta[key])
+            return [*declared, *self.from_fields, help_option]
 
         def invoke(self, context: Any) -> Any:
-            values = {option.name: context.params.pop(option.name) for option in self.from_fields(context)}
+            values = {option.name: context.params.pop(option.name) for option in self.from_fields}
             context.obj = {name: value for name, value in values.items() if value is not None and value != ()}
             return super().invoke(context)
 
     return SettingsCommand
-
-
-def _settings_fields(settings: str, only: Sequence[str]) -> Fields:
-    module, _, name = settings.partition(":")
-    fields = described_fields(getattr(importlib.import_module(module), name))
-    return {name: [field] for name, field in fields.items() if not only or name in only}
 
 
 def _method_fields(arguments: Sequence[str]) -> Fields:
@@ -107,7 +113,7 @@ def _options(fields: Fields) -> list[Any]:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[Optional[kind], _option(name, same)],  # noqa: UP045  the type is a value
+            annotation=Annotated[kind | None, _option(name, same, repeatable=kind == list[str])],
         )
         for name, same in fields.items()
         if (kind := _type(same)) is not None
@@ -121,13 +127,13 @@ def _options(fields: Fields) -> list[Any]:
     return list(typer.main.get_command(app).params)
 
 
-def _option(name: str, fields: Sequence[FieldInfo]) -> Any:
+def _option(name: str, fields: Sequence[FieldInfo], *, repeatable: bool) -> Any:
     flag, default = _flag(fields), fields[0].get_default()
     text = " ".join((fields[0].description or "").split())
     if isinstance(default, str | int | float) and default not in ("", False):
         text += f" [default: {'--' + name.replace('_', '-') if default is True else default}]"
-    names, repeatable = flag.names if flag else (), _type(fields) == list[str]
     callback = _alone if {str, list} <= {*_leaves(fields)} else None
+    names = flag.names if flag else ()
     return typer.Option(*names, help=text, metavar="<str>..." if repeatable else None, callback=callback)
 
 

@@ -4,43 +4,59 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from ptmoe.cli.options import DataDir, Model, NamedSplit, SkipBad, given
 from ptmoe.errors import PtmoeError, near
 
 if TYPE_CHECKING:
     from ptmoe.tasks.base import Task
 
 
-def params(model: str, revision: str | None, method: str | None, fields: dict[str, Any], budget: str | None) -> None:
-    """Print each method's trainable parameters on a base; with a budget, at the size that fits it."""
-    from ptmoe.compare.budget import base_config, fit_budget, parse_budget, sizes_of
+def params(
+    context: typer.Context,
+    model: Model = "nano",
+    method: Annotated[
+        str | None, typer.Option(help="one method, or with fields as in pt-moe:rank=8; by default all methods")
+    ] = None,
+    num_virtual_tokens: Annotated[int | None, typer.Option(help="T, length of the soft prompt")] = None,
+    num_experts: Annotated[int | None, typer.Option(help="N, number of expert factors or prompts")] = None,
+    rank: Annotated[int | None, typer.Option(help="R, of the prompt's factors")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="pick each method's free size to come closest without exceeding it: 80k, 1.5M"),
+    ] = None,
+) -> None:
+    """Count each method's trainable parameters on a base. The base's config is enough, no weights are loaded."""
+    from ptmoe.compare.budget import fit_budget, sizes_of
+    from ptmoe.compare.plan import parse_budget
     from ptmoe.methods import METHODS
     from ptmoe.models.attach import count_parameters
+    from ptmoe.models.bases import load_config
     from ptmoe.train.options import method_entry
 
+    fields = given(num_virtual_tokens=num_virtual_tokens, num_experts=num_experts, rank=rank)
     if method is not None:
         fields = {**method_entry(method), **fields}
         method = str(fields.pop("name"))
-    if method is not None and method not in METHODS:
-        raise PtmoeError(f"unknown method {method!r}{near(method, METHODS)}")
+        if method not in METHODS:
+            raise PtmoeError(f"unknown method {method!r}{near(method, METHODS)}")
+        known = METHODS[method].model_fields
+        if unknown := sorted(fields.keys() - known.keys()):
+            raise PtmoeError(f"{method} has no {', '.join(unknown)}{near(unknown[0], known)}")
     limit = None if budget is None else parse_budget(budget)
-    config = base_config(model, revision)
+    config = load_config(model, **context.obj)
     table = Table("method", "configuration")
-    table.add_column("trainable parameters", justify="right")
-    if limit is not None:
-        table.add_column("of the budget", justify="right")
-    for name, method_config in METHODS.items():
-        if method not in (None, name):
-            continue
-        sizes = {key: value for key, value in fields.items() if key in method_config.model_fields}
-        if method is not None and (unknown := sorted(fields.keys() - sizes.keys())):
-            raise PtmoeError(f"{name} has no {', '.join(unknown)}{near(unknown[0], method_config.model_fields)}")
+    for column in ("trainable parameters", *([] if limit is None else ["of the budget"])):
+        table.add_column(column, justify="right")
+    for name in METHODS if method is None else [method]:
+        sizes = {key: value for key, value in fields.items() if key in METHODS[name].model_fields}
         try:
-            chosen = method_config(**sizes) if limit is None else fit_budget(config, method_config, limit, sizes)
+            chosen = METHODS[name](**sizes) if limit is None else fit_budget(config, METHODS[name], limit, sizes)
             count = count_parameters(config, chosen)
         except PtmoeError as error:
             if method is not None:
@@ -56,40 +72,37 @@ def params(model: str, revision: str | None, method: str | None, fields: dict[st
     console.print(table)
 
 
-def tasks(data_dir: str | None) -> None:
-    """Print the named tasks, their splits, licence and source, and which of them are on this machine."""
+def tasks(context: typer.Context, data_dir: DataDir = None) -> None:
+    """List the named tasks: their splits, licence and source, and which of them are on this machine."""
+    if context.invoked_subcommand is not None:
+        return
     from ptmoe.tasks import GROUPS, TASKS
 
     table = Table()
     table.add_column("task", no_wrap=True)
-    names = list(dict.fromkeys(split for task in TASKS.values() for split in task.splits))
-    for name in names:
-        table.add_column(name, justify="right")
+    splits = list(dict.fromkeys(split for task in TASKS.values() for split in task.splits))
+    for split in splits:
+        table.add_column(split, justify="right")
     table.add_column("licence")
     table.add_column("here")
+    notes = []
     for task in TASKS.values():
-        sizes = [_size(task, name) for name in names]
+        sizes = [
+            "–" if split not in task.splits else "?" if (size := task.splits[split].examples) is None else f"{size:,}"
+            for split in splits
+        ]
         table.add_row(task.name, *sizes, task.licence, _here(task, data_dir))
+        family = "mrqa/*" if task.name.startswith("mrqa/") else task.name
+        notes.append(f"{family}: {task.source}; {task.note}".rstrip("; "))
     console = Console(highlight=False)
     console.print(table)
-    for note in dict.fromkeys(f"{_family(task)}: {task.source}; {task.note}".rstrip("; ") for task in TASKS.values()):
+    for note in dict.fromkeys(notes):
         console.print(note)
     for name, members in GROUPS.items():
         console.print(f"group {name}: {', '.join(members)}")
     console.print(
         "A task is downloaded when used, or read from --data-dir or $PTMOE_DATA_DIR. A JSON-lines file is a task too."
     )
-
-
-def _size(task: Task, split: str) -> str:
-    if split not in task.splits:
-        return "–"
-    examples = task.splits[split].examples
-    return "?" if examples is None else f"{examples:,}"
-
-
-def _family(task: Task) -> str:
-    return "mrqa/*" if task.name.startswith("mrqa/") else task.name
 
 
 def _here(task: Task, data_dir: str | None) -> str:
@@ -110,32 +123,35 @@ def _here(task: Task, data_dir: str | None) -> str:
 
 
 def tasks_show(
-    name: str,
-    split: str,
-    data_dir: str | None,
-    count: int,
-    base: dict[str, Any],
-    chat: bool | None,
-    max_length: int | None,
-    num_virtual_tokens: int,
-    *,
-    skip_bad: bool,
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="a named task, a group, a mixture or a JSON-lines file")],
+    split: NamedSplit = "test",
+    data_dir: DataDir = None,
+    examples: Annotated[int, typer.Option(min=1)] = 4,
+    skip_bad: SkipBad = False,
+    model: Model = "nano",
+    chat: Annotated[bool | None, typer.Option(help="the tokenizer's chat template; by default for named tasks")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="real tokens of an example; longer contexts are cut")
+    ] = None,
+    num_virtual_tokens: Annotated[int, typer.Option(min=0, help="T, length of the soft prompt")] = 40,
 ) -> None:
-    """Print examples as the model sees them."""
+    """Print examples as the model sees them, with the virtual tokens' place, what is cut and what is supervised."""
     from ptmoe.models.bases import load_tokenizer, quiet
     from ptmoe.tasks import Problems, is_file, stream_task, task_named
     from ptmoe.tasks.tokens import encode_completion, encode_prompt, uses_chat
 
     quiet()
-    tokenizer, positions = load_tokenizer(**base)
+    tokenizer, positions = load_tokenizer(model, **context.obj)
     chat = uses_chat(task_named(name), tokenizer, chat)
     room = min(max_length or 2**31, (positions or 2**31) - num_virtual_tokens)
     problems = Problems(skip=skip_bad, at_once=True)
     training = split == "train" or is_file(name)
-    print(f"[P_1 … P_{num_virtual_tokens}] virtual tokens   ⟦…⟧ the completion, supervised in training   ✂ tokens cut")
+    virtual = f"[P_1 … P_{num_virtual_tokens}]"
+    print(f"{virtual} virtual tokens   ⟦…⟧ the completion, supervised in training   ✂ tokens cut")
     where = "around the answer, as in training" if training else "from the end of the context, as in evaluation"
     print(f"at most {room:,} tokens; a longer example is cut {where}")
-    for example in islice(stream_task(name, split, data_dir, problems=problems), count):
+    for example in islice(stream_task(name, split, data_dir, problems=problems), examples):
         completion = encode_completion(example, tokenizer, chat=chat)
         fits = room - len(completion)
         prompt = encode_prompt(example, tokenizer, chat=chat, room=fits, around_answer=training)
@@ -146,7 +162,7 @@ def tasks_show(
         (before, after), (first, last) = prompt.cut, prompt.context
         texts = [tokenizer.decode(ids) for ids in (prompt.ids[:first], prompt.ids[first:last], prompt.ids[last:])]
         shown = texts[0] + f"✂{before}✂" * bool(before) + texts[1] + f"✂{after}✂" * bool(after) + texts[2]
-        print(f"[P_1 … P_{num_virtual_tokens}]{shown}⟦{tokenizer.decode(completion)}⟧")
+        print(f"{virtual}{shown}⟦{tokenizer.decode(completion)}⟧")
         print(f"right: {' | '.join(example.references)}")
     if problems.count:
         print(f"left out {problems.listed()}")

@@ -1,18 +1,29 @@
 """`ptmoe train`."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
 from rich.console import Console
 
-from ptmoe.runs.environment import rank
-from ptmoe.train.options import TrainOptions, method_config, method_entry
 
+def train(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file; options on the command line take precedence")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the run's last checkpoint")] = False,
+) -> None:
+    """Train an adapter and write its run folder. `ptmoe train RUN/config.yaml` repeats a run.
 
-def run(config: Path | None, chosen: dict[str, Any], *, resume: bool) -> None:
-    """Train as a YAML file and the options beside it say; those that are not `TrainOptions`' are the method's."""
-    options = {name: value for name, value in chosen.items() if name in TrainOptions.model_fields}
-    fields = {name: value for name, value in chosen.items() if name not in options}
+    A method's own options (--rank 8, …) are shown by `ptmoe train --method NAME --help`.
+    """
+    from ptmoe.train.options import TrainOptions, method_config, method_entry
+
+    options = {name: value for name, value in context.obj.items() if name in TrainOptions.model_fields}
+    fields = {name: value for name, value in context.obj.items() if name not in options}
     options["method"] = {**method_entry(options.get("method", {})), **fields}
     training = TrainOptions.read(config, **options) if config else TrainOptions(**options)
     method_config(training.method)  # a misspelt method is reported before torch and the data are loaded
@@ -23,17 +34,14 @@ def run(config: Path | None, chosen: dict[str, Any], *, resume: bool) -> None:
 
     from ptmoe.cli.evaluation import evaluation_table, report_run
     from ptmoe.cli.progress import progress_bar, training_bar
-    from ptmoe.train import train
+    from ptmoe.runs.environment import rank
+    from ptmoe.train import train as run
     from ptmoe.train.steps import StepsCallback
 
     console = Console(quiet=rank() > 0)  # of several processes only the first prints
     with progress_bar(console) as progress:
-        trained = train(
-            training,
-            resume=resume,
-            callbacks=[StepsCallback(training_bar(progress, training.method["name"]))],
-            say=progress.console.print,
-        )
+        steps = StepsCallback(training_bar(progress, training.method["name"]))
+        trained = run(training, resume=resume, callbacks=[steps], say=progress.console.print)
     result = trained.result
     console.print(
         f"{result.method}: {result.trainable_parameters:,} trainable parameters, {result.steps:,} steps on "

@@ -7,7 +7,7 @@ _HOMES = {
     "ComparePlan": "plan",
     "compare": "run",
     "fit_budget": "budget",
-    "parse_budget": "budget",
+    "parse_budget": "plan",
     "prepare": "run",
     "read_plan": "plan",
 }

@@ -6,31 +6,16 @@ pt-moe, T = 40, N = 2                 rank 35      78,578 (36 would be 80,706)
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import Any
 
 from annotated_types import Ge
 
 from ptmoe.errors import PtmoeError
-
-if TYPE_CHECKING:
-    from ptmoe.methods.base import MethodConfig
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-
-
-def parse_budget(text: str | int) -> int:
-    """A number of parameters: `80k`, `1.5M`, `80_000`, `80,000` or `80000`.
-
-    Raises:
-        PtmoeError: anything else, or less than 1.
-    """
-    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kmb]?)", str(text).strip().lower())
-    number = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2]] if found else 0.0
-    if number < 1 or number != round(number):
-        raise PtmoeError(f"budget {text!r}: needs a whole number of parameters, such as 80k, 1.5M or 80000")
-    return round(number)
+from ptmoe.methods.base import MethodConfig
+from ptmoe.models import attach
+from ptmoe.models.bases import max_positions
 
 
 def sizes_of(config: MethodConfig) -> dict[str, int]:
@@ -39,25 +24,6 @@ def sizes_of(config: MethodConfig) -> dict[str, int]:
     return {
         name: getattr(config, name) for name, field in fields if field.annotation is int and Ge(1) in field.metadata
     }
-
-
-def base_config(model: str, revision: str | None = None) -> Any:
-    """The `transformers` config of nano, a folder or a Hub repository.
-
-    Raises:
-        PtmoeError: no such model.
-    """
-    from transformers import AutoConfig
-
-    from ptmoe import nano
-
-    try:
-        return AutoConfig.from_pretrained(nano.FOLDER if model == nano.NAME else model, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise PtmoeError(
-            f"unknown model {model!r}: not nano, not a folder, and the Hub does not have it ({reason})"
-        ) from None
 
 
 def fit_budget(
@@ -78,50 +44,37 @@ def fit_budget(
     Raises:
         PtmoeError: the smallest size exceeds the budget, or a given field does not fit the method or the base.
     """
-    from ptmoe.models.attach import count_parameters
+    given = dict(fixed or {})
+    config_class(**given)  # report a misspelt field as such
+    positions = max_positions(base_config)
 
-    fixed = dict(fixed or {})
-    config_class(**fixed)  # report a misspelt field as such
-    positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
-    counted: dict[tuple[tuple[str, int], ...], int | PtmoeError] = {}
+    @cache  # a method that changes layers builds the base to be counted
+    def count(**sizes: int) -> int:
+        if positions is not None and sizes.get("num_virtual_tokens", 0) > max(1, positions // 2):
+            raise PtmoeError(f"more than half of the base's {positions} positions")
+        return attach.count_parameters(base_config, config_class(**given, **sizes))
 
-    def count(sizes: dict[str, int]) -> int:
-        """Trainable parameters; counted once, since a method that changes layers builds the base for it."""
-        key = tuple(sizes.items())
-        if key not in counted:
-            try:
-                if positions is not None and sizes.get("num_virtual_tokens", 0) > max(1, positions // 2):
-                    raise PtmoeError(f"more than half of the base's {positions} positions")
-                counted[key] = count_parameters(base_config, config_class(**fixed, **sizes))
-            except PtmoeError as error:
-                counted[key] = error
-        result = counted[key]
-        if isinstance(result, PtmoeError):
-            raise result
-        return result
-
-    free = [name for name in config_class.free_sizes if name not in fixed]
-    smallest: dict[str, int] = {}
-    for name in free:
-
-        def count_at(size: int, name: str = name, lowered: tuple[str, ...] = tuple(smallest)) -> int:
-            return count({**dict.fromkeys(lowered, 1), name: size})
-
-        if count_at(1) <= budget:
-            return config_class(**fixed, **smallest, **{name: _largest(count_at, budget)})
-        smallest[name] = 1
-    least = count(smallest)
+    lowered: dict[str, int] = {}
+    for name in config_class.free_sizes:
+        if name in given:
+            continue
+        if count(**lowered, **{name: 1}) <= budget:
+            size = _largest(partial(count, **lowered), name, budget)
+            return config_class(**given, **lowered, **{name: size})
+        lowered[name] = 1
+    least = count(**lowered)
     if least <= budget:
-        return config_class(**fixed, **smallest)
-    given = ", ".join(f"{name}={fixed.get(name, 1)}" for name in config_class.free_sizes)
+        return config_class(**given)
+    smallest = ", ".join(f"{name}={given.get(name, 1)}" for name in config_class.free_sizes)
     raise PtmoeError(
-        f"budget {budget:,} is below {config_class.method}'s {'smallest size' if free else 'size'}"
-        f"{f' ({given})' if given else ''} on this base, {least:,}: raise the budget or leave {config_class.method} out"
+        f"budget {budget:,} is below {config_class.method}'s {'smallest size' if lowered else 'size'}"
+        f"{f' ({smallest})' if smallest else ''} on this base, {least:,}: raise the budget or leave "
+        f"{config_class.method} out"
     )
 
 
-def _largest(count: Callable[[int], int], budget: int) -> int:
-    """The largest size whose count is within the budget; `count(1)` is, and counts grow with the size.
+def _largest(count: Callable[..., int], name: str, budget: int) -> int:
+    """The largest size whose count is within the budget; that of 1 is, and counts grow with the size.
 
     Counts are linear in every size so far, so two of them predict the result, and two more confirm it. A size that does
     not fit the base raises, and is too large; where that, or a count that is not linear, spoils the guess, a binary
@@ -130,14 +83,16 @@ def _largest(count: Callable[[int], int], budget: int) -> int:
 
     def fits(size: int) -> bool:
         try:
-            return count(size) <= budget
+            return count(**{name: size}) <= budget
         except PtmoeError:
             return False
 
-    if not fits(2) or count(2) == count(1):
+    if not fits(2):
         return 1
-    low, step = 2, max(1, count(2) - count(1))
-    high = low + (budget - count(2)) // step + 1  # the first that should be too large
+    first, second = (count(**{name: size}) for size in (1, 2))
+    if first == second:
+        return 1
+    low, high = 2, 3 + (budget - second) // (second - first)  # the first that should be too large
     if fits(high - 1):
         low = high - 1
         while fits(high):

@@ -1,4 +1,4 @@
-"""What a plan consists of: its methods at every size, its tasks, and the cells that can be run."""
+"""The parts of a plan: its methods at every size, its tasks, and the cells that can be run."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, NamedTuple
 
 from ptmoe.compare.budget import fit_budget, sizes_of
 from ptmoe.compare.plan import ComparePlan, budgets
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError, near
+from ptmoe.methods.base import MethodConfig
+from ptmoe.models.attach import count_parameters
+from ptmoe.models.bases import max_positions
 from ptmoe.runs.folders import cell_folder, file_name
+from ptmoe.runs.records import CellRecord
 from ptmoe.tasks import TASKS, Problems, is_file, stream_task, task_names
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 
-if TYPE_CHECKING:
-    from ptmoe.methods.base import MethodConfig
-
 OWN_KEYS = ("name", "label", "learning_rate", "budget")  # of a method's entry, beside the fields of its config
 TYPICAL_INPUT = 64  # tokens, to sort cells by their cost
+
+
+class UntouchedConfig(MethodConfig):
+    """The base as it is, a row beside the methods. It trains nothing, so it is not in `ptmoe.methods.METHODS`."""
+
+    method: ClassVar[str] = BASE
 
 
 @dataclass(frozen=True)
@@ -81,24 +88,29 @@ class Cell:
         return f"{self.variant.label} on {self.task}" + ("" if self.variant.is_base else f", seed {self.seed}")
 
     @property
+    def key(self) -> tuple[str, str, int]:
+        """What no other cell of the comparison has."""
+        return self.variant.label, self.task, self.seed
+
+    @property
     def place(self) -> Path:
-        """Where it lies within the comparison."""
-        return cell_folder(self.variant.label, self.task, self.seed)
+        """Its folder within the comparison's."""
+        return cell_folder(*self.key)
 
-    def record(self) -> dict[str, Any]:
-        """The content of `cell.json`, without the number of trainable parameters."""
-        return {
-            "label": self.variant.label,
-            "method": self.variant.config.method,
-            "size": sizes_of(self.variant.config),
-            "task": self.task,
-            "eval_tasks": list(self.eval_tasks),
-            "seed": self.seed,
-        }
+    def record(self, trainable_parameters: int) -> CellRecord:
+        """The content of `cell.json`."""
+        return CellRecord(
+            label=self.variant.label,
+            method=self.variant.config.method,
+            size=sizes_of(self.variant.config),
+            task=self.task,
+            eval_tasks=list(self.eval_tasks),
+            seed=self.seed,
+            trainable_parameters=trainable_parameters,
+        )
 
 
-@dataclass(frozen=True)
-class LeftOut:
+class LeftOut(NamedTuple):
     """Cells that cannot be run, of a method, of a task or of an evaluation, and the reason."""
 
     what: str
@@ -121,91 +133,63 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
     """
     chosen: list[Variant] = []
     left_out: list[LeftOut] = []
+
+    def choose(variant: Variant, long_label: str) -> None:
+        if variant.identity not in [other.identity for other in chosen]:
+            chosen.append(_with_label(variant, long_label, chosen, known))
+
     names = [str(entry.get("name", DEFAULT_METHOD)) for entry in plan.methods]
-    for name in plan.learning_rate if isinstance(plan.learning_rate, dict) else ():
+    rates = plan.learning_rate if isinstance(plan.learning_rate, dict) else dict.fromkeys(names, plan.learning_rate)
+    for name in rates:
         if name not in names:
             raise PtmoeError(f"learning_rate of {name!r}, which is not compared{near(name, names)}")
     for name, entry in zip(names, plan.methods, strict=True):
         fields = {key: value for key, value in entry.items() if key not in OWN_KEYS}
         if name == BASE:
-            if not any(variant.is_base for variant in chosen):
-                chosen.append(_with_label(_untouched(entry, fields), BASE, chosen, known))
+            choose(Variant(str(entry.get("label", BASE)), UntouchedConfig(**fields), None, None, 0), BASE)
             continue
-        method_config({"name": name, **fields})
+        config_class = type(method_config({"name": name, **fields}))
         limits: list[int | None] = [*(budgets(entry["budget"]) if "budget" in entry else plan.budget)] or [None]
         for values, budget in itertools.product(itertools.product(*plan.vary.values()), limits):
             varied = dict(zip(plan.vary, values, strict=True))
             parts = [f"{key}={value}" for key, value in varied.items()]
             parts += [f"budget={budget}"] if len(limits) > 1 else []
             label = " ".join([str(entry.get("label", name)), *parts])
-            shared = plan.learning_rate.get(name) if isinstance(plan.learning_rate, dict) else plan.learning_rate
-            rate = varied.pop("learning_rate", entry.get("learning_rate") or shared)
+            rate = varied.pop("learning_rate", entry.get("learning_rate") or rates.get(name))
+            known_fields = config_class.model_fields | config_class.shorthands
+            if unknown := next((field for field in varied if field not in known_fields), None):
+                reason = f"{name} has no {unknown!r} to vary{near(unknown, config_class.model_fields)}"
+                left_out.append(LeftOut(label, reason))
+                continue
+            config = method_config({"name": name, **fields, **varied})
             try:
-                config = _at_size(name, fields, varied, budget, base_config)
+                if budget is not None:
+                    config = fit_budget(base_config, config_class, budget, {**fields, **varied})
                 count = _count(base_config, config, plan.quantization)
-            except UnfitError as error:
+            except PtmoeError as error:
                 left_out.append(LeftOut(label, str(error)))
                 continue
             variant = Variant(label, config, rate or config.default_learning_rate, budget, count)
-            if variant.identity not in [other.identity for other in chosen]:
-                settings = {**sizes_of(config), **fields, "learning_rate": variant.learning_rate}
-                long = " ".join([label, *(f"{key}={value}" for key, value in settings.items())])
-                chosen.append(_with_label(variant, long, chosen, known))
+            settings = {**sizes_of(config), **fields, "learning_rate": variant.learning_rate}
+            choose(variant, " ".join([label, *(f"{key}={value}" for key, value in settings.items())]))
     return chosen, left_out
 
 
-def _untouched(entry: dict[str, Any], fields: dict[str, Any]) -> Variant:
-    from ptmoe.compare.untouched import UntouchedConfig
-
-    return Variant(str(entry.get("label", BASE)), UntouchedConfig(**fields), None, None, 0)
-
-
-class UnfitError(PtmoeError):
-    """Valid settings of a method that do not fit this base, budget or sweep."""
-
-
-def _at_size(
-    name: str, fields: dict[str, Any], varied: dict[str, Any], budget: int | None, base_config: Any
-) -> MethodConfig:
-    from ptmoe.methods import METHODS
-
-    for field, value in varied.items():
-        if field not in METHODS[name].model_fields:
-            try:
-                METHODS[name](**{field: value})  # pt-moe accepts a recipe, which is not a field
-            except PtmoeError:
-                raise UnfitError(f"{name} has no {field!r} to vary{near(field, METHODS[name].model_fields)}") from None
-    fields = {**fields, **varied}
-    config: MethodConfig = method_config({"name": name, **fields})
-    if budget is None:
-        return config
-    try:
-        return fit_budget(base_config, METHODS[name], budget, fields)
-    except PtmoeError as error:
-        raise UnfitError(str(error)) from None
-
-
 def _count(base_config: Any, config: MethodConfig, quantization: str | None) -> int:
-    from ptmoe.models.attach import count_parameters
-
-    positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
-    virtual = sizes_of(config).get("num_virtual_tokens", 0)
+    positions, virtual = max_positions(base_config), sizes_of(config).get("num_virtual_tokens", 0)
     if positions is not None and virtual >= positions:
-        raise UnfitError(f"{virtual} virtual tokens leave no room for an input: the base has {positions} positions")
-    try:
-        config.check_quantization(quantization)
-        return count_parameters(base_config, config)
-    except PtmoeError as error:
-        raise UnfitError(str(error)) from None
+        raise PtmoeError(f"{virtual} virtual tokens leave no room for an input: the base has {positions} positions")
+    config.check_quantization(quantization)
+    return count_parameters(base_config, config)
 
 
-def _with_label(variant: Variant, long: str, others: Sequence[Variant], known: Sequence[Variant]) -> Variant:
+def _with_label(variant: Variant, long_label: str, others: Sequence[Variant], known: Sequence[Variant]) -> Variant:
     """Under the label that it has in the folder already, else under one that no other has."""
     for earlier in known:
         if earlier.identity == variant.identity:
             return replace(variant, label=earlier.label)
     taken = {file_name(other.label) for other in (*others, *known)}
-    for label in (variant.label, long):
+    for label in (variant.label, long_label):
         if label.startswith(".") or not label.isprintable() or "\\" in label:
             raise PtmoeError(f"label {label!r} cannot name a folder: choose another word")
         if file_name(label) not in taken:
@@ -257,8 +241,14 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
     Raises:
         PtmoeError: missing or bad data of a training task, or of an evaluation.
     """
+
+    def read(name: str, split: str, data_dir: str | None) -> None:
+        problems = Problems(skip=plan.skip_bad, at_once=True)
+        if next(stream_task(name, split, data_dir, problems=problems, say=say), None) is None:
+            raise PtmoeError(f"{name} ({data_dir or split}) holds no example: needs at least one")
+
     for name in dict.fromkeys(name for task in plan.tasks for name in task_names(task)):
-        _first_example(name, "train", plan.data_dir, plan.skip_bad, say)
+        read(name, "train", plan.data_dir)
     folder = plan.eval_data_dir
     if folder is None and plan.data_dir is not None and Path(plan.data_dir).is_dir():
         folder = plan.data_dir
@@ -267,7 +257,7 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
     missing: dict[str, str] = {}
     for name in dict.fromkeys(name for task in plan.tasks for name in evaluated(plan, task)):
         try:
-            _first_example(name, "test", folder, plan.skip_bad, say)
+            read(name, "test", folder)
         except PtmoeError as error:
             if name not in optional:
                 raise
@@ -281,12 +271,6 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
     return plan.replace(eval_tasks=kept), left_out
 
 
-def _first_example(name: str, split: str, data_dir: str | None, skip_bad: bool, say: Callable[[str], None]) -> None:
-    problems = Problems(skip=skip_bad, at_once=True)
-    if next(stream_task(name, split, data_dir, problems=problems, say=say), None) is None:
-        raise PtmoeError(f"{name} ({data_dir or split}) holds no example: needs at least one")
-
-
 def cells_of(plan: ComparePlan, chosen: Sequence[Variant], base_config: Any) -> list[Cell]:
     """The untouched base on every task, then every variant with every seed: the whole table of the first seed before
     the second begins, and cheap cells first.
@@ -294,9 +278,16 @@ def cells_of(plan: ComparePlan, chosen: Sequence[Variant], base_config: Any) -> 
     Raises:
         PtmoeError: options that `ptmoe train` does not have, or values that do not fit them.
     """
+    text = base_config.get_text_config()
+    weights = 12 * text.num_hidden_layers * text.hidden_size**2 + text.vocab_size * text.hidden_size
+
+    def cost(variant: Variant) -> float:
+        """Roughly proportional to the time of a step: the tokens of a row, and the weights that have gradients."""
+        tokens = TYPICAL_INPUT + sizes_of(variant.config).get("num_virtual_tokens", 0)
+        return float(tokens * (1 + variant.trainable_parameters / weights))
+
+    trained = sorted((variant for variant in chosen if not variant.is_base), key=cost)
     pairs = [(0, variant) for variant in chosen if variant.is_base]  # the same folder, whatever the seeds
-    trained = [variant for variant in chosen if not variant.is_base]
-    trained.sort(key=lambda variant: _cost(base_config, variant))
     pairs += [(seed, variant) for seed in dict.fromkeys(plan.seeds) for variant in trained]
     return [
         Cell(variant, task, evaluated(plan, task), seed, _train_options(plan, variant, task, seed))
@@ -305,22 +296,12 @@ def cells_of(plan: ComparePlan, chosen: Sequence[Variant], base_config: Any) -> 
     ]
 
 
-def _cost(base_config: Any, variant: Variant) -> float:
-    """Roughly proportional to the time of a step: the tokens of a row, and the weights that have gradients."""
-    text = base_config.get_text_config()
-    weights = 12 * text.num_hidden_layers * text.hidden_size**2 + text.vocab_size * text.hidden_size
-    tokens = TYPICAL_INPUT + sizes_of(variant.config).get("num_virtual_tokens", 0)
-    return float(tokens * (1 + variant.trainable_parameters / weights))
-
-
 def _train_options(plan: ComparePlan, variant: Variant, task: str, seed: int) -> TrainOptions:
     shared = {name: getattr(plan, name) for name in TrainOptions.model_fields.keys() & ComparePlan.model_fields.keys()}
     own = {*shared, "method", "task", "data", "eval_task", "seed"}
     for name in plan.train:
         if name in own:
             raise PtmoeError(f"train: {name!r} is an option of the comparison itself: give it there")
-    # An interrupted cell starts again, so it needs no checkpoints.
-    trainer = {"save_strategy": "no", **plan.train.get("trainer", {})}
     cell = {
         "method": {"name": variant.config.method, **variant.config.model_dump()},
         "task": task,
@@ -328,6 +309,7 @@ def _train_options(plan: ComparePlan, variant: Variant, task: str, seed: int) ->
         "seed": seed,
         "learning_rate": variant.learning_rate,
         "output_dir": None,
-        "trainer": trainer,
+        # An interrupted cell starts again, so it needs no checkpoints.
+        "trainer": {"save_strategy": "no", **plan.train.get("trainer", {})},
     }
     return TrainOptions(**{**shared, **plan.train, **cell})

@@ -1,4 +1,4 @@
-"""What is compared: one typed plan from the command line, a YAML file or a preset, and the cells it amounts to.
+"""A comparison as one typed plan, from the command line, a YAML file or a preset.
 
     model: nano
     methods: [pt, {name: pt-moe, num_virtual_tokens: 10, num_experts: 4}]
@@ -12,6 +12,7 @@ is six cells: two methods, their free sizes picked to fit the budget, one task, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,6 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from typing_extensions import Self
 
-from ptmoe.compare.budget import parse_budget
 from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
@@ -80,10 +80,23 @@ def _learning_rates(value: Any) -> Any:
         except ValueError:
             raise ValueError(f"learning_rate {text!r}: needs a number, or METHOD=NUMBER") from None
     if "" in rates and len(rates) > 1:
-        raise ValueError(
-            f"learning_rate {' '.join(map(str, value))}: give one number for all methods, or one for each by name"
-        )
+        texts = " ".join(map(str, value))
+        raise ValueError(f"learning_rate {texts}: give one number for all methods, or one for each by name")
     return rates.get("", rates)
+
+
+def parse_budget(text: str | int) -> int:
+    """A number of parameters: `80k`, `1.5M`, `80_000`, `80,000` or `80000`.
+
+    Raises:
+        PtmoeError: anything else, or less than 1.
+    """
+    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kmb]?)", str(text).strip().lower())
+    units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+    number = float(re.sub("[_,]", "", found[1])) * units[found[2]] if found else 0.0
+    if number < 1 or number != round(number):
+        raise PtmoeError(f"budget {text!r}: needs a whole number of parameters, such as 80k, 1.5M or 80000")
+    return round(number)
 
 
 def budgets(value: Any) -> list[int]:
@@ -162,40 +175,42 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
     Raises:
         PtmoeError: no such file, not YAML, an unknown preset, or an unknown key or unfit value.
     """
-    from ptmoe.runs.folders import PLAN_FILE  # not for `ptmoe compare --help`: it imports numpy
+    from ptmoe.runs.folders import PLAN_FILE  # numpy comes with it, which the command's help does without
 
-    changes = dict(changes or {})
-    folder = Path(path) if path is not None and Path(path).is_dir() else None
-    file = folder / PLAN_FILE if folder else Path(path) if path is not None else None
-    if file is not None and not file.is_file():
-        raise PtmoeError(f"no plan {file}: give a YAML file, or the folder of a comparison")
-    written = {} if file is None else read_yaml(file)
-    if folder is not None:
-        changes = {"output_dir": str(folder), **changes}
-    name = changes.get("preset", written.get("preset"))
-    given = preset_plan(name, changes.get("model", written.get("model"))) if name is not None else {}
+    changes, written = dict(changes or {}), {}
+    if path is not None:
+        file = Path(path)
+        if file.is_dir():
+            changes = {"output_dir": str(file), **changes}
+            file = file / PLAN_FILE
+        if not file.is_file():
+            raise PtmoeError(f"no plan {file}: give a YAML file, or the folder of a comparison")
+        written = read_yaml(file)
+    preset = {**written, **changes}.get("preset")
+    given = {} if preset is None else preset_plan(preset, {**written, **changes}.get("model"))
     for stated in (written, changes):  # otherwise a preset's max_steps would override the epochs that were asked for
         if "num_train_epochs" in stated:
             stated.setdefault("max_steps", -1)
     given = {**given, **written}
-    known = _entries(given.get("methods", []))
-    if "budget" in changes:
-        known = [_without_size(entry) for entry in known]
-        given = {**given, **({"methods": known} if known else {})}
-    if "methods" in changes:
-        changes["methods"] = [entry for asked in _entries(changes["methods"]) for entry in _known_as(asked, known)]
     plan = {**given, **changes}
     if "tasks" not in plan:
         raise PtmoeError(f"nothing to compare on: give a --task, or a --preset ({', '.join(PRESETS)})")
+    entries = _entries(given.get("methods"))
+    if "budget" in changes:
+        entries = [_without_size(entry) for entry in entries]
+    if "methods" in changes:
+        entries = [entry for asked in _entries(changes["methods"]) for entry in _matching(asked, entries) or [asked]]
+    if entries:
+        plan["methods"] = entries
     try:
         return ComparePlan(**plan)
     except PtmoeError as error:
         raise PtmoeError(f"{path}: {error}" if path is not None else str(error)) from None
 
 
-def _known_as(asked: Any, known: list[Any]) -> list[Any]:
-    """The known entries of a method that is only named, where there are any; else what was asked."""
-    return [entry for entry in known if isinstance(entry, dict) and asked == {"name": entry.get("name")}] or [asked]
+def _matching(asked: Any, entries: list[Any]) -> list[Any]:
+    """The entries of a method that is only named."""
+    return [entry for entry in entries if isinstance(entry, dict) and asked == {"name": entry.get("name")}]
 
 
 def _without_size(entry: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
+import shutil
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, redirect_stderr
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from datetime import datetime
 from pathlib import Path
 
 from ptmoe import nano
-from ptmoe.compare.budget import base_config
+from ptmoe.compare import workers
 from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, trainable_tasks, variants
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.plan import ComparePlan
 from ptmoe.errors import PtmoeError
-from ptmoe.models.bases import check_quantization
+from ptmoe.models.bases import check_quantization, load_config
 from ptmoe.runs.folders import LOG_FILE, PLAN_FILE
 from ptmoe.runs.records import Failure
 
@@ -30,11 +31,10 @@ class Watcher:
 
     def step(self, cell: Cell, done: int, steps: int, loss: float | None) -> None: ...
 
-    def said(self, cell: Cell, line: str) -> None: ...
+    def message(self, cell: Cell, text: str) -> None: ...
 
-    def finished(self, cell: Cell) -> None: ...
-
-    def failed(self, cell: Cell, error: str) -> None: ...
+    def ended(self, cell: Cell, outcome: int | str) -> None:
+        """With its number of trainable parameters, or what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -81,58 +81,48 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             be run, or with `strict` one that cannot.
     """
     check_quantization(plan.quantization)
-    config = base_config(plan.model, plan.revision)
+    config = load_config(plan.model, revision=plan.revision)
     tasks, left_out = trainable_tasks(plan)
     if tasks:
         plan = plan.replace(tasks=tasks)
         if data:
             plan, missing = available(plan, say)
             left_out += missing
-    folder = ComparisonFolder(_place(plan))
+    folder = ComparisonFolder(Path(plan.output_dir or Path("runs") / _folder_name(plan)))
     before = folder.plan()
     known: list[Variant] = []
     if before is not None:
         # Without a look at the data it is not known which of a preset's evaluations there are.
-        open_ = not data and plan.preset is not None
-        asked = plan.replace(eval_tasks=before.eval_tasks) if open_ else plan
+        unchecked = not data and plan.preset is not None
+        asked = plan.replace(eval_tasks=before.eval_tasks) if unchecked else plan
         if different := before.differences(asked):
             raise PtmoeError(
                 f"{folder.path} holds another comparison ({'; '.join(different)}): choose another --output-dir"
             )
         known, _ = variants(before, config)
-    made, unfit = variants(plan, config, known)
+    chosen, unfit = variants(plan, config, known)
     left_out += unfit
-    if left_out and (plan.strict or not made or not tasks):
+    if left_out and (plan.strict or not chosen or not tasks):
         why = "strict, and this cannot be run" if plan.strict else "no cell is left"
         raise PtmoeError(f"{why}: {'; '.join(map(str, left_out))}")
-    plan = _resolved(plan, made)
-    whole = plan if before is None else _united(before, plan, known, made)
-    return Comparison(
-        plan, whole, folder, tuple(cells_of(plan, made, config)), tuple(made), tuple(dict.fromkeys(left_out))
-    )
+    entries = {variant.label: variant.entry() for variant in (*known, *chosen)}
+    methods = [entries[variant.label] for variant in chosen]
+    whole = plan = plan.replace(methods=methods, vary={}, budget=[], learning_rate=None)
+    if before is not None:
+        whole = plan.replace(
+            preset=before.preset,
+            methods=list(entries.values()),
+            tasks=list(dict.fromkeys([*before.tasks, *plan.tasks])),
+            seeds=list(dict.fromkeys([*before.seeds, *plan.seeds])),
+        )
+    cells = tuple(cells_of(plan, chosen, config))
+    return Comparison(plan, whole, folder, cells, tuple(chosen), tuple(dict.fromkeys(left_out)))
 
 
-def _place(plan: ComparePlan) -> Path:
-    if plan.output_dir is not None:
-        return Path(plan.output_dir)
+def _folder_name(plan: ComparePlan) -> str:
     if plan.preset is not None:
-        return Path("runs") / f"{plan.preset}-{Path(plan.model).name}"
-    return Path("runs") / f"compare-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
-
-
-def _resolved(plan: ComparePlan, made: Sequence[Variant]) -> ComparePlan:
-    """The same plan with every setting of every method."""
-    return plan.replace(methods=[variant.entry() for variant in made], vary={}, budget=[], learning_rate=None)
-
-
-def _united(before: ComparePlan, plan: ComparePlan, known: Sequence[Variant], made: Sequence[Variant]) -> ComparePlan:
-    every = {variant.label: variant for variant in (*known, *made)}
-    return plan.replace(
-        preset=before.preset,
-        methods=[variant.entry() for variant in every.values()],
-        tasks=list(dict.fromkeys([*before.tasks, *plan.tasks])),
-        seeds=list(dict.fromkeys([*before.seeds, *plan.seeds])),
-    )
+        return f"{plan.preset}-{Path(plan.model).name}"
+    return f"compare-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
 
 
 def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[Failure]:
@@ -154,46 +144,37 @@ def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[Fail
     folder = comparison.folder
     with folder.held():
         comparison.whole.write(folder.path / PLAN_FILE)
-        with closing(_outcomes(comparison, comparison.unfinished, watcher)) as outcomes:
+        with closing(_outcomes(comparison, watcher)) as outcomes:
             for cell, outcome in outcomes:
-                if isinstance(outcome, int):
-                    folder.finish(cell, outcome)
-                    watcher.finished(cell)
-                else:
-                    folder.fail(cell, outcome)
-                    watcher.failed(cell, outcome)
-        planned = {(cell.variant.label, cell.task, cell.seed) for cell in comparison.cells}
+                folder.finish(cell, outcome)
+                watcher.ended(cell, outcome)
+        planned = {cell.key for cell in comparison.cells}
         return [failure for failure in folder.failures() if failure.cell in planned]
 
 
-def _outcomes(
-    comparison: Comparison, cells: Sequence[Cell], watcher: Watcher
-) -> Generator[tuple[Cell, int | str], None, None]:
-    """Each cell with its number of trainable parameters, or what went wrong."""
-    from ptmoe.compare import cell as here
-    from ptmoe.compare.processes import Processes
-
-    folder, log = comparison.folder, comparison.folder.path / LOG_FILE
+def _outcomes(comparison: Comparison, watcher: Watcher) -> Generator[tuple[Cell, int | str], None, None]:
+    """Each unfinished cell with its number of trainable parameters, or what went wrong."""
+    folder, log, cells = comparison.folder, comparison.folder.path / LOG_FILE, comparison.unfinished
 
     def attempt(cell: Cell, run: Callable[..., int]) -> int | str:
-        folder.start(cell)
+        shutil.rmtree(folder.run_folder(cell), ignore_errors=True)  # what an interrupted run has left
         watcher.started(cell)
         try:
             return run(
                 cell.options.replace(output_dir=str(folder.run_folder(cell))),
                 lambda done, steps, loss: watcher.step(cell, done, steps, loss),
-                lambda line: watcher.said(cell, line),
+                lambda text: watcher.message(cell, text),
             )
         except Exception as error:
-            return here.error_message(error)
+            return workers.error_message(error)
 
     if comparison.jobs == 1:
         for cell in cells:
             with log.open("a") as printed, redirect_stderr(printed):
-                outcome = attempt(cell, here.run_cell)
+                outcome = attempt(cell, workers.run_cell)
             yield cell, outcome
         return
-    processes = Processes(comparison.jobs, log)
+    processes = workers.Workers(comparison.jobs, log)
     pool = ThreadPoolExecutor(comparison.jobs)
     try:
         waiting = {pool.submit(attempt, cell, processes.run): cell for cell in cells}

@@ -16,7 +16,7 @@ from ptmoe.methods.base import QUANTIZATIONS, quantization_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -131,12 +131,26 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> tuple[PreTraine
     Raises:
         PtmoeError: no such model.
     """
+    positions = max_positions(load_config(name, revision=revision))
+    with _located(name) as where:
+        return _tokenizer(where, revision), positions
+
+
+def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
+    """A base's config.
+
+    Raises:
+        PtmoeError: no such model.
+    """
     from transformers import AutoConfig
 
     with _located(name) as where:
-        config = AutoConfig.from_pretrained(where, revision=revision)
-        tokenizer = _tokenizer(where, revision)
-    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
+        return AutoConfig.from_pretrained(where, revision=revision)
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """How many tokens a base takes; None where its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerBase:

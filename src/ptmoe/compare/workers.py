@@ -1,0 +1,146 @@
+"""Cells in worker processes (`python -m ptmoe.compare.workers`), each of which may die without harm to the others.
+
+A worker reads a line for each cell, the run's options as JSON, and answers with lines:
+
+    {"step": 10, "steps": 300, "loss": 0.41}     {"message": "…"}     and at last {"trainable": 3840} or {"error": "…"}
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ptmoe.errors import PtmoeError
+from ptmoe.train.options import BASE, TrainOptions
+from ptmoe.train.steps import Progress, StepsCallback
+
+
+def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], None]) -> int:
+    """Train and evaluate; returns the number of trainable parameters. The model is released."""
+    import torch
+
+    from ptmoe.models.bases import quiet
+    from ptmoe.train.recipe import evaluate_base, train
+
+    quiet()
+    try:
+        if options.method["name"] == BASE:
+            evaluate_base(options, say=say)
+            return 0
+        return train(options, callbacks=[StepsCallback(progress)], say=say).result.trainable_parameters
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def error_message(error: Exception) -> str:
+    """What a failed cell is listed with; the traceback of an unforeseen error goes to standard error."""
+    if isinstance(error, PtmoeError):
+        return str(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
+
+
+class Workers:
+    """A worker process for each thread that runs cells, started when needed and used again.
+
+    Args:
+        jobs: cells at once; each process gets its share of the cores.
+        log: a file for what they print.
+    """
+
+    command = (sys.executable, "-m", "ptmoe.compare.workers")
+
+    def __init__(self, jobs: int, log: Path) -> None:
+        self.threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        self.log = log
+        self.own = threading.local()
+        self.alive: set[subprocess.Popen[str]] = set()
+        self.stopped = False
+        self.starting = threading.Lock()  # so that none is started while all are ended
+
+    def run(self, options: TrainOptions, progress: Progress, say: Callable[[str], None]) -> int:
+        """As `run_cell`, in this thread's process.
+
+        Raises:
+            PtmoeError: the cell failed, or its process died.
+        """
+        process: subprocess.Popen[str] | None = getattr(self.own, "process", None)
+        if process is None or process.poll() is not None:
+            process = self.own.process = self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):  # it died just now
+            process.stdin.write(json.dumps(options.model_dump()) + "\n")
+            for line in process.stdout:
+                match json.loads(line):
+                    case {"step": done, "steps": steps, "loss": loss}:
+                        progress(done, steps, loss)
+                    case {"message": text}:
+                        say(text)
+                    case {"error": error}:
+                        raise PtmoeError(error)
+                    case {"trainable": trainable}:
+                        return int(trainable)
+        status = process.wait()
+        end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        raise PtmoeError(f"its process {end}; {self.log} has what it printed last")
+
+    def stop(self) -> None:
+        """End all of them, whatever they are doing."""
+        with self.starting:
+            self.stopped = True
+            for process in self.alive:
+                process.kill()
+        for process in self.alive:
+            process.wait()
+
+    def _start(self) -> subprocess.Popen[str]:
+        with self.starting, self.log.open("a") as log:
+            if self.stopped:
+                raise PtmoeError("the comparison was stopped")
+            process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                bufsize=1,  # each line is sent at once
+                env=os.environ | {"OMP_NUM_THREADS": self.threads, "MKL_NUM_THREADS": self.threads},
+                start_new_session=True,  # Ctrl-C is the parent's to answer
+            )
+            self.alive.add(process)
+        return process
+
+
+def main() -> None:
+    # What libraries print must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+
+    def progress(done: int, steps: int, loss: float | None) -> None:
+        answer(step=done, steps=steps, loss=loss)
+
+    for line in sys.stdin:
+        try:
+            answer(trainable=run_cell(TrainOptions(**json.loads(line)), progress, lambda text: answer(message=text)))
+        except Exception as error:
+            answer(error=error_message(error))
+
+
+if __name__ == "__main__":
+    main()
