@@ -70,7 +70,7 @@ def test_the_environment_records_the_fast_paths_and_why_each_other_was_not_taken
     assert recorded == trained.model.fast_paths()
     assert recorded["packing"] is None
     assert "--torch-compile" in recorded["compiled_layers"]
-    monkeypatch.setattr("ptmoe.train.recipe.compile_layers", lambda base: "no C++ compiler")
+    monkeypatch.setattr("ptmoe.fast.compiled.compile_layers", lambda base: "no C++ compiler")
     short = {"max_steps": 1, "eval_examples": 1, "packing": False, "torch_compile": True}
     again = json.loads((train(options(tmp_path / "run", **short)).folder / "environment.json").read_text())
     assert again["fast_paths"]["packing"] == "not asked for (packing=False)"
