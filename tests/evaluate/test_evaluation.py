@@ -55,7 +55,11 @@ def predictions(folder):
 def test_batch_sizes_1_3_and_32_give_the_same_file_and_scores(routed, examples, tmp_path):
     results = {size: evaluated(routed, examples, tmp_path / str(size), batch_size=size) for size in (1, 3, 32)}
     assert predictions(tmp_path / "1") == predictions(tmp_path / "3") == predictions(tmp_path / "32")
+<<<<<<< HEAD:tests/evaluate/test_evaluation.py
     summaries = [one.summary() for one in results.values()]
+=======
+    summaries = [evaluation.summary() for evaluation in results.values()]
+>>>>>>> slim_training:tests/test_evaluate.py
     assert all(summary.metrics == summaries[0].metrics for summary in summaries)
     assert all(summary.interval == summaries[0].interval for summary in summaries)
     lines = [json.loads(line) for line in predictions(tmp_path / "1").splitlines()]
@@ -77,7 +81,7 @@ def test_where_the_best_tokens_tie_every_batch_takes_the_same():
 
     def completed(size):
         chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        return [one for chunk in chunks for one in complete(model, tokenizer, chunk, max_new_tokens=8)]
+        return [completion for chunk in chunks for completion in complete(model, tokenizer, chunk, max_new_tokens=8)]
 
     assert completed(1) == completed(3) == completed(7)
 
@@ -118,7 +122,7 @@ def test_stopped_at_ten_random_points_it_ends_with_the_undisturbed_file(routed, 
         assert json.loads((folder / "eval" / "nano__all.json").read_text())["examples"] == len(examples)
 
 
-def test_a_killed_command_goes_on_where_it_stopped(tmp_path):
+def test_a_killed_command_resumes_where_it_stopped(tmp_path):
     """SIGKILL, twice, to the command itself."""
     base, _ = load_base("nano")
     attach(base, ptmoe.PTConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "adapter")
@@ -148,7 +152,7 @@ def test_a_killed_command_goes_on_where_it_stopped(tmp_path):
     assert path.read_bytes() == (tmp_path / "whole" / "predictions" / "nano__all.jsonl").read_bytes()
 
 
-def test_predictions_of_another_evaluation_are_not_gone_on_with(routed, examples, tmp_path):
+def test_predictions_of_another_evaluation_are_not_resumed(routed, examples, tmp_path):
     evaluated(routed, examples[:10], tmp_path)
     before = predictions(tmp_path)
     with pytest.raises(ptmoe.PtmoeError, match="max_new_tokens was 6, is 5"):
@@ -184,11 +188,11 @@ def test_a_long_context_is_cut_from_its_end_and_counted_and_a_question_that_does
     path = tmp_path / "long.jsonl"
     long = {"question": "Who has the key?", "context": "Ann has the key. " + "Bob has a cup. " * 40, "answers": ["Ann"]}
     hopeless = {"question": "Who? " * 200, "context": "Ann.", "answers": ["Ann"]}
-    path.write_text("".join(json.dumps(one) + "\n" for one in (long, hopeless, {**long, "context": "Ann."})))
+    path.write_text("".join(json.dumps(record) + "\n" for record in (long, hopeless, {**long, "context": "Ann."})))
     evaluation = evaluated(routed, load_task(str(path)), tmp_path, max_length=120)
     summary = evaluation.summary()
     assert (summary.cut, summary.unanswered, summary.examples) == (1, 1, 3)
-    by_id = {one.id: one for one in evaluation.predictions}
+    by_id = {prediction.id: prediction for prediction in evaluation.predictions}
     assert by_id["long-1"].prompt.startswith("Ann has the key. Bob has")
     assert by_id["long-1"].prompt.endswith("\n\nQuestion: Who has the key?\nAnswer:")
     assert (by_id["long-2"].answered, by_id["long-2"].scores, by_id["long-2"].completion) == (
@@ -232,9 +236,9 @@ def test_the_cut_keeps_the_answer_in_training_and_the_beginning_in_evaluation():
 def test_an_answer_ends_before_its_stop_text_and_generation_stops_there(routed, examples):
     model, tokenizer = routed
     prompts = [tokenizer(example.input)["input_ids"] for example in examples]
-    made = [one.text for one in complete(model, tokenizer, prompts, max_new_tokens=12)]
-    whole = max(made, key=len)
-    prompt, stop = prompts[made.index(whole)], whole.split()[1]
+    texts = [completion.text for completion in complete(model, tokenizer, prompts, max_new_tokens=12)]
+    whole = max(texts, key=len)
+    prompt, stop = prompts[texts.index(whole)], whole.split()[1]
     steps = []
     forward = model.base_model.forward
     model.base_model.forward = lambda *a, **k: (steps.append(1), forward(*a, **k))[1]

@@ -45,15 +45,15 @@ def lm_on(tokenizer: PreTrainedTokenizerBase, architecture: str, config: Any = P
 
 def pairs(model: PromptedCausalLM) -> list[Pair]:
     """Contexts and continuations of mixed lengths, in no order of length."""
-    made = []
+    cases = []
     for seed, length in enumerate((3, 11, 7, 11)):
         context = tokens(length, seed).tolist()
-        made += [(context, tokens(1, other).tolist()) for other in range(4)]  # they share one row of logits
-        made += [(context, tokens(size, seed).tolist()) for size in (2, 9, 5)]
+        cases += [(context, tokens(1, other).tolist()) for other in range(4)]  # they share one row of logits
+        cases += [(context, tokens(size, seed).tolist()) for size in (2, 9, 5)]
     whole = tokens(8, 9).tolist()  # one text split at three places: one input, three contexts
-    made += [(whole[:at], whole[at:]) for at in (2, 5, 7)]
+    cases += [(whole[:at], whole[at:]) for at in (2, 5, 7)]
     greedy = model.generate(torch.tensor([whole]), max_new_tokens=3, do_sample=False)[0].tolist()
-    return [*made, (whole, greedy[8:])]
+    return [*cases, (whole, greedy[8:])]
 
 
 def alone(model: PromptedCausalLM, context: list[int], continuation: list[int]) -> tuple[float, bool]:
@@ -186,9 +186,9 @@ def test_an_empty_context_is_the_prefix_token(tokenizer: PreTrainedTokenizerBase
     given = lm.loglikelihood(instances("loglikelihood", [("", " key cup")]), disable_tqdm=True)
     with torch.no_grad():
         assert_same(given, [alone(lm.model, [7], tokenizer(" key cup")["input_ids"])])
-    made = lm.generate_until(instances("generate_until", [("", {"max_gen_toks": 4})]), disable_tqdm=True)
+    generated = lm.generate_until(instances("generate_until", [("", {"max_gen_toks": 4})]), disable_tqdm=True)
     after = lm.model.generate(torch.tensor([[7]]), max_new_tokens=4, do_sample=False)[0, 1:]
-    assert made == [tokenizer.decode(after, skip_special_tokens=True)]
+    assert generated == [tokenizer.decode(after, skip_special_tokens=True)]
 
 
 def test_a_continuation_without_a_token_of_its_own_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -250,8 +250,8 @@ def test_generation_is_what_each_prompt_gets_alone_up_to_the_stop(
     texts = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-        made = lm.model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-        texts.append(tokenizer.decode(made, skip_special_tokens=True))
+        generated = lm.model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        texts.append(tokenizer.decode(generated, skip_special_tokens=True))
     stop = next(sign for sign in texts[0][2:] if sign.strip() and sign != "\N{REPLACEMENT CHARACTER}")
     asked = [(prompt, {"until": [stop], "max_gen_toks": 12, "do_sample": False}) for prompt in prompts]
     expected = [text.split(stop)[0] for text in texts]
@@ -298,8 +298,8 @@ def test_a_task_of_a_local_file_scores_as_by_hand(tmp_path: Path, tokenizer: Pre
     for number, example in enumerate(load_task("nano/mixed", split="test")[:12]):
         choices = ["7", "the key", "30 and 12"]
         ids = tokenizer(example.input)["input_ids"]
-        made = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
-        text = tokenizer.decode(made, skip_special_tokens=True).split("\n")[0]
+        generated = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+        text = tokenizer.decode(generated, skip_special_tokens=True).split("\n")[0]
         target = text if number % 3 else "another"
         with torch.no_grad():
             scores = [alone(model, ids, tokenizer(f" {choice}")["input_ids"])[0] for choice in choices]

@@ -78,13 +78,13 @@ def test_a_budget_below_the_longest_example_names_it() -> None:
 
 
 def rows(lengths: list[int]) -> list[dict[str, np.ndarray]]:
-    made = []
+    examples = []
     for seed, length in enumerate(lengths):
         ids = tokens(length, seed).numpy().astype(np.int32)
         labels = ids.copy()
         labels[: length - 2] = IGNORED
-        made.append({"input_ids": ids, "labels": labels})
-    return made
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples
 
 
 def trainer(folder: Path, batches: TokenBatches | None = None, **options: object) -> PromptTrainer:
@@ -109,9 +109,9 @@ def trainer(folder: Path, batches: TokenBatches | None = None, **options: object
     )
 
 
-def trained(made: PromptTrainer, **options: object) -> dict[str, Tensor]:
-    made.train(**options)  # type: ignore[arg-type]
-    return {name: value.clone() for name, value in made.model.encoder.state_dict().items()}
+def trained(built: PromptTrainer, **options: object) -> dict[str, Tensor]:
+    built.train(**options)  # type: ignore[arg-type]
+    return {name: value.clone() for name, value in built.model.encoder.state_dict().items()}
 
 
 def budgeted() -> TokenBatches:
@@ -119,16 +119,16 @@ def budgeted() -> TokenBatches:
 
 
 def test_the_trainer_reads_those_batches(tmp_path: Path) -> None:
-    made = trainer(tmp_path, budgeted(), num_train_epochs=2)
+    built = trainer(tmp_path, budgeted(), num_train_epochs=2)
     seen: list[list[int]] = []
-    forward = made.model.forward
+    forward = built.model.forward
 
     def watched(**inputs: Tensor) -> object:
         seen.append(inputs["attention_mask"].sum(1).tolist())
         return forward(**inputs)
 
-    made.model.forward = watched  # type: ignore[method-assign]
-    trained(made)
+    built.model.forward = watched  # type: ignore[method-assign]
+    trained(built)
     lengths = [5, 9, 14, 7, 20, 11, 6]
     expected = []
     for epoch in range(2):
@@ -136,7 +136,7 @@ def test_the_trainer_reads_those_batches(tmp_path: Path) -> None:
         batches.set_epoch(epoch)
         expected += [[lengths[index] for index in batch] for batch in batches]
     assert seen == expected
-    assert made.state.global_step == 2 * len(budgeted())
+    assert built.state.global_step == 2 * len(budgeted())
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5])
@@ -159,9 +159,9 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_as_undisturbed(tmp_path: Path
 class Memory:
     """Of a machine that holds `rows` rows of a forward pass."""
 
-    def __init__(self, made: PromptTrainer, rows: int, after_backward: bool = False) -> None:
+    def __init__(self, built: PromptTrainer, rows: int, after_backward: bool = False) -> None:
         self.tried: list[int] = []
-        forward = made.model.forward
+        forward = built.model.forward
 
         def limited(**inputs: Tensor) -> object:
             size = len(inputs["input_ids"])
@@ -173,7 +173,7 @@ class Memory:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return out
 
-        made.model.forward = limited  # type: ignore[method-assign]
+        built.model.forward = limited  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("after_backward", [False, True])
@@ -184,16 +184,16 @@ def test_out_of_memory_halves_what_is_computed_at_once_and_changes_nothing_else(
     options = {"max_steps": 3, "per_device_train_batch_size": 7, "gradient_accumulation_steps": accumulation}
     options |= {"save_strategy": "no"}
     plain = trained(trainer(tmp_path / "a", **options))
-    made = trainer(tmp_path / "b", **options)
-    memory = Memory(made, 2, after_backward)
-    with pytest.warns(UserWarning, match="out of memory with") as said:
-        limited = trained(made)
+    built = trainer(tmp_path / "b", **options)
+    memory = Memory(built, 2, after_backward)
+    with pytest.warns(UserWarning, match="out of memory with") as warned:
+        limited = trained(built)
     assert memory.tried[:5] == [7, 4, 2, 2, 2]  # all, then in two parts, then in four
     assert max(memory.tried[5:]) == 2  # remembered
-    assert len([one for one in said if "out of memory" in str(one.message)]) == 2
+    assert len([warning for warning in warned if "out of memory" in str(warning.message)]) == 2
     for name, value in plain.items():
         assert torch.allclose(limited[name], value, atol=1e-5), name
-    losses = [line["loss"] for line in made.state.log_history if "loss" in line]
+    losses = [line["loss"] for line in built.state.log_history if "loss" in line]
     assert losses[0] == pytest.approx(loss_of_all(), rel=1e-4)
 
 
@@ -203,22 +203,22 @@ def loss_of_all() -> float:
 
 
 def test_memory_that_holds_not_even_a_row_is_an_error(tmp_path: Path) -> None:
-    made = trainer(tmp_path, max_steps=1, per_device_train_batch_size=7)
-    Memory(made, 0)
+    built = trainer(tmp_path, max_steps=1, per_device_train_batch_size=7)
+    Memory(built, 0)
     warnings.simplefilter("ignore")
     with pytest.raises(RuntimeError, match="out of memory"):
-        made.train()
+        built.train()
 
 
 def test_other_errors_are_not_taken_for_memory(tmp_path: Path) -> None:
-    made = trainer(tmp_path, max_steps=1, per_device_train_batch_size=7)
+    built = trainer(tmp_path, max_steps=1, per_device_train_batch_size=7)
 
     def broken(**_: Tensor) -> object:
         raise RuntimeError("size mismatch")
 
-    made.model.forward = broken  # type: ignore[method-assign]
+    built.model.forward = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="size mismatch"):
-        made.train()
+        built.train()
 
 
 # -- as options of a run -----------------------------------------------------------------------------------------------

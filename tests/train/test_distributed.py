@@ -52,7 +52,7 @@ def train(folder: Path, method: str, *, by_tokens: bool, stop: int | None = None
         seen.append([len(row["input_ids"]) for row in batch])
         return collate(batch)
 
-    made = PromptTrainer(
+    trainer = PromptTrainer(
         model=prompted(tiny_llama(), METHODS[method]),
         args=TrainingArguments(
             output_dir=str(folder),
@@ -74,11 +74,11 @@ def train(folder: Path, method: str, *, by_tokens: bool, stop: int | None = None
         batches=TokenBatches(LENGTHS, 30, seed=3, processes=2) if by_tokens else None,
     )
     if stop is not None:
-        made.add_callback(_Stop(stop))
-    made.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
-    if made.args.process_index == 0:
+        trainer.add_callback(_Stop(stop))
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    if trainer.args.process_index == 0:
         save_file(
-            {name: value.contiguous() for name, value in made.model.encoder.state_dict().items()}, folder / "trained"
+            {name: value.contiguous() for name, value in trainer.model.encoder.state_dict().items()}, folder / "trained"
         )
     return seen
 
@@ -106,8 +106,8 @@ def two_processes(folder: Path, method: str, **options: object) -> list[list[lis
     return [json.loads((folder / f"seen-{rank}").read_text()) for rank in range(2)]
 
 
-def check_equal(one: Path, other: Path) -> None:
-    expected = load_file(one / "trained")
+def check_equal(first: Path, other: Path) -> None:
+    expected = load_file(first / "trained")
     for name, value in load_file(other / "trained").items():
         assert torch.allclose(value, expected[name], atol=1e-5), name
 
@@ -124,7 +124,7 @@ def test_two_processes_train_as_one(tmp_path: Path, method: str, by_tokens: bool
     assert by_tokens == (alone[:half] != alone[half:])  # the second epoch has another order
 
 
-def test_two_processes_go_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+def test_two_processes_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     two_processes(tmp_path / "whole", "PT-MoE", by_tokens=True)
     steps = len(TokenBatches(LENGTHS, 30, seed=3, processes=2)) // 2
     assert steps > 1

@@ -70,7 +70,7 @@ def test_the_environment_records_the_fast_paths_and_why_each_other_was_not_taken
     assert recorded == trained.model.fast_paths()
     assert recorded["packing"] is None
     assert "--torch-compile" in recorded["compiled_layers"]
-    monkeypatch.setattr("ptmoe.train.recipe.compile_layers", lambda base: "no C++ compiler")
+    monkeypatch.setattr("ptmoe.fast.compiled.compile_layers", lambda base: "no C++ compiler")
     short = {"max_steps": 1, "eval_examples": 1, "packing": False, "torch_compile": True}
     again = json.loads((train(options(tmp_path / "run", **short)).folder / "environment.json").read_text())
     assert again["fast_paths"]["packing"] == "not asked for (packing=False)"
@@ -260,12 +260,12 @@ def test_a_folder_that_holds_a_run_is_refused(trained):
 def test_long_examples_are_left_out_or_cut_and_counted(tmp_path):
     lines = [{"prompt": "x " * length, "completion": " y"} for length in (5, 3000, 7, 4000)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = []
+    messages = []
     plain = {"task": None, "data": str(tmp_path / "d.jsonl"), "max_steps": 1, "per_device_train_batch_size": 1}
-    result = train(options(tmp_path / "out", **plain), say=said.append).result
+    result = train(options(tmp_path / "out", **plain), say=messages.append).result
     assert (result.examples, result.examples_left_out, result.examples_cut) == (2, 2, 0)
-    assert "2 of 4 examples left out and 0 cut" in said[0]
-    result = train(options(tmp_path / "cut", **plain, truncation="cut"), say=said.append).result
+    assert "2 of 4 examples left out and 0 cut" in messages[0]
+    result = train(options(tmp_path / "cut", **plain, truncation="cut"), say=messages.append).result
     assert (result.examples, result.examples_left_out, result.examples_cut) == (4, 0, 2)
     (tmp_path / "long.jsonl").write_text(json.dumps(lines[1]) + "\n")
     with pytest.raises(ptmoe.PtmoeError, match="none of the 1 examples fits"):
@@ -302,8 +302,8 @@ def squad_file(path, questions=6):
     for number in range(questions):
         context += "The box is empty. " * 12 + f"The key number {number} is in Place{number}. "
         qas.append({"id": f"q{number}", "question": f"Where is key {number}?", "answers": []})
-    for number, one in enumerate(qas):
-        one["answers"] = [{"text": f"Place{number}", "answer_start": context.index(f"Place{number}")}]
+    for number, question in enumerate(qas):
+        question["answers"] = [{"text": f"Place{number}", "answer_start": context.index(f"Place{number}")}]
     qas[0]["answers"] = qas[0]["answers"] * 2
     path.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": qas}]}], "version": "1.1"}))
     return path
@@ -311,12 +311,12 @@ def squad_file(path, questions=6):
 
 def test_a_question_trains_on_the_passage_around_its_answer_and_is_asked_as_it_was_trained(tmp_path):
     file = squad_file(tmp_path / "squad.json")
-    said = []
+    messages = []
     squad = {"task": "mrqa/squad", "data_dir": str(file), "max_length": 160, "max_steps": 1, "eval_task": "mrqa/squad"}
     squad |= {"eval_data_dir": str(file), "max_new_tokens": 4}
-    trained = train(options(tmp_path / "run", **squad), say=said.append)
+    trained = train(options(tmp_path / "run", **squad), say=messages.append)
     assert trained.result.examples_cut == trained.result.examples == 6
-    assert "0 of 6 examples left out and 6 cut: longer than 160 tokens" in said[0]
+    assert "0 of 6 examples left out and 6 cut: longer than 160 tokens" in messages[0]
     tokenizer = trained.tokenizer
     rows = fit(load_task("mrqa/squad", "train", file), tokenizer, 160, chat=True)
     for number, row in enumerate(rows):
@@ -328,7 +328,9 @@ def test_a_question_trains_on_the_passage_around_its_answer_and_is_asked_as_it_w
     assert written["chat"] is True, "nano's tokenizer has a chat template"
     (evaluation,) = trained.evaluations
     assert evaluation.settings["chat"] is True
-    assert all(one.cut > 0 and one.prompt.startswith("user: The box") for one in evaluation.predictions)
+    assert all(
+        prediction.cut > 0 and prediction.prompt.startswith("user: The box") for prediction in evaluation.predictions
+    )
     assert set(evaluation.metrics) == {"exact_match", "f1"}
 
 
@@ -346,11 +348,11 @@ def test_a_mixture_of_named_tasks_trains_and_several_are_evaluated(tmp_path):
     with pytest.raises(ptmoe.PtmoeError, match=r"test\.jsonl:11: lacks the key 'answer'"):
         train(options(tmp_path / "run", **mixed))
     assert not (tmp_path / "run").exists()
-    said = []
-    trained = train(options(tmp_path / "run", **mixed, skip_bad=True), say=said.append)
+    messages = []
+    trained = train(options(tmp_path / "run", **mixed, skip_bad=True), say=messages.append)
     assert trained.result.examples == 31, "10 of gsm8k and twice as many of nano's, up to the turn of the eleventh"
-    assert "train.jsonl:11" in said[0]
-    assert [one.task.name for one in trained.evaluations] == ["gsm8k", "svamp"]
+    assert "train.jsonl:11" in messages[0]
+    assert [evaluation.task.name for evaluation in trained.evaluations] == ["gsm8k", "svamp"]
     assert sorted(path.name for path in (tmp_path / "run" / "eval").iterdir()) == ["gsm8k.json", "svamp.json"]
 
 
@@ -385,9 +387,9 @@ def test_gsm8k_trains_with_a_falling_loss_saves_reloads_and_generates(tmp_path):
     assert losses[-1] < 0.9 * losses[0]
     again = ptmoe.load_adapter(load_base("nano")[0], trained.folder).eval()
     ids = trained.tokenizer("How many legs do three cats have? ", return_tensors="pt")["input_ids"]
-    made = again.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
-    assert torch.equal(made[:, : ids.shape[1]], ids)
-    assert torch.equal(made, trained.model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
+    generated = again.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(generated[:, : ids.shape[1]], ids)
+    assert torch.equal(generated, trained.model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
 
 
 def test_batches_are_padded_on_the_right_and_pads_are_not_supervised():

@@ -104,11 +104,11 @@ def test_a_feature_that_never_varies_does_not_decide():
 
 def rows(count=24):
     generator = torch.Generator().manual_seed(1)
-    made = []
+    examples = []
     for _ in range(count):
         ids = torch.randint(3, 90, (int(torch.randint(4, 9, (), generator=generator)),), generator=generator).tolist()
-        made.append({"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:]})
-    return made
+        examples.append({"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:]})
+    return examples
 
 
 def test_each_rows_gradient_is_the_one_it_has_alone():

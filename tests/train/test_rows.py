@@ -83,8 +83,8 @@ def test_rows_are_the_same_from_memory_and_from_files_and_those_of_each_example_
     tokenizer = load_tokenizer("nano")[0]
     examples = [Example(str(i), prompt, target, ("",), "task") for i, (prompt, target) in enumerate(texts)]
     expected, left_out, cut = [], 0, 0
-    for one in examples:
-        prompt, end = encode_prompt(one, tokenizer, chat=chat).ids, encode_completion(one, tokenizer, chat=chat)
+    for item in examples:
+        prompt, end = encode_prompt(item, tokenizer, chat=chat).ids, encode_completion(item, tokenizer, chat=chat)
         room = length - len(end)
         if len(prompt) > room and (truncation == "left_out" or room <= 0):
             left_out += 1
@@ -97,12 +97,12 @@ def test_rows_are_the_same_from_memory_and_from_files_and_those_of_each_example_
             with pytest.raises(ptmoe.PtmoeError, match=f"none of the {left_out} examples fits"):
                 fit(examples, tokenizer, length, truncation, chat=chat, cache=cache)
             continue
-        made = fit(iter(examples), tokenizer, length, truncation, chat=chat, cache=cache)
-        assert listed(made) == expected
-        assert (made.cut, made.left_out) == (cut, left_out)
-        assert made.lengths.tolist() == [len(row["input_ids"]) for row in expected]
-        assert len(made) == len(expected)
-        assert all(values.dtype == np.int32 for values in made[0].values())
+        rows = fit(iter(examples), tokenizer, length, truncation, chat=chat, cache=cache)
+        assert listed(rows) == expected
+        assert (rows.cut, rows.left_out) == (cut, left_out)
+        assert rows.lengths.tolist() == [len(row["input_ids"]) for row in expected]
+        assert len(rows) == len(expected)
+        assert all(values.dtype == np.int32 for values in rows[0].values())
 
 
 def test_rows_are_a_sequence_and_belong_to_whoever_asks(tokenizer):
@@ -119,23 +119,23 @@ def test_rows_are_a_sequence_and_belong_to_whoever_asks(tokenizer):
 
 
 def test_training_from_files_is_training_from_memory_to_the_bit_and_tells_of_the_same_bad_records(tmp_path, folder):
-    lines = [json.dumps({"prompt": one.input, "completion": one.target}) for one in EXAMPLES]
+    lines = [json.dumps({"prompt": item.input, "completion": item.target}) for item in EXAMPLES]
     lines[3], lines[30] = "{", json.dumps({"prompt": "alone"})
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     method = {"name": "pt-moe", "num_virtual_tokens": 4, "rank": 2, "num_experts": 2}
     chosen = {"data": str(tmp_path / "data.jsonl"), "skip_bad": True, "max_steps": 4, "per_device_train_batch_size": 8}
-    adapters, told = [], []
+    adapters, reports = [], []
     for name, cache in (("memory", False), ("new", True), ("old", True)):
-        said = []
+        messages = []
         run = TrainOptions(**chosen, method=method, output_dir=str(tmp_path / name), token_cache=cache)
-        result = train(run, say=said.append).result
+        result = train(run, say=messages.append).result
         adapters.append([path.read_bytes() for path in sorted((tmp_path / name / "adapter").glob("*.safetensors"))])
-        told.append((said, result.examples))
+        reports.append((messages, result.examples))
         assert bool(files(folder)) is cache
     assert adapters[0] == adapters[1] == adapters[2] != []
-    assert told[0] == told[1] == told[2]
-    assert "data.jsonl:4: not JSON" in told[0][0][0]
-    assert "data.jsonl:31: lacks the key 'completion'" in told[0][0][0]
+    assert reports[0] == reports[1] == reports[2]
+    assert "data.jsonl:4: not JSON" in reports[0][0][0]
+    assert "data.jsonl:31: lacks the key 'completion'" in reports[0][0][0]
 
 
 # ---- when a file serves ----------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_the_second_time_nothing_is_tokenised_and_nothing_is_written(tokenizer, 
     seen = counted(monkeypatch)
     # Neither what an example is called nor how the tokenizer was used before is in the tokens.
     tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
-    fit([replace(one, id="x", references=("y",)) for one in EXAMPLES], tokenizer, 2000, cache=True)
+    fit([replace(item, id="x", references=("y",)) for item in EXAMPLES], tokenizer, 2000, cache=True)
     assert seen == []
     assert {path: path.stat().st_ino for path in folder.iterdir()} == written
 
@@ -167,7 +167,7 @@ def test_more_examples_add_blocks_to_those_that_are_there(tokenizer, monkeypatch
     fit(EXAMPLES[:30], tokenizer, 2000, cache=True)
     seen = counted(monkeypatch)
     more = fit(EXAMPLES, tokenizer, 2000, cache=True)
-    assert {one.id for one in EXAMPLES[30:]} <= set(seen) <= {one.id for one in EXAMPLES[24:]}
+    assert {item.id for item in EXAMPLES[30:]} <= set(seen) <= {item.id for item in EXAMPLES[24:]}
     assert listed(more) == listed(fit(EXAMPLES, tokenizer, 2000))
 
 
@@ -294,7 +294,7 @@ def test_what_a_run_could_not_clear_away_is_not_read(tokenizer, folder):
 
 
 def test_several_may_write_the_same_file_while_others_read_it(tokenizer, folder):
-    block = Block.of((encode_prompt(one, tokenizer), encode_completion(one, tokenizer)) for one in EXAMPLES)
+    block = Block.of((encode_prompt(item, tokenizer), encode_completion(item, tokenizer)) for item in EXAMPLES)
     path, stop, found = folder / "one.tokens", threading.Event(), []
     block.write(path)
 
@@ -316,26 +316,26 @@ def test_several_may_write_the_same_file_while_others_read_it(tokenizer, folder)
     assert files(folder) == {path.name: block.numbers.tobytes()}
 
 
-def test_a_folder_that_cannot_be_written_is_said_once_and_rows_stay_in_memory(tokenizer, folder, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_reported_once_and_rows_stay_in_memory(tokenizer, folder, monkeypatch):
     expected = listed(fit(EXAMPLES, tokenizer, 2000))
     folder.parent.write_text("a file, not a folder")
-    said, seen = [], counted(monkeypatch)
-    made = fit(EXAMPLES, tokenizer, 2000, cache=True, say=said.append)
-    assert listed(made) == expected
-    assert len(said) == 1
-    assert str(folder) in said[0]
-    assert seen == [one.id for one in EXAMPLES], "each once"
+    messages, seen = [], counted(monkeypatch)
+    rows = fit(EXAMPLES, tokenizer, 2000, cache=True, say=messages.append)
+    assert listed(rows) == expected
+    assert len(messages) == 1
+    assert str(folder) in messages[0]
+    assert seen == [item.id for item in EXAMPLES], "each once"
 
 
 def test_a_tokenizer_that_cannot_be_saved_trains_without_files(tokenizer, folder, monkeypatch):
     def unable(folder):
         raise NotImplementedError("no vocabulary file")
 
-    expected, said = listed(fit(EXAMPLES, tokenizer, 2000)), []
+    expected, messages = listed(fit(EXAMPLES, tokenizer, 2000)), []
     monkeypatch.setattr(tokenizer, "save_pretrained", unable)
-    assert listed(fit(EXAMPLES, tokenizer, 2000, cache=True, say=said.append)) == expected
-    assert len(said) == 1
-    assert "TokenizersBackend cannot be saved: no vocabulary file" in said[0]
+    assert listed(fit(EXAMPLES, tokenizer, 2000, cache=True, say=messages.append)) == expected
+    assert len(messages) == 1
+    assert "TokenizersBackend cannot be saved: no vocabulary file" in messages[0]
     assert files(folder) == {}
 
 
@@ -398,14 +398,14 @@ def test_a_data_loaders_workers_share_the_files(tokenizer, folder):
 
 def test_the_files_used_least_recently_make_room_and_nothing_else_does(tokenizer, folder, monkeypatch):
     for age, word in ((300, "old"), (200, "used"), (100, "new")):
-        fit([replace(one, input=word + one.input) for one in EXAMPLES], tokenizer, 2000, cache=True)
+        fit([replace(item, input=word + item.input) for item in EXAMPLES], tokenizer, 2000, cache=True)
         for path in folder.iterdir():
             if path.stat().st_mtime > 1e9:
                 os.utime(path, (1e9 - age, 1e9 - age))
     (folder / "notes.txt").write_text("not ours")
     os.utime(folder / "notes.txt", (0, 0))
     ages = {path: path.stat().st_mtime for path in folder.iterdir()}
-    fit([replace(one, input="used" + one.input) for one in EXAMPLES], tokenizer, 2000, cache=True)
+    fit([replace(item, input="used" + item.input) for item in EXAMPLES], tokenizer, 2000, cache=True)
     monkeypatch.setattr(storing, "LIMIT", sum(path.stat().st_size for path in folder.glob("*.tokens")) * 3 // 4)
     own = fit(EXAMPLES, tokenizer, 2000, cache=True)
     gone = {age for path, age in ages.items() if not path.exists()}

@@ -82,11 +82,11 @@ def bridge(model, tokenizer, folder, completions=COMPLETIONS, eval_dataset=None,
 
 def rows(tokenizer):
     """What the data set is as tokens, made without `trl`."""
-    made = []
+    examples = []
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
         question, answer = tokenizer(prompt)["input_ids"], tokenizer(completion + "<eos>")["input_ids"]
-        made.append({"input_ids": question + answer, "labels": [-100] * len(question) + answer})
-    return made
+        examples.append({"input_ids": question + answer, "labels": [-100] * len(question) + answer})
+    return examples
 
 
 def losses(trainer):
@@ -260,7 +260,7 @@ def test_evaluation_gives_the_loss_the_accuracy_and_the_entropy(tokenizer, tmp_p
     assert found.get("eval_width") == (300 if whole_logits else None)
 
 
-def test_a_checkpoint_holds_the_adapter_only_and_training_goes_on_from_it(tokenizer, tmp_path):
+def test_a_checkpoint_holds_the_adapter_only_and_training_resumes_from_it(tokenizer, tmp_path):
     model = prompted()
     frozen = {name: value.clone() for name, value in model.base_model.state_dict().items()}
     trainer = bridge(model, tokenizer, tmp_path, max_steps=6, save_strategy="steps", save_steps=3)

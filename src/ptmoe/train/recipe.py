@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import PartialState
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-
 from ptmoe.errors import PtmoeError, near
-from ptmoe.evaluate import Evaluation, evaluate
-from ptmoe.fast.compiled import compile_layers
-from ptmoe.models.attach import attach
 from ptmoe.models.bases import check_quantization, load_base
-from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.environment import environment, world_size
 from ptmoe.runs.folders import (
     ADAPTER_FOLDER,
@@ -32,25 +24,25 @@ from ptmoe.runs.folders import (
 from ptmoe.runs.records import Result
 from ptmoe.tasks import TASKS, Problems, is_file, load_task, stream_task, task_named, task_names
 from ptmoe.tasks import local as local_task
-from ptmoe.tasks.base import Example
-from ptmoe.tasks.tokens import uses_chat
-from ptmoe.train.batches import TokenBatches
-from ptmoe.train.data import collate, fit
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
-from ptmoe.train.routing import RoutingCallback, sample_batches
-from ptmoe.train.rows import TokenRows
-from ptmoe.train.trainer import DivergedError, MetricsFile, PromptTrainer
 
+# `transformers` and all that needs it take seconds to import, so functions import them: bad options and missing data
+# are reported at once.
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+    from ptmoe.evaluate import Evaluation
+    from ptmoe.models.causal import PromptedCausalLM
+    from ptmoe.tasks.base import Example
+    from ptmoe.train.rows import TokenRows
+    from ptmoe.train.trainer import PromptTrainer
 
 RUN_FILES = (CONFIG_FILE, RESULT_FILE, ADAPTER_FOLDER, METRICS_FILE, CHECKPOINTS_FOLDER)
-TRAINER_ARGUMENTS = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
 # Options whose names `TrainingArguments` has as well, but which are carried out here.
 NOT_PASSED_ON = {"output_dir", "torch_compile", "gradient_checkpointing"}
 
 
-@dataclasses.dataclass
+@dataclass
 class Trained:
     """A finished run: its folder, its result, the model with its adapter, and its evaluations."""
 
@@ -118,11 +110,12 @@ def train(
     # A stream is used before it ends, so a bad record in it is refused at once; a file's bad lines are counted first.
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
-    for name in options.trainer:
-        if name not in TRAINER_ARGUMENTS:
-            raise PtmoeError(f"trainer: unknown key {name!r}{near(name, TRAINER_ARGUMENTS)}")
-        if name in TrainOptions.model_fields:
-            raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
+    _check_trainer_arguments(options)
+
+    from ptmoe.fast.compiled import compile_layers
+    from ptmoe.models.attach import attach
+    from ptmoe.train.data import collate, fit
+    from ptmoe.train.routing import sample_batches
 
     model, tokenizer, chat = _base(options)
     positions = (model.max_positions or 2**31) - config.num_virtual_tokens
@@ -183,6 +176,9 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     check_quantization(options.quantization)
     folder = run_folder(options, resume=False)
     held_out = evaluation_examples(options, say)
+
+    from accelerate import PartialState
+
     model, tokenizer, chat = _base(options)
     model.to(PartialState().device)  # where a trainer would put it
     options = options.replace(method={"name": BASE}, chat=chat)
@@ -193,6 +189,9 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
 
 def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase, bool]:
     """The base without an adapter, its tokenizer, and whether prompts go into its chat template."""
+    from ptmoe.models.causal import PromptedCausalLM
+    from ptmoe.tasks.tokens import uses_chat
+
     base, tokenizer = load_base(
         options.model, revision=options.revision, dtype=options.dtype, quantization=options.quantization
     )
@@ -218,6 +217,8 @@ def _finish(
     options: TrainOptions,
 ) -> list[Evaluation]:
     """Write the result, and evaluate on each task's examples, as the resolved options say."""
+    from ptmoe.evaluate import evaluate
+
     result.write(folder / RESULT_FILE)
     return [
         evaluate(
@@ -233,6 +234,19 @@ def _finish(
         )
         for examples in held_out
     ]
+
+
+def _check_trainer_arguments(options: TrainOptions) -> None:
+    if not options.trainer:
+        return
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    for name in options.trainer:
+        if name not in known:
+            raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
+        if name in TrainOptions.model_fields:
+            raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
 
 
 def run_folder(options: TrainOptions, resume: bool) -> Path:
@@ -273,7 +287,15 @@ def _trainer(
     Raises:
         PtmoeError: what `transformers` refuses: a scheduler that it does not know, a logger that is not installed, …
     """
-    shared = (TRAINER_ARGUMENTS & TrainOptions.model_fields.keys()) - NOT_PASSED_ON
+    import torch
+    from transformers import PrinterCallback, TrainingArguments
+
+    from ptmoe.train.batches import TokenBatches
+    from ptmoe.train.data import collate
+    from ptmoe.train.routing import RoutingCallback
+    from ptmoe.train.trainer import MetricsFile, PromptTrainer
+
+    shared = ({field.name for field in fields(TrainingArguments)} & TrainOptions.model_fields.keys()) - NOT_PASSED_ON
     chosen = {
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -315,6 +337,8 @@ def _trainer(
 
 def _fit(trainer: PromptTrainer, folder: Path, resume: bool) -> None:
     """Train, and save the adapter, even if the loss diverged and there is an earlier one to save."""
+    from ptmoe.train.trainer import DivergedError
+
     try:
         trainer.train(resume_from_checkpoint=resume or None)
     except DivergedError as error:

@@ -37,8 +37,8 @@ class DivergedError(PtmoeError):
 
     Attributes:
         step: the training step at which it did.
-        restored: what the model holds now, in words: the adapter of the last finite loss or, with a method that trains
-            the base's own weights, those of a checkpoint. None where the model is of no use.
+        restored: a description of what the model holds now: the adapter of the last finite loss or, with a method that
+            trains the base's own weights, those of a checkpoint. None if there was nothing to restore.
     """
 
     def __init__(self, loss: float, step: int, restored: str | None) -> None:
@@ -79,15 +79,10 @@ class PromptTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         if self.batches is None:
             return cast("DataLoader[Any]", super().get_train_dataloader())
-        loader = DataLoader(
-            cast("Dataset[Any]", self.train_dataset),
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
+        names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+        options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
+        data = cast("Dataset[Any]", self.train_dataset)
+        loader = DataLoader(data, batch_sampler=self.batches, collate_fn=self.data_collator, **options)
         return cast("DataLoader[Any]", self.accelerator.prepare(loader))
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
@@ -116,7 +111,7 @@ class PromptTrainer(Trainer):
         newest checkpoint.
 
         Returns:
-            What the model holds now, in words; None where there is nothing to go back to.
+            A description of what the model holds now; None if there is nothing to go back to.
         """
         if not self.model.encoder.config.trains_base:
             if self._last_good:

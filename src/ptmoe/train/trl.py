@@ -85,12 +85,8 @@ class SFTTrainer(PromptTrainer, trl.SFTTrainer):
         labels, mask = inputs["labels"], inputs["attention_mask"]
         # The model computes the mask from the labels, which a `compute_loss_func` does not pass on.
         statistics = TokenStatistics()
-        inputs = {
-            "input_mask": readable_tokens(mask, labels),
-            **inputs,
-            "skip_logits": not return_outputs,
-            "token_statistics": statistics,
-        }
+        inputs = {"input_mask": readable_tokens(mask, labels), **inputs}
+        inputs |= {"skip_logits": not return_outputs, "token_statistics": statistics}
         loss, outputs = super(trl.SFTTrainer, self).compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -100,12 +96,8 @@ class SFTTrainer(PromptTrainer, trl.SFTTrainer):
     @torch.no_grad()
     def _add_token_metrics(self, statistics: TokenStatistics, mask: Tensor) -> None:
         """Add what `trl` logs of each batch to its metrics."""
-        local = torch.stack(
-            [
-                torch.as_tensor(number, dtype=torch.float, device=mask.device)
-                for number in (statistics.entropy, statistics.correct, statistics.count, mask.sum())
-            ]
-        )
+        numbers = (statistics.entropy, statistics.correct, statistics.count, mask.sum())
+        local = torch.stack([torch.as_tensor(number, dtype=torch.float, device=mask.device) for number in numbers])
         entropy, correct, supervised, tokens = self.accelerator.reduce(local, "sum").tolist()
         mode = "train" if self.model.training else "eval"
         if mode == "train":
@@ -123,19 +115,18 @@ def _refuse_unfit(model: Any, args: trl.SFTConfig | None, options: dict[str, Any
         )
     if options.get("peft_config") is not None:
         raise PtmoeError("peft_config on a prompted model: its base stays frozen; leave one of the two out")
-    for name in ("packing", "eval_packing", "padding_free"):
-        if getattr(args, name, None):
-            raise PtmoeError(
-                f"{name}=True puts several examples in one row, which has one prompt, composed from the first: set it "
-                "to False"
-            )
-    loss_type = getattr(args, "loss_type", "nll")
-    if loss_type != "nll":
-        raise PtmoeError(f"loss_type={loss_type!r} needs trl's fused head, which knows no prompt: use 'nll'")
-    if args is not None and args.label_smoothing_factor:
-        raise PtmoeError(
-            f"label_smoothing_factor={args.label_smoothing_factor} needs trl's fused head, which knows no prompt: set 0"
-        )
+    one_row = "puts several examples in one row, which has one prompt, composed from the first: set it to False"
+    fused = "needs trl's fused head, which knows no prompt: set it to"
+    for name, allowed, reason in (
+        ("packing", False, one_row),
+        ("eval_packing", False, one_row),
+        ("padding_free", False, one_row),
+        ("loss_type", "nll", f"{fused} 'nll'"),
+        ("label_smoothing_factor", 0, f"{fused} 0"),
+    ):
+        value = getattr(args, name, allowed)
+        if value not in (allowed, None):
+            raise PtmoeError(f"{name}={value!r} {reason}")
     template = getattr(args, "chat_template_path", None)
     if template is not None and not Path(template).is_file():
         raise PtmoeError(
