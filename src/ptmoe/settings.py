@@ -49,15 +49,14 @@ def _one_line_each(owner: type[BaseModel], error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
+        message = f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{near(key, owner.model_fields)}")
+            message = f"unknown key {key!r}{near(key, owner.model_fields)}"
         elif problem["type"] == "missing":
-            lines.append(f"{key} is missing")
+            message = f"{key} is missing"
         elif problem["type"] == "value_error":  # one of our own checks: it says everything itself
-            lines.append(str(problem["ctx"]["error"]))
-        else:
-            message = problem["msg"][0].lower() + problem["msg"][1:]
-            lines.append(f"{key}={problem['input']!r}: {message}")
+            message = str(problem["ctx"]["error"])
+        lines.append(message)
     return "; ".join(lines)
 
 
@@ -70,7 +69,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        written = yaml.safe_load(path.read_text())
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PtmoeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(written, dict):

@@ -118,7 +118,7 @@ def _compare(
 
 def _show(comparison: Comparison, console: Console) -> None:
     """The plan: what all methods share, and the size of each."""
-    from ptmoe.compare.budget import sizes_of
+    from ptmoe.compare.budget import size_text
     from ptmoe.compare.presets import PRESETS
 
     plan = comparison.plan
@@ -144,7 +144,7 @@ def _show(comparison: Comparison, console: Console) -> None:
         table.add_row(
             variant.label,
             variant.config.method,
-            ", ".join(f"{name}={value}" for name, value in sizes_of(variant.config).items()) or "–",
+            size_text(variant.config),
             f"{variant.trainable_parameters:,}",
             *([share] if budgeted else []),
             f"{variant.learning_rate:g}" if variant.learning_rate else "–",

@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from ptmoe.settings import Flag, Settings
+    from ptmoe.settings import Settings
 
     Fields = dict[str, list[FieldInfo]]  # by name; several methods may have a field of one name
 
@@ -107,57 +107,46 @@ def described_fields(owner: type[Settings]) -> dict[str, FieldInfo]:
 
 
 def _options(fields: Fields) -> list[Any]:
-    """What `typer` makes of a function with these parameters. A mapping is no option: only a YAML file can hold it."""
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[kind | None, _option(name, same, repeatable=kind == list[str])],
-        )
-        for name, same in fields.items()
-        if (kind := _type(same)) is not None
-    ]
+    """What `typer` makes of a function with these parameters."""
 
     def function(**_: Any) -> None: ...
 
+    parameters = [parameter for name, same in fields.items() if (parameter := _parameter(name, same)) is not None]
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False)
     app.command()(function)
     return list(typer.main.get_command(app).params)
 
 
-def _option(name: str, fields: Sequence[FieldInfo], *, repeatable: bool) -> Any:
-    flag, default = _flag(fields), fields[0].get_default()
-    text = " ".join((fields[0].description or "").split())
+def _parameter(name: str, fields: Sequence[FieldInfo]) -> inspect.Parameter | None:
+    """Fields of one name as `typer` reads them; the settings class checks the rest. None for a mapping, which only a
+    YAML file can hold."""
+    from ptmoe.settings import Flag
+
+    first, leaves = fields[0], _leaves(fields)
+    flag = next((entry for entry in first.metadata if isinstance(entry, Flag)), Flag())
+    repeatable = list in leaves if flag.repeatable is None else flag.repeatable
+    kind: Any = list[str] if repeatable else str
+    if flag.repeatable is None and not repeatable:
+        if dict in leaves:
+            return None
+        if all(get_origin(leaf) is Literal for leaf in leaves):
+            kind = Literal[tuple(dict.fromkeys(choice for leaf in leaves for choice in get_args(leaf)))]
+        elif len(leaves) == 1 and leaves[0] in (bool, int, float):
+            kind = leaves[0]
+    text, default = " ".join((first.description or "").split()), first.get_default()
     if isinstance(default, str | int | float) and default not in ("", False):
         text += f" [default: {'--' + name.replace('_', '-') if default is True else default}]"
-    callback = _alone if {str, list} <= {*_leaves(fields)} else None
-    names = flag.names if flag else ()
-    return typer.Option(*names, help=text, metavar="<str>..." if repeatable else None, callback=callback)
+    callback = _alone if {str, list} <= {*leaves} else None
+    option = typer.Option(*flag.names, help=text, metavar="<str>..." if repeatable else None, callback=callback)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def _alone(values: list[str] | None) -> Any:
     """A text given once is that text, not a list of one."""
     return values[0] if values and len(values) == 1 else values
-
-
-def _flag(fields: Sequence[FieldInfo]) -> Flag | None:
-    from ptmoe.settings import Flag
-
-    return next((entry for entry in fields[0].metadata if isinstance(entry, Flag)), None)
-
-
-def _type(fields: Sequence[FieldInfo]) -> Any:
-    """What `typer` reads a field as; the settings class checks the rest. None for a mapping."""
-    flag, leaves = _flag(fields), _leaves(fields)
-    if flag and flag.repeatable is not None:
-        return list[str] if flag.repeatable else str
-    if list in leaves:
-        return list[str]
-    if all(get_origin(leaf) is Literal for leaf in leaves):
-        return Literal[tuple(dict.fromkeys(choice for leaf in leaves for choice in get_args(leaf)))]
-    return None if dict in leaves else next((kind for kind in (bool, int, float) if leaves == [kind]), str)
 
 
 def _leaves(fields: Sequence[FieldInfo]) -> list[Any]:

@@ -34,13 +34,12 @@ def progress_bar(console: Console | None = None) -> Progress:
 def training_bar(progress: Progress, name: str) -> Steps:
     """A callback that shows one training run's steps, remaining time and last loss; its bar appears at the first
     step."""
-    bar: TaskID | None = None
+    bar = progress.add_task(name, start=False, visible=False, note="")
 
     def show(done: int, steps: int, loss: float | None) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = progress.add_task(name, note="")
-        progress.update(bar, completed=done, total=steps, note="" if loss is None else f"loss {loss:.3f}")
+        progress.start_task(bar)
+        note = "" if loss is None else f"loss {loss:.3f}"
+        progress.update(bar, completed=done, total=steps, note=note, visible=True)
 
     return show
 

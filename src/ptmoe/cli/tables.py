@@ -32,7 +32,7 @@ def params(
     ] = None,
 ) -> None:
     """Count each method's trainable parameters on a base. The base's config is enough, no weights are loaded."""
-    from ptmoe.compare.budget import fit_budget, sizes_of
+    from ptmoe.compare.budget import fit_budget, size_text
     from ptmoe.compare.plan import parse_budget
     from ptmoe.methods import METHODS
     from ptmoe.models.attach import count_parameters
@@ -64,8 +64,7 @@ def params(
             table.add_row(name, str(error), "–")
             continue
         share = [] if limit is None else [f"{100 * count / limit:.1f} %"]
-        size = ", ".join(f"{key}={value}" for key, value in sizes_of(chosen).items())
-        table.add_row(name, size or "–", f"{count:,}", *share)
+        table.add_row(name, size_text(chosen), f"{count:,}", *share)
     console = Console()
     asked = "" if limit is None else f", budget {limit:,}"
     console.print(f"{model}: hidden size {config.get_text_config().hidden_size}{asked}")

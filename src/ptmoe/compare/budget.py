@@ -26,6 +26,11 @@ def sizes_of(config: MethodConfig) -> dict[str, int]:
     }
 
 
+def size_text(config: MethodConfig) -> str:
+    """`num_virtual_tokens=40, rank=36`, or a dash for a method without a size."""
+    return ", ".join(f"{name}={value}" for name, value in sizes_of(config).items()) or "–"
+
+
 def fit_budget(
     base_config: Any, config_class: type[MethodConfig], budget: int, fixed: Mapping[str, Any] | None = None
 ) -> MethodConfig:

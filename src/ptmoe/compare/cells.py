@@ -32,21 +32,13 @@ class UntouchedConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the comparison: a method with all its settings.
-
-    Attributes:
-        label: its name in the table.
-        config: of the method, with every size decided.
-        learning_rate: of its training; None for the untouched base.
-        budget: the number of trainable parameters that its size was picked for, if any.
-        trainable_parameters: on the plan's base.
-    """
+    """One row of the comparison: a method with all its settings."""
 
     label: str
     config: MethodConfig
-    learning_rate: float | None
-    budget: int | None
-    trainable_parameters: int
+    learning_rate: float | None  # None for the untouched base
+    budget: int | None  # trainable parameters that its size was picked for, if any
+    trainable_parameters: int  # on the plan's base
 
     @property
     def is_base(self) -> bool:
@@ -67,21 +59,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run and its evaluations.
-
-    Attributes:
-        variant: the method that is trained.
-        task: the task it is trained on.
-        eval_tasks: the tasks it is evaluated on.
-        seed: of the initial values, the order of the data and the noise.
-        options: all options but the run folder.
-    """
+    """One training run and its evaluations."""
 
     variant: Variant
     task: str
     eval_tasks: tuple[str, ...]
     seed: int
-    options: TrainOptions
+    options: TrainOptions  # all but the run folder
 
     @property
     def name(self) -> str:

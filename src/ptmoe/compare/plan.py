@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 from typing_extensions import Self
@@ -23,15 +23,11 @@ from typing_extensions import Self
 from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
-from ptmoe.files import write_whole
 from ptmoe.settings import Flag, read_yaml
 from ptmoe.train.options import Count, Rate, SharedOptions, method_entry, scalar
 
-# How the command works rather than what is compared: not written to the YAML file.
-UNWRITTEN = frozenset({"output_dir", "strict", "jobs"})
-
 # What a later run in the same folder may add to.
-EXTENSIBLE = frozenset({"preset", "title", "methods", "tasks", "seeds", "vary", "budget", "learning_rate"})
+EXTENSIBLE = {"preset", "title", "methods", "tasks", "seeds", "vary", "budget", "learning_rate"}
 
 
 def _listed(value: Any) -> Any:
@@ -111,6 +107,8 @@ class ComparePlan(SharedOptions):
     `learning_rate` and a `budget` (None for none); a `label` names it in tables and folders.
     """
 
+    unwritten: ClassVar[set[str]] = {"output_dir", "strict", "jobs"}  # how the command works, not what is compared
+
     preset: str | None = None
     """quickstart, paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init or -noise; with --model nano on
     nano's world"""
@@ -151,16 +149,9 @@ class ComparePlan(SharedOptions):
     jobs: Count | None = None
     """cells at once, each in a process with its share of the cores; by default 1, on nano as many as there are cores"""
 
-    def write(self, path: Path) -> None:
-        """Atomically: an interruption leaves no partial file."""
-        import yaml
-
-        text = yaml.safe_dump(self.model_dump(exclude=set(UNWRITTEN)), sort_keys=False, allow_unicode=True)
-        write_whole(path, text)
-
     def differences(self, other: Self) -> list[str]:
         """What a run that continues this plan may not change, each as a sentence."""
-        names = [name for name in type(self).model_fields if name not in EXTENSIBLE | UNWRITTEN]
+        names = [name for name in type(self).model_fields if name not in EXTENSIBLE | self.unwritten]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [f"{name} was {before!r}, is {now!r}" for name, before, now in pairs if before != now]
 

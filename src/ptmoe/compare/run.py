@@ -39,23 +39,14 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A resolved plan and its cells.
+    """A resolved plan and its cells."""
 
-    Attributes:
-        plan: what was asked for, with all settings of every method.
-        whole: the plan and what was compared in the same folder before.
-        folder: of the comparison.
-        cells: those of `plan`, in the order they are run.
-        variants: of `plan`.
-        left_out: what cannot be run.
-    """
-
-    plan: ComparePlan
-    whole: ComparePlan
+    plan: ComparePlan  # what was asked for, with all settings of every method
+    whole: ComparePlan  # `plan` and what was compared in the same folder before
     folder: ComparisonFolder
-    cells: tuple[Cell, ...]
-    variants: tuple[Variant, ...]
-    left_out: tuple[LeftOut, ...]
+    cells: tuple[Cell, ...]  # of `plan`, in the order they are run
+    variants: tuple[Variant, ...]  # of `plan`
+    left_out: tuple[LeftOut, ...]  # what cannot be run
 
     @property
     def unfinished(self) -> list[Cell]:

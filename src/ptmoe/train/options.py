@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near
+from ptmoe.files import write_whole
 from ptmoe.settings import Flag, Settings, read_yaml
 
 Count = Annotated[int, Field(ge=1)]
@@ -59,6 +60,7 @@ class SharedOptions(Settings):
     """What `ptmoe train` and `ptmoe compare` have in common."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
+    unwritten: ClassVar[set[str]] = {"output_dir"}  # fields that a YAML file leaves open
 
     model: str = "nano"
     """nano, a folder, or a Hugging Face Hub repository"""
@@ -100,6 +102,12 @@ class SharedOptions(Settings):
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps={self.max_steps}: needs at least 1, or -1 for num_train_epochs")
         return self
+
+    def write(self, path: Path) -> None:
+        """As YAML, at once: an interruption leaves no partial file."""
+        import yaml
+
+        write_whole(path, yaml.safe_dump(self.model_dump(exclude=self.unwritten), sort_keys=False, allow_unicode=True))
 
 
 class TrainOptions(SharedOptions):
@@ -195,11 +203,6 @@ class TrainOptions(SharedOptions):
             return cls(**options)
         except PtmoeError as error:
             raise PtmoeError(f"{path}: {error}") from None
-
-    def write(self, path: Path) -> None:
-        import yaml
-
-        path.write_text(yaml.safe_dump(self.model_dump(exclude={"output_dir"}), sort_keys=False, allow_unicode=True))
 
 
 def method_config(method: dict[str, Any]) -> Any:
