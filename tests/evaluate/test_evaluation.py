@@ -55,11 +55,7 @@ def predictions(folder):
 def test_batch_sizes_1_3_and_32_give_the_same_file_and_scores(routed, examples, tmp_path):
     results = {size: evaluated(routed, examples, tmp_path / str(size), batch_size=size) for size in (1, 3, 32)}
     assert predictions(tmp_path / "1") == predictions(tmp_path / "3") == predictions(tmp_path / "32")
-<<<<<<< HEAD:tests/evaluate/test_evaluation.py
-    summaries = [one.summary() for one in results.values()]
-=======
     summaries = [evaluation.summary() for evaluation in results.values()]
->>>>>>> slim_training:tests/test_evaluate.py
     assert all(summary.metrics == summaries[0].metrics for summary in summaries)
     assert all(summary.interval == summaries[0].interval for summary in summaries)
     lines = [json.loads(line) for line in predictions(tmp_path / "1").splitlines()]
