@@ -568,6 +568,9 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path, trained):
         compare(comparison)
     compare(comparison)
     assert len(trained) == 4
+    with ComparisonFolder(tmp_path / "killed").held():
+        pass
+    prepared(tmp_path / "killed")  # a command that ended before it wrote its plan leaves a folder that can be used
 
 
 def test_a_cell_is_a_run_folder_and_the_command_reports(run, tmp_path):

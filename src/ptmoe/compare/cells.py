@@ -17,7 +17,7 @@ from ptmoe.models.attach import count_parameters
 from ptmoe.models.bases import max_positions
 from ptmoe.runs.folders import cell_folder, file_name
 from ptmoe.runs.records import CellRecord
-from ptmoe.tasks import TASKS, Problems, is_file, stream_task, task_names
+from ptmoe.tasks import TASKS, Problems, is_file, load_task, task_names
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 
 OWN_KEYS = ("name", "label", "learning_rate", "budget")  # of a method's entry, beside the fields of its config
@@ -168,7 +168,7 @@ def _count(base_config: Any, config: MethodConfig, quantization: str | None) -> 
 
 
 def _with_label(variant: Variant, long_label: str, others: Sequence[Variant], known: Sequence[Variant]) -> Variant:
-    """Under the label that it has in the folder already, else under one that no other has."""
+    """With its label in the folder that is resumed, else with a label that no other variant has."""
     for earlier in known:
         if earlier.identity == variant.identity:
             return replace(variant, label=earlier.label)
@@ -226,13 +226,12 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
         PtmoeError: missing or bad data of a training task, or of an evaluation.
     """
 
-    def read(name: str, split: str, data_dir: str | None) -> None:
+    def check(name: str, split: str, data_dir: str | None) -> None:
         problems = Problems(skip=plan.skip_bad, at_once=True)
-        if next(stream_task(name, split, data_dir, problems=problems, say=say), None) is None:
-            raise PtmoeError(f"{name} ({data_dir or split}) holds no example: needs at least one")
+        load_task(name, split, data_dir, max_examples=1, problems=problems, say=say)
 
     for name in dict.fromkeys(name for task in plan.tasks for name in task_names(task)):
-        read(name, "train", plan.data_dir)
+        check(name, "train", plan.data_dir)
     folder = plan.eval_data_dir
     if folder is None and plan.data_dir is not None and Path(plan.data_dir).is_dir():
         folder = plan.data_dir
@@ -241,7 +240,7 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
     missing: dict[str, str] = {}
     for name in dict.fromkeys(name for task in plan.tasks for name in evaluated(plan, task)):
         try:
-            read(name, "test", folder)
+            check(name, "test", folder)
         except PtmoeError as error:
             if name not in optional:
                 raise

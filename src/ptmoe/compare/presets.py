@@ -1,8 +1,8 @@
 """The paper's comparisons (arXiv:2505.09519) as plans, on a real model and in miniature on nano; and the quickstart.
 
-A preset is what `ComparePlan` takes; a plan's own values and flags take precedence. The ablations change one thing of
-PT-MoE and keep the number of trainable parameters as near to the standard form's as the change allows: its rank is
-picked anew at the budget.
+A preset is what `ComparePlan` takes; a plan's own values and flags take precedence. An ablation changes one setting of
+PT-MoE and keeps the number of trainable parameters as near to the standard form's as that allows: where the setting
+changes it, the rank is picked again at the budget.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NANO_BUDGET = 3_840  # 20 tokens of nano, as in the quickstart
 PT_MOE: Plan = {"name": "pt-moe", "num_virtual_tokens": 40, "num_experts": 2, "rank": 36}
 NANO_PT_MOE: Plan = {"name": "pt-moe", "num_virtual_tokens": 10, "num_experts": 4, "rank": 10}
 
-# The paper's sizes, worked out from its rounded counts (docs/findings.md). They are given, not picked: `budget` None
+# The paper's sizes, worked out from its rounded counts (docs/mathematics.md). They are given, not picked: `budget` None
 # keeps a method out of the plan's.
 PAPER_METHODS: list[Plan] = [
     {"name": "ft", "budget": None},
@@ -92,10 +92,10 @@ def _presets(
     ranks: list[int],
     texts: list[str],
 ) -> dict[str, Plan]:
-    """All presets on one model; the ablations are `ablated` with one thing of the `standard` form of PT-MoE changed."""
+    """All presets on one model; the ablations are `ablated` with one setting of the `standard` PT-MoE changed."""
 
     def vary(field: str, values: list[Any], *, pick: str | None = None) -> Plan:
-        """With `pick`, a size to pick anew at the budget."""
+        """With `pick`, a size to pick at the budget."""
         entry = {name: value for name, value in standard.items() if name not in (field, pick)}
         return ablated | {"methods": [entry], "vary": {field: values}, **({"budget": budget} if pick else {})}
 

@@ -1,4 +1,4 @@
-"""Running a plan: a finished cell never twice, an interrupted one anew, a failed one reported while the others run."""
+"""Running a plan: finished cells are kept, interrupted ones start over, failed ones are reported while others run."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _folder_name(plan: ComparePlan) -> str:
 def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[Failure]:
     """Run the cells that are not finished.
 
-    After an interruption the same plan resumes: finished cells stay, the others are run anew.
+    After an interruption the same plan resumes: finished cells stay, the others start over.
 
     Args:
         comparison: from `prepare`.
