@@ -158,6 +158,7 @@ def test_packed_rows_of_the_limit_do_not_see_each_other():
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:training without ptmoe.RoutingCallback")
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_runs(name):
@@ -204,6 +205,7 @@ def test_both_sides_complete_alike(ends, monkeypatch):
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_system_that_fails_leaves_the_others():
     case = Case(
         "startup",
@@ -233,6 +235,7 @@ def python(module, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command_measures_writes_and_resumes(tmp_path):
     def run(*arguments):
         return python("benchmarks", *arguments, "--output", str(tmp_path / "RESULTS.md"))
@@ -246,6 +249,7 @@ def test_the_command_measures_writes_and_resumes(tmp_path):
     assert "--shape tiny is for --quick" in run("step", "--shape", "tiny").stderr
 
 
+@pytest.mark.slow
 def test_a_profile_names_the_operators_that_take_the_time():
     def run(*arguments):
         return python("benchmarks.profiling", *arguments, "--shape", "tiny")

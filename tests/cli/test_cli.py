@@ -212,6 +212,7 @@ def test_a_batch_size_is_the_rows_of_the_commands_main_work(run, options, monkey
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_trains_generates_and_repeats(run, run_folder, tmp_path):
     status, out, err = run("generate", run_folder, "harbor: 3 and 4 =>", "--max-new-tokens", 4, "--show-routing")
     assert status == 0

@@ -103,6 +103,7 @@ def test_a_budget_is_read_as_people_write_it():
             parse_budget(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "architecture"),
     [*((method, "llama") for method in METHODS), *product(("pt-moe", "prefix-tuning", "lora"), ("gpt2", "opt"))],
@@ -495,6 +496,7 @@ def test_more_seeds_methods_and_tasks_extend_a_comparison(tmp_path, trained):
     assert len(trained) == 4 + 4 * 2 * 3 - 2, "dpt at 900 kept its label and its two cells"
 
 
+@pytest.mark.slow
 def test_the_untouched_base_is_one_cell_for_each_task_whatever_seeds_budgets_and_sweeps(tmp_path, trained):
     compare(prepared(tmp_path / "c", seeds=[3, 5]))
     assert ("base", "nano/mixed", 0) not in trained
@@ -509,6 +511,7 @@ def test_the_untouched_base_is_one_cell_for_each_task_whatever_seeds_budgets_and
     assert [entry["label"] for entry in read_plan(tmp_path / "c").methods] == ["pt", "dpt", "base"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_the_base_is_a_row_of_the_report_that_nothing_was_trained_for(run, tmp_path, jobs):
     pytest.importorskip("matplotlib")
@@ -573,6 +576,7 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path, trained):
     prepared(tmp_path / "killed")  # a command that ended before it wrote its plan leaves a folder that can be used
 
 
+@pytest.mark.slow
 def test_a_cell_is_a_run_folder_and_the_command_reports(run, tmp_path):
     """End to end, in this process; one of the methods diverges."""
     pytest.importorskip("matplotlib")
@@ -595,6 +599,7 @@ def test_a_cell_is_a_run_folder_and_the_command_reports(run, tmp_path):
     assert "3 cells (seeds 0), 1 to run" in out
 
 
+@pytest.mark.slow
 def test_cells_in_processes_give_what_they_give_in_this_one(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)  # one thread for each process, as here
     watched = []

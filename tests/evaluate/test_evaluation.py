@@ -52,6 +52,7 @@ def predictions(folder):
     return (folder / "predictions" / "nano__all.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_batch_sizes_1_3_and_32_give_the_same_file_and_scores(routed, examples, tmp_path):
     results = {size: evaluated(routed, examples, tmp_path / str(size), batch_size=size) for size in (1, 3, 32)}
     assert predictions(tmp_path / "1") == predictions(tmp_path / "3") == predictions(tmp_path / "32")
@@ -65,6 +66,7 @@ def test_batch_sizes_1_3_and_32_give_the_same_file_and_scores(routed, examples, 
     assert len({line["completion"] for line in lines}) > 10
 
 
+@pytest.mark.slow
 def test_where_the_best_tokens_tie_every_batch_takes_the_same():
     """All scores equal: whatever a batch's rounding prefers, the row's own preference counts."""
     base = tiny("llama", eos_token_id=None)
@@ -93,6 +95,7 @@ def test_scores_in_a_batch_differ_from_a_rows_own_by_far_less_than_a_near_tie(ba
     assert (together - alone).abs().max() < NEAR_TIE / 10
 
 
+@pytest.mark.slow
 def test_stopped_at_ten_random_points_it_ends_with_the_undisturbed_file(routed, examples, tmp_path):
     evaluated(routed, examples, tmp_path / "whole")
     whole = predictions(tmp_path / "whole")
@@ -118,6 +121,7 @@ def test_stopped_at_ten_random_points_it_ends_with_the_undisturbed_file(routed, 
         assert json.loads((folder / "eval" / "nano__all.json").read_text())["examples"] == len(examples)
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes_where_it_stopped(tmp_path):
     """SIGKILL, twice, to the command itself."""
     base, _ = load_base("nano")

@@ -331,6 +331,7 @@ def test_a_task_of_a_local_file_scores_as_by_hand(tmp_path: Path, tokenizer: Pre
     assert results["max_length"] == 2048 - 6
 
 
+@pytest.mark.slow
 def test_the_command_line_is_the_harness_s_own_and_agrees_with_ptmoe_eval(run_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     command = [sys.executable, "-m", "ptmoe.evaluate.harness", "run", "--model", "ptmoe"]
@@ -402,6 +403,7 @@ def test_several_processes_are_refused(run_folder: Path, monkeypatch: pytest.Mon
         PromptedLM(adapter=run_folder)
 
 
+@pytest.mark.slow
 def test_the_command_line_reports_an_error_and_exits_with_status_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,6 +423,7 @@ def test_without_the_harness_the_module_says_what_to_install(monkeypatch: pytest
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+@pytest.mark.slow
 def test_ptmoe_imports_the_harness_only_when_asked() -> None:
     check = "import sys, ptmoe.evaluate, ptmoe.cli; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

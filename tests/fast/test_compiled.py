@@ -20,6 +20,7 @@ def model() -> object:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False])
 def test_losses_and_gradients_are_those_of_the_plain_layers(model, packing: bool) -> None:
     plain = loss_and_gradients(model, INPUTS, packing)

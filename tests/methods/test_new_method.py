@@ -114,6 +114,7 @@ def test_padding_changes_nothing_and_it_is_saved_and_loaded(config_class, tmp_pa
     assert torch.equal(again(input_ids=ids, attention_mask=mask).logits, together.logits)
 
 
+@pytest.mark.slow
 def test_it_is_trained_evaluated_and_resumed_by_its_name(config_class, tmp_path):
     def options(folder):
         return TrainOptions(

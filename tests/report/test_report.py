@@ -99,7 +99,7 @@ def test_words_that_inspect_found_are_in_the_report(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["ptmoe", "inspect", str(folder), "--task", "nano/mixed", "--examples", "8"])
     with pytest.raises(SystemExit, match="0"):
         main()
-    assert "report.html" in " ".join(capsys.readouterr().out.split())
+    assert "report.html" in "".join(capsys.readouterr().out.split())  # a long path is wrapped
     page = Page(folder / "report.html")
     assert "What the virtual tokens lie near" in page.text
     first = json.loads((folder / "inspect" / "nearest.json").read_text())["experts"][0][0][0]

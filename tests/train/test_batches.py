@@ -139,6 +139,7 @@ def test_the_trainer_reads_those_batches(tmp_path: Path) -> None:
     assert built.state.global_step == 2 * len(budgeted())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 4, 5])
 def test_resumed_in_the_middle_of_an_epoch_it_ends_as_undisturbed(tmp_path: Path, stop: int) -> None:
     assert len(budgeted()) == 4
@@ -176,6 +177,7 @@ class Memory:
         built.model.forward = limited  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after_backward", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_out_of_memory_halves_what_is_computed_at_once_and_changes_nothing_else(

@@ -112,6 +112,7 @@ def check_equal(first: Path, other: Path) -> None:
         assert torch.allclose(value, expected[name], atol=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "by_tokens"), [("PT", False), ("PT-MoE", True)])
 def test_two_processes_train_as_one(tmp_path: Path, method: str, by_tokens: bool) -> None:
     (tmp_path / "one").mkdir()
@@ -124,6 +125,7 @@ def test_two_processes_train_as_one(tmp_path: Path, method: str, by_tokens: bool
     assert by_tokens == (alone[:half] != alone[half:])  # the second epoch has another order
 
 
+@pytest.mark.slow
 def test_two_processes_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     two_processes(tmp_path / "whole", "PT-MoE", by_tokens=True)
     steps = len(TokenBatches(LENGTHS, 30, seed=3, processes=2)) // 2
@@ -133,6 +135,7 @@ def test_two_processes_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     check_equal(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_the_command_in_two_processes_writes_one_run_and_speaks_once(tmp_path: Path) -> None:
     chosen = ["--task", "nano/mixed", "--max-examples", "40", "--max-steps", "2", "--eval-examples", "8"]
     printed = launched("-m", "ptmoe", "train", *chosen, "--output-dir", str(tmp_path / "run"))

@@ -82,6 +82,7 @@ def test_the_loss_falls(trained):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_base_is_unchanged_to_the_bit(trained):
     fresh = load_base("nano")[0].state_dict()
     after = trained.model.base_model.state_dict()
@@ -94,6 +95,7 @@ def test_the_saved_adapter_is_the_trained_one(trained):
     assert torch.equal(again(ids).logits, trained.model(ids).logits)
 
 
+@pytest.mark.slow
 def test_the_resolved_config_repeats_the_run(trained, tmp_path):
     written = yaml.safe_load((trained.folder / "config.yaml").read_text())
     assert written["learning_rate"] > 0
@@ -103,6 +105,7 @@ def test_the_resolved_config_repeats_the_run(trained, tmp_path):
         assert torch.equal(load_file(again.folder / "adapter" / "adapter_model.safetensors")[name], value)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_from_its_checkpoint_ends_the_same(trained, tmp_path):
     part = train(options(tmp_path / "run", max_steps=12, trainer={"ignore_data_skip": False}))
     for path in (part.folder / "checkpoints" / "checkpoint-12").iterdir():
@@ -371,6 +374,7 @@ def test_what_training_supervises_follows_what_evaluation_asks(chat, tmp_path):
         assert tokenizer.eos_token_id in row["labels"][-2:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K's own file")
 def test_gsm8k_trains_with_a_falling_loss_saves_reloads_and_generates(tmp_path):
     trained = train(

@@ -118,6 +118,7 @@ def test_rows_are_a_sequence_and_belong_to_whoever_asks(tokenizer):
     assert listed(rows) == before
 
 
+@pytest.mark.slow
 def test_training_from_files_is_training_from_memory_to_the_bit_and_tells_of_the_same_bad_records(tmp_path, folder):
     lines = [json.dumps({"prompt": item.input, "completion": item.target}) for item in EXAMPLES]
     lines[3], lines[30] = "{", json.dumps({"prompt": "alone"})
@@ -350,6 +351,7 @@ def test_a_bad_example_is_refused_each_time(tokenizer, folder):
 # ---- what it takes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tokenizer, monkeypatch):
     monkeypatch.setattr(storing, "BLOCK", 20_000)
 
