@@ -34,7 +34,7 @@ WORTHWHILE = 0.95  # of torch's own time
 @contextmanager
 def use_onednn(base: PreTrainedModel) -> Iterator[None]:
     """Within it, frozen linear layers of `base` compute the same product, rounded otherwise, where that is faster."""
-    layers = [] if onednn_obstacle(base) else _layers(base)
+    layers, _ = _replaceable_layers(base)
     for layer in layers:
         vars(layer)["forward"] = OneDNNForward(layer)
     try:
@@ -46,32 +46,33 @@ def use_onednn(base: PreTrainedModel) -> Iterator[None]:
 
 def onednn_obstacle(base: PreTrainedModel) -> str | None:
     """Why the linear layers of this base are left to torch; None where oneDNN computes them."""
+    return _replaceable_layers(base)[1]
+
+
+def _replaceable_layers(base: PreTrainedModel) -> tuple[list[nn.Linear], str | None]:
+    """The layers that oneDNN computes, or none and why; one walk through the base, for it is done at every step."""
     if base.device.type != "cpu":
-        return "the base is not on a CPU"
+        return [], "the base is not on a CPU"
     if not _AVAILABLE:
-        return "this build of torch has no oneDNN product"
+        return [], "this build of torch has no oneDNN product"
     if torch.is_autocast_enabled("cpu"):
-        return "autocast chooses the dtype of each layer"
+        return [], "autocast chooses the dtype of each layer"
     if base.is_activation_checkpointing:
-        return "layers are computed again in the backward pass"
-    if not _layers(base):
-        return "no linear layer is frozen, in float32 and free to be replaced"
-    return None if _faster_here() else "torch's own product is as fast on this machine"
-
-
-def _layers(base: PreTrainedModel) -> list[nn.Linear]:
+        return [], "layers are computed again in the backward pass"
     # A base with compiled layers runs some when the forward that is put there for a while is gone.
     modules = list(base.modules())
-    if any(module._compiled_call_impl is not None for module in modules):
-        return []
-    return [
+    compiled = any(module._compiled_call_impl is not None for module in modules)
+    layers = [
         module
-        for module in modules
+        for module in ([] if compiled else modules)
         if type(module) is nn.Linear
         and module.weight.dtype == torch.float32
         and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         and replaceable(module)
     ]
+    if not layers:
+        return [], "no linear layer is frozen, in float32 and free to be replaced"
+    return (layers, None) if _faster_here() else ([], "torch's own product is as fast on this machine")
 
 
 class OneDNNForward:

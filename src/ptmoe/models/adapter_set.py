@@ -99,7 +99,7 @@ class AdapterSet(nn.Module):
             raise PtmoeError(f"no adapter {name!r}{near(name, self.encoders)}")
         return cast(PromptEncoder, self.encoders[name])
 
-    def check_new(self, name: str, config: MethodConfig) -> None:
+    def check_addable(self, name: str, config: MethodConfig) -> None:
         """
         Raises:
             PtmoeError: a name that cannot be used, or adapters that one model cannot hold together.
@@ -117,7 +117,7 @@ class AdapterSet(nn.Module):
             )
 
     def add(self, name: str, encoder: PromptEncoder) -> None:
-        """Add an encoder that `check_new` allows; it is not active, and does not train before it is."""
+        """Add an encoder that `check_addable` allows; it is not active, and does not train before it is."""
         # Thousands of adapters share a few configs.
         key = encoder.config.method + encoder.config.model_dump_json()
         encoder.config = self._configs.setdefault(key, encoder.config)
@@ -159,7 +159,7 @@ class AdapterSet(nn.Module):
         saved = read_adapter(local_folder(path, revision))
         if not isinstance(saved.config, VirtualTokensConfig):
             raise PtmoeError(f"{saved.folder} is a {saved.config.method} adapter, which needs its base model's layers")
-        self.check_new(name, saved.config)
+        self.check_addable(name, saved.config)
         self.add(name, self._read(saved, saved.config))
 
     def _read(self, saved: SavedAdapter, config: VirtualTokensConfig) -> PromptEncoder:

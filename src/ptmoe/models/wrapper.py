@@ -70,7 +70,7 @@ class ModelWrapper(nn.Module):
         Raises:
             PtmoeError: a name that cannot be used, or adapters that one model cannot hold together.
         """
-        self.adapters.check_new(name, config)
+        self.adapters.check_addable(name, config)
         encoder = make(self.base_model)
         self.adapters.add(name, encoder)
         if config.changes_layers:
