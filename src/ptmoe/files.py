@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, whenever the process is killed, and where kept ones lie."""
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -31,3 +32,12 @@ def cache_folder() -> Path:
     """Where what can be made or downloaded again is kept: `$PTMOE_CACHE`, by default `~/.cache/ptmoe`."""
     root = os.environ.get("PTMOE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ptmoe"
     return Path(root).expanduser()
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, read in parts."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ minute that dequantizing takes. Its weights are float32, four bytes each, whatev
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import shutil
 import sys
@@ -17,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ptmoe.errors import PtmoeError
-from ptmoe.files import cache_folder
+from ptmoe.files import cache_folder, sha256
 
 MANIFEST = "sha256.json"  # what a folder's files have to be
 
@@ -79,14 +78,6 @@ def dequantized(file: Path) -> Path:
                 (made / MANIFEST).write_text(json.dumps(digests, indent=1))
                 made.rename(folder)
     return folder
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _is_whole(folder: Path) -> bool:

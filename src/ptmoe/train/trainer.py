@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 import warnings
 from contextlib import suppress
@@ -19,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import rotate_checkpoints
 
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import LogLine, append_line, write_lines
+from ptmoe.train.checkpoints import PARTIAL, publish, seal
 from ptmoe.train.batches import TokenBatches
 
 TRAINING_STATE = "training_state.safetensors"
@@ -74,6 +77,7 @@ class PromptTrainer(Trainer):
         if batches is not None:
             self.add_callback(_Epochs(batches))
         self._last_good: dict[str, Tensor] = {}
+        self._saving = False
         self._parts = 1  # in which a batch is computed
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -161,6 +165,30 @@ class PromptTrainer(Trainer):
             )
 
     # -- checkpoints without pickles -----------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        partial, name = folder / PARTIAL, f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)  # of a save that was interrupted
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(partial / name)
+            publish(partial / name, folder / name)
+            partial.rmdir()
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return str(Path(folder) / PARTIAL) if self._saving else folder
 
     @property
     def _sharded(self) -> bool:
