@@ -55,17 +55,17 @@ def check_size(name: str, max_examples: int | None) -> None:
         )
 
 
-def check_labels(names: Iterable[str]) -> None:
+def check_labels(tasks: Iterable[Task]) -> None:
     """
     Raises:
         PtmoeError: a task without labels, whose answers cannot be scored by the labels' likelihoods.
     """
-    for task in map(task_named, names):
-        if lacking := [part for part in task.parts or [task.name] if part not in TASKS or not TASKS[part].labels]:
-            raise PtmoeError(
-                f"--score choices compares the labels of a classification, and {', '.join(lacking)} has none: evaluate "
-                "it by its answers (--score answers), or choose other tasks"
-            )
+    parts = [part for task in tasks for part in (map(TASKS.__getitem__, task.parts) if task.parts else [task])]
+    if lacking := [part.name for part in parts if not part.labels]:
+        raise PtmoeError(
+            f"--score choices compares the labels of a classification, which {', '.join(lacking)} lacks: evaluate it "
+            "by the answers that the model writes (--score answers)"
+        )
 
 
 def load_task(

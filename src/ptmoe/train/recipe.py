@@ -22,7 +22,17 @@ from ptmoe.runs.folders import (
     RESULT_FILE,
 )
 from ptmoe.runs.records import Result
-from ptmoe.tasks import TASKS, Problems, is_file, load_task, stream_task, task_named, task_names
+from ptmoe.tasks import (
+    TASKS,
+    Problems,
+    check_labels,
+    check_size,
+    is_file,
+    load_task,
+    stream_task,
+    task_named,
+    task_names,
+)
 from ptmoe.tasks import local as local_task
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 
@@ -60,6 +70,7 @@ def training_examples(options: TrainOptions, problems: Problems, say: Callable[[
         assert options.data is not None
         keys = local_task.Keys(options.prompt_key, options.completion_key, options.separator)
         return local_task.load(options.data, keys, problems)[: options.max_examples]
+    check_size(options.task, options.max_examples)
     stream = stream_task(options.task, "train", options.data_dir, problems=problems, say=say)
     first = next(stream, None)
     if first is None:
@@ -67,19 +78,25 @@ def training_examples(options: TrainOptions, problems: Problems, say: Callable[[
     return islice(chain([first], stream), options.max_examples)
 
 
-def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> list[list[Example]]:
-    """The examples of each task in `eval_task`; by default the test splits of nano's own tasks."""
+def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> dict[str, list[Example]]:
+    """The examples of each task in `eval_task`; by default the test splits of nano's own tasks.
+
+    Raises:
+        PtmoeError: missing or bad data, or tasks that cannot be scored as the options say.
+    """
     if options.eval_task is not None:
         names = task_names(options.eval_task)
     else:
         names = [] if options.task is None or is_file(options.task) else task_names(options.task)
         if not all(TASKS[name].generate for name in names):
-            return []
+            return {}
+    if options.score == "choices":
+        check_labels(map(task_named, names))
     folder = options.eval_data_dir
     if folder is None and options.data_dir is not None and Path(options.data_dir).is_dir():
         folder = options.data_dir
     limits: dict[str, Any] = {"max_examples": options.eval_examples, "say": say}
-    return [load_task(name, "test", folder, problems=Problems(skip=options.skip_bad), **limits) for name in names]
+    return {name: load_task(name, "test", folder, problems=Problems(skip=options.skip_bad), **limits) for name in names}
 
 
 def train(
@@ -213,7 +230,7 @@ def _finish(
     result: Result,
     model: PromptedCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: Iterable[list[Example]],
+    held_out: dict[str, list[Example]],
     options: TrainOptions,
 ) -> list[Evaluation]:
     """Write the result, and evaluate on each task's examples, as the resolved options say."""
@@ -225,6 +242,8 @@ def _finish(
             model,
             tokenizer,
             examples,
+            task=task_named(name),
+            score=options.score,
             batch_size=options.eval_batch_size,
             max_new_tokens=options.max_new_tokens,
             max_length=options.max_length,
@@ -232,7 +251,7 @@ def _finish(
             folder=folder,
             overwrite=True,
         )
-        for examples in held_out
+        for name, examples in held_out.items()
     ]
 
 
