@@ -25,16 +25,33 @@ from ptmoe.evaluate.generation import NEAR_TIE, Completion, nearly_tied, rounded
 from ptmoe.evaluate.routing import route
 from ptmoe.fast.linear import use_onednn
 from ptmoe.models.decoding import padded, rotates_by_length
+from ptmoe.tasks import TASKS, check_labels
 from ptmoe.tasks.tokens import encode_completion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ptmoe.models.causal import PromptedCausalLM
-    from ptmoe.tasks.base import Example
+    from ptmoe.tasks.base import Example, Task
 
 Labels = dict[str, list[int]]  # a label's tokens
 Row = tuple[int, list[int], list[int]]  # which example's, its prompt, and a label's tokens before the last
+
+
+def labels_by_task(
+    task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, chat: bool = False
+) -> dict[str, Labels]:
+    """The tokens of the labels of a task, or of each part of a mixture, by the name that examples have of it.
+
+    Raises:
+        PtmoeError: a task without labels, and as `label_tokens`.
+    """
+    check_labels([task])
+    firsts = {example.task: example for example in examples}
+    return {
+        name: label_tokens(task.labels or TASKS[name].labels, first, tokenizer, chat=chat)
+        for name, first in firsts.items()
+    }
 
 
 def label_tokens(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ptmoe import __version__
 from ptmoe.errors import PtmoeError
-from ptmoe.evaluate.choices import choose, label_tokens
+from ptmoe.evaluate.choices import choose, labels_by_task
 from ptmoe.evaluate.generation import Completion, complete
 from ptmoe.evaluate.routing import expert_similarity, summarise_routing
 from ptmoe.methods.base import quantization_of
@@ -20,7 +20,7 @@ from ptmoe.models.decoding import Decoder
 from ptmoe.runs.folders import evaluation_file, predictions_file
 from ptmoe.runs.predictions import PredictionsFile
 from ptmoe.runs.records import EvaluationSummary, Prediction
-from ptmoe.tasks import TASKS, check_labels, task_named
+from ptmoe.tasks import task_named
 from ptmoe.tasks.metrics import GRADERS
 from ptmoe.tasks.scoring import overall, summarise
 from ptmoe.tasks.tokens import Prompt, encode_prompt
@@ -134,9 +134,7 @@ def evaluate(
     task = task or task_named(examples[0].task)
     labels: dict[str, dict[str, list[int]]] = {}
     if score == "choices":
-        check_labels([task])
-        for name, first in {example.task: example for example in examples}.items():
-            labels[name] = label_tokens(task.labels or TASKS[name].labels, first, tokenizer, chat=chat)
+        labels = labels_by_task(task, examples, tokenizer, chat=chat)
         max_new_tokens = max(len(ids) for tokens in labels.values() for ids in tokens.values())
     new, room = _limits(model, max_new_tokens, task.max_new_tokens, max_length)
     rows = [(example, encode_prompt(example, tokenizer, chat=chat, room=room)) for example in examples]

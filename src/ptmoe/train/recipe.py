@@ -129,12 +129,16 @@ def train(
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
     _check_trainer_arguments(options)
 
+    from ptmoe.evaluate.choices import labels_by_task
     from ptmoe.fast.compiled import compile_layers
     from ptmoe.models.attach import attach
     from ptmoe.train.data import collate, fit
     from ptmoe.train.routing import sample_batches
 
     model, tokenizer, chat = _base(options)
+    if options.score == "choices":  # what the tokenizer or its template cannot do should show before the training
+        for name, tested in held_out.items():
+            labels_by_task(task_named(name), tested, tokenizer, chat=chat)
     positions = (model.max_positions or 2**31) - config.num_virtual_tokens
     length = min(positions, options.max_length or positions)
     rows = fit(examples, tokenizer, length, options.truncation, chat=chat, cache=options.token_cache, say=say)
