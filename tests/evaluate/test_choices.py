@@ -106,7 +106,7 @@ def test_of_equally_likely_labels_the_first_in_the_alphabet_is_chosen_in_every_b
             assert {c.text for part in parts for c in choose(model, part, [labels] * len(part))} == {"b"}
 
 
-def test_labels_are_tokenised_as_in_training_and_one_that_begins_another_is_refused():
+def test_labels_are_tokenised_as_in_training_and_one_that_begins_another_is_refused(monkeypatch):
     _, tokenizer = load_base("nano")
     example = Example("1", "harbor: 1 and 2 =>", "", ("3",), "t")
     for label, ids in label_tokens(("5", "30 and 4", "key"), example, tokenizer).items():
@@ -114,7 +114,14 @@ def test_labels_are_tokenised_as_in_training_and_one_that_begins_another_is_refu
         assert whole == [*ids, tokenizer.eos_token_id]
     with pytest.raises(ptmoe.PtmoeError, match=r"tokens of the label 'key cup' begin with those of 'key'.*answers"):
         label_tokens(("key", "key cup"), example, tokenizer)
-    assert label_tokens(("cup", "key"), example, tokenizer, chat=True).keys() == {"cup", "key"}
+    for label, ids in label_tokens(("cup", "key"), example, tokenizer, chat=True).items():
+        assert encode_completion(replace(example, target=f" {label}"), tokenizer, chat=True)[: len(ids)] == ids
+        assert tokenizer.decode(ids).strip() == label
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ptmoe.PtmoeError, match="template does not begin an answer with the label 'cup': use --no-chat"):
+        label_tokens(("cup", "key"), example, tokenizer, chat=True)
 
 
 # ---- evaluations -----------------------------------------------------------------------------------------------------

@@ -91,8 +91,9 @@ def tasks(context: typer.Context, data_dir: DataDir = None) -> None:
             for split in splits
         ]
         table.add_row(task.name, *sizes, task.licence, _here(task, data_dir))
-        name, slash, _ = task.name.partition("/")
-        family = f"{name}/*" if slash and name in ("mrqa", "glue", "superglue") else task.name
+        about = (task.name.partition("/")[0], task.source, task.note)
+        alike = [other for other in TASKS.values() if (other.name.partition("/")[0], other.source, other.note) == about]
+        family = f"{about[0]}/*" if len(alike) > 1 else task.name
         notes.append(f"{family}: {task.source}; {task.note}".rstrip("; "))
     console = Console(highlight=False)
     console.print(table)

@@ -64,10 +64,14 @@ def label_tokens(
     """
     tokens: Labels = {}
     for label in sorted(labels):
-        ids: list[int] = tokenizer(label if chat else f" {label}", add_special_tokens=False)["input_ids"]
-        if encode_completion(replace(example, target=f" {label}"), tokenizer, chat=chat)[: len(ids)] != ids:
-            raise PtmoeError(f"the chat template writes the label {label!r} otherwise than the text: use --no-chat")
-        tokens[label] = ids
+        whole = encode_completion(replace(example, target=f" {label}"), tokenizer, chat=chat)
+        for text in (f" {label}", label):  # a chat template may end with the space
+            ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if whole[: len(ids)] == ids:
+                tokens[label] = ids
+                break
+        else:
+            raise PtmoeError(f"the chat template does not begin an answer with the label {label!r}: use --no-chat")
     for first, second in permutations(tokens, 2):
         if tokens[second][: len(tokens[first])] == tokens[first]:
             raise PtmoeError(
