@@ -82,19 +82,16 @@ def label_tokens(
 
 
 @torch.no_grad()
-def choose(
-    model: PromptedCausalLM, prompts: Sequence[list[int]], labels: Sequence[Labels], *, rows_at_once: int | None = None
-) -> list[Completion]:
-    """The most likely label of each prompt.
+def choose(model: PromptedCausalLM, prompts: Sequence[list[int]], labels: Sequence[Labels]) -> list[Completion]:
+    """The most likely label of each prompt, computed in batches of as many rows as there are prompts.
 
     Args:
         model: in evaluation mode, with its active adapter.
         prompts: token ids, at least one each.
         labels: of each prompt (`label_tokens`).
-        rows_at_once: by default as many as prompts.
     """
     exact = model.dtype == torch.float32
-    size = 1 if rotates_by_length(model.base_model) else rows_at_once or len(prompts)
+    size = 1 if rotates_by_length(model.base_model) else len(prompts)
     scores = likelihoods(model, prompts, labels, size)
     completions = []
     for index, prompt in enumerate(prompts):

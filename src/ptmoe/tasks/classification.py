@@ -24,7 +24,7 @@ from string import Formatter
 from typing import Any
 
 from ptmoe.tasks.base import Example, Format, Hub, Origin, Split, Task
-from ptmoe.tasks.records import BadRecordError, csv_rows, has, json_lines, text_lines, text_of
+from ptmoe.tasks.records import BadRecordError, csv_rows, has, text_lines, text_of
 
 Labels = Mapping[str, str]
 """By the word that answers, in the order of the published numbers, the names of the label, separated by commas."""
@@ -184,7 +184,7 @@ def _superglue(name: str, folder: str, sizes: tuple[int, int], template: str, la
         files=[f"{place}{stem}.jsonl" for place in (f"{folder}/", "") for stem in ("train", "val")],
         hub=Hub("aps/super_glue", make, config=name),
         test="validation",
-        formats=(Format(f"{folder}'s JSON lines", "{", (fields,), make, json_lines),),
+        formats=(Format(f"{folder}'s JSON lines", "{", (fields,), make),),
         licence="its own",
         source="super.gluebenchmark.com",
         note="test is the released validation split",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ptmoe.errors import PtmoeError
 from ptmoe.tasks.resampling import RESAMPLES, SEED
 
 Counts = NDArray[np.int64]
@@ -23,10 +24,15 @@ def confusion(labels: Sequence[str], answers: Answers) -> Counts:
     """`(K, K + 1)`, how many examples of a label (row) got each answer (column); the last is for all that is no label.
 
     Labels and answers are compared as they are, up to white space.
+
+    Raises:
+        PtmoeError: a reference that is no label.
     """
     place = {label: index for index, label in enumerate(labels)}
     counts = np.zeros((len(labels), len(labels) + 1), dtype=np.int64)
     for text, references in answers:
+        if references[0] not in place:
+            raise PtmoeError(f"the reference {references[0]!r} is none of the task's labels: {', '.join(labels)}")
         counts[place[references[0]], place.get(" ".join((text or "").split()), len(labels))] += 1
     return counts
 
