@@ -166,7 +166,8 @@ def test_any_routed_method_has_the_training_of_its_router(tmp_path):
         {"input_ids": [*ids, answer, answer], "labels": [-100] * 4 + [answer, answer]}
         for ids, answer in zip(kinds, [50, 90] * 16, strict=True)
     ]
-    RoutingCallback().on_train_begin(run.args, TrainerState(), TrainerControl(), run.model, run.get_train_dataloader())
+    state = TrainerState(max_steps=1000)
+    RoutingCallback().on_train_begin(run.args, state, TrainerControl(), run.model, run.get_train_dataloader())
     routes = run.model.eval().route(torch.tensor(kinds)).gate.argmax(1)
     assert sorted([routes[0].item(), routes[1].item()]) == [0, 1]
     assert torch.equal(routes, routes[:2].repeat(16))
@@ -195,7 +196,8 @@ def test_preparing_the_router_changes_no_random_number_of_the_training(tmp_path)
     run = trainer(tmp_path)
     before = torch.get_rng_state()
     callback = RoutingCallback()
-    callback.on_train_begin(run.args, TrainerState(), TrainerControl(), run.model, run.get_train_dataloader())
+    state = TrainerState(max_steps=1000)
+    callback.on_train_begin(run.args, state, TrainerControl(), run.model, run.get_train_dataloader())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -203,12 +205,47 @@ def test_the_papers_recipe_is_left_alone(tmp_path):
     run = trainer(tmp_path, recipe="paper")
     before = run.model.encoder.router.weight.clone()
     callback = RoutingCallback()
-    callback.on_train_begin(run.args, TrainerState(), TrainerControl(), run.model, run.get_train_dataloader())
+    state = TrainerState(max_steps=1000)
+    callback.on_train_begin(run.args, state, TrainerControl(), run.model, run.get_train_dataloader())
     callback.on_step_begin(run.args, TrainerState(max_steps=10), TrainerControl(), run.model)
     encoder = run.model.encoder
     assert torch.equal(encoder.router.weight, before)
     assert encoder.router.scale is None
     assert encoder.hardness == 1.0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_routers_start_takes_its_share_of_the_training_and_shows_how_far_it_is(tmp_path, accumulation):
+    """Counted in rows that the base reads before the first step and in all of training."""
+    shown, read, before = [], [], []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            before.append(sum(read))
+
+    run = trainer(tmp_path, steps=40)
+    run.args.gradient_accumulation_steps = accumulation
+    run.callback_handler.callbacks = [
+        callback for callback in run.callback_handler.callbacks if not isinstance(callback, RoutingCallback)
+    ]
+    run.add_callback(RoutingCallback(lambda done, total, loss: shown.append((done, total))))
+    run.add_callback(Watch())
+    run.model.register_forward_pre_hook(
+        lambda module, arguments, options: read.append(len(options["input_ids"])), with_kwargs=True
+    )
+    run.train()
+    start, training = before[0], sum(read) - before[0]
+    assert 0 < start <= routing.START_SHARE * training
+    assert shown == sorted(shown)
+    assert shown[-1] == (start, start)
+
+
+def test_more_examples_than_the_limit_are_never_read_and_too_few_say_so(tmp_path):
+    run = trainer(tmp_path, steps=5)
+    loader = run.get_train_dataloader()
+    assert routing.start_examples(run.args, TrainerState(max_steps=10**6), loader) == routing.EXAMPLES
+    with pytest.warns(UserWarning, match=r"the router starts at random: 1 examples \(3% of"):
+        run.train()
 
 
 def hardnesses(confidence, steps=100):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HELP = ("-h", "--help")
 
-Model = Annotated[str, typer.Option(help="nano, a folder, or a Hugging Face Hub repository")]
+Model = Annotated[str, typer.Option(help="nano, smollm2, a folder, a GGUF file, or a Hugging Face Hub repository")]
 AdapterBase = Annotated[str | None, typer.Option("--model", help="by default the base that the adapter names")]
 Adapter = Annotated[Path, typer.Argument(help="adapter folder, or a run folder that holds one")]
 Device = Annotated[

@@ -41,7 +41,8 @@ def train(
     console = Console(quiet=rank() > 0)  # of several processes only the first prints
     with progress_bar(console) as progress:
         steps = StepsCallback(training_bar(progress, training.method["name"]))
-        trained = run(training, resume=resume, callbacks=[steps], say=progress.console.print)
+        router = training_bar(progress, "router")
+        trained = run(training, resume=resume, callbacks=[steps], router_progress=router, say=progress.console.print)
     result = trained.result
     console.print(
         f"{result.method}: {result.trainable_parameters:,} trainable parameters, {result.steps:,} steps on "

@@ -115,7 +115,7 @@ class ComparePlan(SharedOptions):
     title: str | None = None
     """of the report"""
     model: str = "nano"
-    """nano, a folder, or a Hugging Face Hub repository; by default the preset's, else nano"""
+    """nano, smollm2, a folder, a GGUF file, or a Hugging Face Hub repository; by default the preset's, else nano"""
     methods: Annotated[
         list[dict[str, Any]], BeforeValidator(_entries), Field(min_length=1), Flag(("--method",), repeatable=True)
     ] = [{"name": "pt"}, {"name": "pt-moe"}]

@@ -31,10 +31,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from ptmoe import nano
 from ptmoe.errors import PtmoeError
 from ptmoe.models.attach import load_adapter, load_run
-from ptmoe.models.bases import place
+from ptmoe.models.bases import locate, place
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.environment import world_size
 
@@ -129,7 +128,7 @@ class PromptedLM(HFLM):
         level = harness.level
         harness.setLevel(logging.ERROR)
         try:
-            tokenizer = tokenizer or (str(nano.FOLDER) if name == nano.NAME else name)
+            tokenizer = tokenizer or locate(name)
             super().__init__(model.base_model, **options | {"backend": "causal", "tokenizer": tokenizer})
         finally:
             harness.setLevel(level)

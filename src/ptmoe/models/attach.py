@@ -179,7 +179,7 @@ def load_run(
 
     Args:
         path: of the run or adapter.
-        model: another base than the one that the adapter names: `"nano"`, a folder or a Hub repository.
+        model: another base than the one that the adapter names, as in `load_base`.
         revision: of the base; by default the adapter's, where it is the adapter's base.
         dtype: of the base, as in `load_base`.
         quantization: of the base, as in `load_base`.

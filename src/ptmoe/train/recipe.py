@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.tasks.base import Example
     from ptmoe.train.rows import TokenRows
+    from ptmoe.train.steps import Progress
     from ptmoe.train.trainer import PromptTrainer
 
 RUN_FILES = (CONFIG_FILE, RESULT_FILE, ADAPTER_FOLDER, METRICS_FILE, CHECKPOINTS_FOLDER)
@@ -104,6 +105,7 @@ def train(
     *,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    router_progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> Trained:
     """Train an adapter and write its run folder.
@@ -114,6 +116,7 @@ def train(
         options: everything that decides the run.
         resume: continue from the last checkpoint in `output_dir`.
         callbacks: of `transformers`, for progress.
+        router_progress: of the router's start, before the first step: examples done and in all, and None.
         say: gets a line of text for each thing a user should know: examples left out or cut.
 
     Raises:
@@ -133,7 +136,7 @@ def train(
     from ptmoe.fast.compiled import compile_layers
     from ptmoe.models.attach import attach
     from ptmoe.train.data import collate, fit
-    from ptmoe.train.routing import sample_batches
+    from ptmoe.train.routing import RoutingCallback, sample_batches
 
     model, tokenizer, chat = _base(options)
     if options.score == "choices":  # what the tokenizer or its template cannot do should show before the training
@@ -162,7 +165,7 @@ def train(
     if options.packing:
         model.can_pack()  # or says why not, before anything is written
     compile_failure = compile_layers(model.base_model) if options.torch_compile else None
-    trainer = _trainer(model, rows, options, folder, callbacks)
+    trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress), *callbacks])
     first = trainer.is_world_process_zero()
     if first:
         _begin(folder, options, model, compile_failure)
@@ -315,7 +318,6 @@ def _trainer(
 
     from ptmoe.train.batches import TokenBatches
     from ptmoe.train.data import collate
-    from ptmoe.train.routing import RoutingCallback
     from ptmoe.train.trainer import MetricsFile, PromptTrainer
 
     shared = ({field.name for field in fields(TrainingArguments)} & TrainOptions.model_fields.keys()) - NOT_PASSED_ON
@@ -350,7 +352,7 @@ def _trainer(
             train_dataset=rows,
             data_collator=collate,
             batches=batches,
-            callbacks=[RoutingCallback(), MetricsFile(folder / METRICS_FILE), *callbacks],
+            callbacks=[MetricsFile(folder / METRICS_FILE), *callbacks],
         )
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise PtmoeError(f"transformers refuses these options: {' '.join(str(error).split())}") from None

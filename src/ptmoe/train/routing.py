@@ -12,19 +12,23 @@ Three things, each an option of a routed method's config (`ptmoe.methods.routing
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ptmoe.methods.base import Prompt, mean_input
 from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
+from ptmoe.train.steps import Progress
 
-EXAMPLES = 512  # for the statistics and the initial routing
+EXAMPLES = 512  # at most, for the statistics and the initial routing
+START_SHARE = 0.03  # of the training's examples: at most as many are differentiated for the initial routing
 SETTLED = 0.95  # mean of the largest probability from which on the gate hardens,
 EARLIEST, LATEST = 0.3, 0.6  # but between these fractions of the training steps,
 HARDENING = 0.2  # and over this fraction of them
@@ -34,7 +38,15 @@ RESTARTS, ROUNDS = 10, 50  # of k-means
 
 
 class RoutingCallback(TrainerCallback):
-    """Trains the router of any `RoutedEncoder`. `ptmoe train` has it; add it to any other `transformers.Trainer`."""
+    """Trains the router of any `RoutedEncoder`. `ptmoe train` has it; add it to any other `transformers.Trainer`.
+
+    Args:
+        progress: gets the examples done and all examples of the router's start, and None; by default a bar of `tqdm`
+            shows them where the trainer shows its own.
+    """
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress = progress
 
     def on_train_begin(
         self,
@@ -53,21 +65,46 @@ class RoutingCallback(TrainerCallback):
             return
         config = encoder.config
         by_gradient = config.router_init == "gradient" and config.num_experts > 1
-        if config.router_standardize or by_gradient:
-            # As many rows at once as in training: more might not fit in memory.
-            size, loader = args.per_device_train_batch_size, train_dataloader
-            batches = [
-                {key: value.to(model.device) for key, value in batch.items()}
-                for batch in sample_batches(loader.dataset, loader.collate_fn, size)
-            ]
-            means = torch.cat([mean_inputs(model, batch) for batch in batches])
-            if config.router_standardize:
-                encoder.router.standardize(means)
-            if by_gradient:
-                gradients = torch.cat([prompt_gradients(model, batch) for batch in batches])
-                start_router(encoder, means, gradients, torch.Generator().manual_seed(args.seed))
+        # As many rows at once as in training: more might not fit in memory.
+        size, loader = args.per_device_train_batch_size, train_dataloader
+
+        def batches(count: int) -> list[dict[str, Tensor]]:
+            sampled = sample_batches(loader.dataset, loader.collate_fn, size, count)
+            return [{key: value.to(model.device) for key, value in batch.items()} for batch in sampled]
+
+        if config.router_standardize:
+            encoder.router.standardize(torch.cat([mean_inputs(model, batch) for batch in batches(EXAMPLES)]))
+        count = start_examples(args, state, loader)
+        if by_gradient and count < 2 * config.num_experts:
+            warnings.warn(
+                f"the router starts at random: {count} examples ({START_SHARE:.0%} of those that training reads) are "
+                f"too few to start {config.num_experts} experts from",
+                stacklevel=2,
+            )
+        elif by_gradient:
+            chosen = batches(count)
+            means = torch.cat([mean_inputs(model, batch) for batch in chosen])
+            shown = self._shown(chosen, args, state)
+            gradients = torch.cat([prompt_gradients(model, batch) for batch in shown])
+            start_router(encoder, means, gradients, torch.Generator().manual_seed(args.seed))
         if config.routing_anneal:
             encoder.hardness = 0.0
+
+    def _shown(
+        self, batches: list[dict[str, Tensor]], args: TrainingArguments, state: TrainerState
+    ) -> Iterator[dict[str, Tensor]]:
+        """The batches, while the first process shows how many examples are done."""
+        total, done = sum(len(batch["input_ids"]) for batch in batches), 0
+        hidden = args.disable_tqdm or self.progress is not None or not state.is_world_process_zero
+        with tqdm(total=total, desc="router start", unit="example", disable=hidden, leave=False) as bar:
+            for batch in batches:
+                if self.progress is not None and state.is_world_process_zero:
+                    self.progress(done, total, None)
+                yield batch
+                done += len(batch["input_ids"])
+                bar.update(len(batch["input_ids"]))
+        if self.progress is not None and state.is_world_process_zero:
+            self.progress(total, total, None)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: PromptedCausalLM, **_: Any) -> None:
         encoder = model.encoder
@@ -82,14 +119,27 @@ class RoutingCallback(TrainerCallback):
             model.encoder.finish_training()
 
 
-def sample_batches(data: Any, collate: Callable[[Any], dict[str, Tensor]], size: int) -> list[dict[str, Tensor]]:
-    """Up to `EXAMPLES` evenly spaced examples of a data set, or the first ones of a stream, in batches of `size`; uses
+def start_examples(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+    """How many examples the router's start differentiates: `START_SHARE` of those that training reads, at most
+    `EXAMPLES`. A sampled example has the mean length, so this bounds the share of the work as well."""
+    accumulated = args.gradient_accumulation_steps
+    try:
+        rows = len(loader.dataset) / -(-len(loader) // accumulated)  # of a step; an epoch's last one may be smaller
+    except TypeError:  # a stream
+        rows = args.per_device_train_batch_size * args.world_size * accumulated
+    return min(EXAMPLES, int(START_SHARE * state.max_steps * rows))
+
+
+def sample_batches(
+    data: Any, collate: Callable[[Any], dict[str, Tensor]], size: int, count: int = EXAMPLES
+) -> list[dict[str, Tensor]]:
+    """Up to `count` evenly spaced examples of a data set, or the first ones of a stream, in batches of `size`; uses
     no randomness."""
     if hasattr(data, "__getitem__"):
-        count = min(EXAMPLES, len(data))
+        count = min(count, len(data))
         examples = [data[i * len(data) // count] for i in range(count)]
     else:
-        examples = list(islice(data, EXAMPLES))
+        examples = list(islice(data, count))
     return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
 
