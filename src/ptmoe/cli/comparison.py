@@ -128,9 +128,10 @@ def _show(comparison: Comparison, console: Console) -> None:
     batch = plan.per_device_train_batch_size * plan.gradient_accumulation_steps
     evaluations = dict.fromkeys(name for cell in comparison.cells for name in cell.eval_tasks)
     examples = f" ({plan.eval_examples:,} examples of each)" if plan.eval_examples else ""
+    how = "by the likelihood of each label" if plan.score == "choices" else "greedily"
     console.print(
         f"{plan.model}: trained on {' and on '.join(plan.tasks)}, {length} of {batch} examples, in the same order for "
-        f"all methods; evaluated greedily on {', '.join(evaluations)}{examples}",
+        f"all methods; evaluated {how} on {', '.join(evaluations)}{examples}",
         markup=False,
     )
     table = Table("", "method", "size")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -47,7 +47,13 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="instead: as many rows as fit into this many tokens, new and virtual tokens included"),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="of an answer; by default the task's")] = None,
+    score: Annotated[
+        Literal["answers", "choices"],
+        typer.Option(help="as the model writes, or, for classifications, with the most likely label"),
+    ] = "answers",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of a written answer; by default the task's")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="real tokens of a prompt; longer contexts lose their end")
     ] = None,
@@ -63,7 +69,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Answer tasks greedily and grade the answers. An interrupted evaluation is resumed."""
-    from ptmoe.tasks import task_named, task_names
+    from ptmoe.tasks import check_labels, task_named, task_names
 
     if not task:
         raise PtmoeError("nothing to answer: give a task with --task (`ptmoe tasks` lists them)")
@@ -76,6 +82,8 @@ def evaluate(
         raise PtmoeError(f"{len(tasks)} tasks and one file {data_dir}: give the folder that holds them all")
     if len(tasks) > 1 and ids is not None:
         raise PtmoeError(f"{len(tasks)} tasks and one list of ids {ids}: evaluate that task by itself")
+    if score == "choices":
+        check_labels(map(task_named, tasks))
     if run is not None:
         from ptmoe.adapters.folder import local_folder, read_config_file
 
@@ -113,6 +121,7 @@ def evaluate(
             loaded[name],
             task=task_named(name),
             split=split,
+            score=score,
             batch_size=batch_size,
             tokens_per_batch=tokens_per_batch,
             max_new_tokens=max_new_tokens,
@@ -168,9 +177,10 @@ def _load(name: str, split: str, console: Console, skip_bad: bool, **data: Any) 
 def evaluation_table(summaries: Sequence[EvaluationSummary]) -> Table:
     """A row for each task: its metrics with their 95 % intervals; with several tasks their plain mean."""
     names = list(dict.fromkeys(metric for summary in summaries for metric in summary.metrics))
-    notes = [note for note in ("cut", "unanswered") if any(getattr(summary, note) for summary in summaries)]
+    counted = ("cut", "unanswered", "no_label")
+    notes = [note for note in counted if any(getattr(summary, note) for summary in summaries)]
     table = Table("task")
-    for column in ("examples", *(f"{name}, %" for name in names), *notes):
+    for column in ("examples", *(f"{name}, %" for name in names), *(note.replace("_", " ") for note in notes)):
         table.add_column(column, justify="right")
 
     def cells(scores: Mapping[str, float], intervals: Mapping[str, tuple[float, float]] | None = None) -> Iterator[str]:
@@ -217,7 +227,13 @@ def score(
     loaded = _load(task, split, console, skip_bad, data_dir=data_dir, ids=ids, max_examples=examples)
     marks = grade(task, texts, loaded, missing_as_wrong=missing_as_wrong)
     summary = EvaluationSummary(
-        **summarise(task_named(task), split, marks, [example.domain for example in loaded]),
+        **summarise(
+            task_named(task),
+            split,
+            marks,
+            [(texts.get(example.id), example.references) for example in loaded],
+            [example.domain for example in loaded],
+        ),
         unanswered=sum(example.id not in texts for example in loaded),
     )
     console.print(evaluation_table([summary]))

@@ -91,7 +91,9 @@ def tasks(context: typer.Context, data_dir: DataDir = None) -> None:
             for split in splits
         ]
         table.add_row(task.name, *sizes, task.licence, _here(task, data_dir))
-        family = "mrqa/*" if task.name.startswith("mrqa/") else task.name
+        about = (task.name.partition("/")[0], task.source, task.note)
+        alike = [other for other in TASKS.values() if (other.name.partition("/")[0], other.source, other.note) == about]
+        family = f"{about[0]}/*" if len(alike) > 1 else task.name
         notes.append(f"{family}: {task.source}; {task.note}".rstrip("; "))
     console = Console(highlight=False)
     console.print(table)
@@ -106,10 +108,13 @@ def tasks(context: typer.Context, data_dir: DataDir = None) -> None:
 
 def _here(task: Task, data_dir: str | None) -> str:
     """The splits that are on this machine, as far as can be told without a download."""
-    from ptmoe.tasks import sources
+    from ptmoe.tasks import TASKS, sources
 
     if task.generate is not None:
         return "generated"
+    if task.parts:
+        parts = [_here(TASKS[part], data_dir).split(", ") for part in task.parts]
+        return ", ".join(split for split in task.splits if all(split in part for part in parts)) or "–"
     found = []
     for name, split in task.splits.items():
         try:

@@ -17,7 +17,7 @@ from ptmoe.models.attach import count_parameters
 from ptmoe.models.bases import max_positions
 from ptmoe.runs.folders import cell_folder, file_name
 from ptmoe.runs.records import CellRecord
-from ptmoe.tasks import TASKS, Problems, is_file, load_task, task_names
+from ptmoe.tasks import TASKS, Problems, check_labels, check_size, is_file, load_task, task_named, task_names
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 
 OWN_KEYS = ("name", "label", "learning_rate", "budget")  # of a method's entry, beside the fields of its config
@@ -185,7 +185,8 @@ def evaluated(plan: ComparePlan, task: str) -> tuple[str, ...]:
     """The tasks that an adapter trained on `task` is evaluated on.
 
     Raises:
-        PtmoeError: an unknown task, one without a test split, or a file together with others.
+        PtmoeError: an unknown task, one without a test split, a file together with others, fewer examples than a
+            mixture has parts, or choices of a task without labels.
     """
     if plan.eval_tasks is None and is_file(task):
         raise PtmoeError(f"{task} is a file to train on: name the tasks to evaluate on with --eval-task")
@@ -195,6 +196,9 @@ def evaluated(plan: ComparePlan, task: str) -> tuple[str, ...]:
             raise PtmoeError(f"{name} is a file and {len(names)} tasks are evaluated: evaluate on it alone")
         if not is_file(name) and "test" not in TASKS[name].splits:
             raise PtmoeError(f"task {name!r} has no test split to evaluate on")
+        check_size(name, plan.eval_examples)
+    if plan.score == "choices":
+        check_labels(map(task_named, names))
     return tuple(names)
 
 
@@ -202,11 +206,12 @@ def trainable_tasks(plan: ComparePlan) -> tuple[list[str], list[LeftOut]]:
     """The plan's tasks that have training data, and the others.
 
     Raises:
-        PtmoeError: an unknown task, or two with one name.
+        PtmoeError: an unknown task, two with one name, or fewer examples than a mixture has parts.
     """
     kept: list[str] = []
     left_out: list[LeftOut] = []
     for task in dict.fromkeys(plan.tasks):
+        check_size(task, plan.max_examples)
         lacking = [name for name in task_names(task) if not is_file(name) and "train" not in TASKS[name].splits]
         if lacking:
             left_out.append(LeftOut(task, f"{', '.join(lacking)} has no train split: it can only be evaluated on"))
@@ -228,7 +233,8 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
 
     def check(name: str, split: str, data_dir: str | None) -> None:
         problems = Problems(skip=plan.skip_bad, at_once=True)
-        load_task(name, split, data_dir, max_examples=1, problems=problems, say=say)
+        enough = len(task_named(name).parts) or 1
+        load_task(name, split, data_dir, max_examples=enough, problems=problems, say=say)
 
     for name in dict.fromkeys(name for task in plan.tasks for name in task_names(task)):
         check(name, "train", plan.data_dir)

@@ -1,4 +1,4 @@
-"""Answer every example of a task greedily, grade the answers, and record which expert each input was routed to."""
+"""Answer every example of a task, grade the answers, and record which expert each input was routed to."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ptmoe import __version__
 from ptmoe.errors import PtmoeError
+from ptmoe.evaluate.choices import choose, labels_by_task
 from ptmoe.evaluate.generation import Completion, complete
 from ptmoe.evaluate.routing import expert_similarity, summarise_routing
 from ptmoe.methods.base import quantization_of
@@ -21,7 +22,7 @@ from ptmoe.runs.predictions import PredictionsFile
 from ptmoe.runs.records import EvaluationSummary, Prediction
 from ptmoe.tasks import task_named
 from ptmoe.tasks.metrics import GRADERS
-from ptmoe.tasks.scoring import means, summarise
+from ptmoe.tasks.scoring import overall, summarise
 from ptmoe.tasks.tokens import Prompt, encode_prompt
 
 if TYPE_CHECKING:
@@ -57,22 +58,27 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means over the examples, in percent."""
-        return means([prediction.scores for prediction in self.predictions])
+        """All metrics, in percent."""
+        return overall(self.task, *self._columns)
 
     def summary(self) -> EvaluationSummary:
         """What `eval/TASK.json` holds."""
         predictions = self.predictions
-        scores, domains = [each.scores for each in predictions], [each.domain for each in predictions]
-        gates = [each.gate for each in predictions]
+        gates, domains = [each.gate for each in predictions], [each.domain for each in predictions]
         return EvaluationSummary(
-            **summarise(self.task, self.split, scores, domains),
+            **summarise(self.task, self.split, *self._columns),
             cut=sum(each.cut > 0 for each in predictions),
             unanswered=sum(not each.answered for each in predictions),
             routing=summarise_routing(gates, domains, similarity=self.expert_similarity, soft_gate=self.soft_gate),
             seconds=round(self.seconds, 3),
             settings=self.settings,
         )
+
+    @property
+    def _columns(self) -> tuple[list[dict[str, float]], list[tuple[str | None, list[str]]], list[str]]:
+        """Of each prediction its scores, what was answered to which references, and its domain."""
+        answers = [(each.completion if each.answered else None, each.references) for each in self.predictions]
+        return [each.scores for each in self.predictions], answers, [each.domain for each in self.predictions]
 
     def write(self, folder: Path) -> None:
         """`eval/TASK.json` in a run folder."""
@@ -86,6 +92,7 @@ def evaluate(
     *,
     task: Task | None = None,
     split: str = "test",
+    score: Literal["answers", "choices"] = "answers",
     batch_size: int = 64,
     tokens_per_batch: int | None = None,
     max_new_tokens: int | None = None,
@@ -95,7 +102,7 @@ def evaluate(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Greedy answers to `examples`, graded as the task's own evaluator grades.
+    """Answers to `examples`, graded as the task's own evaluator grades.
 
     Args:
         model: with its active adapter.
@@ -103,10 +110,12 @@ def evaluate(
         examples: of one task, at least one.
         task: how they are graded; by default the task that they name.
         split: that they are of, for the names of the files.
+        score: what counts as an answer: what the model writes, greedily, or that of the task's labels which it finds
+            most likely (`ptmoe.evaluate.choices`).
         batch_size: rows at once; in float32 it changes no answer (`ptmoe.evaluate.generation`).
         tokens_per_batch: instead of `batch_size`, as many rows at once as so many positions hold: rows × (the longest
             prompt + virtual tokens + `max_new_tokens`).
-        max_new_tokens: of each answer; by default the task's.
+        max_new_tokens: of each written answer; by default the task's.
         max_length: real tokens that a prompt may have; by default what the base has positions for. A context is cut
             from its end; an example that does not fit without it is not answered and scores 0.
         chat: put prompts in the tokenizer's chat template.
@@ -116,13 +125,17 @@ def evaluate(
         progress: called with the examples done and all of them, after each batch.
 
     Raises:
-        PtmoeError: no example, a limit that leaves no room, a prompt that needs more than `tokens_per_batch`, or a
-            folder with predictions of another evaluation.
+        PtmoeError: no example, a limit that leaves no room, a prompt that needs more than `tokens_per_batch`, a folder
+            with predictions of another evaluation, or choices of a task without labels.
     """
     if not examples:
         raise PtmoeError("no examples to evaluate")
     started = time.monotonic()
     task = task or task_named(examples[0].task)
+    labels: dict[str, dict[str, list[int]]] = {}
+    if score == "choices":
+        labels = labels_by_task(task, examples, tokenizer, chat=chat)
+        max_new_tokens = max(len(ids) for tokens in labels.values() for ids in tokens.values())
     new, room = _limits(model, max_new_tokens, task.max_new_tokens, max_length)
     rows = [(example, encode_prompt(example, tokenizer, chat=chat, room=room)) for example in examples]
     # The longest first: what does not fit into memory shows at once, and the time left is never underestimated.
@@ -146,6 +159,7 @@ def evaluate(
         "max_new_tokens": new,
         "max_length": room,
         "chat": chat,
+        **({"score": score} if labels else {}),
     }
     similarity, soft = None, False
     if model.uses_adapter:
@@ -160,13 +174,21 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        decoder, end = Decoder(model), 0
+        decoder, end = None if labels else Decoder(model), 0
         for batch in batches:
             start, end = end, end + len(batch)
             if end <= len(done):
                 continue
             # An interrupted batch is computed whole: its rows are batched as they would have been.
-            fresh = _answer(model, tokenizer, task, batch, new, chat, decoder)[max(0, len(done) - start) :]
+            fitting = [(example, prompt.ids) for example, prompt in batch if prompt is not None]
+            prompts = [ids for _, ids in fitting]
+            completions = []
+            if fitting and decoder is None:
+                completions = choose(model, prompts, [labels[example.task] for example, _ in fitting])
+            elif fitting:
+                options: dict[str, Any] = {"max_new_tokens": new, "until": task.until, "decoder": decoder}
+                completions = complete(model, tokenizer, prompts, **options)
+            fresh = _predictions(tokenizer, task, batch, completions, chat)[max(0, len(done) - start) :]
             if file is not None:
                 file.append(fresh)
             done += fresh
@@ -237,21 +259,18 @@ def _identity(model: PromptedCausalLM, examples: Sequence[Example]) -> dict[str,
     }
 
 
-def _answer(
-    model: PromptedCausalLM,
+def _predictions(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Sequence[tuple[Example, Prompt | None]],
-    max_new_tokens: int,
+    completions: Sequence[Completion],
     chat: bool,
-    decoder: Decoder,
 ) -> list[Prediction]:
-    fitting = [prompt.ids for _, prompt in rows if prompt is not None]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "until": task.until, "decoder": decoder}
-    completions = iter(complete(model, tokenizer, fitting, **options) if fitting else [])
+    """The graded answers to a batch; `completions` are those of the prompts that fit."""
+    answers = iter(completions)
     predictions = []
     for example, prompt in rows:
-        completion = Completion("", None) if prompt is None else next(completions)
+        completion = Completion("", None) if prompt is None else next(answers)
         scores = GRADERS[task.grader](completion.text, example.references)
         rewritten = prompt is not None and (prompt.is_cut or example.messages or chat)
         predictions.append(

@@ -62,7 +62,7 @@ def complete(
     experts = [0 if routing is None else int(routing.gate[0].argmax()) for routing in routings]
 
     exact = model.dtype == torch.float32
-    alone = [row for row, routing in enumerate(routings) if exact and routing is not None and _nearly_tied(routing)]
+    alone = [row for row, routing in enumerate(routings) if exact and routing is not None and nearly_tied(routing)]
     together = [row for row in range(len(prompts)) if row not in alone]
     new: dict[int, list[int]] = {}
     for rows in ([together] if together else []) + [[row] for row in alone]:
@@ -71,11 +71,16 @@ def complete(
         decoded = decoder(*batch, max_new_tokens=max_new_tokens, ended=ended, margin=margin)
         new.update(zip(rows, decoded, strict=True))
     texts = tokenizer.batch_decode([new[row] for row in range(len(prompts))], skip_special_tokens=True)
-    gates = [None if routing is None else [round(x, 6) for x in routing.gate[0].tolist()] for routing in routings]
+    gates = [None if routing is None else rounded_gate(routing) for routing in routings]
     return [Completion(_before(text, until), gate) for text, gate in zip(texts, gates, strict=True)]
 
 
-def _nearly_tied(routing: Routing) -> bool:
+def rounded_gate(routing: Routing) -> list[float]:
+    """The gate of a row that was routed alone, as predictions record it."""
+    return [round(entry, 6) for entry in routing.gate[0].tolist()]
+
+
+def nearly_tied(routing: Routing) -> bool:
     """Whether another expert was nearly chosen."""
     kept = int((routing.gate[0] != 0).sum())
     probabilities = routing.probabilities[0].sort(descending=True).values.tolist()

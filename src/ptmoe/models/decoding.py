@@ -52,7 +52,7 @@ class Decoder:
                 f"{type(self.base).__name__} is decoded by transformers, which is slower: {obstacle}", stacklevel=2
             )
         self.takes_positions = "position_ids" in parameters
-        self.rotates_by_length = _rotates_by_length(self.base)
+        self.rotates_by_length = rotates_by_length(self.base)
         self.prefix: list[tuple[Tensor, Tensor]] | None = None  # each layer's keys and values, (N, heads, T, d)
         self.shapes: list[tuple[Tensor, Tensor]] = []  # likewise of any input, for the shapes and dtypes of a cache
         if not self.steps:
@@ -101,7 +101,7 @@ class Decoder:
         ended: Callable[[list[int]], bool],
         margin: float,
     ) -> list[list[int]]:
-        inputs = self._first_inputs(*self._padded(prompts), experts, max_new_tokens)
+        inputs = self._first_inputs(*padded(prompts, self.model.device), experts, max_new_tokens)
         cache, positions = inputs["past_key_values"], inputs.get("position_ids")
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, max_new_tokens), value=1)
         generated: list[list[int]] = [[] for _ in prompts]
@@ -138,17 +138,10 @@ class Decoder:
         """The next token of a row decoded by itself: the same whatever batch it is in."""
         if self.rotates_by_length:  # one pass rotates otherwise than the row's own steps
             return self._decode([prompt], [expert], len(generated) + 1, lambda _: False, 0.0)[0][-1]
-        ids, mask = self._padded([prompt + generated])
+        ids, mask = padded([prompt + generated], self.model.device)
         readable = torch.arange(ids.shape[1], device=ids.device)[None] < len(prompt)
         inputs = self.model.decoder_inputs(ids, mask, 1, readable)
         return int(self.base(**inputs, **self.options).logits[0, -1].argmax())
-
-    def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, `(B, L)`, padded on the left."""
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=ids.device)
-        return ids, mask
 
     def _first_inputs(self, ids: Tensor, mask: Tensor, experts: Sequence[int], new: int) -> dict[str, Any]:
         """The arguments of the first pass, with a cache that has room for `new` tokens and holds a fixed prompt."""
@@ -193,7 +186,7 @@ class Decoder:
     def _generate(
         self, prompts: Sequence[list[int]], new: int, ended: Callable[[list[int]], bool], margin: float
     ) -> list[list[int]]:
-        ids, mask = self._padded(prompts)
+        ids, mask = padded(prompts, self.model.device)
         watch = _Watch(ids, ended, margin)
         made = self.model.generate(
             ids,
@@ -212,7 +205,16 @@ class Decoder:
         ]
 
 
-def _rotates_by_length(base: PreTrainedModel) -> bool:
+def padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, `(B, L)`, padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def rotates_by_length(base: PreTrainedModel) -> bool:
+    """Whether a key's rotation depends on how long the sequence becomes."""
     parameters = getattr(base.config.get_text_config(), "rope_parameters", None) or {}
     of_layers = [one for one in parameters.values() if isinstance(one, dict)]
     return any(one.get("rope_type") in ROPE_BY_LENGTH for one in (parameters, *of_layers))

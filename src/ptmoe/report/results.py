@@ -18,6 +18,7 @@ from scipy import stats
 from ptmoe.errors import PtmoeError
 from ptmoe.report.comparison import ALL, MEAN, Cell, Comparison, score_groups
 from ptmoe.report.published import paper
+from ptmoe.tasks.metrics import MACRO_F1
 from ptmoe.tasks.resampling import Group, bootstrap_interval, sign_flip_p, weighted_mean
 
 ALPHA = 0.05
@@ -97,7 +98,7 @@ class Board:
         scores: by label and column name or `AVERAGE`; nothing where no cell is finished. A label that lacks a task has
             no average, since averages over different tasks cannot be compared.
         ranking: the labels that have an average, the highest first.
-        paired: tests between the first two of them; None where there are fewer.
+        paired: tests between the first two of them; None where there are fewer, or single examples have no such score.
     """
 
     metric: str
@@ -137,7 +138,8 @@ def _board(comparison: Comparison, metric: str, rows: pd.DataFrame) -> Board:
             scores[label, AVERAGE] = _average([scores[label, name] for name in found], pd.concat(found.values()))
     ranked = [label for label in comparison.labels if (label, AVERAGE) in scores]
     ranking = tuple(sorted(ranked, key=lambda label: -scores[label, AVERAGE].mean))
-    paired = _paired_tests(comparison, metric, columns, *ranking[:2]) if len(ranking) > 1 else None
+    testable = len(ranking) > 1 and metric != MACRO_F1  # which no single example has
+    paired = _paired_tests(comparison, metric, columns, *ranking[:2]) if testable else None
     return Board(metric, bool(rows["ranks"].any()), columns, scores, ranking, paired)
 
 

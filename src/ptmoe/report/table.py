@@ -131,7 +131,7 @@ def best_rows(values: Sequence[Score | None]) -> list[int]:
 
 def metric_name(metric: str) -> str:
     """A metric as people write it."""
-    return "F1" if metric == "f1" else metric.replace("_", " ")
+    return " ".join("F1" if word == "f1" else word for word in metric.split("_"))
 
 
 def file_name(title: str, used: set[str]) -> str:

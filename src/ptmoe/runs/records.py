@@ -212,6 +212,7 @@ class EvaluationSummary(Record):
         mean_of_domains: the plain mean of the domains' scores, the form of SVAMP's figure in PT-MoE's paper.
         cut: examples whose context was cut to fit.
         unanswered: examples that do not fit even without their context; they score 0.
+        no_label: answers that are no label of a classification; they score 0.
         seconds: of the evaluation, without what an interrupted one had done.
         settings: what decided the predictions.
     """
@@ -226,6 +227,7 @@ class EvaluationSummary(Record):
     mean_of_domains: dict[str, float] = {}
     cut: int = 0
     unanswered: int = 0
+    no_label: int = 0
     routing: RoutingSummary | None = None
     seconds: float | None = None
     settings: dict[str, Any] = {}

@@ -1,7 +1,17 @@
 """The tasks: read, prompt, score. Each family of data sets has its own file."""
 
 from ptmoe.tasks.base import Example, Task
-from ptmoe.tasks.loading import GROUPS, TASKS, is_file, load_task, stream_task, task_named, task_names
+from ptmoe.tasks.loading import (
+    GROUPS,
+    TASKS,
+    check_labels,
+    check_size,
+    is_file,
+    load_task,
+    stream_task,
+    task_named,
+    task_names,
+)
 from ptmoe.tasks.records import Problems
 from ptmoe.tasks.scoring import score
 
@@ -11,6 +21,8 @@ __all__ = [
     "Example",
     "Problems",
     "Task",
+    "check_labels",
+    "check_size",
     "is_file",
     "load_task",
     "score",

@@ -11,6 +11,11 @@
 `ASDiv.xml` of github.com/chaochun/nlu-asdiv-dataset: 2,305 problems without a split. An answer may be a word or several
 numbers, each with its unit in parentheses, and is graded accordingly. The Hub's copy has neither ids nor grades: there
 a problem's index is its id.
+
+ASDiv-A is its arithmetic part, 1,218 problems, in the three JSON files of github.com/LYH-YF/MWPToolkit. It is a task of
+its own, `asdiv-a`, since all of its problems, those to train on too, stand in `ASDiv.xml`.
+
+    {"@ID": "nluds-0760", "@Grade": "4", "Body": "Jane can …", "Question": "how many …?", "Answer": "16 (days)", …}
 """
 
 from functools import partial
@@ -24,6 +29,11 @@ from ptmoe.tasks.records import text_of, xml_elements
 def example(record: dict[str, Any], origin: Origin) -> Example:
     sentences = text_of(record, "Body", may_be_empty=True), text_of(record, "Question")
     return word_problem(origin, text_of(record, "ID"), *sentences, answer=text_of(record, "Answer"))
+
+
+def json_example(record: dict[str, Any], origin: Origin) -> Example:
+    """From a record that writes the attributes of the XML with an `@`."""
+    return example({key.removeprefix("@"): value for key, value in record.items()}, origin)
 
 
 def hub_example(record: dict[str, Any], origin: Origin) -> Example:
@@ -42,5 +52,18 @@ TASKS = (
         formats=(Format("ASDiv's XML", "<", _ROOTS, example, partial(xml_elements, name="Problem")),),
         hub=Hub("EleutherAI/asdiv", hub_example, config="asdiv"),
         note="papers that report 301 use a split of their own: give it with --ids",
+    ),
+    WordProblems(
+        name="asdiv-a",
+        splits={
+            "train": Split(974, ("train.json", "trainset.json")),
+            "validation": Split(122, ("valid.json", "validset.json")),
+            "test": Split(122, ("test.json", "testset.json")),
+        },
+        licence="CC BY-NC 4.0",
+        source="github.com/LYH-YF/MWPToolkit",
+        formats=(Format("ASDiv-A's JSON", "[{", ("@ID Body Question Answer",), json_example),),
+        disjoint=True,
+        note="the arithmetic part of asdiv, whose test holds all of it; no copy on the Hub: give a folder",
     ),
 )

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks.records import Problems, Reader, unique
+
+_SEED = "0"  # of the choice of the examples that are held out
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,11 @@ class Format:
 
     Attributes:
         name: for messages, "GSM8K's JSON lines".
-        kinds: `"{"` for JSON lines, `"["` for a JSON array, `"{["` for both, `","` for CSV, `"<"` for XML.
+        kinds: `"{"` for JSON lines, `"["` for a JSON array, `"{["` for both, `","` for CSV or plain lines, `"\t"` for
+            TSV, `"<"` for XML.
         keys: alternatives such as `("question answer", "problem solution")`: a file is recognised by having all keys of
-            one of them in its first record, its CSV header, or as its XML root.
+            one of them in its first record, its CSV header, or as its XML root. None for a file without a header,
+            which is taken for this format if it looks like no other.
         example: makes an example from a record; raises `BadRecordError`.
         reader: yields a file's records; by default the kind's own in `ptmoe.tasks.records.READERS`.
         first: how many of its records are the task's; by default all.
@@ -86,6 +91,8 @@ class Split:
         hub: the split's name in the Hub's copy, or "".
         url: of the released file.
         md5: of the released file.
+        held_out: where one file is both training and validation data: whether the examples are those that are held out
+            of training, or the others (`is_held_out`); None where all of the file is the split.
     """
 
     examples: int | None
@@ -93,6 +100,18 @@ class Split:
     hub: str = ""
     url: str = ""
     md5: str = ""
+    held_out: bool | None = None
+
+
+def is_held_out(text: str) -> bool:
+    """Whether an example with this input is among the tenth that is held out of training, the same everywhere. Equal
+    inputs, up to case and white space, are on the same side."""
+    return crc32(f"{_SEED} {folded(text)}".encode(errors="surrogatepass")) % 10 == 0
+
+
+def folded(text: str) -> str:
+    """What two texts have in common that differ in case and white space only."""
+    return " ".join(text.casefold().split())
 
 
 @dataclass(frozen=True)
@@ -127,6 +146,10 @@ class Task:
         until: stop sequences: an answer ends before the first of them.
         chat: whether prompts are put in the tokenizer's chat template, where there is one.
         generate: for a generated world, what yields its examples; no files are read.
+        labels: of a classification, the words of which one is the answer; it has a macro-F1, and can be scored by
+            their likelihoods.
+        parts: the tasks that it mixes, each a domain; no files of its own are read.
+        disjoint: leave out of `train` and `validation` the inputs that stand in a later split, in this order.
         note: shown by `ptmoe tasks`.
     """
 
@@ -142,6 +165,9 @@ class Task:
     until: tuple[str, ...] = ()
     chat: bool = True
     generate: Callable[[str, str], Iterator[Example]] | None = None
+    labels: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    disjoint: bool = False
     note: str = ""
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 
 from ptmoe.errors import PtmoeError, near
 from ptmoe.tasks import local, mixture, mrqa, sources
-from ptmoe.tasks.base import Example, Format, Origin, Task, collect
+from ptmoe.tasks.base import Example, Format, Origin, Task, collect, folded, is_held_out
 from ptmoe.tasks.records import READERS, Problems, Record, head
 
 # The modules with the data sets, in the order in which these are listed. A new one is a file and its name in this line.
-FAMILIES = "nano mrqa gsm8k svamp asdiv mawps math_problems".split()
+FAMILIES = "nano mrqa gsm8k svamp asdiv mawps math_problems classification".split()
 TASKS: dict[str, Task] = {
     task.name: task for family in FAMILIES for task in import_module(f"ptmoe.tasks.{family}").TASKS
 }
@@ -38,6 +39,33 @@ def is_file(name: str) -> bool:
 def task_named(name: str) -> Task:
     """A named task, or the task that grades a JSON-lines file."""
     return local.task(name) if is_file(name) else TASKS[task_names(name)[0]]
+
+
+def check_size(name: str, max_examples: int | None) -> None:
+    """
+    Raises:
+        PtmoeError: too few examples for one of each part of a mixture.
+    """
+    names = [] if is_file(name) else task_names(name)
+    parts = sum(len(TASKS[task].parts) or 1 for task in names)
+    if max_examples is not None and max_examples < parts:
+        raise PtmoeError(
+            f"{max_examples} examples of {name}, which mixes {parts} tasks: needs at least one of each, raise it to "
+            f"{parts} or more"
+        )
+
+
+def check_labels(tasks: Iterable[Task]) -> None:
+    """
+    Raises:
+        PtmoeError: a task without labels, whose answers cannot be scored by the labels' likelihoods.
+    """
+    parts = [part for task in tasks for part in (map(TASKS.__getitem__, task.parts) if task.parts else [task])]
+    if lacking := [part.name for part in parts if not part.labels]:
+        raise PtmoeError(
+            f"--score choices compares the labels of a classification, which {', '.join(lacking)} lacks: evaluate it "
+            "by the answers that the model writes (--score answers)"
+        )
 
 
 def load_task(
@@ -64,8 +92,10 @@ def load_task(
         say: called with a line for each download.
 
     Raises:
-        PtmoeError: an unknown task or split, missing or bad data, ids that repeat, or no example at all.
+        PtmoeError: an unknown task or split, missing or bad data, ids that repeat, no example at all, or fewer than a
+            mixture has parts.
     """
+    check_size(name, max_examples)
     problems = problems if problems is not None else Problems()
     stream = _examples(name, split, data_dir, problems, say)
     examples = collect(islice(stream, None if ids else max_examples), problems, f"{name} ({data_dir or split})")
@@ -98,8 +128,13 @@ def _examples(
     if is_file(name):
         yield from local.read(Path(name), problems)
         return
-    weights = mixture.parse(name, TASKS, GROUPS)
-    streams = [_of_task(TASKS[task], split, data_dir, problems, say) for task in weights]
+    yield from _mixed(name, mixture.parse(name, TASKS, GROUPS), split, data_dir, problems, say)
+
+
+def _mixed(
+    name: str, weights: mixture.Weights, split: str, data_dir: str | Path | None, *rest: Any
+) -> Iterator[tuple[str, Example]]:
+    streams = [_of_task(TASKS[task], split, data_dir, *rest) for task in weights]
     if len(streams) == 1:
         yield from streams[0]
         return
@@ -113,9 +148,41 @@ def _of_task(
 ) -> Iterator[tuple[str, Example]]:
     if split not in task.splits:
         raise PtmoeError(f"task {task.name!r} has no split {split!r}{near(split, task.splits)}")
+    if task.parts:
+        yield from _mixed(task.name, dict.fromkeys(task.parts), split, data_dir, problems, say)
+        return
     if task.generate is not None:
         yield from ((example.id, example) for example in task.generate(task.name, split))
         return
+    held_out, repeated = task.splits[split].held_out, 0
+    later = _inputs_of_later_splits(task, split, data_dir, say)
+    for place, example in _of_source(task, split, data_dir, problems, say):
+        if folded(example.input) in later:
+            repeated += 1
+        elif held_out is None or held_out == is_held_out(example.input):
+            yield place, example
+    if repeated:
+        say(f"{task.name}, {split}: left out {repeated} problem(s) that stand in a later split, too")
+
+
+def _inputs_of_later_splits(
+    task: Task, split: str, data_dir: str | Path | None, say: Callable[[str], None]
+) -> set[str]:
+    """The inputs that a split of a `disjoint` task may not hold, folded; none are known beside a single file."""
+    if not task.disjoint or (data_dir is not None and Path(data_dir).is_file()):
+        return set()
+    inputs: set[str] = set()
+    for other in list(task.splits)[list(task.splits).index(split) + 1 :]:
+        with suppress(PtmoeError):  # a split that is not there
+            examples = _of_source(task, other, data_dir, Problems(skip=True), say)
+            inputs |= {folded(example.input) for _, example in examples}
+    return inputs
+
+
+def _of_source(
+    task: Task, split: str, data_dir: str | Path | None, problems: Problems, say: Callable[[str], None]
+) -> Iterator[tuple[str, Example]]:
+    """All examples of a split's file, or of its rows on the Hub."""
     path = sources.locate(task, split, data_dir, say)
     records: Iterable[Record]
     make: Callable[[dict[str, Any], Origin], Example]

@@ -9,6 +9,10 @@
 The CSV of github.com/arkilpatel/SVAMP, two JSON forms, and the rows of the Hub's garrethlee/MAWPS (355 in test). In the
 CSV the placeholders `number0`, `number1` (in another copy `N_00`, `N_01`) stand for the numbers of the column
 `Numbers`, separated by spaces; they are substituted, `41.0` as `41`.
+
+Some problems stand in several splits: of the 398 to validate and test on in github.com/LYH-YF/MWPToolkit's copy, 28
+stand in its training split. What is in `test` is left out of `validation` and `train`, what is in `validation` out of
+`train`, up to case and white space.
 """
 
 import re
@@ -51,6 +55,7 @@ TASKS = (
         name="mawps",
         splits={
             "train": Split(1417, ("train.csv", "train.json", "trainset.json"), hub="train"),
+            "validation": Split(None, ("valid.csv", "valid.json", "validset.json")),
             "test": Split(
                 355, ("test.csv", "test.json", "testset.json", "dev.csv", "MAWPS.json", "mawps.json"), hub="test"
             ),
@@ -62,6 +67,7 @@ TASKS = (
             Format("MAWPS's JSON or JSON lines", "[{", ("sQuestion lSolutions", "original_text ans"), json_example),
         ),
         hub=Hub("garrethlee/MAWPS", gsm8k.example),
-        note="sizes are those of the Hub's copy",
+        disjoint=True,
+        note="sizes are those of the Hub's copy; train and validation leave out what stands in a later split",
     ),
 )

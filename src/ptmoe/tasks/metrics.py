@@ -385,3 +385,6 @@ GRADERS: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
     "mathematics": lambda prediction, references: {"accuracy": float(correct(prediction, references))},
 }
 """The scores of one prediction, each in 0..1, by the name of the grader."""
+
+MACRO_F1 = "macro_f1"
+"""Of classifications besides: a metric of all answers together (`ptmoe.tasks.labels`), not a mean of theirs."""

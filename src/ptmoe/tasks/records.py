@@ -1,4 +1,4 @@
-"""A file's records as a stream, each with its location: JSON lines, a JSON array, CSV rows, XML elements.
+"""A file's records as a stream, each with its location: JSON lines, a JSON array, CSV or TSV rows, XML elements, lines.
 
 Memory does not grow with the file. Gzip is recognised by its first bytes. Whatever cannot be read is added to
 `Problems` with its file and line, and the caller decides whether to refuse bad records (the default) or to skip them.
@@ -10,9 +10,10 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 from xml.etree import ElementTree
@@ -101,8 +102,9 @@ def head(path: Path) -> tuple[str, frozenset[str]]:
     """What the beginning of a file reveals.
 
     Returns:
-        its kind: `"{"` for JSON lines or a JSON object, `"["` for a JSON array, `"<"` for XML, `","` for anything else,
-        `""` for a damaged gzip; and the keys of its first JSON object, its CSV header, or its XML root element's name.
+        its kind: `"{"` for JSON lines or a JSON object, `"["` for a JSON array, `"<"` for XML, `"\t"` where the first
+        line has a tab, `","` for anything else, `""` for a damaged gzip; and the keys of its first JSON object, its
+        header, or its XML root element's name.
 
     Raises:
         PtmoeError: an empty file.
@@ -118,7 +120,10 @@ def head(path: Path) -> tuple[str, frozenset[str]]:
         return text[0], frozenset(_first_keys(text))
     if text[0] == "<":
         return "<", frozenset(re.findall(r"<([A-Za-z_][\w.-]*)", text)[:1])
-    return ",", frozenset(next(csv.reader([text.splitlines()[0]]), []))
+    first = text.splitlines()[0]
+    if "\t" in first:
+        return "\t", frozenset(first.split("\t"))
+    return ",", frozenset(next(csv.reader([first]), []))
 
 
 def _first_keys(text: str) -> Iterator[str]:
@@ -259,11 +264,17 @@ def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Recor
             raise BadRecordError(f"not XML ({str(error).split(':')[0]})") from None
 
 
-def csv_rows(path: Path, problems: Problems) -> Iterator[Record]:
-    """Each row as a dict with the header's names as keys."""
+def csv_rows(path: Path, problems: Problems, *, columns: Sequence[str] = (), tabs: bool = False) -> Iterator[Record]:
+    """Each row as a dict with the header's names as keys.
+
+    Args:
+        columns: of a file that may lack the header.
+        tabs: between fields, and a quotation mark is one.
+    """
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     with _reading(path, problems) as reading:
-        rows = csv.reader(io.TextIOWrapper(reading.file, encoding="utf-8-sig", newline=""), strict=True)
-        header: list[str] = []
+        rows = csv.reader(io.TextIOWrapper(reading.file, encoding="utf-8-sig", newline=""), strict=True, **dialect)
+        header = list(columns)
         while True:
             place = reading.place
             try:
@@ -276,14 +287,30 @@ def csv_rows(path: Path, problems: Problems) -> Iterator[Record]:
             reading.line = rows.line_num + 1
             if not header:
                 header = row
+            elif columns and row == header:
+                continue
             elif len(row) == len(header):
                 yield place, dict(zip(header, row, strict=True))
             elif row:
                 problems.add(place, f"{len(row)} fields, the header has {len(header)}")
 
 
+def text_lines(path: Path, problems: Problems, *, encoding: str) -> Iterator[Record]:
+    """Each line that is not empty, as `{"line": …}`."""
+    with _reading(path, problems) as reading:
+        for line in reading:
+            if text := line.decode(encoding).strip():
+                yield reading.place, {"line": text}
+
+
 Reader = Callable[[Path, Problems], Iterator[Record]]
-READERS: dict[str, Reader] = {"{": json_lines, "[": json_array, ",": csv_rows}  # by kind, as `head` returns it
+# By kind, as `head` returns it.
+READERS: dict[str, Reader] = {
+    "{": json_lines,
+    "[": json_array,
+    ",": csv_rows,
+    "\t": partial(csv_rows, tabs=True),
+}
 
 
 def object_of(value: Any) -> dict[str, Any]:

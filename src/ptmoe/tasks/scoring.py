@@ -7,8 +7,9 @@ import numpy as np
 
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks.base import Example, Task
-from ptmoe.tasks.loading import task_named
-from ptmoe.tasks.metrics import GRADERS
+from ptmoe.tasks.labels import Answers, Counts, confusion, macro_f1_interval, mean_macro_f1
+from ptmoe.tasks.loading import TASKS, task_named
+from ptmoe.tasks.metrics import GRADERS, MACRO_F1
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
 Marks = dict[str, float]  # by metric, from 0 to 1
@@ -30,12 +31,18 @@ def score(
         missing_as_wrong: an example without a prediction scores 0, as in MRQA's and SQuAD's evaluators.
 
     Returns:
-        `{"accuracy": …}`, or for question answering `{"exact_match": …, "f1": …}`.
+        `{"accuracy": …}`, for question answering `{"exact_match": …, "f1": …}`, and for a classification `{"accuracy":
+        …, "macro_f1": …}`.
 
     Raises:
         PtmoeError: no examples, or predictions that do not cover exactly these examples.
     """
-    return means(grade(name, predictions, examples, missing_as_wrong=missing_as_wrong))
+    examples = list(examples)
+    marks = grade(name, predictions, examples, missing_as_wrong=missing_as_wrong)
+    ids = [example.id for example in examples]
+    texts = list(map(predictions.get, ids)) if isinstance(predictions, Mapping) else predictions
+    answers = [(text, example.references) for text, example in zip(texts, examples, strict=True)]
+    return overall(task_named(name), marks, answers, [example.domain for example in examples])
 
 
 def grade(
@@ -71,35 +78,68 @@ def grade(
     return marks
 
 
-def summarise(task: Task, split: str, marks: Sequence[Marks], domains: Sequence[str]) -> dict[str, Any]:
+def summarise(
+    task: Task, split: str, marks: Sequence[Marks], answers: Answers, domains: Sequence[str]
+) -> dict[str, Any]:
     """The results of a task from the marks of its examples.
 
     Args:
         task: whose examples were graded.
         split: of the task.
         marks: of each example, at least one.
-        domains: of each example, in the same order.
+        answers: to each example, in the same order.
+        domains: of each example.
 
     Returns:
-        `metrics` in percent with the 95 % `interval` of each; `by_domain`, the same means for each domain; and
-        `mean_of_domains`, their unweighted mean, as the PT-MoE paper reports SVAMP.
+        `metrics` in percent with the 95 % `interval` of each; `by_domain`, the same for each domain;
+        `mean_of_domains`, their unweighted mean, as the PT-MoE paper reports SVAMP; and `no_label`, how many answers
+        are no label of a classification.
     """
-    parts = {name: [mark for mark, of in zip(marks, domains, strict=True) if of == name] for name in sorted({*domains})}
-    by_domain = {name: {"examples": len(part), **means(part)} for name, part in parts.items() if name}
+    by_domain: dict[str, dict[str, Any]] = {}
+    for name in sorted({*domains} - {""}):
+        inside = [index for index, domain in enumerate(domains) if domain == name]
+        of_domain = [marks[index] for index in inside], [answers[index] for index in inside]
+        by_domain[name] = {"examples": len(inside), **overall(task, *of_domain, [name] * len(inside))}
+    metrics = overall(task, marks, answers, domains)
+    interval = {
+        name: bootstrap_interval([Group(1.0, np.array([100 * mark[name] for mark in marks]))]) for name in marks[0]
+    }
+    tables = _tables(task, answers, domains)
+    if tables:
+        interval[MACRO_F1] = macro_f1_interval(tables)
+    missing = sum(text is None for text, _ in answers)
     return {
         "task": task.name,
         "split": split,
         "examples": len(marks),
         "metric": task.metric,
-        "metrics": means(marks),
-        "interval": {
-            name: bootstrap_interval([Group(1.0, np.array([100 * mark[name] for mark in marks]))]) for name in marks[0]
-        },
+        "metrics": metrics,
+        "interval": interval,
         "by_domain": by_domain,
         "mean_of_domains": {
-            name: sum(part[name] for part in by_domain.values()) / len(by_domain) for name in marks[0] if by_domain
+            name: sum(part[name] for part in by_domain.values()) / len(by_domain) for name in metrics if by_domain
         },
+        "no_label": sum(int(counts[:, -1].sum()) for counts in tables) - missing if tables else 0,
     }
+
+
+def overall(task: Task, marks: Sequence[Marks], answers: Answers, domains: Sequence[str]) -> Marks:
+    """All metrics of a task, in percent: means over the examples, and what only all answers together have."""
+    tables = _tables(task, answers, domains)
+    return means(marks) | ({MACRO_F1: mean_macro_f1(tables)} if tables else {})
+
+
+def _tables(task: Task, answers: Answers, domains: Sequence[str]) -> list[Counts]:
+    """The answers of a classification, or of each part of a mixture of them."""
+    if not task.parts:
+        return [confusion(task.labels, answers)] if task.labels else []
+    parts = {name: TASKS[name].labels for name in sorted({*domains})}
+    if not all(parts.values()):
+        return []
+    return [
+        confusion(labels, [answer for answer, domain in zip(answers, domains, strict=True) if domain == name])
+        for name, labels in parts.items()
+    ]
 
 
 def means(marks: Sequence[Marks]) -> Marks:

@@ -82,6 +82,8 @@ class SharedOptions(Settings):
     """where the evaluation tasks' data sets are; by default --data-dir, if that is a folder"""
     eval_examples: Count | None = None
     """evaluate on the first N examples of each task only"""
+    score: Literal["answers", "choices"] = "answers"
+    """how evaluated tasks are answered: as the model writes, or, for classifications, with the most likely label"""
     eval_batch_size: Count = 200
     """rows computed at once on one device by the evaluation"""
     max_new_tokens: Count | None = None

@@ -22,7 +22,17 @@ from ptmoe.runs.folders import (
     RESULT_FILE,
 )
 from ptmoe.runs.records import Result
-from ptmoe.tasks import TASKS, Problems, is_file, load_task, stream_task, task_named, task_names
+from ptmoe.tasks import (
+    TASKS,
+    Problems,
+    check_labels,
+    check_size,
+    is_file,
+    load_task,
+    stream_task,
+    task_named,
+    task_names,
+)
 from ptmoe.tasks import local as local_task
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 
@@ -61,6 +71,7 @@ def training_examples(options: TrainOptions, problems: Problems, say: Callable[[
         assert options.data is not None
         keys = local_task.Keys(options.prompt_key, options.completion_key, options.separator)
         return local_task.load(options.data, keys, problems)[: options.max_examples]
+    check_size(options.task, options.max_examples)
     stream = stream_task(options.task, "train", options.data_dir, problems=problems, say=say)
     first = next(stream, None)
     if first is None:
@@ -68,19 +79,25 @@ def training_examples(options: TrainOptions, problems: Problems, say: Callable[[
     return islice(chain([first], stream), options.max_examples)
 
 
-def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> list[list[Example]]:
-    """The examples of each task in `eval_task`; by default the test splits of nano's own tasks."""
+def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> dict[str, list[Example]]:
+    """The examples of each task in `eval_task`; by default the test splits of nano's own tasks.
+
+    Raises:
+        PtmoeError: missing or bad data, or tasks that cannot be scored as the options say.
+    """
     if options.eval_task is not None:
         names = task_names(options.eval_task)
     else:
         names = [] if options.task is None or is_file(options.task) else task_names(options.task)
         if not all(TASKS[name].generate for name in names):
-            return []
+            return {}
+    if options.score == "choices":
+        check_labels(map(task_named, names))
     folder = options.eval_data_dir
     if folder is None and options.data_dir is not None and Path(options.data_dir).is_dir():
         folder = options.data_dir
     limits: dict[str, Any] = {"max_examples": options.eval_examples, "say": say}
-    return [load_task(name, "test", folder, problems=Problems(skip=options.skip_bad), **limits) for name in names]
+    return {name: load_task(name, "test", folder, problems=Problems(skip=options.skip_bad), **limits) for name in names}
 
 
 def train(
@@ -115,12 +132,16 @@ def train(
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
     _check_trainer_arguments(options)
 
+    from ptmoe.evaluate.choices import labels_by_task
     from ptmoe.fast.compiled import compile_layers
     from ptmoe.models.attach import attach
     from ptmoe.train.data import collate, fit
     from ptmoe.train.routing import RoutingCallback, sample_batches
 
     model, tokenizer, chat = _base(options)
+    if options.score == "choices":  # what the tokenizer or its template cannot do should show before the training
+        for name, tested in held_out.items():
+            labels_by_task(task_named(name), tested, tokenizer, chat=chat)
     positions = (model.max_positions or 2**31) - config.num_virtual_tokens
     length = min(positions, options.max_length or positions)
     rows = fit(examples, tokenizer, length, options.truncation, chat=chat, cache=options.token_cache, say=say)
@@ -216,7 +237,7 @@ def _finish(
     result: Result,
     model: PromptedCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: Iterable[list[Example]],
+    held_out: dict[str, list[Example]],
     options: TrainOptions,
 ) -> list[Evaluation]:
     """Write the result, and evaluate on each task's examples, as the resolved options say."""
@@ -228,6 +249,8 @@ def _finish(
             model,
             tokenizer,
             examples,
+            task=task_named(name),
+            score=options.score,
             batch_size=options.eval_batch_size,
             max_new_tokens=options.max_new_tokens,
             max_length=options.max_length,
@@ -235,7 +258,7 @@ def _finish(
             folder=folder,
             overwrite=True,
         )
-        for examples in held_out
+        for name, examples in held_out.items()
     ]
 
 
