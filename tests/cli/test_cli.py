@@ -275,7 +275,8 @@ def refusing(folder):
 
     base, tokenizer = load_base("nano")
     tokenizer.chat_template = (
-        "{%- for m in messages -%}{%- if m.role == 'system' -%}{{ raise_exception('no system turns here') }}{%- endif -%}"
+        "{%- for m in messages -%}"
+        "{%- if m.role == 'system' -%}{{ raise_exception('no system turns here') }}{%- endif -%}"
         "{{ m.role }}: {{ m.content }}\n{% endfor -%}{%- if add_generation_prompt -%}assistant:{%- endif -%}"
     )
     for part in (base, tokenizer):

@@ -1,6 +1,7 @@
 """The tokens say what the user wrote: with tokenizers of every habit, and in every chat template that trl ships."""
 
 import datetime
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,7 @@ REASONING = {"reasoning_content": "four and three"}
 def with_template(name):
     tokenizer = load_tokenizer("nano")[0]
     tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text()
+    tokenizer.bos_token = tokenizer.eos_token  # some templates need one, and nano has none
     return tokenizer
 
 
@@ -190,6 +192,16 @@ def clock(monkeypatch, *day):
             return cls(*day)
 
     monkeypatch.setattr(rendering, "datetime", Clock)
+
+
+def rendered(tokenizer, messages, **options):
+    """What the template itself writes, of texts and of texts in parts, as templates of vision models want them."""
+    in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+    texts = []
+    for form in (list(messages), in_parts):
+        with suppress(Exception):
+            texts.append(tokenizer.apply_chat_template(form, **options))
+    return texts
 
 
 CONVERSATIONS = {
@@ -216,12 +228,11 @@ def test_a_conversation_is_what_its_template_writes_or_is_refused(name, monkeypa
         clock(monkeypatch, 2024, 7, 26)
         answer = {"role": "assistant", "content": item.target, **item.reply}
         options = {"tokenize": False, "date_string": "26 Jul 2024", **item.template}
-        before = tokenizer.apply_chat_template(list(item.messages), add_generation_prompt=True, **options)
-        whole = tokenizer.apply_chat_template([*item.messages, answer], **options)
-        assert decoded(tokenizer, ids[0]) == before, kind
-        assert decoded(tokenizer, ids[0] + ids[1]).removesuffix(tokenizer.eos_token) == whole.removesuffix(
-            tokenizer.eos_token
-        )
+        written = rendered(tokenizer, item.messages, add_generation_prompt=True, **options)
+        assert decoded(tokenizer, ids[0]) in written, kind
+        whole = decoded(tokenizer, ids[0] + ids[1]).removesuffix(tokenizer.eos_token)
+        written = rendered(tokenizer, [*item.messages, answer], **options)
+        assert whole in [text.removesuffix(tokenizer.eos_token) for text in written]
         said = decoded(tokenizer, ids[0] + ids[1])
         for part in [turn["content"] for turn in item.messages] + list(item.reply.values()) + [item.target]:
             assert part in said, (kind, part)
@@ -289,6 +300,13 @@ def test_what_the_template_leaves_out_is_refused_in_words(part, fields):
     item = replace(CONVERSATIONS["short"], **fields)
     with pytest.raises(BadRecordError, match=f"the chat template leaves out {part}"):
         encode_completion(item, tokenizer)
+
+
+def test_a_template_that_leaves_out_a_text_is_refused():
+    tokenizer = load_tokenizer("nano")[0]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.text }}\n{% endfor %}"
+    with pytest.raises(BadRecordError, match="the chat template leaves out what a message says"):
+        encode_prompt(CONVERSATIONS["short"], tokenizer)
 
 
 REFUSING = (

@@ -23,6 +23,7 @@ _LAYOUT = re.compile(
     r"\\(?:left|right|displaystyle|d?t?frac|times|cdot|div|approx|quad|qquad|circ|degree|[bB]igg?[lr]?)(?![A-Za-z])"
     r"|\\[,;:! %$()\[\]]|\^\{?\s*\\circ\s*\}?"
 )
+_NESTED = re.compile(r"frac\s*\{[^{}]*(?:\}\s*\{[^{}]*)?\{")  # a fraction in a fraction, a root in a fraction
 _SCIENTIFIC = re.compile(r"(?<=\d)[eE](?=[-+]?\d)")  # 1e3: no variable
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|[√π∞]")
 _UNIT = r"\s*(?:[A-Zmgshltdcpw]|\^\{?\d\}?|[²³/])+"  # metres, grams, …; capitals: litres, amperes, kelvins, …
@@ -72,8 +73,8 @@ def is_expression(text: str, *, in_mathematics: bool = True) -> bool:
     letters = re.findall(r"[^\W\d_]+", _COMMAND.sub(" ", bare))
     if not all(len(run) == 1 or set(run) <= set("xyz") for run in letters) or not "".join(letters).isascii():
         return False
-    if commands or not in_mathematics:
-        return bool(commands)
+    if commands or _NESTED.search(text) or not in_mathematics:
+        return bool(commands or _NESTED.search(text))
     if re.fullmatch(r"[(\[].*,.*[)\]]", bare) or re.search(r"\d\s*[\^_]", bare):
         return not _QUANTITY.fullmatch(bare)
     has_variable = bool(letters) and re.search(r"[\d^+*/=<>-]", bare) is not None

@@ -6,20 +6,19 @@ Both are the user's text, no more and no less:
 - A prompt gets what the tokenizer puts before a text (a beginning-of-text token), unless it begins with that already,
   and nothing that the tokenizer puts behind one. An end token that the prompt itself holds stays.
 - A completion continues the prompt: some tokenizers put a space before every text, which would stand between the two.
-- A template that writes the date gets the same one every day.
+- A conversation is what the chat template writes (`ptmoe.tasks.chat`).
 """
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from ptmoe.errors import PtmoeError
+from ptmoe.tasks.chat import render, require_parts, require_template
 from ptmoe.tasks.records import BadRecordError, Problems, check_unicode
 
 if TYPE_CHECKING:
@@ -27,11 +26,7 @@ if TYPE_CHECKING:
 
     from ptmoe.tasks.base import Example, Task
 
-# Templates write today's date into every conversation, so that a prompt would differ from one day to the next. This is
-# the default date in Llama 3.2's template, which reads `date_string`; others call `strftime_now`.
-_TODAY = datetime(2024, 7, 26)
 _PROBE = "a"
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # names that `transformers` gives to the same text
 CHECKED = 100  # examples that are compared with what their tokens say
 
 
@@ -61,7 +56,7 @@ def uses_chat(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None)
         PtmoeError: it was asked for, and there is none.
     """
     if chat:
-        _require_template(tokenizer)
+        require_template(tokenizer)
     return bool(tokenizer.chat_template) and task.chat if chat is None else chat
 
 
@@ -168,7 +163,7 @@ def prompt_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, chat: b
     """The text of a prompt, in the chat template for a conversation and with `chat`."""
     if not (example.messages or chat):
         return example.input
-    return _chat(example, tokenizer, _messages(example), add_generation_prompt=True)
+    return render(example, tokenizer, _messages(example), add_generation_prompt=True)
 
 
 def completion_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
@@ -178,8 +173,8 @@ def completion_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, cha
     messages = _messages(example)
     text = example.target if example.messages else example.target.strip()
     answer = {"role": "assistant", "content": text, **example.reply}
-    whole = _chat(example, tokenizer, [*messages, answer], add_generation_prompt=False)
-    _require_parts(example, tokenizer, messages, answer, whole)
+    whole = render(example, tokenizer, [*messages, answer], add_generation_prompt=False)
+    require_parts(example, tokenizer, messages, answer, whole)
     before = prompt_text(example, tokenizer, chat=chat)
     if not whole.startswith(before):
         raise BadRecordError(
@@ -264,79 +259,6 @@ def row_length(positions: int | None, num_virtual_tokens: int, max_length: int |
 def _messages(example: Example) -> list[dict[str, Any]]:
     """The messages before the answer."""
     return list(example.messages) or [{"role": "user", "content": example.input}]
-
-
-def _chat(
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    *,
-    add_generation_prompt: bool,
-    tools: bool = True,
-) -> str:
-    _require_template(tokenizer)
-    options = {"date_string": f"{_TODAY:%d %b %Y}", **example.template.get("chat_template_kwargs", {})}
-    for name in ("tools", "documents"):
-        if example.template.get(name) and (tools or name != "tools"):
-            options[name] = example.template[name]
-    try:
-        template = tokenizer.get_chat_template(None, options.get("tools"))
-        if "strftime_now" in template:
-            options["chat_template"] = _fixed_clock() + template
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-        )
-    except ImportError as error:
-        raise PtmoeError(f"chat templates need jinja2: {error}") from None
-    except Exception as error:  # a template may raise anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BadRecordError(f"the chat template refuses it: {reason}") from None
-    return cast(str, text)
-
-
-@lru_cache(maxsize=1)
-def _fixed_clock() -> str:
-    """A macro that takes the place of the `strftime_now` that `transformers` gives to a template."""
-    values = {f"%{letter}": _TODAY.strftime(f"%{letter}") for letter in string.ascii_letters}
-    known = {directive: value for directive, value in values.items() if value and not value.startswith("%")}
-    known |= {f"%-{directive[1]}": value.lstrip("0") or "0" for directive, value in known.items() if value.isdigit()}
-    replaced = "".join(f" | replace('{directive}', '{value}')" for directive, value in known.items())
-    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
-
-
-def _require_parts(
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    answer: dict[str, Any],
-    whole: str,
-) -> None:
-    """
-    Raises:
-        BadRecordError: the template leaves out the answer's reasoning or tool calls, or the tools.
-    """
-    ignored = []
-    for names in (_REASONING, ("tool_calls",)):
-        without = {key: value for key, value in answer.items() if key not in names or not value}
-        if len(without) < len(answer):
-            rest = _chat(example, tokenizer, [*messages, without], add_generation_prompt=False)
-            ignored += [next(key for key in answer if key not in without)] if rest == whole else []
-    if example.template.get("tools"):
-        rest = _chat(example, tokenizer, [*messages, answer], add_generation_prompt=False, tools=False)
-        ignored += ["tools"] if rest == whole else []
-    if ignored:
-        raise BadRecordError(
-            f"the chat template leaves out {' and '.join(map(repr, ignored))}: remove it, or take a tokenizer whose "
-            "template writes it"
-        )
-
-
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise PtmoeError(
-            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template for data with messages: "
-            "give prompt and completion instead, or omit --chat"
-        )
 
 
 # ---- the tokenizer's habits ------------------------------------------------------------------------------------------

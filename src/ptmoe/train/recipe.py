@@ -124,6 +124,8 @@ def train(
     from ptmoe.train.trainer import OnBegin
 
     model, tokenizer, chat = _base(options)
+    if resume:
+        check_base(folder, model)
     length = row_length(model.max_positions, config.num_virtual_tokens, options.max_length)
     shown: dict[str, Any] = {"cache": options.token_cache, "problems": problems, "say": say}
     rows = fit(examples, tokenizer, length, options.truncation, chat=chat, **shown)
@@ -151,8 +153,6 @@ def train(
     if options.packing:
         model.can_pack()  # or says why not, before anything is written
     compile_failure = compile_layers(model.base_model) if options.torch_compile else None
-    if resume:
-        check_base(folder, model)
     trainer = _trainer(model, rows, options, folder, callbacks)
     first = trainer.is_world_process_zero()
     if first:

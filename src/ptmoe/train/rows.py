@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 
 from ptmoe.fast.loss import IGNORED
 from ptmoe.files import cache_folder, replaced
-from ptmoe.tasks import tokens
+from ptmoe.tasks import chat, tokens
 from ptmoe.tasks.records import BadRecordError, Problems
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def settings_hash(
     tokenizer("")  # resets padding and truncation, which would be saved as well
     parts = [type(tokenizer).__qualname__, transformers.__version__, tokenizers.__version__, json.dumps(options)]
     # The sources themselves: nobody has to remember to raise a version number.
-    parts += [inspect.getsource(code) for code in (tokens, sys.modules[__name__], encode)]
+    parts += [inspect.getsource(code) for code in (chat, tokens, sys.modules[__name__], encode)]
     saved: list[tuple[str, bytes]] = []
     with TemporaryDirectory() as folder:
         try:
