@@ -164,10 +164,10 @@ def extract_answer(completion: str) -> str:
     3. what follows the first `####`;
     4. the last number; without one, the last line.
 
-    Where that is an expression of mathematics (`\\boxed{3\\pi}`) it is returned whole. After 1., `answer is` and `\boxed{}` the answer is the first number. `A:`, `Answer:` and 3. may start an
+    After 1., `answer is` and `\boxed{}` the answer is the first number. `A:`, `Answer:` and 3. may start an
     explanation: unless their line consists of a number and its unit, the answer is the last number. If no number
-    follows, it is the first sentence. A list of numbers and `12 or 13` are returned whole. Only 1. tolerates text that
-    continues with the next question.
+    follows, it is the first sentence. An expression (`\boxed{3\pi}`), a list of numbers and `12 or 13` are returned
+    whole. Only 1. tolerates text that continues with the next question.
     """
     return _expression(completion) or _final(_plain(completion))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,14 +52,19 @@ def fit(
         PtmoeError: no example fits, or one cannot be tokenised.
     """
     problems = problems if problems is not None else Problems(at_once=True)
-    examples = iter(examples)
-    first = list(islice(examples, CHECKED))
-    if change := changed_text(first, tokenizer, chat=chat):
-        say(change)
+
+    def watched() -> Iterator[Example]:
+        told = False
+        for number, example in enumerate(examples):
+            if number < CHECKED and not told and (change := changed_text([example], tokenizer, chat=chat)):
+                say(change)
+                told = True
+            yield example
+
     options: dict[str, Any] = {"max_length": max_length, "truncation": truncation, "chat": chat}
     settings = partial(settings_hash, tokenizer, _encode, options) if cache else None
     encode = partial(_encode, tokenizer=tokenizer, **options)
-    rows = token_rows(chain(first, examples), encode, settings, problems, say)
+    rows = token_rows(watched(), encode, settings, problems, say)
     problems.refuse()
     if not len(rows) and not rows.left_out:
         raise PtmoeError(f"no example is left: {problems.listed()}")
