@@ -54,6 +54,7 @@ OTHER = {
     "learning rate": ({"learning_rate": 1.5}, "learning_rate was .*, is 1.5"),
     "chat": ({"chat": True}, "chat was False, is True"),
     "arguments of transformers": ({"trainer": {"adam_beta1": 0.5}}, r"trainer was \{\}, is \{'adam_beta1': 0.5\}"),
+    "the data as well": ({"seed": 1, "data": "other.jsonl"}, "seed was 0, is 1, data was '.*', is 'other.jsonl'"),
     "two at once": ({"seed": 1, "weight_decay": 0.5}, "seed was 0, is 1, weight_decay was 0.0, is 0.5"),
 }
 

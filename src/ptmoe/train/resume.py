@@ -50,8 +50,6 @@ def continued(options: TrainOptions, folder: Path) -> TrainOptions:
         for name, value in given.items()
         if name not in FREE | {"method"} and value != was[name] and not (name in RESOLVED and value is None)
     }
-    if "task" in differing and record.data != options.data:
-        differing["data"] = (record.data, options.data)
     if "method" in given:
         method, before = method_config(options.method), method_config(record.method).model_dump()
         if options.method["name"] != record.method["name"]:
@@ -60,6 +58,8 @@ def continued(options: TrainOptions, folder: Path) -> TrainOptions:
             asked = method.model_dump(include=method.model_fields_set)
             differing |= {name: (before[name], value) for name, value in asked.items() if value != before[name]}
     if differing:
+        places = [name for name in ("data", "data_dir") if name in given and given[name] != was[name]]
+        differing |= {name: (was[name], given[name]) for name in places}
         changes = ", ".join(f"{name} was {before!r}, is {value!r}" for name, (before, value) in differing.items())
         raise PtmoeError(
             f"{folder} was trained otherwise ({changes}): continue it as it was, with `ptmoe train --resume "
