@@ -257,6 +257,77 @@ def test_tasks_are_listed_and_shown(run):
     assert "[test-0, harbor: 9 + 4 tokens]\n[P_1 … P_40]harbor: 7 and 24 =>⟦ 31<eos>⟧\nright: 31\n" in out
 
 
+def test_tokens_are_shown_one_by_one_special_ones_marked(run, tmp_path):
+    status, out, _ = run("tasks", "show", "nano/mixed", "--examples", 1, "--tokens", "--num-virtual-tokens", 3)
+    assert status == 0
+    shown = next(line for line in out.splitlines() if line.startswith("tokens: "))
+    assert shown.startswith("tokens: [P_1 … P_3] 'harbor' ")
+    assert shown.endswith(" ‹<eos>›⟧")
+    quoted = re.findall(r"'([^']*)'", shown)
+    assert "".join(quoted) == "harbor: 7 and 24 => 31"
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a<eos>b", "completion": " c"}\n')
+    assert "'a' ‹<eos>› 'b' ⟦' c' ‹<eos>›⟧" in run("tasks", "show", tmp_path / "d.jsonl", "--tokens")[1]
+
+
+def refusing(folder):
+    """nano with a template that takes no system turn."""
+    from ptmoe.models.bases import load_base
+
+    base, tokenizer = load_base("nano")
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}"
+        "{%- if m.role == 'system' -%}{{ raise_exception('no system turns here') }}{%- endif -%}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor -%}{%- if add_generation_prompt -%}assistant:{%- endif -%}"
+    )
+    for part in (base, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_a_record_that_the_template_refuses_is_named_or_skipped_by_every_command(run, tmp_path):
+    base = refusing(tmp_path / "base")
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    lines = [{"messages": turns}, {"messages": [{"role": "system", "content": "Be terse."}, *turns]}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train = ("train", "--model", base, "--data", tmp_path / "d.jsonl", "--method", "pt:num_virtual_tokens=2")
+    commands = {
+        (*train, "--max-steps", 1, "--output-dir", tmp_path / "run"): "left out 1 bad record(s)",
+        (*train[:3], "--task", "nano/mixed", *train[5:], "--max-steps", 1, "--eval-task", tmp_path / "d.jsonl",
+         "--output-dir", tmp_path / "other"): "not evaluated: 1 bad record(s)",
+        ("eval", tmp_path / "run", "--task", tmp_path / "d.jsonl", "--max-new-tokens", 2): "left out 1 bad record(s)",
+        ("tasks", "show", tmp_path / "d.jsonl", "--model", base): "left out 1 bad record(s)",
+    }  # fmt: skip
+    for arguments, said in commands.items():
+        status, _, err = run(*arguments)
+        assert status == 2
+        assert "d.jsonl:2: the chat template refuses it: no system turns here" in err
+        assert "Traceback" not in err
+        if arguments[0] == "train":
+            assert not arguments[-1].exists()
+        status, out, err = run(*arguments, "--skip-bad")
+        assert (status, err) == (0, "")
+        assert said in out
+        assert "d.jsonl:2" in out
+
+
+def test_more_virtual_tokens_than_positions_are_refused_by_name(run, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for arguments in (
+        ("train", "--data", tmp_path / "d.jsonl", "--output-dir", tmp_path / "run"),
+        ("tasks", "show", "nano/mixed"),
+    ):
+        status, _, err = run(*arguments, "--num-virtual-tokens", 3000)
+        assert status == 2
+        assert "3,000 virtual tokens leave no room for a text: the base has 2,048 positions; lower --num-virtual" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_is_no_unicode_is_an_error_in_words(run, run_folder):
+    status, _, err = run("generate", run_folder, "\udcff =>")
+    assert status == 2
+    assert "not Unicode text" in err
+
+
 def test_convert_goes_to_peft_and_back(run, tmp_path):
     from ptmoe.models.bases import load_base
 

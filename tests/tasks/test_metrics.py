@@ -4,6 +4,7 @@ import json
 import math
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptmoe.tasks.expressions import is_expression, last_boxed
 from ptmoe.tasks.metrics import GRADERS, correct, exact_match, extract_answer, f1, normalize_answer, verbatim
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -212,7 +214,7 @@ def near_misses(value):
 
 def test_a_value_is_right_in_every_form_and_its_near_misses_are_wrong():
     rng = random.Random(0)
-    for _ in range(3000):
+    for _ in range(10_000):
         value = known_value(rng)
         gold = rng.choice(written_forms(value, rng)).replace("**", "")
         written = rng.choice(written_forms(value, rng))
@@ -342,6 +344,167 @@ def test_any_of_several_references_may_match():
     assert accuracy("7", "5", "7") == 1.0
     assert accuracy("6", "5", "7") == 0.0
     assert accuracy("6") == 0.0
+
+
+UNSPACED = (
+    "答案是{}",
+    "答案是{}。",
+    "一共有{}个苹果",
+    "答えは{}です",
+    "정답은 {}입니다",
+    "คำตอบคือ{}บาท",
+    "共{}元，谢谢！",
+)
+MINUS = (
+    *("The answer is - {}", "The answer is negative {}.", "#### - {}", "= - {}", "x = - {}", "- {}", "minus {}"),
+    *(r"\boxed{{- {}}}", "The answer is -{}", "(- {})", "Answer: - ${}", "It is minus {} degrees", "It is \u2011 {}"),
+    "Negative {}",
+)
+
+
+def test_numbers_beside_letters_and_signs_that_stand_apart_are_read():
+    rng = random.Random(0)
+    for _ in range(1000):
+        value = Fraction(rng.randint(1, 99_999))
+        written = f"{int(value):,}" if rng.random() < 0.5 else str(value)
+        completion = rng.choice(UNSPACED).format(written)
+        assert accuracy(completion, str(value)) == 1.0, completion
+        assert accuracy(completion, str(value + 1)) == accuracy(completion, str(-value)) == 0.0, completion
+        completion = rng.choice(MINUS).format(written)
+        assert accuracy(completion, str(-value)) == 1.0, completion
+        assert accuracy(completion, str(value)) == 0.0, completion
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "10 - 3",
+        "10 minus 3",
+        "- 4 apples\n- 3 pears",
+        "(7) - 3",
+        "Take 3.\n- 3",
+        "non-negative: 3",
+        "5 - 2 = 3",
+        "a - 3",
+    ],
+)
+def test_a_subtraction_and_a_bullet_are_no_sign(completion):
+    assert accuracy(completion, "3") == 1.0
+
+
+# ---- mathematics: expressions ----------------------------------------------------------------------------------------
+
+EXPRESSIONS = {  # gold: (right, wrong)
+    r"3\pi": (
+        [r"\boxed{3 \pi}", "3π", r"The answer is $3\pi$.", r"\boxed{\pi\cdot 3}"],
+        ["3", r"\boxed{3}", "9.42", "#### 3"],
+    ),
+    "5x": ([r"\boxed{5x}", r"\boxed{5 x}", "$5x$"], ["5", r"\boxed{5}", r"\boxed{5y}", "#### 5"]),
+    "3i": ([r"\boxed{3i}", r"\boxed{0+3i}"], ["3", r"\boxed{-3i}"]),
+    r"11\sqrt2": ([r"\boxed{11\sqrt{2}}", "11√2", r"\boxed{\sqrt{242}}"], ["11", "2", r"\boxed{22}"]),
+    r"\frac{\sqrt{3}}{2}": (
+        [r"\boxed{\dfrac{\sqrt{3}}{2}}", r"It is $\frac{1}{2}\sqrt3$"],
+        ["2", "3", r"\boxed{\sqrt{3}}"],
+    ),
+    r"\left( 3, \frac{\pi}{2} \right)": (
+        [r"\boxed{(3, \frac{\pi}{2})}", r"so \boxed{(3,\pi/2)}"],
+        [r"\boxed{(\frac{\pi}{2}, 3)}", "3"],
+    ),
+    "x+1": ([r"\boxed{1+x}", "x + 1", "The answer is $x+1$"], ["1", r"\boxed{x-1}"]),
+    "[2,3)": ([r"\boxed{[2, 3)}"], [r"\boxed{[2,3]}", "2,3"]),
+    r"\begin{pmatrix} 1 & 2 \end{pmatrix}": (
+        [r"\boxed{\begin{pmatrix}1&2\end{pmatrix}}"],
+        ["1", r"\boxed{1,2}"],
+    ),
+    "9^{9^{9^9}}": ([r"\boxed{9^{ 9^{9^9}}}"], ["9", r"\boxed{9^{9^9}}"]),  # too large: only as it is written
+    "2^{10}": ([r"\boxed{1024}", r"\boxed{4^5}"], ["2", "10", "20"]),
+}
+
+
+@pytest.mark.parametrize("gold", EXPRESSIONS)
+def test_an_expression_is_met_by_an_equal_one_and_by_no_part_of_it(gold):
+    right, wrong = EXPRESSIONS[gold]
+    for prediction in (gold, rf"\boxed{{{gold}}}", rf"\[ \boxed{{{gold}}} \]", f"#### {gold}", *right):
+        assert accuracy(prediction, gold) == 1.0, prediction
+    for prediction in ("", "zzz", *wrong, *(rf"\boxed{{{other}}}" for other in EXPRESSIONS if other != gold)):
+        assert accuracy(prediction, gold) == 0.0, prediction
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "verdict"),
+    [
+        (r"\boxed{2\sqrt{2}}", "2", 0),
+        (r"\boxed{\frac{\sqrt{3}}{2}}", "2", 0),
+        (r"The answer is $2\sqrt{2}$ metres.", "2", 0),
+        (r"so we get 3\pi", "3", 0),
+        (r"\boxed{5x}", "5", 0),
+        (r"\boxed{\sqrt{4}}", "2", 1),
+        (r"\boxed{x = 5}", "5", 1),
+        (r"\boxed{\frac{\frac{1}{2}}{3}}", "1/6", 1),
+        (r"\boxed{36\text{ cm}^2}", "36", 1),
+        (r"\boxed{90^\circ}", "90", 1),
+        (r"\boxed{\$1{,}234}", "1234", 1),
+        (r"\boxed{\boxed{5}}", "5", 1),
+        ("\\boxed 7", "7", 1),
+        ("5", "5 m", 1),
+        ("36", "36 m^2", 1),
+        ("12", "12 h", 1),
+        ("1000", "1e3", 1),
+        ("N/A", "N/A", 1),
+    ],
+)
+def test_a_number_is_not_met_by_a_part_of_an_expression_and_units_are_no_variables(prediction, gold, verdict):
+    assert accuracy(prediction, gold) == verdict
+
+
+def test_braces_of_any_depth_are_in_a_box():
+    for depth in (1, 2, 5, 40):
+        inner = "{" * depth + "7" + "}" * depth
+        assert last_boxed(rf"\boxed{{1}} and \boxed{inner}.") == (14, inner[1:-1])
+    assert last_boxed(r"\boxed{\{1\}}") == (0, r"\{1\}")
+    assert last_boxed(r"\boxed{1") is last_boxed("7") is None
+
+
+def test_expressions_are_graded_in_threads_and_never_for_long():
+    hard = [
+        *("9^{9^{9}}", "9^{9999999}", "((9^{999})^{999})^{999}", "(10^{10})!", r"\sum_{n=1}^{10^9} n", "x" * 150),
+        *(r"\int_0^1 e^{x^2} dx", "(" * 90 + "x+1" + ")" * 90, r"\sin(\cos(\tan(x+y)))^2+\cos(\cos(\tan(x+y)))^2"),
+    ]
+    with ThreadPoolExecutor(4) as threads:
+        started = time.process_time()
+        pairs = [(rf"\boxed{{{one}}}", other) for one in hard for other in ("x^2", r"\pi", "7", one)]
+        verdicts = list(threads.map(lambda pair: accuracy(*pair), pairs))
+        assert time.process_time() - started < 30
+    assert verdicts[3::4] == [1.0] * len(hard)
+    assert not any(verdicts[2::4])
+
+
+EXPRESSION = st.recursive(
+    st.sampled_from([r"\pi", "x", "2", "7", r"\sqrt{2}", "y"]),
+    lambda inner: st.tuples(st.sampled_from(["{}+{}", "{}-{}", r"\frac{{{}}}{{{}}}", r"({})({})"]), inner, inner).map(
+        lambda parts: parts[0].format(*parts[1:])
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=40)
+@given(EXPRESSION)
+def test_an_expression_equals_itself_with_other_spaces_and_nothing_one_larger(expression):
+    assert accuracy(rf"\boxed{{ {expression} }}", expression) == 1.0
+    if is_expression(expression):
+        assert accuracy(rf"\boxed{{{expression}+1}}", expression) == 0.0
+        assert accuracy(rf"\boxed{{1+{expression}-1}}", expression) == 1.0
+
+
+@needs_data
+def test_no_gold_of_the_word_problems_is_taken_for_an_expression():
+    golds = [json.loads(line)["answer"].split("#### ")[1] for line in (DATA / "gsm8k" / "train.jsonl").open()]
+    for name, key in (("asdiv-a", "Answer"), ("mawps", "lSolutions")):
+        golds += [str(row[key]) for row in json.loads((DATA / name / "train.json").read_text())]
+    assert len(golds) > 9000
+    assert not any(map(is_expression, golds))
+    assert not any(map(is_expression, ASDIV))
 
 
 # ---- mathematics: ASDiv's golds --------------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ def evaluate(
     from ptmoe.models.attach import load_run
     from ptmoe.models.bases import load_base, quiet
     from ptmoe.models.causal import PromptedCausalLM
-    from ptmoe.tasks.tokens import uses_chat
+    from ptmoe.tasks import Problems
+    from ptmoe.tasks.tokens import usable, uses_chat
 
     quiet()
     if run is not None:
@@ -112,6 +113,12 @@ def evaluate(
         answering = PromptedCausalLM(base.eval())
     if batch_size > 1 or tokens_per_batch is not None:
         _warn_of_near_ties(answering, console)
+
+    chats = {name: uses_chat(task_named(name), tokenizer, chat) for name in tasks}
+    problems = Problems(skip=skip_bad)
+    loaded = {name: usable(loaded[name], tokenizer, problems, chat=chats[name]) for name in tasks}
+    if problems.count:
+        console.print(f"left out {problems.listed()}", markup=False)
 
     def answer(name: str) -> EvaluationSummary:
         bar = progress.add_task(name, total=len(loaded[name]), note="")
@@ -126,7 +133,7 @@ def evaluate(
             tokens_per_batch=tokens_per_batch,
             max_new_tokens=max_new_tokens,
             max_length=max_length,
-            chat=uses_chat(task_named(name), tokenizer, chat),
+            chat=chats[name],
             folder=folder,
             overwrite=overwrite,
             progress=lambda done, _: progress.update(bar, completed=done),

@@ -139,34 +139,52 @@ def tasks_show(
         int | None, typer.Option(min=1, help="real tokens of an example; longer contexts are cut")
     ] = None,
     num_virtual_tokens: Annotated[int, typer.Option(min=0, help="T, length of the soft prompt")] = 40,
+    tokens: Annotated[bool, typer.Option("--tokens", help="show each token, special ones as ‹name›")] = False,
 ) -> None:
     """Print examples as the model sees them, with the virtual tokens' place, what is cut and what is supervised."""
     from ptmoe.models.bases import load_tokenizer, quiet
     from ptmoe.tasks import Problems, is_file, stream_task, task_named
-    from ptmoe.tasks.tokens import encode_completion, encode_prompt, uses_chat
+    from ptmoe.tasks.tokens import (
+        changed_text,
+        encode_completion,
+        encode_prompt,
+        row_length,
+        token_texts,
+        uses_chat,
+    )
 
     quiet()
     tokenizer, positions = load_tokenizer(model, **context.obj)
     chat = uses_chat(task_named(name), tokenizer, chat)
-    room = min(max_length or 2**31, (positions or 2**31) - num_virtual_tokens)
+    room = row_length(positions, num_virtual_tokens, max_length)
     problems = Problems(skip=skip_bad, at_once=True)
     training = split == "train" or is_file(name)
     virtual = f"[P_1 … P_{num_virtual_tokens}]"
     print(f"{virtual} virtual tokens   ⟦…⟧ the completion, supervised in training   ✂ tokens cut")
     where = "around the answer, as in training" if training else "from the end of the context, as in evaluation"
     print(f"at most {room:,} tokens; a longer example is cut {where}")
+    said = False
     for example in islice(stream_task(name, split, data_dir, problems=problems), examples):
-        completion = encode_completion(example, tokenizer, chat=chat)
-        fits = room - len(completion)
-        prompt = encode_prompt(example, tokenizer, chat=chat, room=fits, around_answer=training)
-        length = f"{len(prompt.ids)} + {len(completion)} tokens" if prompt else "does not fit even without its context"
-        print(f"\n[{example.id}{', ' + example.domain if example.domain else ''}: {length}]")
-        if prompt is None:
-            continue
-        (before, after), (first, last) = prompt.cut, prompt.context
-        texts = [tokenizer.decode(ids) for ids in (prompt.ids[:first], prompt.ids[first:last], prompt.ids[last:])]
-        shown = texts[0] + f"✂{before}✂" * bool(before) + texts[1] + f"✂{after}✂" * bool(after) + texts[2]
-        print(f"{virtual}{shown}⟦{tokenizer.decode(completion)}⟧")
-        print(f"right: {' | '.join(example.references)}")
+        with problems.at(example.where):
+            completion = encode_completion(example, tokenizer, chat=chat)
+            fits = room - len(completion)
+            prompt = encode_prompt(example, tokenizer, chat=chat, room=fits, around_answer=training)
+            length = (
+                f"{len(prompt.ids)} + {len(completion)} tokens" if prompt else "does not fit even without its context"
+            )
+            print(f"\n[{example.id}{', ' + example.domain if example.domain else ''}: {length}]")
+            if prompt is None:
+                continue
+            (before, after), (first, last) = prompt.cut, prompt.context
+            texts = [tokenizer.decode(ids) for ids in (prompt.ids[:first], prompt.ids[first:last], prompt.ids[last:])]
+            shown = texts[0] + f"✂{before}✂" * bool(before) + texts[1] + f"✂{after}✂" * bool(after) + texts[2]
+            print(f"{virtual}{shown}⟦{tokenizer.decode(completion)}⟧")
+            if tokens:
+                parts = [" ".join(token_texts(ids, tokenizer)) for ids in (prompt.ids, completion)]
+                print(f"tokens: {virtual} {parts[0]} ⟦{parts[1]}⟧")
+            if not said and (change := changed_text([example], tokenizer, chat=chat)):
+                print(f"warning: {change}")
+                said = True
+            print(f"right: {' | '.join(example.references)}")
     if problems.count:
         print(f"left out {problems.listed()}")

@@ -16,16 +16,22 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the run's last checkpoint")] = False,
 ) -> None:
-    """Train an adapter and write its run folder. `ptmoe train RUN/config.yaml` repeats a run.
+    """Train an adapter and write its run folder.
+
+    `ptmoe train RUN/config.yaml` repeats a run, `ptmoe train --resume --output-dir RUN` continues one.
 
     A method's own options (--rank 8, …) are shown by `ptmoe train --method NAME --help`.
     """
     from ptmoe.train.options import TrainOptions, method_config, method_entry
+    from ptmoe.train.resume import recorded
 
     options = {name: value for name, value in context.obj.items() if name in TrainOptions.model_fields}
     fields = {name: value for name, value in context.obj.items() if name not in options}
     options["method"] = {**method_entry(options.get("method", {})), **fields}
-    training = TrainOptions.read(config, **options) if config else TrainOptions(**options)
+    if resume and config is None and "output_dir" in options:
+        training = recorded(Path(options["output_dir"]), **options)
+    else:
+        training = TrainOptions.read(config, **options) if config else TrainOptions(**options)
     method_config(training.method)  # a misspelt method is reported before torch and the data are loaded
 
     from ptmoe.models.bases import quiet

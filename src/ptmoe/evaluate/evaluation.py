@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from ptmoe.runs.records import EvaluationSummary, Prediction
 from ptmoe.tasks import task_named
 from ptmoe.tasks.metrics import GRADERS
 from ptmoe.tasks.scoring import overall, summarise
-from ptmoe.tasks.tokens import Prompt, encode_prompt
+from ptmoe.tasks.tokens import Prompt, changed_text, encode_prompts, row_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +138,9 @@ def evaluate(
         labels = labels_by_task(task, examples, tokenizer, chat=chat)
         max_new_tokens = max(len(ids) for tokens in labels.values() for ids in tokens.values())
     new, room = _limits(model, max_new_tokens, task.max_new_tokens, max_length)
-    rows = [(example, encode_prompt(example, tokenizer, chat=chat, room=room)) for example in examples]
+    rows = list(encode_prompts(examples, tokenizer, chat=chat, room=room))
+    if change := changed_text(examples, tokenizer, chat=chat):
+        warnings.warn(change, stacklevel=2)
     # The longest first: what does not fit into memory shows at once, and the time left is never underestimated.
     rows.sort(key=lambda row: -(2**62) if row[1] is None else -len(row[1].ids))
     if tokens_per_batch is None:
@@ -226,7 +229,7 @@ def _limits(model: PromptedCausalLM, asked: int | None, usual: int, max_length: 
     positions = model.max_positions
     if positions is None:
         return asked or usual, max_length
-    left = positions - model.num_virtual_tokens
+    left = row_length(positions, model.num_virtual_tokens)
     new = asked or min(usual, left // 2)
     if new >= left:
         raise PtmoeError(
@@ -246,7 +249,8 @@ def _identity(model: PromptedCausalLM, examples: Sequence[Example]) -> dict[str,
         adapter = tensors.hexdigest()[:16]
     data = hashlib.sha256()
     for example in examples:
-        data.update(json.dumps([example.id, example.input, example.messages, example.references]).encode())
+        asked = [example.id, example.input, example.messages, example.references]
+        data.update(json.dumps(asked + [example.template] * bool(example.template)).encode())
     quantization = quantization_of(model.base_model)
     return {
         "version": __version__,

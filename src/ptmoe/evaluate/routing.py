@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from scipy.special import entr
 
 from ptmoe.runs.records import RoutingSummary
-from ptmoe.tasks.tokens import encode_prompt
+from ptmoe.tasks.tokens import encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +60,8 @@ def route_examples(
     model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, chat: bool = False
 ) -> list[list[float] | None]:
     """Each example's gate over the experts, without generating; None for a method that does not route."""
-    prompts = (encode_prompt(example, tokenizer, chat=chat) for example in examples)
-    routings = [route(model, prompt.ids) for prompt in prompts if prompt is not None]
+    prompts = encode_prompts(examples, tokenizer, chat=chat)
+    routings = [route(model, prompt.ids) for _, prompt in prompts if prompt is not None]
     return [None if routing is None else routing.gate[0].tolist() for routing in routings]
 
 

@@ -96,6 +96,7 @@ class Environment(Record):
 
     Attributes:
         fast_paths: by the name of each of `ptmoe.fast`'s paths, None where it was used, otherwise why it was not.
+        data: a fingerprint of the tokens that the run was trained on; None where nothing was trained.
     """
 
     versions: dict[str, str | None]
@@ -103,6 +104,7 @@ class Environment(Record):
     seed: int | None = None
     hardware: dict[str, Any]
     fast_paths: dict[str, str | None] | None = None
+    data: str | None = None
 
 
 class Result(Record):

@@ -1,12 +1,15 @@
 """What a task is, and what it yields: examples that are read, prompted and scored."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from zlib import crc32
 
+from typing_extensions import Self
+
 from ptmoe.errors import PtmoeError
-from ptmoe.tasks.records import Problems, Reader, unique
+from ptmoe.tasks.records import Problems, Reader, check_unicode, unique
 
 _SEED = "0"  # of the choice of the examples that are held out
 
@@ -24,9 +27,12 @@ class Example:
         domain: the part of the task by which results are broken down, or "".
         messages: for conversations, all messages before the answer; the tokenizer's chat template makes prompt and
             completion from them, and `input` is only for display.
+        reply: what the answer's message holds besides its role and its content: `reasoning_content`, `tool_calls`, …
+        template: what else the chat template is given: `tools`, `documents`, `chat_template_kwargs`.
         context: the span `(start, end)` of characters in `input` that may be cut if the example is too long; the rest,
             above all the question, is never cut.
         answer: the span of the answer within the context: a training example is cut around it.
+        place: where it was read, `FILE:LINE`, for messages; "" if it was not read from a file.
     """
 
     id: str
@@ -38,6 +44,28 @@ class Example:
     messages: tuple[dict[str, Any], ...] = field(default=())
     context: tuple[int, int] = (0, 0)
     answer: tuple[int, int] | None = None
+    reply: Mapping[str, Any] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+
+    @property
+    def where(self) -> str:
+        """What to call it in a message."""
+        return self.place or f"example {self.id}"
+
+    @property
+    def contents(self) -> tuple[Any, ...]:
+        """Everything that decides its tokens."""
+        return self.input, self.target, self.messages, self.reply, self.template, self.context, self.answer
+
+    def read_at(self, place: str) -> Self:
+        """The example with the place where it was read.
+
+        Raises:
+            BadRecordError: it holds half of a character, which no tokenizer takes.
+        """
+        check_unicode(f"{self.id}{self.domain}{json.dumps((self.contents, self.references), ensure_ascii=False)}")
+        return replace(self, place=place)
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def _of_source(
         records, make = sources.hub_rows(task, split), task.hub.example
     for number, (place, record) in enumerate(records):
         with problems.at(place):
-            yield place, make(record, Origin(task.name, split, number))
+            yield place, make(record, Origin(task.name, split, number)).read_at(place)
 
 
 def _format(path: Path, task: Task) -> tuple[str, Format]:

@@ -6,8 +6,12 @@ r"""The user's own JSON lines; a line's keys decide its form.
 
 `id` and `domain` are optional. Other keys are mapped by name, as for GSM8K's own file:
 `Keys(prompt="question", completion="answer", separator="\n")`.
+
+A line with `messages` may have `tools`, `documents` and `chat_template_kwargs`, as for `trl`. They and every key of a
+message reach the chat template. The last message is the answer; earlier ones are part of the prompt.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +20,9 @@ from typing import Any
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks import prompts
 from ptmoe.tasks.base import Example, Format, Task, collect
-from ptmoe.tasks.records import BadRecordError, Problems, has, json_lines, text_of
+from ptmoe.tasks.records import BadRecordError, Problems, has, head_text, json_lines, name_of, text_of
+
+FOR_THE_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,27 @@ def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[t
     if not files:
         raise PtmoeError(f"the folder {path} has no *.jsonl file")
     for file in files:
+        if other := other_form(file):
+            raise PtmoeError(f"{file} is {other}; needs JSON lines, one object a line")
         for place, record in json_lines(file, problems):
             with problems.at(place):
-                yield place, _example(record, keys, f"{file.stem}-{place.rpartition(':')[2]}", str(path))
+                default_id = f"{file.stem}-{place.rpartition(':')[2]}"
+                yield place, _example(record, keys, default_id, str(path)).read_at(place)
+
+
+def other_form(path: Path) -> str:
+    """What a file is that holds no JSON lines, not even damaged ones, and how to convert it; "" for JSON lines."""
+    text = (head_text(path) or "").strip()
+    convert = "convert it with: python -c \"import csv, json; [print(json.dumps(row)) for row in {}(open('{}'))]\""
+    if re.match(r"\[\s*(?:\{|\]|$)", text):
+        return f"a JSON array: {convert.format('json.load', path)} > data.jsonl"
+    if re.match(r"\{\s*\n", text):
+        return "one JSON object over several lines"
+    if text.startswith("<"):
+        return "XML or HTML"
+    if re.match(r"[^\n\0]*[,;\t]", text) and not re.search(r"^\s*\{", text, re.MULTILINE):
+        return f"CSV: {convert.format('csv.DictReader', path)} > data.jsonl"
+    return ""
 
 
 def task(name: str) -> Task:
@@ -67,13 +91,16 @@ def task(name: str) -> Task:
 
 def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> Example:
     messages: tuple[dict[str, Any], ...] = ()
+    reply: dict[str, Any] = {}
+    template: dict[str, Any] = {}
     context, answer = (0, 0), None
     references: tuple[str, ...] = ()
     if keys.prompt is not None and keys.completion is not None:
         prompt, completion = text_of(record, keys.prompt) + keys.separator, text_of(record, keys.completion)
     elif "messages" in record:
-        messages, completion = _conversation(record["messages"])
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        messages, completion, reply = _conversation(record["messages"])
+        prompt = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
+        template = _for_the_template(record)
     elif "prompt" in record:
         prompt, completion = text_of(record, "prompt"), text_of(record, "completion")
     elif "question" in record:
@@ -91,13 +118,15 @@ def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> 
         if not text.strip():
             raise BadRecordError(f"the {name} is empty")
     return Example(
-        id=str(record.get("id", default_id)),
+        id=name_of(record, "id", default_id),
         input=prompt,
         target=completion,
         references=references or (completion.strip(),),
         task=task,
-        domain=str(record.get("domain", "")),
+        domain=name_of(record, "domain", ""),
         messages=messages,
+        reply=reply,
+        template=template,
         context=context,
         answer=answer,
     )
@@ -116,12 +145,30 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
     return tuple(answers)
 
 
-def _conversation(value: Any) -> tuple[tuple[dict[str, Any], ...], str]:
-    """A conversation's messages and its final answer."""
+def _conversation(value: Any) -> tuple[tuple[dict[str, Any], ...], str, dict[str, Any]]:
+    """A conversation's messages, its final answer, and what else the answer's message holds."""
     if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        isinstance(m, dict)
+        and isinstance(m.get("role"), str)
+        and (isinstance(m.get("content"), str) or (m.get("content") is None and m.get("tool_calls")))
+        for m in value
     ):
         raise BadRecordError('\'messages\' needs a list of {"role": …, "content": …}')
     if len(value) < 2 or value[-1]["role"] != "assistant":
         raise BadRecordError("'messages' must end with the assistant's answer, after at least one other message")
-    return tuple(value[:-1]), value[-1]["content"]
+    *before, answer = value
+    if answer.get("content") is None:
+        raise BadRecordError("the assistant's answer needs a text as its 'content': it is what is graded")
+    reply = {key: part for key, part in answer.items() if key not in ("role", "content") and part is not None}
+    return tuple(before), answer["content"], reply
+
+
+def _for_the_template(record: dict[str, Any]) -> dict[str, Any]:
+    given = {key: record[key] for key in FOR_THE_TEMPLATE if record.get(key)}
+    for key in ("tools", "documents"):
+        value = given.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise BadRecordError(f"{key!r} needs a list of objects")
+    if not isinstance(given.get("chat_template_kwargs", {}), dict):
+        raise BadRecordError("'chat_template_kwargs' needs an object")
+    return given

@@ -15,12 +15,12 @@ import re
 from typing import Any
 
 from ptmoe.tasks.base import Example, Format, Origin, Split
+from ptmoe.tasks.expressions import last_boxed
 from ptmoe.tasks.prompts import WordProblems, word_problem
-from ptmoe.tasks.records import BadRecordError, text_of
+from ptmoe.tasks.records import BadRecordError, name_of, text_of
 
 FIRST = 500
 _OPTION = re.compile(r"\b([a-e]) \) *(.*?)(?=\W*\b[a-e] \) |\W*$)", re.DOTALL)
-_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 
 def example(record: dict[str, Any], origin: Origin) -> Example:
@@ -33,15 +33,15 @@ def example(record: dict[str, Any], origin: Origin) -> Example:
     else:
         question = text_of(record, "question" if "question" in record else "problem")
         answer = text_of(record, "answer") if "answer" in record else _boxed(text_of(record, "solution"))
-    name, final = str(record.get("id", origin.id)), answer.rpartition("####")[2].strip()
+    name, final = name_of(record, "id", origin.id), answer.rpartition("####")[2].strip()
     return word_problem(origin, name, question, answer=final, target=f" #### {answer}")
 
 
 def _boxed(solution: str) -> str:
-    boxed = _BOXED.findall(solution)
-    if not boxed:
+    boxed = last_boxed(solution)
+    if boxed is None:
         raise BadRecordError("the solution has no \\boxed{…} answer, and there is no 'answer'")
-    return str(boxed[-1])
+    return boxed[1]
 
 
 _FILES = ("math_problems.json", "math_problems.jsonl", "test.json", "test.jsonl", "train.json")

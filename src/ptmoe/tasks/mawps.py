@@ -21,7 +21,7 @@ from typing import Any
 from ptmoe.tasks import gsm8k
 from ptmoe.tasks.base import Example, Format, Hub, Origin, Split
 from ptmoe.tasks.prompts import WordProblems, word_problem
-from ptmoe.tasks.records import BadRecordError, number_text, text_of
+from ptmoe.tasks.records import BadRecordError, name_of, number_text, text_of
 
 _PLACEHOLDER = re.compile(r"\b(?:number|N_)(\d+)\b")
 
@@ -47,7 +47,7 @@ def json_example(record: dict[str, Any], origin: Origin) -> Example:
         name, question, answer = "iIndex", text_of(record, "sQuestion"), "; ".join(map(number_text, solutions))
     else:
         name, question, answer = "id", text_of(record, "original_text"), text_of(record, "ans")
-    return word_problem(origin, str(record.get(name, origin.id)), question, answer=number_text(answer))
+    return word_problem(origin, name_of(record, name, origin.id), question, answer=number_text(answer))
 
 
 TASKS = (

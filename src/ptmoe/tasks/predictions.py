@@ -51,7 +51,7 @@ def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str
             name, text = (next((record[key] for key in keys if key in record), None) for keys in (ID_KEYS, TEXT_KEYS))
             if isinstance(name, bool) or not isinstance(name, (str, int)):
                 raise BadRecordError(f"lacks an id {has(record)}: needs 'id' in each record")
-            if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+            if isinstance(text, bool) or not isinstance(text, (str, int, float)) or text != text:
                 wanted = ", ".join(map(repr, TEXT_KEYS[:3]))
                 raise BadRecordError(f"lacks the predicted text {has(record)}: needs {wanted} or another")
             yield place, str(name), str(text)

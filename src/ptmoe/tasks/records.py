@@ -13,10 +13,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 from xml.etree import ElementTree
+
+from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
 
@@ -24,6 +27,7 @@ SHOWN = 5  # bad records that a message names; all are counted
 _HEAD = 1 << 16  # bytes from which a file's format is recognised
 _CHUNK = 1 << 20
 _GZIP = b"\x1f\x8b"
+_LONGEST_NUMBER = 300  # digits of a whole number that is written out
 _SEPARATOR = re.compile(r"\s*([,\]]?)\s*")  # between two records of a JSON array, or at its end
 _DAMAGED = (EOFError, OSError, zlib.error)  # what `gzip` raises
 
@@ -31,8 +35,28 @@ Record = tuple[str, Any]  # its location, "FILE:LINE", and its contents
 T = TypeVar("T")
 
 
-class BadRecordError(ValueError):
+class BadRecordError(PtmoeError):
     """What is wrong with a record; the reader adds its location."""
+
+
+class Written(float):
+    """A decimal number of a JSON file, whose text is as it stands there: a float keeps 17 digits at most."""
+
+    def __new__(cls, text: str) -> Self:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Written, (self.text,)
+
+
+_DECODER = json.JSONDecoder(parse_float=Written)
 
 
 class Problems:
@@ -109,10 +133,8 @@ def head(path: Path) -> tuple[str, frozenset[str]]:
     Raises:
         PtmoeError: an empty file.
     """
-    try:
-        with opened(path) as file:
-            text = file.read(_HEAD).decode("utf-8-sig", errors="replace").lstrip()
-    except _DAMAGED:
+    text = head_text(path)
+    if text is None:
         return "", frozenset()
     if not text:
         raise PtmoeError(f"{path} is empty: needs at least one record")
@@ -124,6 +146,15 @@ def head(path: Path) -> tuple[str, frozenset[str]]:
     if "\t" in first:
         return "\t", frozenset(first.split("\t"))
     return ",", frozenset(next(csv.reader([first]), []))
+
+
+def head_text(path: Path) -> str | None:
+    """The beginning of a file, without white space before it; None for a damaged gzip."""
+    try:
+        with opened(path) as file:
+            return file.read(_HEAD).decode("utf-8-sig", errors="replace").lstrip()
+    except _DAMAGED:
+        return None
 
 
 def _first_keys(text: str) -> Iterator[str]:
@@ -187,13 +218,15 @@ def json_lines(path: Path, problems: Problems) -> Iterator[Record]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return _DECODER.decode(line.decode())
     except UnicodeDecodeError:
         raise BadRecordError("not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise BadRecordError(f"not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise BadRecordError("not JSON that can be read (nested too deep)") from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise BadRecordError(f"not JSON that can be read ({error})") from None
 
 
 def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Iterator[Record]:
@@ -202,7 +235,7 @@ def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Ite
     (`ijson` streams JSON as well, but does not know the line, and drops the records of a chunk before damage in it.)
     """
     before = re.compile((r"\s*" if key is None else rf'.*?"{key}"\s*:\s*') + r"(\[\s*\]?)\s*", re.DOTALL)
-    decode = json.JSONDecoder().raw_decode
+    decode = _DECODER.raw_decode
     with _reading(path, problems) as reading:
         file = io.TextIOWrapper(reading.file, encoding="utf-8-sig")
         text, start = "", 0  # a part of the file, and where the next record in it starts, or the comma before
@@ -223,6 +256,8 @@ def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Ite
                 damage = f"not JSON ({'the array is truncated' if where == end else error.msg})"
             except RecursionError:
                 damage = "not JSON that can be read (nested too deep)"
+            except ValueError as error:
+                damage = f"not JSON that can be read ({error})"
             if end == len(text) and (more := file.read(max(_CHUNK, end - start))):
                 text, start = text[start:] + more, 0  # a longer part may hold what is missing
                 continue
@@ -333,12 +368,14 @@ def text_of(record: dict[str, Any], key: str, *, may_be_empty: bool = False) -> 
     """A field's text; a number is turned into text.
 
     Raises:
-        BadRecordError: it is missing, empty, or neither text nor a number.
+        BadRecordError: it is missing, empty, or neither text nor a finite number.
     """
     if key not in record:
         raise BadRecordError(f"lacks the key {key!r} {has(record)}")
     value = record[key]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if str(value) in ("nan", "inf", "-inf"):
+            raise BadRecordError(f"{key!r} is {value}, needs text")
         return number_text(value)
     if not isinstance(value, str):
         raise BadRecordError(f"{key!r} is {type(value).__name__}, needs text")
@@ -347,10 +384,40 @@ def text_of(record: dict[str, Any], key: str, *, may_be_empty: bool = False) -> 
     return value
 
 
+def name_of(record: dict[str, Any], key: str, default: str) -> str:
+    """An id or a domain. What an export writes where there is none (null, NaN, an empty text) counts as not given.
+
+    Raises:
+        BadRecordError: it is neither text nor a number.
+    """
+    value = record.get(key)
+    if value is None or value == "" or value != value:
+        return default
+    if not isinstance(value, (str, int, float)):
+        raise BadRecordError(f"{key!r} is {type(value).__name__}, needs text or a number")
+    return str(value)
+
+
 def number_text(value: float | str) -> str:
-    """A number as people write it: `51.0` as `51`."""
+    """A number as people write it, `51.0` as `51`; every digit as it was written."""
+    text = str(value).strip()
     try:
-        number = float(value)
-    except ValueError:
-        return str(value).strip()
-    return str(int(number)) if number.is_integer() else str(value).strip()
+        number = Decimal(text)
+    except InvalidOperation:
+        return text
+    short = number.is_finite() and number.adjusted() < _LONGEST_NUMBER
+    return str(int(number)) if short and number == number.to_integral_value() else text
+
+
+def check_unicode(text: str) -> str:
+    """The text, which may not hold half of a character: legal in JSON, but no tokenizer takes it.
+
+    Raises:
+        BadRecordError: it holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise BadRecordError(f"not Unicode text: {half} is half of a character (a lone surrogate)") from None
+    return text

@@ -1,21 +1,33 @@
-"""From an example to tokens: prompt and completion are tokenised separately, so that the prompt in generation is the
-prompt in training."""
+r"""From an example to tokens: prompt and completion are tokenised separately, so that the prompt in generation is the
+prompt in training.
+
+Both are the user's text, no more and no less:
+
+- A prompt gets what the tokenizer puts before a text (a beginning-of-text token), unless it begins with that already,
+  and nothing that the tokenizer puts behind one. An end token that the prompt itself holds stays.
+- A completion continues the prompt: some tokenizers put a space before every text, which would stand between the two.
+- A conversation is what the chat template writes (`ptmoe.tasks.chat`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from ptmoe.errors import PtmoeError
+from ptmoe.tasks.chat import render, require_parts, require_template
+from ptmoe.tasks.records import BadRecordError, Problems, check_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ptmoe.tasks.base import Example, Task
 
-# Some templates (Llama 3's) write today's date into every conversation, so that a prompt would differ from one day to
-# the next. This is the default date in Llama 3.2's template.
-_DATE = "26 Jul 2024"
+_PROBE = "a"
+CHECKED = 100  # examples that are compared with what their tokens say
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ def uses_chat(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None)
         PtmoeError: it was asked for, and there is none.
     """
     if chat:
-        _require_template(tokenizer)
+        require_template(tokenizer)
     return bool(tokenizer.chat_template) and task.chat if chat is None else chat
 
 
@@ -70,12 +82,16 @@ def encode_prompt(
 
     Returns:
         None if the prompt does not fit even without its context.
+
+    Raises:
+        BadRecordError: the chat template refuses the conversation, or the text is no Unicode.
     """
-    chat = chat or bool(example.messages)
-    text = _chat(tokenizer, _messages(example), add_generation_prompt=True) if chat else example.input
-    ids = cast(list[int], tokenizer(text, add_special_tokens=not chat)["input_ids"])
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # added by some tokenizers; but a prompt is to be continued
-        ids = ids[:-1]
+    text = prompt_text(example, tokenizer, chat=chat)
+    begin_of_text = [] if chat or example.messages else _habits(tokenizer)[0]
+    ids = _ids(tokenizer, text)
+    if ids[: len(begin_of_text)] == begin_of_text:
+        begin_of_text = []
+    ids = begin_of_text + ids
     if room is None or len(ids) <= room:
         return Prompt(ids)
     start, end = example.context
@@ -89,7 +105,8 @@ def encode_prompt(
             f"example {example.id} has {len(ids)} tokens, {room} fit, and {type(tokenizer).__name__} cannot say which "
             "of them are the context's: use a fast tokenizer, or a base with more positions"
         )
-    offsets = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    offsets = [(0, 0)] * len(begin_of_text) + offsets
     inside = [i for i, (a, b) in enumerate(offsets) if shift + start <= a < b <= shift + end]
     excess = len(ids) - room
     if not inside or excess > len(inside):
@@ -115,24 +132,128 @@ def encode_prompt(
     )
 
 
+def encode_prompts(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> Iterator[tuple[Example, Prompt | None]]:
+    """Each example with its prompt; `options` as of `encode_prompt`.
+
+    Raises:
+        PtmoeError: a prompt cannot be made; the message says where its example stands.
+    """
+    problems = Problems(at_once=True)
+    for example in examples:
+        with problems.at(example.where):
+            prompt = encode_prompt(example, tokenizer, **options)
+        yield example, prompt
+
+
 def encode_completion(example: Example, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> list[int]:
-    """The supervised tokens, closed by the end token, so that the model learns to stop."""
-    text = example.target
-    if example.messages or chat:
-        messages = _messages(example)
-        before = _chat(tokenizer, messages, add_generation_prompt=True)
-        answer = {"role": "assistant", "content": text if example.messages else text.strip()}
-        whole = _chat(tokenizer, [*messages, answer], add_generation_prompt=False)
-        if not whole.startswith(before):
-            raise PtmoeError(
-                "the tokenizer's chat template writes a conversation differently with and without its last answer, so "
-                "the prompt in training would not be the one in generation: give prompt and completion instead, or "
-                "train with --no-chat"
-            )
-        text = whole[len(before) :]
-    ids = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+    """The supervised tokens, closed by the end token, so that the model learns to stop.
+
+    Raises:
+        BadRecordError: the chat template refuses the conversation or leaves a part of it out, or the text is no
+            Unicode.
+    """
+    ids = _continuation(tokenizer, completion_text(example, tokenizer, chat=chat))
     end = tokenizer.eos_token_id
     return ids if end is None or end in ids[-2:] else [*ids, end]
+
+
+def prompt_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
+    """The text of a prompt, in the chat template for a conversation and with `chat`."""
+    if not (example.messages or chat):
+        return example.input
+    return render(example, tokenizer, _messages(example), add_generation_prompt=True)
+
+
+def completion_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
+    """The text that follows the prompt's."""
+    if not (example.messages or chat):
+        return example.target
+    messages = _messages(example)
+    text = example.target if example.messages else example.target.strip()
+    answer = {"role": "assistant", "content": text, **example.reply}
+    whole = render(example, tokenizer, [*messages, answer], add_generation_prompt=False)
+    require_parts(example, tokenizer, messages, answer, whole)
+    before = prompt_text(example, tokenizer, chat=chat)
+    if not whole.startswith(before):
+        raise BadRecordError(
+            "the tokenizer's chat template writes a conversation differently with and without its last answer, so "
+            "the prompt in training would not be the one in generation: give prompt and completion instead, or "
+            "train with --no-chat"
+        )
+    return whole[len(before) :]
+
+
+def usable(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, problems: Problems, *, chat: bool = False
+) -> list[Example]:
+    """The examples whose prompts can be made; the others are added to `problems`.
+
+    Raises:
+        PtmoeError: there are others, and they are not skipped; or none is left.
+    """
+    kept = []
+    for example in examples:
+        with problems.at(example.where):
+            check_unicode(prompt_text(example, tokenizer, chat=chat))
+            kept.append(example)
+    problems.refuse()
+    if examples and not kept:
+        raise PtmoeError(f"no example is left: {problems.listed()}")
+    return kept
+
+
+def changed_text(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
+    """What the tokenizer makes of a text that it cannot keep, in words, from the first of `examples` that shows it;
+    "" if there is none. A space before the whole text does not count."""
+    for example in islice(examples, CHECKED):
+        try:
+            texts = prompt_text(example, tokenizer, chat=chat), completion_text(example, tokenizer, chat=chat)
+        except BadRecordError:  # reported where it is tokenised
+            continue
+        ids = _ids(tokenizer, texts[0]), _continuation(tokenizer, texts[1])
+        wanted, got = "".join(texts), _text(tokenizer, ids[0] + ids[1])
+        if wanted not in (got, f" {got}", got.removeprefix(" ")):
+            pairs = zip(wanted + "\0", got + "\0", strict=False)
+            start = max(0, next(i for i, (one, other) in enumerate(pairs) if one != other) - 15)
+            return (
+                f"the tokenizer changes texts: {wanted[start : start + 40]!r} becomes {got[start : start + 40]!r} "
+                f"({example.where}); `ptmoe tasks show … --tokens` shows what the model reads"
+            )
+    return ""
+
+
+def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Each token in quotes, with its spaces; a special token in ‹› instead."""
+    probe = _ids(tokenizer, _PROBE)
+    before, special = _text(tokenizer, probe), set(tokenizer.all_special_ids)
+    shown = []
+    for token in ids:
+        text = _text(tokenizer, [*probe, token]).removeprefix(before)
+        name = str(tokenizer.convert_ids_to_tokens(token))
+        shown.append(f"‹{name}›" if token in special else repr(name if "\ufffd" in text or not text else text))
+    return shown
+
+
+def row_length(positions: int | None, num_virtual_tokens: int, max_length: int | None = None) -> int:
+    """How many real tokens a row may have.
+
+    Args:
+        positions: of the base; None if it has no limit.
+        num_virtual_tokens: take their part of them.
+        max_length: as asked.
+
+    Raises:
+        PtmoeError: the virtual tokens leave no room.
+    """
+    left = (positions or 2**31) - num_virtual_tokens
+    if left < 2:
+        raise PtmoeError(
+            f"{num_virtual_tokens:,} virtual tokens leave no room for a text: the base has {positions:,} positions; "
+            "lower --num-virtual-tokens"
+        )
+    return min(left, max_length or left)
 
 
 def _messages(example: Example) -> list[dict[str, Any]]:
@@ -140,17 +261,42 @@ def _messages(example: Example) -> list[dict[str, Any]]:
     return list(example.messages) or [{"role": "user", "content": example.input}]
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-    _require_template(tokenizer)
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
-    )
-    return cast(str, text)
+# ---- the tokenizer's habits ------------------------------------------------------------------------------------------
 
 
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise PtmoeError(
-            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template for data with messages: "
-            "give prompt and completion instead, or omit --chat"
-        )
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of the text alone."""
+    return cast(list[int], tokenizer(check_unicode(text), add_special_tokens=False)["input_ids"])
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+@lru_cache(maxsize=16)
+def _habits(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[str, list[int]]]]:
+    """What a tokenizer puts before a text, and the texts behind which it puts no space of its own, with their tokens;
+    `""` if it never does. None of them serves a tokenizer that does not keep white space."""
+    bare, whole = _ids(tokenizer, _PROBE), tokenizer(_PROBE)["input_ids"]
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    leads = []
+    for lead in ("", tokenizer.eos_token or "", "\n", _PROBE):
+        ids = _ids(tokenizer, lead)
+        kept = True
+        for probe in ("5", " 5", "a", " a", "\n"):
+            behind = _behind(tokenizer, lead, ids, probe)
+            kept &= behind is not None and _text(tokenizer, bare + behind) == _text(tokenizer, bare) + probe
+        leads += [(lead, ids)] if kept else []
+    return whole[: next(starts, 0)], leads
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, lead: str, lead_ids: list[int], text: str) -> list[int] | None:
+    """The tokens of `text` behind `lead`; None if the two share a token."""
+    ids = _ids(tokenizer, lead + text)
+    return ids[len(lead_ids) :] if ids[: len(lead_ids)] == lead_ids else None
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that continues another one."""
+    made = (_behind(tokenizer, lead, ids, text) for lead, ids in _habits(tokenizer)[1])
+    return next((ids for ids in made if ids is not None), None) or _ids(tokenizer, text)

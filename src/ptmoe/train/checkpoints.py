@@ -1,7 +1,7 @@
 """Checkpoint folders that are there whole or not at all, and that are checked before a run resumes from one.
 
-`checkpoint-N` is written under another name, with the SHA-256 of its files, synced to the disk and renamed. So a kill or
-a full disk in the middle of a save leaves the earlier ones as they were, and what changed later is noticed.
+`checkpoint-N` is written under another name, with the SHA-256 of its files, synced to the disk and renamed. So a kill
+or a full disk in the middle of a save leaves the earlier ones as they were, and what changed later is noticed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ PARTIAL = ".partial"  # where a checkpoint is written
 
 def seal(folder: Path) -> None:
     """Record the SHA-256 of a checkpoint's files, and wait until all of it is on the disk."""
-    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    digests = {
+        path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     (folder / MANIFEST).write_text(json.dumps(digests, indent=1))
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
@@ -73,7 +75,7 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
         say(f"{checkpoint} is passed over: {reason}")
     if found:
         raise PtmoeError(
-            f"no checkpoint in {folder} can be used ({found[-1].name}: {fault(found[-1])}): train anew in another folder"
+            f"no checkpoint in {folder} can be used ({found[-1].name}: {fault(found[-1])}): train in another folder"
         )
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.loss import IGNORED
-from ptmoe.tasks.tokens import Prompt, encode_completion, encode_prompt
+from ptmoe.tasks.records import Problems
+from ptmoe.tasks.tokens import CHECKED, Prompt, changed_text, encode_completion, encode_prompt
 from ptmoe.train.rows import Encoded, TokenRows, settings_hash, token_rows
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def fit(
     *,
     chat: bool = False,
     cache: bool = False,
+    problems: Problems | None = None,
     say: Callable[[str], None] = print,
 ) -> TokenRows:
     """Tokenise training examples into rows of at most `max_length` tokens; the texts are not kept.
@@ -43,14 +45,29 @@ def fit(
             drops the beginning of its prompt.
         chat: put prompts in the tokenizer's chat template.
         cache: cache the tokens of large data in files, and read them from there (`ptmoe.train.rows`).
-        say: gets a line of text if they cannot be cached.
+        problems: gets the examples that the chat template refuses; by default they are refused here.
+        say: gets a line of text if they cannot be cached, and if the tokenizer does not keep every text.
 
     Raises:
-        PtmoeError: no example fits.
+        PtmoeError: no example fits, or one cannot be tokenised.
     """
+    problems = problems if problems is not None else Problems(at_once=True)
+
+    def watched() -> Iterator[Example]:
+        told = False
+        for number, example in enumerate(examples):
+            if number < CHECKED and not told and (change := changed_text([example], tokenizer, chat=chat)):
+                say(change)
+                told = True
+            yield example
+
     options: dict[str, Any] = {"max_length": max_length, "truncation": truncation, "chat": chat}
     settings = partial(settings_hash, tokenizer, _encode, options) if cache else None
-    rows = token_rows(examples, partial(_encode, tokenizer=tokenizer, **options), settings, say)
+    encode = partial(_encode, tokenizer=tokenizer, **options)
+    rows = token_rows(watched(), encode, settings, problems, say)
+    problems.refuse()
+    if not len(rows) and not rows.left_out:
+        raise PtmoeError(f"no example is left: {problems.listed()}")
     if not len(rows):
         raise PtmoeError(
             f"none of the {rows.left_out} examples fits {max_length} tokens (--max-length, or the base's positions "

@@ -201,7 +201,8 @@ class TrainOptions(SharedOptions):
         try:
             entries = [method_entry(values.get("method", {})) for values in (written, changes)]
             if all(isinstance(entry, dict) for entry in entries):
-                options["method"] = {**entries[0], **entries[1]}
+                same = entries[1].get("name", entries[0].get("name")) == entries[0].get("name")
+                options["method"] = {**entries[0], **entries[1]} if same else entries[1]
             return cls(**options)
         except PtmoeError as error:
             raise PtmoeError(f"{path}: {error}") from None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from ptmoe.tasks import (
 )
 from ptmoe.tasks import local as local_task
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
+from ptmoe.train.resume import check_base, check_data, continued
 
 # `transformers` and all that needs it take seconds to import, so functions import them: bad options and missing data
 # are reported at once.
@@ -123,10 +125,12 @@ def train(
         PtmoeError: unfit options or data, before anything is written.
         DivergedError: the loss became NaN; the last good adapter is saved, if there is one.
     """
+    folder = run_folder(options, resume)
+    if resume:
+        options = continued(options, folder)
     config = method_config(options.method)
     check_quantization(options.quantization)
     config.check_quantization(options.quantization)
-    folder = run_folder(options, resume)
     # A stream is used before it ends, so a bad record in it is refused at once; a file's bad lines are counted first.
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
@@ -135,16 +139,24 @@ def train(
     from ptmoe.evaluate.choices import labels_by_task
     from ptmoe.fast.compiled import compile_layers
     from ptmoe.models.attach import attach
+    from ptmoe.tasks.tokens import row_length
     from ptmoe.train.data import collate, fit
     from ptmoe.train.routing import RoutingCallback, sample_batches
+    from ptmoe.train.trainer import OnBegin
 
     model, tokenizer, chat = _base(options)
+    if resume:
+        check_base(folder, model)
     if options.score == "choices":  # what the tokenizer or its template cannot do should show before the training
         for name, tested in held_out.items():
             labels_by_task(task_named(name), tested, tokenizer, chat=chat)
-    positions = (model.max_positions or 2**31) - config.num_virtual_tokens
-    length = min(positions, options.max_length or positions)
-    rows = fit(examples, tokenizer, length, options.truncation, chat=chat, cache=options.token_cache, say=say)
+    length = row_length(model.max_positions, config.num_virtual_tokens, options.max_length)
+    shown: dict[str, Any] = {"cache": options.token_cache, "problems": problems, "say": say}
+    rows = fit(examples, tokenizer, length, options.truncation, chat=chat, **shown)
+    held_out = _askable(held_out, tokenizer, options, chat, say)
+    data = rows.fingerprint()
+    if resume:
+        check_data(folder, data, options)
     size = options.per_device_train_batch_size
     batches = sample_batches(rows, collate, size) if config.needs_batches else None
     attach(model, config, seed=options.seed, tokenizer=tokenizer, batches=batches)
@@ -168,7 +180,7 @@ def train(
     trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress), *callbacks])
     first = trainer.is_world_process_zero()
     if first:
-        _begin(folder, options, model, compile_failure)
+        trainer.add_callback(OnBegin(partial(_begin, folder, options, model, compile_failure, data)))
     started = time.monotonic()
     _fit(trainer, folder, resume)
     result = Result(
@@ -204,6 +216,7 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     from accelerate import PartialState
 
     model, tokenizer, chat = _base(options)
+    held_out = _askable(held_out, tokenizer, options, chat, say)
     model.to(PartialState().device)  # where a trainer would put it
     options = options.replace(method={"name": BASE}, chat=chat)
     _begin(folder, options, model)
@@ -223,13 +236,36 @@ def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerB
     return PromptedCausalLM(base), tokenizer, chat
 
 
-def _begin(folder: Path, options: TrainOptions, model: PromptedCausalLM, compile_failure: str | None = None) -> None:
+def _askable(
+    held_out: dict[str, list[Example]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
+    chat: bool,
+    say: Callable[[str], None],
+) -> dict[str, list[Example]]:
+    """The examples whose prompts can be made, found out before the training instead of after it."""
+    from ptmoe.tasks.tokens import usable
+
+    problems = Problems(skip=options.skip_bad)
+    kept = {name: usable(examples, tokenizer, problems, chat=chat) for name, examples in held_out.items()}
+    if problems.count:
+        say(f"not evaluated: {problems.listed()}")
+    return kept
+
+
+def _begin(
+    folder: Path,
+    options: TrainOptions,
+    model: PromptedCausalLM,
+    compile_failure: str | None = None,
+    data: str | None = None,
+) -> None:
     """Write what is known before the run."""
     folder.mkdir(parents=True, exist_ok=True)
     options.write(folder / CONFIG_FILE)
     fast_paths = model.fast_paths()
     fast_paths["compiled_layers"] = compile_failure or fast_paths["compiled_layers"]
-    environment(options.seed, fast_paths).write(folder / ENVIRONMENT_FILE)
+    environment(options.seed, fast_paths).model_copy(update={"data": data}).write(folder / ENVIRONMENT_FILE)
 
 
 def _finish(
@@ -292,8 +328,6 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise PtmoeError(f"{folder} is a file: name a folder for the run")
     held = [name for name in RUN_FILES if (folder / name).exists()]
-    if resume and not any((folder / CHECKPOINTS_FOLDER).glob("checkpoint-*")):
-        raise PtmoeError(f"{folder} holds no checkpoint to resume from")
     if held and not resume:
         raise PtmoeError(
             f"{folder} already holds a run ({', '.join(held)}): choose another --output-dir, or continue it with "

@@ -35,7 +35,8 @@ from torch.utils.data import Dataset
 
 from ptmoe.fast.loss import IGNORED
 from ptmoe.files import cache_folder, replaced
-from ptmoe.tasks import tokens
+from ptmoe.tasks import chat, tokens
+from ptmoe.tasks.records import BadRecordError, Problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,6 +151,13 @@ class TokenRows(Dataset[dict[str, Row]]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def fingerprint(self) -> str:
+        """A hash of all rows: of the data, and of whatever made tokens of it."""
+        digest = hashlib.sha256()
+        for block in self._blocks:
+            digest.update(block.numbers[_COUNTS:].data)
+        return digest.hexdigest()[:16]
+
     def __getitem__(self, index: Any) -> Any:
         """A row, or a list of rows for a slice."""
         if isinstance(index, slice):
@@ -164,17 +172,30 @@ def token_rows(
     examples: Iterable[Example],
     encode: Callable[[Example], Encoded | None],
     settings: Callable[[], bytes] | None,
+    problems: Problems,
     say: Callable[[str], None],
 ) -> TokenRows:
     """Examples tokenised by `encode`, or read from the files of an earlier run.
 
     Args:
         examples: whose texts are not kept.
-        encode: gives an example's tokens, or None if it does not fit.
+        encode: gives an example's tokens, or None if it does not fit; raises `BadRecordError`.
         settings: gives `settings_hash` of whatever decides the tokens besides the examples; called if there is enough
             data to cache. None to cache nothing.
+        problems: gets the examples that cannot be tokenised. A block with one is not cached, so that a later run
+            reports it as well.
         say: reports that a file cannot be written: from there on, tokens stay in memory.
     """
+
+    def encoded(part: Iterable[Example]) -> Iterator[Encoded | None]:
+        for example in part:
+            try:
+                row = encode(example)
+            except BadRecordError as error:
+                problems.add(example.where, str(error))
+            else:
+                yield row
+
     folder, blocks, prefix = cache_folder() / "tokens", list[Block](), b""
     for part, characters, texts in _parts(examples):
         if not blocks and characters < BLOCK:
@@ -189,13 +210,14 @@ def token_rows(
                     with suppress(OSError):  # a read-only folder
                         os.utime(path)
                 else:
-                    block = Block.of(map(encode, part))
-                    block.write(path)
-                    block = Block.read(path) or block
+                    before, block = problems.count, Block.of(encoded(part))
+                    if problems.count == before:
+                        block.write(path)
+                        block = Block.read(path) or block
         except OSError as error:
             settings = None
             say(f"tokens are not cached in {folder} for later runs: {error.strerror or error}")
-        blocks.append(block or Block.of(map(encode, part)))
+        blocks.append(block or Block.of(encoded(part)))
     if settings is not None:
         _trim(folder, {block.path for block in blocks})
     return TokenRows(blocks)
@@ -218,7 +240,7 @@ def _parts(examples: Iterable[Example]) -> Iterator[tuple[list[Example], int, by
     part: list[Example] = []
     characters, digest = 0, hashlib.sha256()
     for example in examples:
-        text = repr((example.input, example.target, example.messages, example.context, example.answer))
+        text = repr(example.contents)
         digest.update(f"{text}\n".encode())
         characters += len(text)
         part.append(example)
@@ -240,7 +262,7 @@ def settings_hash(
     tokenizer("")  # resets padding and truncation, which would be saved as well
     parts = [type(tokenizer).__qualname__, transformers.__version__, tokenizers.__version__, json.dumps(options)]
     # The sources themselves: nobody has to remember to raise a version number.
-    parts += [inspect.getsource(code) for code in (tokens, sys.modules[__name__], encode)]
+    parts += [inspect.getsource(code) for code in (chat, tokens, sys.modules[__name__], encode)]
     saved: list[tuple[str, bytes]] = []
     with TemporaryDirectory() as folder:
         try:

@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -26,8 +27,8 @@ from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import LogLine, append_line, write_lines
-from ptmoe.train.checkpoints import PARTIAL, publish, seal
 from ptmoe.train.batches import TokenBatches
+from ptmoe.train.checkpoints import PARTIAL, publish, seal
 
 TRAINING_STATE = "training_state.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -282,6 +283,17 @@ def _rows(inputs: dict[str, Any], part: slice) -> dict[str, Any]:
         name: value[part] if isinstance(value, Tensor | list | tuple) and len(value) == count else value
         for name, value in inputs.items()
     }
+
+
+class OnBegin(TrainerCallback):
+    """Calls a function when training begins, after the checkpoint of a resumed run has been read: a run that cannot go
+    on changes no file."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.function()
 
 
 class MetricsFile(TrainerCallback):

@@ -1,0 +1,388 @@
+r"""Mathematics: `correct`, by value. `extract_answer` finds the final answer, `correct` compares it. Sources:
+
+- GSM8K (https://github.com/openai/grade-school-math, `dataset.py`): the number behind the first `#### `, commas
+  removed, compared as text. Here likewise, but by value (`#### $72.00.` is 72), with an equation read as its right side
+  (`#### 48/2 = 24` is 24, not 48) and `#### 12 or 13` as neither.
+- SVAMP (https://github.com/arkilpatel/SVAMP, `evaluate.py`) compares what equations evaluate to, to 0.1; MWPToolkit
+  (https://github.com/LYH-YF/MWPToolkit, `evaluator.py`), which scores MAWPS and ASDiv as well, to 1e-4. MAWPS and ASDiv
+  have no evaluator of their own. A tolerance of 0.1 would accept 5.1 for 5, so it is 1e-4, and only for golds that are
+  not whole numbers: MAWPS's 1.8333333333333335 is matched by 11/6 and 1.8333, not by 1.83; 5 only by 5.
+- ASDiv (https://github.com/chaochun/nlu-asdiv-dataset): golds are `9 (apples)`, `5 (hr); 10 (hr)`, `7/9`, `-(1/3)`,
+  `9:7`, `11:45 p.m.`, `Vendor 2`, `They are equal`. Its lists are unordered ("the speed of the stream and that of
+  boat" has the boat's first), so any order is correct; every number must be present, and no other.
+
+- MATH (https://github.com/hendrycks/math): golds such as `3\pi` or `(3, \frac{\pi}{2})`, by `ptmoe.tasks.expressions`.
+
+math-verify 0.9 is made for the expressions of MATH and judges the other golds differently: it accepts `10` for
+`5 (hr); 10 (hr)`, `9:2` for `9:7`, `2` for `Vendor 2` and `0.5` for `50%`, and rejects `They are equal` for itself,
+`3 1/2` for `3.5`, `−5` for `-5` and `0.1667` for `1/6`. It takes 0.7 ms an answer, against 0.02 to 0.05 ms here.
+"""
+
+import re
+import string
+import unicodedata
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+from ptmoe.tasks.expressions import LONGEST, equal, is_expression, last_boxed
+
+# ---- mathematics: reading numbers ------------------------------------------------------------------------------------
+
+# Letters of scripts in which a number may follow a letter: Thai, Lao, Burmese, Khmer; Chinese, Japanese, Korean.
+_UNSPACED = "\u0e00-\u0e4f\u0e5a-\u0ecf\u0eda-\u0eff\u1000-\u103f\u1780-\u17df" + (
+    "\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+)
+_WORD = rf"[^\W_{_UNSPACED}]"
+_SYMBOL = r"[√π]|\\(?:sqrt|pi)(?![A-Za-z])"  # behind a number: it is a factor
+# Every repetition below is bounded or over one class of characters, so matching takes linear time at most.
+_GROUPED = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d+)"  # 12,34,567 too
+_DECIMAL = rf"(?:{_GROUPED}(?:\.\d+)?|(?<!\.)\.\d+)"
+_NUMBER = re.compile(
+    rf"""
+    (?<!{_WORD}) (?<!\^) (?<!\^\{{)                             # not inside a word (m2), not an exponent (m^2)
+    (?<!\\sqrt) (?<!\\sqrt\{{) (?<!√) (?<!\}}\{{)                # nor in √5, \sqrt{{5}} or \frac{{…}}{{5}}
+    (?P<sign> (?: (?<![)\]}}%]) - )?                            # and the - of 10-3, (2)-3, 5%-3 is not a sign
+              (?: (?: US\$ | [$£€¥₹] | [Rr]s\.? | USD | EUR | GBP | INR ) [ \u00a0]? -? )? )
+    (?P<number> {_DECIMAL} )
+    (?: / (?P<over> {_DECIMAL} ) (?! [.,/:]?\d )                # 1/2
+      | [ \u00a0] (?P<top>\d+) / (?P<bottom>\d+) (?! [.,/:]?\d ) # 3 1/2
+      | [eE] (?P<e> [-+]?\d+ ) (?! {_WORD} )                     # 1e3
+      | [ ]? [x×*·] [ ]? 10\^\{{? (?P<ten> [-+]?\d+ ) \}}?      # 3.2 × 10^4
+      | (?P<other> (?: (?: [.,/:] | [ ]:[ ] ) \d+ )+ | \^\{{? -?\d+ \}}? )  # none: 9:7, 10:30, 24/12/2014, 3,5, 5^2
+    )?
+    (?P<symbol> [ ]? (?: {_SYMBOL} ) )?                         # nor is 3π
+    """,
+    re.VERBOSE,
+)
+_LONGEST = 300  # of a number's characters and of its exponent: longer numbers are no answers and slow to parse
+
+_LATEX_FRACTION = re.compile(r"(\d?)\\[dt]?frac(?:\{([^{}]{1,80})\}\{([^{}]{1,80})\}|(\d)(\d))")
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s?\{([^{}]{0,200})\}")
+_LATEX_SPACE = re.compile(r"\\[,;:! ]|\\[()\[\]]")
+_SIGNED_BRACKET = re.compile(r"(?<![^\W_)])-\(([\d.,/]{1,80})\)")  # ASDiv's -(1/3)
+_VULGAR = re.compile(r"(\d?)[ ]?([¼-¾⅐-⅞])")
+_RAISED = re.compile("[⁻⁰¹²³⁴-⁹]+")
+_FROM_RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+_TO_ASCII = str.maketrans("−–－‐‑﹣，．：／％＄￥٬٫∶⁄", "------,.:/%$¥,.:/")
+# A minus that stands apart, where no number is before it: of a lone answer, after a mark, `=` or a bracket. At the
+# start of one of several lines it is a bullet.
+_APART = r"(?:negative|minus|-)[ \t\u00a0]{1,3}(?=[$£€¥₹]?\.?\d)"
+_MINUS = re.compile(
+    rf"(?:(?<![^\W_])negative[ \t\u00a0]{{1,3}}(?=[$£€¥₹]?\.?\d)|\A\s*{_APART}(?=[^\n]*\Z)"
+    rf"|((?:[=:(\[{{#]|(?<![^\W_])(?:is|are|was|be|equals))\s{{0,3}}[$£€¥₹]?){_APART})",
+    re.IGNORECASE,
+)
+
+
+def _plain(text: str) -> str:
+    """The text with signs, fractions and exponents in ASCII, and without LaTeX and Markdown markup."""
+    if not text.isascii():
+        text = text.translate(_TO_ASCII)
+        text = _VULGAR.sub(lambda m: f"{m[1]} {unicodedata.normalize('NFKC', m[2])}".replace("⁄", "/").lstrip(), text)
+        text = _RAISED.sub(lambda m: "^" + m[0].translate(_FROM_RAISED), text)
+    if "\\" in text:
+        text = text.replace("\\$", "$").replace("\\%", "%").replace("\\times", "×")
+        text = _LATEX_TEXT.sub(r" \1 ", _LATEX_SPACE.sub("", text))
+        text = _LATEX_FRACTION.sub(lambda m: f"{m[1]} {m[2] or m[4]}/{m[3] or m[5]}".lstrip(), text)
+    if "**" in text:
+        text = text.replace("\n**", "\n").replace("**", " ")
+    if "-(" in text:
+        text = _SIGNED_BRACKET.sub(r"-\1", text)
+    return _MINUS.sub(r"\1-", text.replace("{,}", ",").strip())
+
+
+def _value(number: re.Match[str]) -> Fraction | None:
+    """The number's value; None for what only looks like a number (`10:30`, `5^2`), for `1/0` and if overlong."""
+    if number["other"] or number["symbol"] or len(number[0]) > _LONGEST:
+        return None
+    value = _decimal(number["number"])
+    if number["over"]:
+        if not (divisor := _decimal(number["over"])):
+            return None
+        value /= divisor
+    elif number["top"]:
+        top, bottom = int(number["top"]), int(number["bottom"])
+        if top >= bottom or value.denominator != 1:  # `48 24/2` are two numbers
+            return None
+        value += Fraction(top, bottom)
+    elif exponent := number["e"] or number["ten"]:
+        if abs(int(exponent)) > _LONGEST:
+            return None
+        value *= Fraction(10) ** int(exponent)
+    return -value if "-" in number["sign"] else value
+
+
+def _decimal(text: str) -> Fraction:
+    return Fraction(int(text)) if text.isdecimal() else Fraction(re.sub("[,\u00a0\u2009\u202f]", "", text))
+
+
+# A unit after a number is ignored; but `5 p.m.` is not 5, and neither is a number followed by more digits.
+_UNIT = re.compile(r"(?<=[\d%])\s{0,3}\([^()]{0,100}\)")
+_STARTS = re.compile(r"[\W_]*(?:\d|US|[Rr]s|EUR|GBP|INR)")
+_LETTER = re.compile(r"[^\W_]")
+_NO_UNIT = re.compile(r"\s{0,3}[ap]\.?\s?m\b|\s{0,3}o'clock|[^\sA-Za-z]{0,2}\d", re.IGNORECASE)
+
+
+def _numbers(answer: str) -> tuple[Fraction, ...] | None:
+    """The values of an answer that consists of numbers and units only (`$5`, `9 (apples)`, `5; 15 km`), else None."""
+    if len(answer) > _LONGEST:
+        return None
+    values = []
+    for part in _UNIT.sub("", answer).strip(" \t\n;").split(";"):
+        found = list(_NUMBER.finditer(part)) if _STARTS.match(part) else []
+        if len(found) != 1 or _LETTER.search(part, 0, found[0].start()) or _NO_UNIT.match(part, found[0].end()):
+            return None
+        if (value := _value(found[0])) is None:
+            return None
+        values.append(value)
+    return tuple(values)
+
+
+# ---- mathematics: finding the answer ---------------------------------------------------------------------------------
+
+_HASHES = re.compile(r"####(?=[\W_]{0,12}(?:boxed[\W_]{0,4}|[Rr]s\.? ?)?\d)")
+_LABEL = re.compile(
+    r"[Aa](?:(?<![^\W_][Aa])(?i:nswers?)\b[ \t*_]{0,4}(?::|=|(?P<says>(?i:is|are|was|would be)\b))"
+    r"|(?<=A)(?<![^\n]A)[ \t*_]{0,4}:)"
+)
+_SENTENCE_END = re.compile(r"(?<![Rr]s)[.!?](?=\s|$)|[。！？]")
+_IN_DOLLARS = re.compile(r"\$\$?([^$\n]{1,200})\$|\\[(\[](.{1,200}?)\\[)\]]")
+_LEFT_SIDE = re.compile(r"[-+*/×÷·x^()\s$£€\d.,%]*[\d)]\s*=")
+_OPERATOR = re.compile(r"\d\s{0,3}[-+*/×÷·x^(]")
+_OR = re.compile(r"\s?(?P<unit>[^\W\d_]{0,20})[\s,]{0,3}\bor\b[\s$£€]{0,3}")
+_SEPARATORS = re.compile(r"(?:[\s,;&$£€]|\band\b|\bor\b)*")
+
+
+def extract_answer(completion: str) -> str:
+    r"""The final answer in a completion, `""` in an empty one. Of these, the first that applies:
+
+    1. what follows the first `####` before a number, GSM8K's marker;
+    2. what follows the last `A:` at the start of a line, `Answer:` or `answer is`, or the last `\boxed{}`, if that is
+       later;
+    3. what follows the first `####`;
+    4. the last number; without one, the last line.
+
+    After 1., `answer is` and `\boxed{}` the answer is the first number. `A:`, `Answer:` and 3. may start an
+    explanation: unless their line consists of a number and its unit, the answer is the last number. If no number
+    follows, it is the first sentence. An expression (`\boxed{3\pi}`), a list of numbers and `12 or 13` are returned
+    whole. Only 1. tolerates text that continues with the next question.
+    """
+    return _expression(completion) or _final(_plain(completion))
+
+
+def _final(text: str) -> str:
+    kind, line, rest = _marked(text)
+    if _numbers(line) is not None:
+        return line.rstrip(" .")
+    if kind == "is" and (answer := _first_number(_first_sentence(line))):
+        return answer
+    return _last_number(rest) or (_first_sentence(line) if kind else _last_line(text))
+
+
+def _marked(text: str) -> tuple[str, str, str]:
+    """`(kind, line, rest)`: "is", ":" or "" for how the answer is marked, its line, and everything from there on."""
+    if hashes := _HASHES.search(text):
+        return "is", _line(text[hashes.end() :]), text[hashes.end() :]
+    label = max(_LABEL.finditer(text), key=re.Match.start, default=None)
+    box = last_boxed(text)
+    if box and (not label or label.start() < box[0]):
+        return "is", box[1].strip(), box[1]
+    if label:
+        rest = text[label.end() :]
+        return "is" if label["says"] else ":", _line(rest), rest
+    _, mark, rest = text.partition("####")
+    return (":", _line(rest), rest) if mark else ("", text.strip(), text)
+
+
+def _expression(text: str) -> str:
+    """The final answer where it is an expression of mathematics, else "". What is in a box or in dollars is written as
+    mathematics, so letters in it are variables."""
+    if not re.search(r"[\\$√π∞]", text):
+        return ""
+    box = last_boxed(text)
+    kind, line, rest = _marked(text)
+    if box and line == box[1].strip():
+        return line if is_expression(line) else ""
+    if kind == ":" and rest.strip() != line:  # an explanation
+        return ""
+    line = _first_sentence(line if kind else _last_line(text))
+    dollars = _IN_DOLLARS.match(line)
+    if dollars:
+        inner = str(dollars[1] or dollars[2])
+        return inner if is_expression(inner, in_mathematics=bool(kind)) else ""
+    return line if is_expression(line, in_mathematics=False) else ""
+
+
+def _line(text: str) -> str:
+    """The first line that is not blank."""
+    return text.lstrip(" \t\r\n*_:#").split("\n", 1)[0].rstrip(" \t\r*_")
+
+
+def _last_line(text: str) -> str:
+    return text.strip(" \t\r\n*_").rsplit("\n", 1)[-1].strip()
+
+
+def _first_sentence(text: str) -> str:
+    return _SENTENCE_END.split(text, maxsplit=1)[0].strip()
+
+
+def _first_number(text: str) -> str:
+    """The first number as written, after the left side of an equation; "" if there is none."""
+    start = 0
+    while (left := _LEFT_SIDE.match(text, start)) and _OPERATOR.search(text, start, left.end()):
+        start = left.end()
+    found = list(_NUMBER.finditer(text, start))
+    return _alternatives(text, *found[:2]) or found[0][0] if found else ""
+
+
+def _last_number(text: str) -> str:
+    for line in reversed(text.split("\n")):  # numbers do not span lines, so most of a completion need not be read
+        if found := list(_NUMBER.finditer(line)):
+            return _alternatives(line, *found[-2:]) or found[-1][0]
+    return ""
+
+
+def _alternatives(text: str, first: re.Match[str], other: re.Match[str] | None = None) -> str:
+    """The whole of `12 or 13`, or of a mere list of numbers, as no single number is the answer; else ""."""
+    if not other:
+        return ""
+    if either := _OR.fullmatch(text, first.end(), other.start()):  # `12 apples or 13 apples`, but not `90 min or 1.5 h`
+        same_unit = text[other.end() : other.end() + 50].lstrip().startswith(either["unit"])
+        return text[first.start() : other.end()] if same_unit and _value(first) != _value(other) else ""
+    if len(text) > _LONGEST or not _SEPARATORS.fullmatch(text[first.end() : other.start()].rpartition(")")[2]):
+        return ""
+    return text.strip() if _SEPARATORS.fullmatch(_NUMBER.sub(" ", _UNIT.sub("", text).rstrip(" ."))) else ""
+
+
+# ---- mathematics: comparing ------------------------------------------------------------------------------------------
+
+_TOLERANCE = Fraction(1, 10**4)
+_RATIO = re.compile(
+    r"(?<![\w.:/])\d{1,50}(?:\.\d{1,50})?(?:(?:\s?[:/]\s?|\s(?:is\s)?to\s)\d{1,50}(?:\.\d{1,50})?){1,7}(?![\w:/]|\.\d)"
+)
+_TIME = re.compile(r"(\d)\s{0,3}([ap])\.?\s?m\b\.?", re.IGNORECASE)
+_EDGES = string.punctuation + "“”‘’«»…"
+
+
+def correct(prediction: str, references: Sequence[str]) -> bool:
+    """Whether the final answer in the prediction is one of the references; an empty prediction is wrong.
+
+    What counts as equal depends on the reference:
+
+    - a number (`72`, `1,080`, `$5`, `50%`, `9 (apples)`, `1/6`, `-(1/3)`, `#### 72`): the same value, in any of these
+      forms. Units are ignored, and so is `%`: `50%` equals 50 and not 0.5. A fraction is a value (`2/4` is 1/2), its
+      parts are not (`1/2` is not 2). A whole number must match exactly, any other to 1e-4 (and to 0.1 % of itself).
+    - several numbers (`5 (hr); 10 (hr)`): the same values in any order, no more and no fewer.
+    - an expression (`3\\pi`, `(3, \\frac{\\pi}{2})`, `x+1`): an equal one.
+    - a ratio (`9:7`): the same ratio, also as `18:14`, `9/7` or `9 to 7`; a time of day such as `10:30` counts as one.
+    - words (`Ted`, `Vendor 2`, `They are equal`, `11:45 p.m.`): the same words, ignoring case, punctuation and
+      articles, as the line or first sentence after a marker or of the completion. `five` is a word, not a number.
+    """
+    if not prediction.strip():
+        return False
+    text, expression, folded = _plain(prediction), _expression(prediction), " ".join(prediction.split())
+    return any(
+        folded == " ".join(reference.split()) or _satisfies(text, expression, prediction, _gold(reference))
+        for reference in references
+    )
+
+
+class _Gold(NamedTuple):
+    """What a reference requires: one of the first three is not empty, unless the reference itself is; an expression may
+    be written in words that are met as well."""
+
+    numbers: tuple[Fraction, ...] = ()
+    ratio: tuple[Fraction, ...] = ()
+    words: tuple[str, ...] = ()
+    expression: str = ""
+
+
+@lru_cache(maxsize=2**14)
+def _gold(reference: str) -> _Gold:
+    text, written = (form.rpartition("####")[2].strip() for form in (_plain(reference), reference))
+    if box := last_boxed(written):
+        written = box[1].strip()
+    if is_expression(written):
+        in_words = written[0] not in "([" and "\\" not in written  # without its brackets it would be another
+        return _Gold(words=_words(text) if in_words else (), expression=written)
+    if (numbers := _numbers(text)) is not None:
+        return _Gold(numbers=numbers)
+    if ratio := _RATIO.fullmatch(_UNIT.sub("", text)):
+        return _Gold(ratio=_terms(ratio[0]))
+    return _Gold(words=_words(text))
+
+
+def _satisfies(text: str, expression: str, prediction: str, gold: _Gold) -> bool:
+    if gold.expression and any(equal(gold.expression, stated) for stated in _stated(prediction)):
+        return True
+    if len(gold.numbers) == 1:
+        if expression:
+            number = gold.numbers[0]
+            return bool(equal(rf"\frac{{{number.numerator}}}{{{number.denominator}}}", expression))
+        return _same(_numbers(_final(text)), gold.numbers)
+    if gold.numbers:
+        return any(_same(_every_number(line), gold.numbers) for line in _statements(text))
+    if gold.ratio:
+        kind, line, rest = _marked(text)
+        found = _RATIO.findall(line)[:1] if kind == "is" else _RATIO.findall(rest)[-1:]
+        return bool(found) and _terms(found[0]) == gold.ratio
+    lines = _statements(text) if gold.words else []
+    return any(gold.words in (_words(line), _words(_first_sentence(line))) for line in lines)
+
+
+def _statements(text: str) -> list[str]:
+    """Where a list or words may be: after the marker; without a marker, or after `A:`, on the last line as well."""
+    kind, line, rest = _marked(text)
+    return [line, _first_sentence(line) if kind else line, line if kind == "is" else _last_line(rest)]
+
+
+def _stated(text: str) -> list[str]:
+    """Where an expression may be."""
+    kind, line, rest = _marked(text)
+    lines = [line, _first_sentence(line), *([] if kind == "is" else [_last_line(rest)])]
+    inner = [str(found[1] or found[2]) for line in lines[-2:] for found in list(_IN_DOLLARS.finditer(line))[-1:]]
+    return [stated for stated in dict.fromkeys(lines + inner) if len(stated) <= LONGEST]
+
+
+def _every_number(text: str) -> tuple[Fraction, ...] | None:
+    values = []
+    for found in _NUMBER.finditer(_UNIT.sub("", text)):
+        if found["other"] and set(found["other"]) <= set("0123456789,") and len(found[0]) <= _LONGEST:  # 11,12,13
+            first = _decimal(found["number"])
+            values += [-first if "-" in found["sign"] else first, *map(_decimal, found["other"][1:].split(","))]
+        elif (value := _value(found)) is None:
+            return None
+        else:
+            values.append(value)
+    return tuple(values)
+
+
+def _same(values: tuple[Fraction, ...] | None, wanted: tuple[Fraction, ...]) -> bool:
+    """Whether the values are the wanted ones, in any order."""
+    if values is None or len(values) != len(wanted):
+        return False
+    return all(map(_same_value, sorted(values), sorted(wanted)))
+
+
+def _same_value(value: Fraction, wanted: Fraction) -> bool:
+    if value == wanted or wanted.denominator == 1:
+        return value == wanted
+    return abs(value - wanted) < min(_TOLERANCE, abs(wanted) / 1000)
+
+
+def _terms(ratio: str) -> tuple[Fraction, ...]:
+    """18:14 as (1, 7/9); terms with a zero, as in the time 9:00, unchanged."""
+    terms = tuple(map(Fraction, re.split(r"[^\d.]+", ratio)))
+    return tuple(term / terms[0] for term in terms) if all(terms) else terms
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = []
+    for token in _TIME.sub(r"\1\2m", unicodedata.normalize("NFC", text).casefold()).split():
+        if word := token.strip(_EDGES):
+            word = word.replace("'", "").replace("’", "")
+            sign = "-" if word[0].isdigit() and token.lstrip("($£€").startswith("-") else ""
+            words.append(sign + (word if word[-1].isdigit() else word.replace(".", "")))
+    return tuple(word for word in words if word not in ("a", "an", "the")) or tuple(words)

@@ -1,0 +1,110 @@
+"""Whether a run may be resumed: with the base, the method, the data and the options that its folder records.
+
+Whatever was not given is taken from the record. All checks come before anything is written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptmoe.errors import PtmoeError
+from ptmoe.runs.folders import CHECKPOINTS_FOLDER, CONFIG_FILE, ENVIRONMENT_FILE
+from ptmoe.runs.records import Environment
+from ptmoe.train.options import TrainOptions, method_config
+
+if TYPE_CHECKING:
+    from ptmoe.models.causal import PromptedCausalLM
+
+# Options that decide nothing about the training. Where the data lie may change: what they hold may not (`check_data`).
+FREE = {
+    *("output_dir", "data", "data_dir", "skip_bad", "token_cache", "logging_steps", "report_to"),
+    *("save_steps", "save_total_limit", "eval_task", "eval_data_dir", "eval_examples", "eval_batch_size"),
+    "max_new_tokens",
+}
+RESOLVED = {"chat", "learning_rate"}  # None stands for what the run chose, which its record has
+
+
+def recorded(folder: Path, **changes: Any) -> TrainOptions:
+    """The options of a run that was interrupted; `changes` take precedence.
+
+    Raises:
+        PtmoeError: it has no checkpoint, or the changes do not fit.
+    """
+    if not any((folder / CHECKPOINTS_FOLDER).glob("checkpoint-*")):
+        raise PtmoeError(f"{folder} holds no checkpoint to resume from")
+    return TrainOptions.read(folder / CONFIG_FILE, **changes)
+
+
+def continued(options: TrainOptions, folder: Path) -> TrainOptions:
+    """The recorded options of a run, with those of `options` that may change.
+
+    Raises:
+        PtmoeError: an option that was given differs from the record; all that do are named.
+    """
+    record = recorded(folder)
+    given = options.model_dump(include=options.model_fields_set)
+    was = record.model_dump()
+    differing = {
+        name: (was[name], value)
+        for name, value in given.items()
+        if name not in FREE | {"method"} and value != was[name] and not (name in RESOLVED and value is None)
+    }
+    if "method" in given:
+        method, before = method_config(options.method), method_config(record.method).model_dump()
+        if options.method["name"] != record.method["name"]:
+            differing["method"] = (record.method["name"], options.method["name"])
+        else:
+            asked = method.model_dump(include=method.model_fields_set)
+            differing |= {name: (before[name], value) for name, value in asked.items() if value != before[name]}
+    if differing:
+        places = [name for name in ("data", "data_dir") if name in given and given[name] != was[name]]
+        differing |= {name: (was[name], given[name]) for name in places}
+        changes = ", ".join(f"{name} was {before!r}, is {value!r}" for name, (before, value) in differing.items())
+        raise PtmoeError(
+            f"{folder} was trained otherwise ({changes}): continue it as it was, with `ptmoe train --resume "
+            f"--output-dir {folder}`, or choose another --output-dir"
+        )
+    return record.replace(**{name: value for name, value in given.items() if name in FREE})
+
+
+def check_data(folder: Path, data: str, options: TrainOptions) -> None:
+    """
+    Args:
+        folder: of the run.
+        data: the fingerprint of its data as they are now.
+        options: which say where that is.
+
+    Raises:
+        PtmoeError: the folder records another fingerprint.
+    """
+    before = Environment.read(folder / ENVIRONMENT_FILE).data
+    if before is not None and before != data:
+        record = recorded(folder)
+        raise PtmoeError(
+            f"{options.data or options.task} does not hold the data that {folder} was trained on (it names "
+            f"{record.data or record.task}; the fingerprint of the tokens was {before}, is {data}): give those, or "
+            "choose another --output-dir"
+        )
+
+
+def check_base(folder: Path, model: PromptedCausalLM) -> None:
+    """
+    Raises:
+        PtmoeError: the last checkpoint is damaged, or of an adapter on another base.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ptmoe.adapters.folder import CONFIG_FILE as ADAPTER_CONFIG
+    from ptmoe.adapters.folder import read_adapter
+    from ptmoe.train.trainer import OPTIMIZER, SCHEDULER
+
+    checkpoint = Path(get_last_checkpoint(str(folder / CHECKPOINTS_FOLDER)) or folder)
+    if (checkpoint / ADAPTER_CONFIG).exists():  # sharded training keeps files of its own
+        lacking = [name for name in (OPTIMIZER, SCHEDULER, "trainer_state.json") if not (checkpoint / name).exists()]
+        if lacking:
+            raise PtmoeError(
+                f"{checkpoint} lacks {', '.join(lacking)}: remove it, and the run goes on from the checkpoint before it"
+            )
+        saved = read_adapter(checkpoint)
+        saved.base.check(model.base_model.get_input_embeddings().weight, checkpoint, model.name_or_path)

@@ -1,0 +1,223 @@
+"""Records as other software exports them: every number and text as it was written, or refused by file and line."""
+
+import json
+from decimal import Decimal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ptmoe
+from ptmoe.tasks import Problems, load_task
+from ptmoe.tasks.local import load, other_form
+from ptmoe.tasks.records import BadRecordError, Written, number_text, text_of
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(*lines, name="d.jsonl"):
+        path = tmp_path / name
+        texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+        path.write_text("".join(f"{text}\n" for text in texts))
+        return path
+
+    return write
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+NUMBERS = st.one_of(
+    st.integers(-(10**40), 10**40).map(str),
+    st.decimals(allow_nan=False, allow_infinity=False, places=12).map(str).filter(lambda text: "E" not in text),
+    st.floats(allow_nan=False, allow_infinity=False).map(repr),
+    st.sampled_from(["9007199254740993", "12345678901234567891", "0.1000", "51.0", "-0.0", "1e400", "1E-400", "2.50"]),
+)
+
+
+@settings(max_examples=300)
+@given(NUMBERS)
+def test_a_number_keeps_its_value_and_its_digits(text):
+    read = text_of({"n": json.loads(text, parse_float=Written)}, "n")
+    assert Decimal(read) == Decimal(text)
+    assert read == text or Decimal(text) == Decimal(text).to_integral_value(), "51.0 is written as 51"
+    assert number_text(text) == read
+    assert number_text(read) == read
+
+
+def test_numbers_come_through_each_reader_as_they_were_written(written):
+    texts = ["12345678901234567891", "9007199254740993", "0.12345678901234567890123", "2.50"]
+    lines = [f'{{"prompt": "n{i} =>", "completion": {text}}}' for i, text in enumerate(texts)]
+    assert [example.references[0] for example in load(written(*lines))] == texts
+    array = ", ".join(f'{{"question": "n{i}?", "answer": {text}}}' for i, text in enumerate(texts))
+    examples = load_task("math_problems", data_dir=written(f"[{array}]", name="m.json"))
+    assert [example.references[0] for example in examples] == texts
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_number_is_a_bad_record(constant, written):
+    good = '{"prompt": "a =>", "completion": " 5"}'
+    for bad in (f'{{"prompt": "a =>", "completion": {constant}}}', f'{{"prompt": {constant}, "completion": " 3"}}'):
+        path = written(good, bad)
+        with pytest.raises(ptmoe.PtmoeError, match=rf"d\.jsonl:2: '\w+' is {float(constant)}, needs text"):
+            load(path)
+        assert len(load(path, problems=Problems(skip=True))) == 1
+    with pytest.raises(ptmoe.PtmoeError, match=r"m\.json:1: 'answer' is "):
+        load_task("math_problems", data_dir=written(f'[{{"question": "a?", "answer": {constant}}}]', name="m.json"))
+
+
+def test_an_integer_longer_than_python_reads_is_a_bad_record(written):
+    path = written({"prompt": "a", "completion": "b"}, f'{{"prompt": "a", "completion": {"9" * 5000}}}')
+    with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:2: not JSON that can be read \(Exceeds the limit"):
+        load(path)
+    with pytest.raises(ptmoe.PtmoeError, match=r"m\.json:1: not JSON that can be read"):
+        load_task("math_problems", data_dir=written(f'[{{"question": "a", "answer": {"9" * 5000}}}]', name="m.json"))
+
+
+# ---- ids and domains -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["null", "NaN", '""'])
+def test_a_missing_id_or_domain_counts_as_not_given(missing, written):
+    lines = [f'{{"id": {missing}, "domain": {missing}, "prompt": "{c} =>", "completion": " 3"}}' for c in "abc"]
+    examples = load(written(*lines))
+    assert [(example.id, example.domain) for example in examples] == [("d-1", ""), ("d-2", ""), ("d-3", "")]
+    rows = ", ".join(f'{{"id": {missing}, "question": "{c}?", "answer": 1}}' for c in "abc")
+    problems = load_task("math_problems", data_dir=written(f"[{rows}]", name="m.json"))
+    assert [example.id for example in problems] == ["test-0", "test-1", "test-2"]
+
+
+def test_ids_are_kept_as_they_are_and_a_list_is_none(written):
+    ids = [7, "7a", 12345678901234567891, 1.50]
+    path = written(*(f'{{"id": {json.dumps(one)}, "prompt": "a", "completion": "b"}}' for one in ids[:3]))
+    assert [example.id for example in load(path)] == ["7", "7a", "12345678901234567891"]
+    with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:1: 'id' is list, needs text or a number"):
+        load(written({"id": [1], "prompt": "a", "completion": "b"}))
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+HALF = r"\ud83d"
+FORMS = [
+    f'{{"prompt": "smile {HALF} =>", "completion": " 1"}}',
+    f'{{"prompt": "a", "completion": "{HALF}"}}',
+    f'{{"id": "{HALF}", "prompt": "a", "completion": "b"}}',
+    f'{{"domain": "{HALF}", "prompt": "a", "completion": "b"}}',
+    f'{{"question": "a", "context": "{HALF} b", "answers": ["b"]}}',
+    f'{{"question": "a", "context": "b", "answers": ["b", "{HALF}"]}}',
+    f'{{"messages": [{{"role": "user", "content": "{HALF}"}}, {{"role": "assistant", "content": "b"}}]}}',
+    f'{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b", "name": "{HALF}"}}]}}',
+    f'{{"tools": [{{"{HALF}": 1}}], "messages": [{{"role": "user", "content": "a"}}, '
+    '{"role": "assistant", "content": "b"}]}',
+]
+
+
+@pytest.mark.parametrize("line", FORMS)
+def test_half_a_character_is_a_bad_record_wherever_it_stands(line, written):
+    path = written({"prompt": "a", "completion": "b"}, line)
+    with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:2: not Unicode text: \\ud83d is half of a character"):
+        load(path)
+    assert len(load(path, problems=Problems(skip=True))) == 1
+    whole = line.replace(HALF, r"\ud83d\ude00")
+    assert len(load(written({"prompt": "a", "completion": "b"}, whole))) == 2
+
+
+def test_half_a_character_in_a_named_tasks_file_is_one_too(written):
+    path = written(f'[{{"question": "{HALF}", "answer": 1}}]', name="m.json")
+    with pytest.raises(ptmoe.PtmoeError, match=r"m\.json:1: not Unicode text"):
+        load_task("math_problems", data_dir=path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = st.sampled_from("id domain prompt completion question context answers messages tools role content".split())
+
+
+@settings(max_examples=200)
+@given(st.lists(st.dictionaries(KEYS, JSON, max_size=5), min_size=1, max_size=4))
+def test_any_record_is_read_or_refused_by_its_line_and_none_is_lost(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("any") / "d.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [{"prompt": "a", "completion": "b"}, *records]))
+    problems = Problems(skip=True)
+    examples = load(path, problems=problems)
+    assert len(examples) + problems.count == 1 + len(records)
+    assert all(example.place.startswith(f"{path}:") for example in examples)
+    for example in examples:
+        json.dumps([example.contents, example.references], ensure_ascii=False).encode()
+    if problems.count:
+        with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:\d"):
+            load(path)
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_without_a_text_to_grade_or_with_unfit_extras_is_refused(written):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    for record, message in (
+        ({"messages": [turns[0], call]}, "the assistant's answer needs a text as its 'content'"),
+        ({"messages": [turns[0], {"role": "assistant", "content": None}]}, "'messages' needs a list"),
+        ({"messages": turns, "tools": "adder"}, "'tools' needs a list of objects"),
+        ({"messages": turns, "documents": ["a"]}, "'documents' needs a list of objects"),
+        ({"messages": turns, "chat_template_kwargs": ["a"]}, "'chat_template_kwargs' needs an object"),
+    ):
+        with pytest.raises(ptmoe.PtmoeError, match=f"d.jsonl:1: {message}"):
+            load(written(record))
+    (example,) = load(
+        written({"messages": [turns[0], call, {"role": "tool", "content": "4"}, turns[1]], "tools": None})
+    )
+    assert example.messages[1] == call
+    assert (example.reply, example.template) == ({}, {})
+
+
+# ---- other files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ('[{"prompt": "a", "completion": "b"}]', "a JSON array: convert it with: python -c"),
+        ('[\n  {"prompt": "a"}\n]', "a JSON array"),
+        ("[]", "a JSON array"),
+        ("prompt,completion\na,b\n", "CSV: convert it with: python -c"),
+        ("prompt\tcompletion\na\tb\n", "CSV"),
+        ('{\n  "prompt": "a",\n  "completion": "b"\n}', "one JSON object over several lines"),
+        ("<html><body>404</body></html>", "XML or HTML"),
+    ],
+)
+def test_a_file_that_holds_no_json_lines_is_named_once_with_what_to_do(text, form, written):
+    path = written(text, name="data.json")
+    with pytest.raises(ptmoe.PtmoeError) as error:
+        load(path, problems=Problems(skip=True))
+    assert f"{path} is {form}" in str(error.value)
+    assert "needs JSON lines, one object a line" in str(error.value)
+    assert "bad record" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"prompt": "a", "completion": "b"}', '\n\n{"a": 1}', '["a"]\n{"b": 1}', "x, y\n{}", "x"]
+)
+def test_json_lines_are_read_as_such_even_where_some_are_damaged(text, written):
+    assert other_form(written(text)) == ""
+
+
+def test_the_command_in_the_message_converts_the_file(written):
+    import subprocess
+    import sys
+
+    for name, text in {
+        "d.json": '[{"prompt": "ä", "completion": 12345678901234567891}]',
+        "d.csv": "prompt,completion\nä,7\n",
+    }.items():
+        path = written(text, name=name)
+        code = other_form(path).partition('python -c "')[2].partition('" >')[0]
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        (example,) = load(written(done.stdout))
+        assert (example.input, example.target) in (("ä", "12345678901234567891"), ("ä", "7"))
+
+
+def test_a_bad_record_is_an_error_in_words_wherever_it_is_met():
+    assert issubclass(BadRecordError, ptmoe.PtmoeError)

@@ -1,0 +1,152 @@
+"""A run is resumed as it was, or refused by name; a run that is refused is left as it was to the bit."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+import ptmoe
+from ptmoe.models.bases import load_base
+from ptmoe.runs.records import Environment
+from ptmoe.train import TrainOptions, train
+from ptmoe.train.resume import FREE, recorded
+
+METHOD = {"name": "pt-moe", "num_virtual_tokens": 4, "num_experts": 2, "rank": 2}
+
+
+def data(path, answer=3):
+    lines = [{"prompt": f"Add {n} and {n + 3} =>", "completion": f" {2 * n + answer}"} for n in range(8)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run with checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("resume")
+    chosen = {"method": METHOD, "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+    train(TrainOptions(data=data(folder / "data.jsonl"), output_dir=str(folder / "run"), **chosen), say=lambda _: None)
+    return folder
+
+
+@pytest.fixture
+def run_folder(stopped, tmp_path):
+    """A copy of that run, stopped after step 2."""
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    return tmp_path / "run"
+
+
+def state(folder):
+    """Every file of a folder, as it is."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+OTHER = {
+    "method": ({"method": {"name": "pt"}}, "method was 'pt-moe', is 'pt'"),
+    "rank": ({"method": {**METHOD, "rank": 3}}, "rank was 2, is 3"),
+    "a field of the method": ({"method": {"name": "pt-moe", "router_noise": 0.5}}, "router_noise was 0.1, is 0.5"),
+    "model": ({"model": "./other"}, "model was 'nano', is './other'"),
+    "seed": ({"seed": 1}, "seed was 0, is 1"),
+    "steps": ({"max_steps": 8}, "max_steps was 4, is 8"),
+    "batch size": ({"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4, is 2"),
+    "learning rate": ({"learning_rate": 1.5}, "learning_rate was .*, is 1.5"),
+    "chat": ({"chat": True}, "chat was False, is True"),
+    "arguments of transformers": ({"trainer": {"adam_beta1": 0.5}}, r"trainer was \{\}, is \{'adam_beta1': 0.5\}"),
+    "the data as well": ({"seed": 1, "data": "other.jsonl"}, "seed was 0, is 1, data was '.*', is 'other.jsonl'"),
+    "two at once": ({"seed": 1, "weight_decay": 0.5}, "seed was 0, is 1, weight_decay was 0.0, is 0.5"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_differs_from_the_record_is_named_and_nothing_is_written(name, stopped, run_folder):
+    changes, message = OTHER[name]
+    before = state(run_folder)
+    options = TrainOptions(**{"data": str(stopped / "data.jsonl"), "output_dir": str(run_folder), **changes})
+    with pytest.raises(ptmoe.PtmoeError, match=f"trained otherwise .*{message}"):
+        train(options, resume=True)
+    assert state(run_folder) == before
+
+
+def test_every_option_that_may_not_change_is_refused(run_folder):
+    """Whatever options are added: each either decides nothing about the training, or is compared."""
+    from ptmoe.train.resume import continued
+
+    other = {int: 77, float: 0.77, str: "other", bool: True}
+    record = recorded(run_folder)
+    checked = set()
+    for name in TrainOptions.model_fields:
+        if name in FREE | {"method", "task"}:
+            continue
+        for value in (*other.values(), "float32", "8bit", "cut", False, {"a": 1}):
+            try:
+                changed = TrainOptions(data=record.data, output_dir=str(run_folder), **{name: value})
+            except ptmoe.PtmoeError:
+                continue
+            if getattr(changed, name) == getattr(record, name):
+                continue
+            with pytest.raises(ptmoe.PtmoeError, match=f"{name} was "):
+                continued(changed, run_folder)
+            checked.add(name)
+            break
+    assert checked == TrainOptions.model_fields.keys() - FREE - {"method", "task"}
+
+
+def test_other_data_are_refused_by_their_fingerprint_and_moved_data_are_not(stopped, run_folder, tmp_path):
+    before = state(run_folder)
+    other = data(tmp_path / "other.jsonl", answer=4)
+    with pytest.raises(
+        ptmoe.PtmoeError, match=r"other\.jsonl does not hold the data .*it names .*data\.jsonl; the finger"
+    ):
+        train(TrainOptions(data=other, output_dir=str(run_folder)), resume=True)
+    assert state(run_folder) == before
+    moved = shutil.copy(stopped / "data.jsonl", tmp_path / "moved.jsonl")
+    resumed = train(TrainOptions(data=str(moved), output_dir=str(run_folder)), resume=True, say=lambda _: None)
+    assert resumed.result.steps == 4
+    assert recorded(run_folder).data == str(moved)
+    environments = [Environment.read(folder / "environment.json") for folder in (stopped / "run", run_folder)]
+    assert environments[0].data == environments[1].data is not None
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "trainer_state.json", "adapter_model.safetensors"])
+def test_a_damaged_checkpoint_is_named_and_nothing_is_written(file, stopped, run_folder):
+    (run_folder / "checkpoints" / "checkpoint-2" / file).unlink()
+    before = state(run_folder)
+    with pytest.raises(ptmoe.PtmoeError, match="checkpoint-2"):
+        train(TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder)), resume=True)
+    assert state(run_folder) == before
+
+
+def test_a_base_of_the_same_name_with_other_weights_is_refused(tmp_path):
+    base, tokenizer = load_base("nano")
+    for part in (base, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    chosen = {"method": METHOD, "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4}
+    options = TrainOptions(
+        model=str(tmp_path / "base"), data=data(tmp_path / "d.jsonl"), output_dir=str(tmp_path / "run"), **chosen
+    )
+    train(options, say=lambda _: None)
+    base.get_input_embeddings().weight.data.mul_(1.5)
+    base.save_pretrained(tmp_path / "base")
+    before = state(tmp_path / "run")
+    with pytest.raises(ptmoe.PtmoeError, match="was trained on another base"):
+        train(options, resume=True)
+    assert state(tmp_path / "run") == before
+
+
+def test_the_folder_alone_is_enough_and_the_run_ends_as_if_it_had_not_stopped(run, stopped, run_folder, tmp_path):
+    status, out, err = run("train", "--resume", "--output-dir", run_folder)
+    assert (status, err) == (0, "")
+    assert "4 steps on 8 examples" in out
+    whole, again = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (stopped / "run", run_folder)
+    )
+    assert all((again[name] == value).all() for name, value in whole.items())
+    assert (run_folder / "config.yaml").read_text() == (stopped / "run" / "config.yaml").read_text()
+    status, _, err = run("train", "--resume", "--output-dir", run_folder, "--method", "pt", "--max-steps", 8)
+    assert status == 2
+    assert "max_steps was 4, is 8" in err
+    assert "method was 'pt-moe', is 'pt'" in err
+    status, _, err = run("train", "--resume", "--output-dir", tmp_path / "none")
+    assert (status, "holds no checkpoint to resume from" in err) == (2, True)
