@@ -17,6 +17,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.fast.lock import base_lock
 from ptmoe.methods.base import MethodConfig, PromptEncoder, Routing
 from ptmoe.models.adapter_set import AdapterSet
+from ptmoe.models.input_path import InputPath, ScaledEmbedding, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,9 +32,11 @@ class ModelWrapper(nn.Module):
         base_model: the frozen model; with a weight-side adapter, that adapter's parts are in it.
         adapters: the `AdapterSet`.
         encoders: its encoders, by name.
+        path: how the base takes what stands in for token ids.
     """
 
     base_model: PreTrainedModel
+    path: InputPath
     adapters: AdapterSet
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -41,9 +44,18 @@ class ModelWrapper(nn.Module):
         changed_by = vars(base).get(CHANGED_BY)
         if changed_by is not None:
             raise PtmoeError(f"this base holds a {changed_by} adapter, which changes its layers: load the base again")
+        embedding = base.get_input_embeddings()
+        if embedding.weight.device.type == "meta":
+            raise PtmoeError(
+                f"the input embedding of this {type(base).__name__} is offloaded or has no values: the prompt stands "
+                "beside it, so load the base with a device_map that keeps it in memory"
+            )
+        self.path = measure(base)
         base.requires_grad_(False)
         self.base_model = base
-        vars(self)["adapters"] = AdapterSet(base.get_input_embeddings())
+        if self.path.scale != 1.0:
+            embedding = ScaledEmbedding(embedding, self.path.scale)
+        vars(self)["adapters"] = AdapterSet(embedding)
         self.encoders = self.adapters.encoders  # named as in `state_dict()`
         # As it is before any training: full fine-tuning changes the embedding.
         self._fingerprint = fingerprint(base.get_input_embeddings().weight)
@@ -137,7 +149,7 @@ class ModelWrapper(nn.Module):
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing | None:
         """How the active adapter routes these inputs `(B, L)`; None for a method that does not route."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.adapters.encode(self.get_input_embeddings()(input_ids), mask.bool()).routing
+        return self.adapters.encode(self.adapters.embedding(input_ids), mask.bool()).routing
 
     # -- a transformers model ----------------------------------------------------------------------------------------
 

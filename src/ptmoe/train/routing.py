@@ -98,7 +98,7 @@ def mean_inputs(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
     mask = batch.get("input_mask")
     if mask is None:
         mask = readable_tokens(batch["attention_mask"], batch["labels"])
-    return mean_input(model.get_input_embeddings()(batch["input_ids"]), mask.bool())
+    return mean_input(model.adapters.embedding(batch["input_ids"]), mask.bool())
 
 
 def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
