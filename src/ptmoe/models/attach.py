@@ -47,8 +47,9 @@ def attach(
             (`ptmoe.models.checks`).
 
     Raises:
-        PtmoeError: a base that does not work from embeddings, a size that does not fit the base, a base without the modules that the method changes, a text
-            without tokens, or a method that needs `batches` and has none.
+        PtmoeError: a base that is no causal language model or does not work from embeddings, a size that does not fit
+            it, a base without the modules that the method changes, a text without tokens, or a method that needs
+            `batches` and has none.
     """
     if config.needs_batches and batches is None:
         raise PtmoeError(

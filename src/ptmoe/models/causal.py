@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from ptmoe.errors import PtmoeError
@@ -16,7 +17,8 @@ from ptmoe.fast.paths import FastPaths
 from ptmoe.methods.base import Routing
 from ptmoe.models.adapter_set import Prompts, check_shapes
 from ptmoe.models.checks import check_base, check_decoder
-from ptmoe.models.generation import GeneratingModel, stepping_obstacle
+from ptmoe.models.generation import GeneratingModel
+from ptmoe.models.greedy import stepping_obstacle
 from ptmoe.models.splice import Spliced, align
 
 if TYPE_CHECKING:
@@ -128,6 +130,11 @@ class PromptedCausalLM(GeneratingModel):
                 "a trainer keeps the labels (label smoothing, a loss function of its own, trl), use SFTTrainer from "
                 "ptmoe.train.trl"
             )
+        if self.training and labels is None and prompts.auxiliary_loss is not None and torch.is_grad_enabled():
+            raise PtmoeError(
+                f"training without labels leaves out the loss that {self.method_config.method} adds to its own: pass "
+                "labels; where a trainer keeps them (label_smoothing_factor, a loss function of its own), leave it out"
+            )
         result = PromptedOutput()
         result.routing = prompts.routing
         supervised = None if labels is None else _supervised(spliced, prompts, labels, attention_mask)
@@ -211,6 +218,10 @@ class PromptedCausalLM(GeneratingModel):
         if self.packing is None and bool(spliced.attention_mask.all()):
             return False
         return self.can_pack() and prompts.cache is None
+
+
+# `transformers.Trainer` shifts the labels of label smoothing for the classes named here alone, and `pipeline` asks.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["ptmoe"] = PromptedCausalLM.__name__
 
 
 def readable_tokens(attention_mask: Tensor, labels: Tensor) -> Tensor:

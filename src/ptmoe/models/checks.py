@@ -1,9 +1,9 @@
 """One check when a base is wrapped: does it give from embeddings what it gives from token ids?
 
-Two short rows go through the base's own path, and through ours without an adapter: alone, behind padding, before padding,
-and two tokens of generation from embeddings. What `InputPath` can add to our path it adds; a base whose logits differ
-all the same is refused before anything is trained on it. Checked once in a process for each architecture and
-configuration; half a dozen passes over a few tokens.
+Two short rows go through the base's own path, and through ours without an adapter: alone, behind padding, before
+padding, and two tokens of generation from embeddings. What `InputPath` can add to our path it adds; a base whose logits
+differ all the same is refused before anything is trained on it. Checked once in a process for each architecture and
+configuration, in half a dozen passes over a few tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import quantization_of
-from ptmoe.models.generation import GREEDY, GeneratingModel
+from ptmoe.models.generation import GeneratingModel
+from ptmoe.models.greedy import GREEDY
 from ptmoe.models.input_path import evaluating, probe_ids, reason
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def check_decoder(base: PreTrainedModel) -> None:
             f"{name} is not a decoder that predicts the next token: give a causal language model, loaded by "
             "AutoModelForCausalLM"
         )
+    if not isinstance(getattr(base.get_input_embeddings(), "weight", None), Tensor):
+        raise PtmoeError(f"{name} is not a decoder of text: its input embedding is not one matrix")
     if "inputs_embeds" not in inspect.signature(base.forward).parameters:
         raise PtmoeError(f"{name} is not a decoder that takes inputs_embeds: give a causal language model that does")
 
@@ -56,8 +59,8 @@ def check_base(model: GeneratingModel) -> None:
     base = model.base_model
     if any(parameter.device.type == "meta" for parameter in base.parameters()):
         warnings.warn(
-            f"parts of this {type(base).__name__} are offloaded, so whether it works from embeddings was not tried out: "
-            "try a small model of its kind",
+            f"parts of this {type(base).__name__} are offloaded, so whether it works from embeddings was not tried "
+            "out: attach to a small model of its kind to find out",
             stacklevel=4,
         )
         return
@@ -86,35 +89,32 @@ def _obstacle(model: GeneratingModel) -> str | None:
     expected = [own[0], own[1], own[1]]
     if any(logits.isnan().any() for logits in own):
         return "its own logits are NaN"
-    off = _off(model, rows, expected)
-    if isinstance(off, str):
-        return off
-    alone, behind, before = off
-    if behind and not alone:
-        model.path.left_padding = False
-        off = _off(model, rows, expected)
-        if isinstance(off, str):
-            return off
-        alone, behind, before = off
-    if alone and _error(base, own[0], _own_logits(base, ids)[: LENGTHS[0]]):
-        return "it is not causal: its logits at a token change with later tokens; a BERT-like model needs is_decoder=True"
-    for place, error in (("", alone), (" behind padding", behind), (" before padding", before)):
-        if error:
-            return f"from embeddings{place} its logits are off by {error:.0%} from those of the same token ids"
+    try:
+        alone, behind, before = _off(model, rows, expected)
+        if behind and not alone:
+            model.path.left_padding = False
+            alone, behind, before = _off(model, rows, expected)
+    except Exception as error:  # whatever a forward raises
+        return f"it does not run on embeddings ({reason(error)})"
+    if alone and _off_by(base, own[0], _own_logits(base, ids)[: LENGTHS[0]]):
+        return "it is not causal: logits change with later tokens (a BERT-like model needs is_decoder=True)"
+    for place, off in (("", alone), (" behind padding", behind), (" before padding", before)):
+        if off:
+            return f"from embeddings{place} its logits are off by {off:.0%} from those of the same token ids"
     return _generation_obstacle(model, rows)
 
 
-def _off(model: GeneratingModel, rows: list[Tensor], expected: list[Tensor]) -> list[float] | str:
-    """How far our logits are off, alone, behind and before padding; or why there are none."""
+def _off(model: GeneratingModel, rows: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """How far our logits are off, alone, behind and before padding."""
     longest, padding = rows[0], rows[0][: LENGTHS[0] - LENGTHS[1]]
     ids = torch.stack([longest, torch.cat([padding, rows[1]]), torch.cat([rows[1], padding])])
     mask = torch.ones_like(ids)
     mask[1, : len(padding)] = mask[2, len(rows[1]) :] = 0
-    try:
-        logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
-    except Exception as error:  # whatever a forward raises
-        return f"it does not run on embeddings ({reason(error)})"
-    return [_error(model.base_model, wanted, given[real]) for wanted, given, real in zip(expected, logits, mask.bool())]
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return [
+        _off_by(model.base_model, wanted, given[real])
+        for wanted, given, real in zip(expected, logits, mask.bool(), strict=True)
+    ]
 
 
 def _generation_obstacle(model: GeneratingModel, rows: list[Tensor]) -> str | None:
@@ -132,18 +132,19 @@ def _generation_obstacle(model: GeneratingModel, rows: list[Tensor]) -> str | No
     for index, row in enumerate(batch):
         whole = torch.cat([row, made.sequences[index, LENGTHS[0] :]])
         wanted = _own_logits(model.base_model, whole)[len(row) - 1 :]
-        if error := _error(model.base_model, wanted[: given.shape[1]], given[index]):
-            return f"generating from embeddings, its logits are off by {error:.0%} from those of the same token ids"
+        if off := _off_by(model.base_model, wanted[: given.shape[1]], given[index]):
+            return f"generating from embeddings, its logits are off by {off:.0%} from those of the same token ids"
     return None
 
 
 def _own_logits(base: PreTrainedModel, row: Tensor) -> Tensor:
     """`(L, V)`, of the token ids `(L,)` without a cache."""
     ids = row[None]
-    return base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    logits: Tensor = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    return logits
 
 
-def _error(base: PreTrainedModel, expected: Tensor, given: Tensor) -> float:
+def _off_by(base: PreTrainedModel, expected: Tensor, given: Tensor) -> float:
     """How far logits `(S, V)` are off, relative to how much they differ between tokens; 0 within the tolerance.
 
     In half precision a mixture of experts may send a single token elsewhere, so there the median of the tokens counts.

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ptmoe.fast.linear import use_onednn
 from ptmoe.models.causal import PromptedCausalLM
-from ptmoe.models.generation import GREEDY, stepping_obstacle
+from ptmoe.models.greedy import GREEDY, stepping_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,21 +1,19 @@
-"""Generation behind a prompt: what the base takes, `generate`, and whether greedy decoding can go without it."""
+"""Generation behind a prompt: what the base takes, and `generate`."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
 from ptmoe.errors import PtmoeError
 from ptmoe.models.adapter_set import Prompts
-from ptmoe.models.input_path import PER_LAYER, InputPath
+from ptmoe.models.input_path import PER_LAYER, taking_embeddings
 from ptmoe.models.splice import Spliced, align, splice
 from ptmoe.models.wrapper import ModelWrapper
 
@@ -23,21 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_NEW_TOKENS = 20  # of transformers, where neither the caller nor the base sets a length
-# Greedy whatever the base's own generation config asks for: some ship a repetition penalty.
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "renormalize_logits": False,
-}
-# Other fields of a base's generation config that change no greedy token; the caller decides where a row ends.
-HARMLESS = {
-    *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),  # of sampling
-    *("max_length", "max_new_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
-    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-    *("use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
-}
 
 
 class GeneratingModel(ModelWrapper):
@@ -95,8 +78,8 @@ class GeneratingModel(ModelWrapper):
     @property
     def max_positions(self) -> int | None:
         """How many positions the base has; None where it sets no limit."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None else limit - self.path.first_position
+        limit: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit - self.path.first_position if limit and limit > 0 else None
 
     def check_length(self, spliced: Spliced, prompts: Prompts, new: int = 0) -> None:
         """Learned positions would end in an index error deep in the base, rotary ones in silent nonsense.
@@ -169,31 +152,26 @@ class GeneratingModel(ModelWrapper):
                 base_inputs["position_ids"] = torch.cat([first, base_inputs["position_ids"]], 1)
         if options.setdefault("use_cache", True) is False:  # also where the base's own config leaves it out
             raise PtmoeError("use_cache=False reads the input again at each token, without its prompt: leave it out")
-        with self.lock, _taking_embeddings(self.base_model):
-            if self.path.left_padding or bool(spliced.attention_mask.all()):
-                return self.base_model.generate(input_ids, **base_inputs, **options)
-            return self._each_alone(input_ids, base_inputs, spliced.attention_mask.bool(), options)
-
-    def _each_alone(
-        self, input_ids: Tensor, base_inputs: dict[str, Any], real: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        """The rows of a batch one after another, for a base that does not mask padding.
-
-        Raises:
-            PtmoeError: a result of other than token ids, which rows of different lengths cannot share.
-        """
-        if "past_key_values" in base_inputs or self._setting(options, "return_dict_in_generate", False):
-            raise PtmoeError(
-                f"{type(self.base_model).__name__} does not mask padding, so rows of different lengths are generated "
-                "one after another, as token ids alone: give it one row at a time"
-            )
-        made = []
-        for row, kept in enumerate(real):
-            inputs = {name: value[row : row + 1, kept] for name, value in base_inputs.items()}
-            made.append(self.base_model.generate(input_ids[row : row + 1], **inputs, **options))
-        pad = self._setting(options, "pad_token_id", 0)
-        longest = max(rows.shape[1] for rows in made)
-        return torch.cat([nn.functional.pad(rows, (0, longest - rows.shape[1]), value=pad) for rows in made])
+        rows = [slice(None)]
+        if not self.path.left_padding and not bool(spliced.attention_mask.all()):
+            rows = [slice(row, row + 1) for row in range(len(input_ids))]
+            if virtual or self._setting(options, "return_dict_in_generate", False):
+                raise PtmoeError(
+                    f"{type(self.base_model).__name__} does not mask padding, so rows of different lengths are "
+                    "generated one after another, as token ids alone: give it one row at a time"
+                )
+        per_layer, made = base_inputs.pop(PER_LAYER, None), []
+        for row in rows:
+            given = base_inputs
+            if len(rows) > 1:
+                real = spliced.attention_mask[row][0].bool()
+                given = {name: value[row, real] for name, value in base_inputs.items()}
+            with self.lock, taking_embeddings(self.base_model, per_layer):
+                made.append(self.base_model.generate(input_ids[row], **given, **options))
+        if len(made) == 1:
+            return made[0]
+        pad, longest = self._setting(options, "pad_token_id", 0), max(part.shape[1] for part in made)
+        return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in made])
 
     def decoder_inputs(
         self, input_ids: Tensor, attention_mask: Tensor, new: int, input_mask: Tensor | None = None
@@ -240,7 +218,7 @@ class GeneratingModel(ModelWrapper):
             raise PtmoeError("use_cache=False leaves out the cache that the prompt stands in: leave it out")
         if self._setting(options, "cache_implementation", None) is not None:
             raise PtmoeError("cache_implementation makes another cache than the prompt stands in: leave it out")
-        return max(self._setting(options, name, 1) for name in ("num_beams", "num_return_sequences"))
+        return max(int(self._setting(options, name, 1)) for name in ("num_beams", "num_return_sequences"))
 
     def _with_new_tokens(self, options: dict[str, Any], length: int, room: int | None) -> tuple[dict[str, Any], int]:
         """The options with their lengths as numbers of new tokens, and the highest number of them.
@@ -276,48 +254,3 @@ def _new_tokens(bound: str, sources: list[dict[str, Any]], length: int) -> int |
         if source.get(f"{bound}_length") is not None:
             return cast(int, source[f"{bound}_length"]) - length
     return None
-
-
-@contextmanager
-def _taking_embeddings(base: PreTrainedModel) -> Iterator[None]:
-    """Within it the base's `generate` takes `inputs_embeds` and `per_layer_inputs` for its first step.
-
-    `transformers` refuses embeddings where the name is not in the signature of `prepare_inputs_for_generation`; many
-    that lack it hand them on all the same (Gemma 3 with vision, Bamba), as `ptmoe.models.checks` finds out.
-    """
-    own = base.prepare_inputs_for_generation
-    if "inputs_embeds" in inspect.signature(own).parameters and PER_LAYER not in inspect.signature(base.forward).parameters:
-        yield
-        return
-
-    def prepare(input_ids: Tensor, inputs_embeds: Tensor | None = None, **options: Any) -> dict[str, Any]:
-        first = options.get("is_first_iteration")
-        prepared: dict[str, Any] = own(input_ids, **options, **({"inputs_embeds": inputs_embeds} if first else {}))
-        if not first:
-            prepared.pop(PER_LAYER, None)
-        return prepared
-
-    vars(base)["prepare_inputs_for_generation"] = prepare
-    try:
-        yield
-    finally:
-        del vars(base)["prepare_inputs_for_generation"]
-
-
-def stepping_obstacle(base: PreTrainedModel, path: InputPath | None = None) -> str | None:
-    """Why greedy decoding of this base is left to `transformers`' `generate`; None where `Decoder` steps it itself."""
-    path = path or InputPath()
-    if path.per_layer is not None or path.first_position or not path.left_padding:
-        return "it takes other inputs than embeddings, a mask and positions from 0, or does not mask padding"
-    own = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-    replaced = [name for name in own if getattr(type(base), name) is not getattr(GenerationMixin, name)]
-    if replaced or base.is_remote_code():
-        return f"it has its own {', '.join(replaced) or 'code'}"
-    other = {type(layer).__name__ for layer in DynamicCache(config=base.config).layers} - {
-        DynamicLayer.__name__,
-        DynamicSlidingWindowLayer.__name__,
-    }
-    if other or not base._supports_default_dynamic_cache():
-        return f"its cache holds more than keys and values ({', '.join(sorted(other)) or 'a cache of its own'})"
-    asked = base.generation_config.to_diff_dict().keys() - GREEDY.keys() - HARMLESS
-    return f"its generation config sets {', '.join(sorted(asked))}" if asked else None

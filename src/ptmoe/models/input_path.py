@@ -1,11 +1,11 @@
 """How a base takes what we give it in place of token ids: measured on the base, not listed by class.
 
-    its own path      token ids -> embedding [· multiplier] [+ position 2, 3, ...] [and an input for each layer] -> layers
-    ours              embeddings ------------------------------------------------------------------------------> layers
+    its own path    token ids -> embedding [· multiplier] [+ position 2, 3, ...] [and an input for each layer] -> layers
+    ours            embeddings ------------------------------------------------------------------------------> layers
 
 Falcon-H1 multiplies what it has looked up, and nothing else; RoBERTa counts positions from behind its padding index;
-Gemma 3n and Gemma 4 look up an input for each layer as well. `measure` runs both ways up to the first layer and compares
-what arrives there, so it costs next to nothing on a base of any size. Whether the logits then agree is for
+Gemma 3n and Gemma 4 look up an input for each layer as well. `measure` runs both ways up to the first layer and
+compares what arrives there, so it costs next to nothing on a base of any size. Whether the logits then agree is for
 `ptmoe.models.checks`.
 """
 
@@ -36,9 +36,9 @@ class InputPath:
     Attributes:
         scale: of the embeddings.
         first_position: the position id of a row's first token.
-        per_layer: gives the inputs of the layers, `(B, S, layers, D)`, of token ids `(B, S)`; None where there are none.
+        per_layer: gives the inputs of the layers, `(B, S, layers, D)`, of token ids `(B, S)`; None without such.
         placeholder: the token id that stands for a virtual token there, as it does for an image's.
-        left_padding: whether a row is the same behind padding; otherwise it is brought to the front, and generates alone.
+        left_padding: whether a row is the same behind padding; else it is brought to the front, and generates alone.
     """
 
     scale: float = 1.0
@@ -56,6 +56,8 @@ class ScaledEmbedding(nn.Module):
         scale: the number.
     """
 
+    embedding: nn.Embedding
+
     def __init__(self, embedding: nn.Module, scale: float) -> None:
         super().__init__()
         vars(self)["embedding"] = embedding
@@ -63,7 +65,7 @@ class ScaledEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return cast(Tensor, self.embedding.weight)
+        return self.embedding.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return cast(Tensor, self.embedding(input_ids)) * self.scale
@@ -119,11 +121,9 @@ def measure(base: PreTrainedModel) -> InputPath:
     path = InputPath()
     config, embedding = base.config.get_text_config(), base.get_input_embeddings()
     parameters = inspect.signature(base.forward).parameters
-    if PER_LAYER in parameters and getattr(config, "hidden_size_per_layer_input", None):
-        owner = next((module for module in base.modules() if hasattr(module, "get_per_layer_inputs")), None)
-        if owner is None:
-            raise PtmoeError(f"{type(base).__name__} takes {PER_LAYER} and offers no way to compute them")
-        path.per_layer = owner.get_per_layer_inputs
+    if getattr(config, "hidden_size_per_layer_input", None):
+        owners = (module for module in base.modules() if hasattr(module, "get_per_layer_inputs"))
+        path.per_layer = getattr(next(owners, None), "get_per_layer_inputs", None)
         path.placeholder = config.pad_token_id or 0
     with evaluating(base):
         ids = probe_ids(base)
@@ -144,6 +144,34 @@ def measure(base: PreTrainedModel) -> InputPath:
         elif bool((difference == difference[0, 0]).all()) and difference[0, 0]:
             path.first_position = int(difference[0, 0])
     return path
+
+
+@contextmanager
+def taking_embeddings(base: PreTrainedModel, per_layer: Tensor | None) -> Iterator[None]:
+    """Within it the base's `generate` takes `inputs_embeds`, in its first step with `per_layer` `(B, S, layers, D)`.
+
+    `transformers` refuses embeddings where the name is not in the signature of `prepare_inputs_for_generation`; many
+    that lack it hand them on all the same (Gemma 3 with vision, Bamba), as `ptmoe.models.checks` finds out.
+    """
+    own = base.prepare_inputs_for_generation
+    if per_layer is None and "inputs_embeds" in inspect.signature(own).parameters:
+        yield
+        return
+
+    # `generate` looks for this name of the rest: it then allows what the base's forward takes.
+    def prepare(input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+        if not kwargs.get("is_first_iteration"):
+            return cast(dict[str, Any], own(input_ids, **kwargs))
+        prepared: dict[str, Any] = own(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if per_layer is not None:  # as many copies of each row as there are beams
+            prepared[PER_LAYER] = per_layer.repeat_interleave(len(input_ids) // len(per_layer), 0)
+        return prepared
+
+    vars(base)["prepare_inputs_for_generation"] = prepare
+    try:
+        yield
+    finally:
+        del vars(base)["prepare_inputs_for_generation"]
 
 
 class _Arrived(Exception):  # noqa: N818
@@ -179,8 +207,8 @@ def _arriving(base: nn.Module, ids: Tensor, **inputs: Tensor) -> dict[str, Tenso
         pass
     except Exception as error:  # whatever a forward raises
         raise PtmoeError(
-            f"{type(base).__name__} does not run on {next(iter(inputs))} alone: {reason(error)}: give a causal language "
-            "model of text"
+            f"{type(base).__name__} cannot be used behind a prompt: it does not run on {next(iter(inputs))} alone "
+            f"({reason(error)})"
         ) from None
     finally:
         for hook in hooks:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Prompt, mean_input
 from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
@@ -49,9 +50,14 @@ class RoutingCallback(TrainerCallback):
         if not isinstance(encoder, RoutedEncoder):
             return
         encoder.has_callback = True
-        if state.global_step > 0:  # resumed: the checkpoint has all of it
-            return
         config = encoder.config
+        if state.global_step > 0:  # resumed: the checkpoint has all of it
+            if config.router_standardize and encoder.router.mean is None:
+                raise PtmoeError(
+                    f"the checkpoint of step {state.global_step} lacks the statistics of the router's inputs, so "
+                    "training cannot go on from it: start again, with another output_dir"
+                )
+            return
         by_gradient = config.router_init == "gradient" and config.num_experts > 1
         if config.router_standardize or by_gradient:
             # As many rows at once as in training: more might not fit in memory.
