@@ -259,7 +259,7 @@ class RoutedEncoder(PromptEncoder):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Any trainer's checkpoint is this: it has to hold what training has decided so far."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.hardness != 1.0 or isinstance(self.confidence, Tensor):
+        if self.config.routing_anneal and (self.hardness != 1.0 or isinstance(self.confidence, Tensor)):
             destination.update({f"{prefix}{name}": value for name, value in self._progress().items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
