@@ -22,15 +22,21 @@ spec = importlib.util.spec_from_file_location(
 )
 tabulate_bases = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tabulate_bases)
-tiny_of = tabulate_bases.tiny_model
+
+
+def tiny_of(kind):
+    base = tabulate_bases.tiny_model(kind)
+    base.generation_config.forced_eos_token_id = None  # of BART: the last token, whatever the logits
+    return base
+
 
 TYPES = [kind for kind in tabulate_bases.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind != "ptmoe"]
 README = {"llama", "qwen2", "mistral", "gemma", "gemma2", "gpt2", "gpt_neox", "opt", "phi"}
 # What keeps each from working as it is, and how it is carried: a multiplier, positions, inputs of layers, padding, a
 # `generate` without the name.
 CARRIED = {
-    *("falcon_h1", "blenderbot-small", "roberta", "xlm-roberta", "gemma3n_text", "gemma4_text", "gemma4"),
-    *("bart", "rwkv", "recurrent_gemma", "mamba", "bamba", "nemotron_h", "zamba2", "gemma3"),
+    *("falcon_h1", "mvp", "roberta", "xlm-roberta", "gemma3n_text", "gemma4_text", "gemma4"),
+    *("bart", "rwkv", "recurrent_gemma", "mamba", "bamba", "nemotron_h", "zamba2", "gemma3", "git"),
 }
 ROWS = [tokens(length, length) % 80 + 3 for length in (7, 3, 5)]
 LEFTS = [0, 4, 1]
@@ -41,23 +47,17 @@ def own_logits(base, row):
         return base(input_ids=row[None], use_cache=False).logits[0]
 
 
-def wrapped(kind):
-    """The wrapped base, or the words in which it is refused."""
-    try:
-        base = tiny_of(kind)
-    except Exception as error:
-        pytest.skip(f"cannot be built small: {error}"[:200])
-    return base, PromptedCausalLM(base)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_causal_class_agrees_with_its_base_or_is_refused(kind):
     try:
-        base, model = wrapped(kind)
-    except PtmoeError as error:
+        base = tiny_of(kind)
+    except Exception as error:
+        pytest.skip(f"cannot be built small: {error}"[:200])
+    try:
+        model = PromptedCausalLM(base)
+    except PtmoeError:
         assert kind not in README | CARRIED
-        assert type(tiny_of(kind)).__name__ in str(error)
         return
     ids, mask = batch(ROWS, LEFTS)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_a_prompt_starts_from_what_the_base_makes_of_its_embeddings():
     multiplier = base.config.embedding_multiplier
     prompt = ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4)).encoder.prompt.detach()
     rows = base.get_input_embeddings().weight.detach() * multiplier
-    assert float(torch.cdist(prompt, rows).min(1).values.max()) == pytest.approx(0, abs=1e-3)
+    assert bool((prompt[:, None] == rows).all(2).any(1).all())
 
 
 def test_positions_that_start_later_leave_fewer():
@@ -213,7 +213,7 @@ def test_a_difference_that_nothing_carries_is_named_with_its_size(monkeypatch):
         return out
 
     monkeypatch.setattr(type(base.model), "forward", by_token)
-    with pytest.raises(PtmoeError, match=r"LlamaForCausalLM cannot be .* its logits are off by \d+%"):
+    with pytest.raises(PtmoeError, match=r"LlamaForCausalLM cannot be .* its logits are off by [\d.]+%"):
         ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
     ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4), check=False)
 
@@ -238,7 +238,7 @@ def test_a_base_that_does_not_mask_padding_generates_rows_of_one_length_together
     out = model.generate(same, max_new_tokens=2, return_dict_in_generate=True, output_logits=True, pad_token_id=0)
     assert out.sequences.shape[0] == 3
     ids, mask = batch(ROWS, LEFTS)
-    with pytest.raises(PtmoeError, match="BartForCausalLM does not mask padding.*give it one row at a time"):
+    with pytest.raises(PtmoeError, match=r"BartForCausalLM does not mask padding.*give it one row at a time"):
         model.generate(ids, mask, max_new_tokens=2, return_dict_in_generate=True)
 
 

@@ -75,10 +75,9 @@ class Router(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Weights come with their coordinates, or are published."""
         if f"{prefix}weight" in state_dict:
+            # Copied below, because a file's tensors may be unaligned in memory, where sums over them round differently.
             for name in ("mean", "scale"):
-                value = state_dict.pop(f"{prefix}{name}", None)
-                # Copied, because a file's tensors may be unaligned in memory, where sums over them round differently.
-                setattr(self, name, None if value is None else value.to(self.weight, copy=True))
+                setattr(self, name, torch.empty_like(self.weight[0]) if f"{prefix}{name}" in state_dict else None)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def published(self) -> tuple[Tensor, ...]:

@@ -81,14 +81,16 @@ def _obstacle(model: GeneratingModel) -> str | None:
     ids = probe_ids(base, sum(LENGTHS))[0]
     rows = list(ids.split(LENGTHS))
     try:
-        own = [_own_logits(base, row) for row in rows]
+        *own, whole = (_own_logits(base, row) for row in (*rows, ids))
     except Exception as error:  # whatever a forward raises
         return f"it does not run on token ids alone ({reason(error)})"
-    if any(logits.dim() != 2 or len(logits) != length for logits, length in zip(own, LENGTHS, strict=True)):
+    if any(logits.dim() != 2 or len(logits) != len(row) for logits, row in zip(own, rows, strict=True)):
         return "it gives no logits for each token"
-    expected = [own[0], own[1], own[1]]
-    if any(logits.isnan().any() for logits in own):
+    if whole.isnan().any():
         return "its own logits are NaN"
+    if _off_by(base, own[0], whole[: LENGTHS[0]]):
+        return "it is not causal: logits change with later tokens (a BERT-like model needs is_decoder=True)"
+    expected = [own[0], own[1], own[1]]
     try:
         alone, behind, before = _off(model, rows, expected)
         if behind and not alone:
@@ -96,12 +98,14 @@ def _obstacle(model: GeneratingModel) -> str | None:
             alone, behind, before = _off(model, rows, expected)
     except Exception as error:  # whatever a forward raises
         return f"it does not run on embeddings ({reason(error)})"
-    if alone and _off_by(base, own[0], _own_logits(base, ids)[: LENGTHS[0]]):
-        return "it is not causal: logits change with later tokens (a BERT-like model needs is_decoder=True)"
     for place, off in (("", alone), (" behind padding", behind), (" before padding", before)):
         if off:
-            return f"from embeddings{place} its logits are off by {off:.0%} from those of the same token ids"
-    return _generation_obstacle(model, rows)
+            return f"from embeddings{place} its logits are off by {off:.1%} from those of the same token ids"
+    obstacle = _generation_obstacle(model, rows)
+    if obstacle is not None and model.path.left_padding:
+        model.path.left_padding = False
+        obstacle = _generation_obstacle(model, rows)
+    return obstacle
 
 
 def _off(model: GeneratingModel, rows: list[Tensor], expected: list[Tensor]) -> list[float]:
@@ -133,7 +137,7 @@ def _generation_obstacle(model: GeneratingModel, rows: list[Tensor]) -> str | No
         whole = torch.cat([row, made.sequences[index, LENGTHS[0] :]])
         wanted = _own_logits(model.base_model, whole)[len(row) - 1 :]
         if off := _off_by(model.base_model, wanted[: given.shape[1]], given[index]):
-            return f"generating from embeddings, its logits are off by {off:.0%} from those of the same token ids"
+            return f"generating from embeddings, its logits are off by {off:.1%} from those of the same token ids"
     return None
 
 
