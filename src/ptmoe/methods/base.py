@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -216,6 +216,10 @@ class PromptEncoder(nn.Module):
             raise NotImplementedError
         return Prompt(prompt.expand(len(input_embeds), -1, -1))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """A cast of the whole model to half precision (`model.to(torch.bfloat16)`, DeepSpeed) leaves it in float32."""
+        return cast(Self, super()._apply(in_full_precision(fn), recurse))
+
     def initialise(self, source: InitialEmbeddings) -> None:
         """Fill the tensors from the base's embeddings, with no randomness but that of `source`'s generator."""
         raise NotImplementedError
@@ -273,6 +277,17 @@ class PromptEncoder(nn.Module):
         self.load_state_dict(tensors)
 
 
+def in_full_precision(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `move` does to a tensor, but for a cast to a narrower floating point type."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        to = move(tensor)
+        narrower = tensor.is_floating_point() and to.dtype.itemsize < tensor.dtype.itemsize
+        return tensor.to(to.device) if narrower else to
+
+    return moved
+
+
 def mean_input(input_embeds: Tensor, input_mask: Tensor) -> Tensor:
     """The mean embedding `(B, H)`, float32, of each row's input tokens.
 
@@ -311,14 +326,14 @@ class InitialEmbeddings:
         read_prompt: the prompt `(T, H)` of a saved `pt` adapter, by its folder.
     """
 
-    embedding: nn.Embedding
+    embedding: nn.Module
     generator: torch.Generator
     tokenize: Callable[[str], list[int]] | None = None
     read_prompt: Callable[[str], Tensor] | None = None
 
     def rows(self, config: PromptConfig, count: int) -> Tensor:
         """`(count, H)` initial values in float32, as `config.init` says."""
-        vocabulary, hidden = self.embedding.weight.shape
+        vocabulary, hidden = cast(Tensor, self.embedding.weight).shape
         if config.init == "text":
             assert config.init_text is not None
             return self.text(config.init_text, count)
@@ -342,7 +357,7 @@ class InitialEmbeddings:
         return self.embed(torch.tensor((ids * -(-count // len(ids)))[:count]))
 
     def embed(self, ids: Tensor) -> Tensor:
-        embeds: Tensor = self.embedding(ids.to(self.embedding.weight.device))
+        embeds: Tensor = self.embedding(ids.to(cast(Tensor, self.embedding.weight).device))
         return embeds.detach().float().cpu()
 
     def normal(self, *shape: int) -> Tensor:

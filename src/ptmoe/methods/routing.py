@@ -10,7 +10,7 @@ A method with a router derives its config from `RoutedConfig` and its encoder fr
 """
 
 import warnings
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -24,6 +24,9 @@ from ptmoe.methods.base import PromptConfig, PromptEncoder, Routing, Size, fill_
 # differ, and two kinds of input end up with one expert; at 1/6 it has not decided in time (docs/findings.md).
 SPREAD = 1 / 3
 CONFIDENCE_PACE = 0.05  # of the running mean of the largest probability, per training step
+# What `state_dict()` holds while training lasts, beside the tensors of the published form.
+PROGRESS = ("hardness", "confidence")
+TRAINING_STATE = (*PROGRESS, "router.mean", "router.scale")
 
 
 class Router(nn.Module):
@@ -42,8 +45,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         # Unset outside training: a base may hold thousands of adapters that need neither.
-        self.register_buffer("mean", None, persistent=False)
-        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("mean", None)
+        self.register_buffer("scale", None)
         self.mean: Tensor | None
         self.scale: Tensor | None
 
@@ -68,6 +71,14 @@ class Router(nn.Module):
         for parameter, published in zip(self.parameters(), self.published(), strict=True):
             parameter.copy_(published)
         self.mean = self.scale = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Weights come with their coordinates, or are published."""
+        if f"{prefix}weight" in state_dict:
+            # Copied below, because a file's tensors may be unaligned in memory, where sums over them round differently.
+            for name in ("mean", "scale"):
+                setattr(self, name, torch.empty_like(self.weight[0]) if f"{prefix}{name}" in state_dict else None)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def published(self) -> tuple[Tensor, ...]:
         """`W (N, H)` and, if there is one, `b (N,)`, on the raw mean embedding."""
@@ -222,32 +233,37 @@ class RoutedEncoder(PromptEncoder):
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.state_dict() | dict(zip(("router.weight", "router.bias"), self.router.published(), strict=False))
+        state = {name: value for name, value in self.state_dict().items() if name not in TRAINING_STATE}
+        return state | dict(zip(("router.weight", "router.bias"), self.router.published(), strict=False))
 
     def finish_training(self) -> None:
         """From the coordinates and the soft gate of training to the published form."""
         self.router.fold()
-        self.hardness = 1.0
+        self.hardness, self.confidence = 1.0, 0.0
 
     def training_log(self) -> dict[str, float | list[float]]:
         return {**self.statistics.read(), "hardness": self.hardness}
 
     def training_state(self) -> dict[str, Tensor]:
-        mean, scale = self.router.mean, self.router.scale
-        return {
-            **{f"router.{name}": parameter for name, parameter in self.router.named_parameters()},
-            **({} if mean is None or scale is None else {"mean": mean, "scale": scale}),
-            "hardness": torch.tensor(self.hardness, dtype=torch.float64),
-            "confidence": torch.as_tensor(self.confidence),
-        }
+        state: dict[str, Tensor] = self.state_dict() | self._progress()
+        return {name: value for name, value in state.items() if name.startswith("router.") or name in PROGRESS}
 
-    @torch.no_grad()
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        for name, parameter in self.router.named_parameters():
-            parameter.copy_(state[f"router.{name}"])
-        if "mean" in state:
-            # Copied, because a file's tensors may be unaligned in memory, where sums over them round differently.
-            self.router.mean = state["mean"].to(self.router.weight, copy=True)
-            self.router.scale = state["scale"].to(self.router.weight, copy=True)
-        self.confidence = state["confidence"].clone()
-        self.hardness = float(state["hardness"])
+        self.load_state_dict(state, strict=False)
+
+    def _progress(self) -> dict[str, Tensor]:
+        hardness = torch.tensor(self.hardness, dtype=torch.float64)
+        return dict(zip(PROGRESS, (hardness, torch.as_tensor(self.confidence)), strict=True))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Any trainer's checkpoint is this: it has to hold what training has decided so far."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.config.routing_anneal and (self.hardness != 1.0 or isinstance(self.confidence, Tensor)):
+            destination.update({f"{prefix}{name}": value for name, value in self._progress().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if (hardness := state_dict.pop(f"{prefix}hardness", None)) is not None:
+            self.hardness = float(hardness)
+        if (confidence := state_dict.pop(f"{prefix}confidence", None)) is not None:
+            self.confidence = confidence.to(self.router.weight.device, copy=True)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)

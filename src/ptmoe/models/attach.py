@@ -30,6 +30,7 @@ def attach(
     adapter_name: str = "default",
     tokenizer: PreTrainedTokenizerBase | None = None,
     batches: Batches | None = None,
+    check: bool = True,
 ) -> PromptedCausalLM:
     """Freeze `base` and put a fresh adapter in front of it, or, with a weight-side method, into it.
 
@@ -42,17 +43,20 @@ def attach(
         tokenizer: the base's, for `init="text"`; by default loaded from where the base came from.
         batches: some of the training data, `input_ids`, `attention_mask` and `labels (B, L)`, for `eva` and `corda`,
             which start from the activations that it gives.
+        check: try out first whether the base gives the same logits from embeddings as from token ids
+            (`ptmoe.models.checks`).
 
     Raises:
-        PtmoeError: a size that does not fit the base, a base without the modules that the method changes, a text
-            without tokens, or a method that needs `batches` and has none.
+        PtmoeError: a base that is no causal language model or does not work from embeddings, a size that does not fit
+            it, a base without the modules that the method changes, a text without tokens, or a method that needs
+            `batches` and has none.
     """
     if config.needs_batches and batches is None:
         raise PtmoeError(
             f"{config.method} starts from the activations of training data: train it with `ptmoe train --method "
             f"{config.method}`, or pass attach(…, batches=…)"
         )
-    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
+    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base, check=check)
 
     def tokenize(text: str) -> list[int]:
         nonlocal tokenizer
@@ -66,7 +70,7 @@ def attach(
         with seeded(seed):
             encoder = config.encoder_for(base, batches)
             generator = torch.Generator().manual_seed(seed)
-            encoder.initialise(InitialEmbeddings(base.get_input_embeddings(), generator, tokenize, read_prompt))
+            encoder.initialise(InitialEmbeddings(model.adapters.embedding, generator, tokenize, read_prompt))
         return encoder
 
     model.add_adapter(adapter_name, config, make)
@@ -116,7 +120,12 @@ def count_parameters(base_config: Any, config: MethodConfig) -> int:
 
 
 def load_adapter(
-    base: PreTrainedModel | PromptedCausalLM, path: str | Path, *, name: str = "default", revision: str | None = None
+    base: PreTrainedModel | PromptedCausalLM,
+    path: str | Path,
+    *,
+    name: str = "default",
+    revision: str | None = None,
+    check: bool = True,
 ) -> PromptedCausalLM:
     """Put a saved adapter in front of its base, or, of a weight-side method, into it.
 
@@ -126,12 +135,13 @@ def load_adapter(
         path: an adapter folder, a run folder that holds one, or the name of a Hub repository.
         name: the adapter's name on the model, for `set_adapter` and `adapter_names`.
         revision: of the Hub repository.
+        check: as in `attach`.
 
     Raises:
-        PtmoeError: a folder that is not a whole adapter, or one of another base.
+        PtmoeError: a folder that is not a whole adapter, or one of another base; a base as in `attach`.
     """
     saved = read_adapter(local_folder(path, revision))
-    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base)
+    model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base, check=check)
     inner = model.base_model
     saved.base.check(inner.get_input_embeddings().weight, saved.folder, inner.name_or_path)
 
@@ -173,6 +183,7 @@ def load_run(
     dtype: str = "auto",
     quantization: str | None = None,
     device: str | torch.device | None = None,
+    check: bool = True,
     **options: Any,
 ) -> LoadedRun:
     """An adapter and the base it names, from a run folder, an adapter folder or a Hub repository.
@@ -184,6 +195,7 @@ def load_run(
         dtype: of the base, as in `load_base`.
         quantization: of the base, as in `load_base`.
         device: as in `place`; by default the accelerator, where there is one.
+        check: as in `attach`.
         **options: go to the base's `from_pretrained`, as in `load_base`.
 
     Raises:
@@ -200,4 +212,4 @@ def load_run(
     )
     config = Path(path) / "config.yaml"
     chat = read_yaml(config).get("chat") if config.is_file() else None
-    return LoadedRun(load_adapter(base, path).eval(), tokenizer, chat)
+    return LoadedRun(load_adapter(base, path, check=check).eval(), tokenizer, chat)

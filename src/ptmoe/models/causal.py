@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from ptmoe.errors import PtmoeError
@@ -16,8 +16,10 @@ from ptmoe.fast.loss import IGNORED, TokenStatistics, cross_entropy, supervised_
 from ptmoe.fast.paths import FastPaths
 from ptmoe.methods.base import Routing
 from ptmoe.models.adapter_set import Prompts, check_shapes
-from ptmoe.models.generation import GeneratingModel, stepping_obstacle
-from ptmoe.models.splice import Spliced
+from ptmoe.models.checks import check_base, check_decoder
+from ptmoe.models.generation import GeneratingModel
+from ptmoe.models.greedy import stepping_obstacle
+from ptmoe.models.splice import Spliced, align
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +33,8 @@ class PromptedOutput(ModelOutput):
         loss: mean cross-entropy over the supervised tokens.
         logits: `(B, L, V)`, aligned with `input_ids`: `logits[b, j]` scores what follows token `j`. None where they
             were skipped.
-        hidden_states: of the base, virtual positions included, if asked for.
+        hidden_states: of the base, virtual positions included, if asked for; where the base does not mask padding, each
+            row's real positions come first.
         attentions: likewise.
         routing: the gate and probabilities `(B, N)`, for methods that route and rows of one adapter.
     """
@@ -68,14 +71,13 @@ class PromptedCausalLM(GeneratingModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
 
-    def __init__(self, base: PreTrainedModel) -> None:
-        if "inputs_embeds" not in inspect.signature(base.forward).parameters or base.config.is_encoder_decoder:
-            raise PtmoeError(
-                f"{type(base).__name__} is not a decoder that takes inputs_embeds: give a causal language model"
-            )
+    def __init__(self, base: PreTrainedModel, *, check: bool = True) -> None:
+        check_decoder(base)
         super().__init__(base)
         self.packing: bool | None = None
         self._fast = FastPaths(base)
+        if check:
+            check_base(self)
 
     def forward(
         self,
@@ -128,10 +130,22 @@ class PromptedCausalLM(GeneratingModel):
                 "a trainer keeps the labels (label smoothing, a loss function of its own, trl), use SFTTrainer from "
                 "ptmoe.train.trl"
             )
+        if self.training and labels is None and prompts.auxiliary_loss is not None and torch.is_grad_enabled():
+            raise PtmoeError(
+                f"training without labels leaves out the loss that {self.method_config.method} adds to its own: pass "
+                "labels; where a trainer keeps them (label_smoothing_factor, a loss function of its own), leave it out"
+            )
         result = PromptedOutput()
         result.routing = prompts.routing
-        inputs, virtual = self.base_inputs(spliced, prompts), prompts.embeds.shape[1]
         supervised = None if labels is None else _supervised(spliced, prompts, labels, attention_mask)
+        place = None
+        if not self.path.left_padding:
+            order = align(spliced.attention_mask, "left")
+            spliced, place = spliced.reordered(order), order.argsort(1)
+            if supervised is not None:
+                rows, before, targets = supervised
+                supervised = rows, place[rows, before], targets
+        inputs, virtual = self.base_inputs(spliced, prompts), prompts.embeds.shape[1]
         with self.lock:
             if supervised is not None and (self.training if skip_logits is None else skip_logits):
                 packed = self._packs(spliced, prompts, options)
@@ -140,7 +154,10 @@ class PromptedCausalLM(GeneratingModel):
                 )
             else:
                 out = self.base_model(**inputs, **options)
-                logits = out.logits[:, virtual:]
+                logits = out.logits
+                if place is not None:
+                    logits = logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))
+                logits = logits[:, virtual:]
                 result.logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
         if supervised is not None:
             rows, before, targets = supervised
@@ -167,7 +184,7 @@ class PromptedCausalLM(GeneratingModel):
             obstacles["packing"] = "not asked for (packing=False)"
         elif obstacles["packing"] is None:
             obstacles["packing"] = self._packing_obstacle()
-        return obstacles | {"stepwise_decoding": stepping_obstacle(self.base_model)}
+        return obstacles | {"stepwise_decoding": stepping_obstacle(self.base_model, self.path)}
 
     def can_pack(self) -> bool:
         """Whether the loss is computed without padding; the first call tries it out on the base.
@@ -184,10 +201,13 @@ class PromptedCausalLM(GeneratingModel):
                 f"rows cannot be packed with {type(self.base_model).__name__}: {reason}; leave packing out"
             )
         if reason is None and (reason := self._packing_obstacle()) is not None and self.packing:
-            raise PtmoeError(f"{self.method_config.method} cannot be packed: {reason}; leave packing out")
+            what = self.method_config.method if self.active_adapter else type(self.base_model).__name__
+            raise PtmoeError(f"{what} cannot be packed: {reason}; leave packing out")
         return reason is None
 
     def _packing_obstacle(self) -> str | None:
+        if self.path.per_layer is not None:
+            return "the base takes inputs for each layer beside the embeddings"
         fills_cache = self.uses_adapter and self.method_config.fills_cache
         return "its prompt is in the cache of all rows" if fills_cache else None
 
@@ -198,6 +218,10 @@ class PromptedCausalLM(GeneratingModel):
         if self.packing is None and bool(spliced.attention_mask.all()):
             return False
         return self.can_pack() and prompts.cache is None
+
+
+# `transformers.Trainer` shifts the labels of label smoothing for the classes named here alone, and `pipeline` asks.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["ptmoe"] = PromptedCausalLM.__name__
 
 
 def readable_tokens(attention_mask: Tensor, labels: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ptmoe.fast.linear import use_onednn
 from ptmoe.models.causal import PromptedCausalLM
-from ptmoe.models.generation import GREEDY, stepping_obstacle
+from ptmoe.models.greedy import GREEDY, stepping_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ class Decoder:
         self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if "logits_to_keep" in parameters:
             self.options["logits_to_keep"] = 1
-        obstacle = stepping_obstacle(self.base)
+        obstacle = stepping_obstacle(self.base, model.path)
         self.steps = obstacle is None
         if obstacle is not None:
             warnings.warn(
@@ -64,7 +64,7 @@ class Decoder:
                 self.shapes = self.prefix = self._read(prompts)
             else:
                 token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-                self.shapes = self._read(model.get_input_embeddings()(token))
+                self.shapes = self._read(model.adapters.embedding(token))
 
     @torch.no_grad()
     def __call__(
@@ -154,7 +154,7 @@ class Decoder:
             chosen = torch.tensor(experts, device=ids.device)
             before = [(keys[chosen], values[chosen]) for keys, values in self.prefix]
             inputs = {
-                "inputs_embeds": self.model.get_input_embeddings()(ids),
+                "inputs_embeds": self.model.adapters.embedding(ids),
                 "attention_mask": torch.cat([mask.new_ones(len(mask), virtual), mask], 1),
                 "position_ids": virtual + (mask.cumsum(1) - 1).clamp(min=0),
             }
@@ -186,6 +186,8 @@ class Decoder:
     def _generate(
         self, prompts: Sequence[list[int]], new: int, ended: Callable[[list[int]], bool], margin: float
     ) -> list[list[int]]:
+        if len(prompts) > 1 and not self.model.path.left_padding:
+            return [self._generate([prompt], new, ended, 0.0)[0] for prompt in prompts]
         ids, mask = padded(prompts, self.model.device)
         watch = _Watch(ids, ended, margin)
         made = self.model.generate(

@@ -1,4 +1,4 @@
-"""Generation behind a prompt: what the base takes, `generate`, and whether greedy decoding can go without it."""
+"""Generation behind a prompt: what the base takes, and `generate`."""
 
 from __future__ import annotations
 
@@ -8,34 +8,19 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
-from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from ptmoe.errors import PtmoeError
 from ptmoe.models.adapter_set import Prompts
-from ptmoe.models.splice import Spliced, align_right
+from ptmoe.models.input_path import PER_LAYER, taking_embeddings
+from ptmoe.models.splice import Spliced, align, splice
 from ptmoe.models.wrapper import ModelWrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_NEW_TOKENS = 20  # of transformers, where neither the caller nor the base sets a length
-# Greedy whatever the base's own generation config asks for: some ship a repetition penalty.
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "renormalize_logits": False,
-}
-# Other fields of a base's generation config that change no greedy token; the caller decides where a row ends.
-HARMLESS = {
-    *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),  # of sampling
-    *("max_length", "max_new_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
-    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-    *("use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
-}
 
 
 class GeneratingModel(ModelWrapper):
@@ -59,12 +44,19 @@ class GeneratingModel(ModelWrapper):
         """
         spliced, prompts = self.adapters.compose(input_ids, attention_mask, input_mask, adapter_names)
         self.check_length(spliced, prompts)
+        if self.path.per_layer is not None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            virtual = input_ids.new_full((len(input_ids), prompts.embeds.shape[1], 1), self.path.placeholder)
+            spliced.token_ids = splice(virtual, prompts.lengths, input_ids[..., None], mask).embeds[..., 0]
         return spliced, prompts
 
     def base_inputs(self, spliced: Spliced, prompts: Prompts, expand: int = 1) -> dict[str, Any]:
         """The arguments of the base's `forward`; a prompt in the key-value cache is repeated `expand` times per row."""
         inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.attention_mask}
-        positions = spliced.position_ids
+        positions = spliced.position_ids + self.path.first_position
+        if self.path.per_layer is not None and spliced.token_ids is not None:
+            with torch.no_grad():
+                inputs[PER_LAYER] = self.path.per_layer(spliced.token_ids)
         if prompts.cache is not None:
             virtual = prompts.cached_length
             before = spliced.attention_mask.new_ones(len(positions), virtual)
@@ -86,7 +78,8 @@ class GeneratingModel(ModelWrapper):
     @property
     def max_positions(self) -> int | None:
         """How many positions the base has; None where it sets no limit."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limit: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit - self.path.first_position if limit and limit > 0 else None
 
     def check_length(self, spliced: Spliced, prompts: Prompts, new: int = 0) -> None:
         """Learned positions would end in an index error deep in the base, rotary ones in silent nonsense.
@@ -127,6 +120,9 @@ class GeneratingModel(ModelWrapper):
             adapter_names: an adapter for each row; by default the active one.
             **options: `max_new_tokens`, `num_beams`, `do_sample`, `streamer`, `stopping_criteria`, … Lengths
                 (`max_length`, `min_length`) count `input_ids` and new tokens, not virtual ones.
+
+        Raises:
+            PtmoeError: no input, one too long for the base's positions, or an option that cannot hold the prompt.
         """
         input_ids = inputs if input_ids is None else input_ids
         if input_ids is None:
@@ -134,13 +130,14 @@ class GeneratingModel(ModelWrapper):
         for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
             if any(source.get(name) is not None for source in self._generation_settings(options)):
                 raise PtmoeError(f"{name} re-reads the input without its prompt: leave it out")
+        for name in ("position_ids", "inputs_embeds", "past_key_values", PER_LAYER):
+            if options.pop(name, None) is not None:
+                raise PtmoeError(
+                    f"generate takes no {name}: the prompt shifts the positions and is spliced in here, and positions "
+                    "count each row's real tokens; leave it out, and mark padding in attention_mask"
+                )
         spliced, prompts = self.compose(input_ids, attention_mask, input_mask, adapter_names)
-        order = align_right(spliced.attention_mask)
-        spliced = Spliced(
-            spliced.embeds.gather(1, order[..., None].expand_as(spliced.embeds)),
-            spliced.attention_mask.gather(1, order),
-            spliced.position_ids.gather(1, order),
-        )
+        spliced = spliced.reordered(align(spliced.attention_mask, "right"))
         limit = self.max_positions
         virtual = prompts.cached_length
         room = None if limit is None else limit - virtual - int(spliced.attention_mask.sum(1).max())
@@ -151,10 +148,30 @@ class GeneratingModel(ModelWrapper):
             padding = spliced.embeds.new_zeros(len(spliced.embeds), virtual, spliced.embeds.shape[2])
             base_inputs["inputs_embeds"] = torch.cat([padding, spliced.embeds], 1)
             if self.takes_positions:
-                first = torch.arange(virtual, device=padding.device).expand(len(padding), -1)
+                first = torch.arange(virtual, device=padding.device).expand(len(padding), -1) + self.path.first_position
                 base_inputs["position_ids"] = torch.cat([first, base_inputs["position_ids"]], 1)
-        with self.lock:
-            return self.base_model.generate(input_ids, **base_inputs, **options)
+        if options.setdefault("use_cache", True) is False:  # also where the base's own config leaves it out
+            raise PtmoeError("use_cache=False reads the input again at each token, without its prompt: leave it out")
+        rows = [slice(None)]
+        if not self.path.left_padding and not bool(spliced.attention_mask.all()):
+            rows = [slice(row, row + 1) for row in range(len(input_ids))]
+            if virtual or self._setting(options, "return_dict_in_generate", False):
+                raise PtmoeError(
+                    f"{type(self.base_model).__name__} does not mask padding, so rows of different lengths are "
+                    "generated one after another, as token ids alone: give it one row at a time"
+                )
+        per_layer, made = base_inputs.pop(PER_LAYER, None), []
+        for row in rows:
+            given = base_inputs
+            if len(rows) > 1:
+                real = spliced.attention_mask[row][0].bool()
+                given = {name: value[row, real] for name, value in base_inputs.items()}
+            with self.lock, taking_embeddings(self.base_model, per_layer):
+                made.append(self.base_model.generate(input_ids[row], **given, **options))
+        if len(made) == 1:
+            return made[0]
+        pad, longest = self._setting(options, "pad_token_id", 0), max(part.shape[1] for part in made)
+        return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in made])
 
     def decoder_inputs(
         self, input_ids: Tensor, attention_mask: Tensor, new: int, input_mask: Tensor | None = None
@@ -187,19 +204,21 @@ class GeneratingModel(ModelWrapper):
         given = options.get("generation_config")
         return [options, *([] if given is None else [vars(given)]), vars(self.base_model.generation_config)]
 
+    def _setting(self, options: dict[str, Any], name: str, default: Any) -> Any:
+        found = (one[name] for one in self._generation_settings(options) if one.get(name) is not None)
+        return next(found, default)
+
     def _copies(self, options: dict[str, Any]) -> int:
         """How many sequences `generate` makes of a row.
 
         Raises:
             PtmoeError: a setting that leaves out the cache that the prompt stands in.
         """
-        settings = self._generation_settings(options)
-        if next((one["use_cache"] for one in settings if one.get("use_cache") is not None), True) is False:
+        if not self._setting(options, "use_cache", True):
             raise PtmoeError("use_cache=False leaves out the cache that the prompt stands in: leave it out")
-        if any(one.get("cache_implementation") is not None for one in settings):
+        if self._setting(options, "cache_implementation", None) is not None:
             raise PtmoeError("cache_implementation makes another cache than the prompt stands in: leave it out")
-        counts = ("num_beams", "num_return_sequences")
-        return max(next((one[name] for one in settings if one.get(name) is not None), 1) for name in counts)
+        return max(int(self._setting(options, name, 1)) for name in ("num_beams", "num_return_sequences"))
 
     def _with_new_tokens(self, options: dict[str, Any], length: int, room: int | None) -> tuple[dict[str, Any], int]:
         """The options with their lengths as numbers of new tokens, and the highest number of them.
@@ -235,19 +254,3 @@ def _new_tokens(bound: str, sources: list[dict[str, Any]], length: int) -> int |
         if source.get(f"{bound}_length") is not None:
             return cast(int, source[f"{bound}_length"]) - length
     return None
-
-
-def stepping_obstacle(base: PreTrainedModel) -> str | None:
-    """Why greedy decoding of this base is left to `transformers`' `generate`; None where `Decoder` steps it itself."""
-    own = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-    replaced = [name for name in own if getattr(type(base), name) is not getattr(GenerationMixin, name)]
-    if replaced or base.is_remote_code():
-        return f"it has its own {', '.join(replaced) or 'code'}"
-    other = {type(layer).__name__ for layer in DynamicCache(config=base.config).layers} - {
-        DynamicLayer.__name__,
-        DynamicSlidingWindowLayer.__name__,
-    }
-    if other or not base._supports_default_dynamic_cache():
-        return f"its cache holds more than keys and values ({', '.join(sorted(other)) or 'a cache of its own'})"
-    asked = base.generation_config.to_diff_dict().keys() - GREEDY.keys() - HARMLESS
-    return f"its generation config sets {', '.join(sorted(asked))}" if asked else None

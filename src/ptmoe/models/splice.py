@@ -8,6 +8,8 @@ so left-padded, right-padded and unpadded rows share one rule: token `x_j` of th
 `T + j`, and what predicts it is always at `T + j - 1`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +24,22 @@ class Spliced:
         embeds: `(B, T + L, H)`.
         attention_mask: `(B, T + L)`, 1 at virtual and real tokens.
         position_ids: `(B, T + L)`, counting virtual and real tokens only; 0 at padding.
+        token_ids: `(B, T + L)`, a placeholder at virtual tokens; None where the base does not need them.
     """
 
     embeds: Tensor
     attention_mask: Tensor
     position_ids: Tensor
+    token_ids: Tensor | None = None
+
+    def reordered(self, order: Tensor) -> Spliced:
+        """Each row's positions in this order, `(B, T + L)`."""
+        return Spliced(
+            self.embeds.gather(1, order[..., None].expand_as(self.embeds)),
+            self.attention_mask.gather(1, order),
+            self.position_ids.gather(1, order),
+            None if self.token_ids is None else self.token_ids.gather(1, order),
+        )
 
 
 def splice(prompt: Tensor, lengths: Tensor | None, embeds: Tensor, attention_mask: Tensor) -> Spliced:
@@ -57,7 +70,8 @@ def splice(prompt: Tensor, lengths: Tensor | None, embeds: Tensor, attention_mas
     return Spliced(joined, mask.to(attention_mask.dtype), positions.masked_fill(~mask, 0))
 
 
-def align_right(mask: Tensor) -> Tensor:
-    """Per-row order `(B, S)` that moves masked-out positions to the front and keeps the rest: generation needs every
-    row to end at the last position, whichever side was padded."""
-    return mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
+def align(mask: Tensor, side: str) -> Tensor:
+    """Per-row order `(B, S)` that moves masked-out positions to the other end and keeps the rest: to the `"right"` for
+    generation, which needs every row to end at the last position, whichever side was padded."""
+    moved = mask.bool() if side == "right" else ~mask.bool()
+    return moved.to(torch.uint8).argsort(dim=1, stable=True)

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ptmoe.adapters.folder import save_adapter
 from ptmoe.adapters.identity import BaseIdentity, fingerprint
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.lock import base_lock
-from ptmoe.methods.base import MethodConfig, PromptEncoder, Routing
+from ptmoe.methods.base import MethodConfig, PromptEncoder, Routing, in_full_precision
 from ptmoe.models.adapter_set import AdapterSet
+from ptmoe.models.input_path import InputPath, ScaledEmbedding, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,9 +33,12 @@ class ModelWrapper(nn.Module):
         base_model: the frozen model; with a weight-side adapter, that adapter's parts are in it.
         adapters: the `AdapterSet`.
         encoders: its encoders, by name.
+        path: how the base takes what stands in for token ids.
     """
 
+    input_modalities = output_modalities = ("text",)  # `pipeline` asks for them
     base_model: PreTrainedModel
+    path: InputPath
     adapters: AdapterSet
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -41,9 +46,18 @@ class ModelWrapper(nn.Module):
         changed_by = vars(base).get(CHANGED_BY)
         if changed_by is not None:
             raise PtmoeError(f"this base holds a {changed_by} adapter, which changes its layers: load the base again")
+        embedding = base.get_input_embeddings()
+        if embedding.weight.device.type == "meta":
+            raise PtmoeError(
+                f"the input embedding of this {type(base).__name__} is offloaded, and prompts are made from it: load "
+                "the base with a device_map that keeps it in memory"
+            )
+        self.path = measure(base)
         base.requires_grad_(False)
         self.base_model = base
-        vars(self)["adapters"] = AdapterSet(base.get_input_embeddings())
+        if self.path.scale != 1.0:
+            embedding = ScaledEmbedding(embedding, self.path.scale)
+        vars(self)["adapters"] = AdapterSet(embedding)
         self.encoders = self.adapters.encoders  # named as in `state_dict()`
         # As it is before any training: full fine-tuning changes the embedding.
         self._fingerprint = fingerprint(base.get_input_embeddings().weight)
@@ -137,7 +151,7 @@ class ModelWrapper(nn.Module):
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing | None:
         """How the active adapter routes these inputs `(B, L)`; None for a method that does not route."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.adapters.encode(self.get_input_embeddings()(input_ids), mask.bool()).routing
+        return self.adapters.encode(self.adapters.embedding(input_ids), mask.bool()).routing
 
     # -- a transformers model ----------------------------------------------------------------------------------------
 
@@ -199,6 +213,14 @@ class ModelWrapper(nn.Module):
             )
         return super().__getattr__(name)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Of a cast to half precision, adapters stay in float32, also those whose parts are in the base."""
+        adapters = [cast(PromptEncoder, encoder) for encoder in self.encoders.values()]
+        owned = (parameter for one in adapters if not one.config.trains_base for parameter in one.parameters())
+        kept = {id(tensor) for parameter in owned for tensor in (parameter, parameter.grad)} - {id(None)}
+        whole = in_full_precision(fn)
+        return cast(Self, super()._apply(lambda one: whole(one) if id(one) in kept else fn(one), recurse))
+
     def activation_checkpointing_enable(self, **options: Any) -> None:
         self.base_model.activation_checkpointing_enable(**options)
 
@@ -209,8 +231,7 @@ class ModelWrapper(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         self.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.activation_checkpointing_disable()
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         excluded = {id(p) for p in self.get_input_embeddings().parameters()} if exclude_embeddings else set()
@@ -219,7 +240,6 @@ class ModelWrapper(nn.Module):
         )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable and all parameters."""
         return self.num_parameters(only_trainable=True), self.num_parameters()
 
     def print_trainable_parameters(self) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Prompt, mean_input
 from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
@@ -61,9 +62,14 @@ class RoutingCallback(TrainerCallback):
         if not isinstance(encoder, RoutedEncoder):
             return
         encoder.has_callback = True
-        if state.global_step > 0:  # resumed: the checkpoint has all of it
-            return
         config = encoder.config
+        if state.global_step > 0:  # resumed: the checkpoint has all of it
+            if config.router_standardize and encoder.router.mean is None:
+                raise PtmoeError(
+                    f"the checkpoint of step {state.global_step} lacks the statistics of the router's inputs, so "
+                    "training cannot go on from it: start again, with another output_dir"
+                )
+            return
         by_gradient = config.router_init == "gradient" and config.num_experts > 1
         # As many rows at once as in training: more might not fit in memory.
         size, loader = args.per_device_train_batch_size, train_dataloader
@@ -148,7 +154,7 @@ def mean_inputs(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
     mask = batch.get("input_mask")
     if mask is None:
         mask = readable_tokens(batch["attention_mask"], batch["labels"])
-    return mean_input(model.get_input_embeddings()(batch["input_ids"]), mask.bool())
+    return mean_input(model.adapters.embedding(batch["input_ids"]), mask.bool())
 
 
 def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:

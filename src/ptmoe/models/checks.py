@@ -1,0 +1,164 @@
+"""One check when a base is wrapped: does it give from embeddings what it gives from token ids?
+
+Two short rows go through the base's own path, and through ours without an adapter: alone, behind padding, before
+padding, and two tokens of generation from embeddings. What `InputPath` can add to our path it adds; a base whose logits
+differ all the same is refused before anything is trained on it. Checked once in a process for each architecture and
+configuration, in half a dozen passes over a few tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ptmoe.errors import PtmoeError
+from ptmoe.methods.base import quantization_of
+from ptmoe.models.generation import GeneratingModel
+from ptmoe.models.greedy import GREEDY
+from ptmoe.models.input_path import evaluating, probe_ids, reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LENGTHS = (5, 3)
+NEW = 2  # tokens: one from embeddings, one from the cache
+TOLERANCE, HALF, OF_8_BITS = 1e-3, 0.05, 0.15  # relative, of float32 and float64, of other dtypes, of LLM.int8()
+
+_checked: dict[str, tuple[bool, str | None]] = {}  # `InputPath.left_padding`, and why the base is refused
+
+
+def check_decoder(base: PreTrainedModel) -> None:
+    """
+    Raises:
+        PtmoeError: a class that is no causal language model, or takes no embeddings.
+    """
+    name = type(base).__name__
+    if base.config.is_encoder_decoder:
+        raise PtmoeError(f"{name} is not a decoder that takes inputs_embeds: give a causal language model")
+    if not base.can_generate() or base.get_output_embeddings() is None:
+        raise PtmoeError(
+            f"{name} is not a decoder that predicts the next token: give a causal language model, loaded by "
+            "AutoModelForCausalLM"
+        )
+    if not isinstance(getattr(base.get_input_embeddings(), "weight", None), Tensor):
+        raise PtmoeError(f"{name} is not a decoder of text: its input embedding is not one matrix")
+    if "inputs_embeds" not in inspect.signature(base.forward).parameters:
+        raise PtmoeError(f"{name} is not a decoder that takes inputs_embeds: give a causal language model that does")
+
+
+def check_base(model: GeneratingModel) -> None:
+    """Check a model that holds no adapter yet, and set `path.left_padding`.
+
+    Raises:
+        PtmoeError: its base gives other logits from embeddings than from token ids, or does not generate from them.
+    """
+    base = model.base_model
+    if any(parameter.device.type == "meta" for parameter in base.parameters()):
+        warnings.warn(
+            f"parts of this {type(base).__name__} are offloaded, so whether it works from embeddings was not tried "
+            "out: attach to a small model of its kind to find out",
+            stacklevel=4,
+        )
+        return
+    about = (type(base), base.dtype, model.device.type, quantization_of(base), base.config._attn_implementation)
+    key = repr((*about, base.config.to_dict()))
+    if key not in _checked:
+        with model.lock, evaluating(base):
+            obstacle = _obstacle(model)
+        _checked[key] = model.path.left_padding, obstacle
+    model.path.left_padding, obstacle = _checked[key]
+    if obstacle is not None:
+        raise PtmoeError(f"{type(base).__name__} cannot be used behind a prompt: {obstacle}")
+
+
+def _obstacle(model: GeneratingModel) -> str | None:
+    """Why the base cannot be used; None where it can."""
+    base = model.base_model
+    ids = probe_ids(base, sum(LENGTHS))[0]
+    rows = list(ids.split(LENGTHS))
+    try:
+        *own, whole = (_own_logits(base, row) for row in (*rows, ids))
+    except Exception as error:  # whatever a forward raises
+        return f"it does not run on token ids alone ({reason(error)})"
+    if any(logits.dim() != 2 or len(logits) != len(row) for logits, row in zip(own, rows, strict=True)):
+        return "it gives no logits for each token"
+    if whole.isnan().any():
+        return "its own logits are NaN"
+    if _off_by(base, own[0], whole[: LENGTHS[0]]):
+        return "it is not causal: logits change with later tokens (a BERT-like model needs is_decoder=True)"
+    expected = [own[0], own[1], own[1]]
+    try:
+        alone, behind, before = _off(model, rows, expected)
+        if behind and not alone:
+            model.path.left_padding = False
+            alone, behind, before = _off(model, rows, expected)
+    except Exception as error:  # whatever a forward raises
+        return f"it does not run on embeddings ({reason(error)})"
+    for place, off in (("", alone), (" behind padding", behind), (" before padding", before)):
+        if off:
+            return f"from embeddings{place} its logits are off by {off:.1%} from those of the same token ids"
+    obstacle = _generation_obstacle(model, rows)
+    if obstacle is not None and model.path.left_padding:
+        model.path.left_padding = False
+        obstacle = _generation_obstacle(model, rows)
+    return obstacle
+
+
+def _off(model: GeneratingModel, rows: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """How far our logits are off, alone, behind and before padding."""
+    longest, padding = rows[0], rows[0][: LENGTHS[0] - LENGTHS[1]]
+    ids = torch.stack([longest, torch.cat([padding, rows[1]]), torch.cat([rows[1], padding])])
+    mask = torch.ones_like(ids)
+    mask[1, : len(padding)] = mask[2, len(rows[1]) :] = 0
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return [
+        _off_by(model.base_model, wanted, given[real])
+        for wanted, given, real in zip(expected, logits, mask.bool(), strict=True)
+    ]
+
+
+def _generation_obstacle(model: GeneratingModel, rows: list[Tensor]) -> str | None:
+    batch = rows if model.path.left_padding else rows[:1]
+    padded = [torch.cat([rows[0][: LENGTHS[0] - len(row)], row]) for row in batch]
+    mask = torch.stack([torch.arange(LENGTHS[0], device=row.device) >= LENGTHS[0] - len(row) for row in batch]).long()
+    asked: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True, "disable_compile": True}
+    try:
+        made = model.generate(
+            torch.stack(padded), mask, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, **asked, **GREEDY
+        )
+    except Exception as error:  # whatever `generate` raises
+        return f"it does not generate from embeddings ({reason(error)})"
+    given = torch.stack(made.logits, 1)  # (B, NEW, V)
+    for index, row in enumerate(batch):
+        whole = torch.cat([row, made.sequences[index, LENGTHS[0] :]])
+        wanted = _own_logits(model.base_model, whole)[len(row) - 1 :]
+        if off := _off_by(model.base_model, wanted[: given.shape[1]], given[index]):
+            return f"generating from embeddings, its logits are off by {off:.1%} from those of the same token ids"
+    return None
+
+
+def _own_logits(base: PreTrainedModel, row: Tensor) -> Tensor:
+    """`(L, V)`, of the token ids `(L,)` without a cache."""
+    ids = row[None]
+    logits: Tensor = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    return logits
+
+
+def _off_by(base: PreTrainedModel, expected: Tensor, given: Tensor) -> float:
+    """How far logits `(S, V)` are off, relative to how much they differ between tokens; 0 within the tolerance.
+
+    In half precision a mixture of experts may send a single token elsewhere, so there the median of the tokens counts.
+    """
+    wanted, found = expected.float(), given.float()
+    masked = wanted.abs() > 1e30  # tokens that the base never predicts
+    wanted, found = wanted.masked_fill(masked, 0), found.masked_fill(masked, 0)
+    wanted, found = wanted - wanted.mean(1, keepdim=True), found - found.mean(1, keepdim=True)
+    relative = (found - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-6)
+    exact = base.dtype in (torch.float32, torch.float64) and quantization_of(base) is None
+    error = float(relative.max() if exact else relative.median())
+    tolerance = TOLERANCE if exact else OF_8_BITS if quantization_of(base) == "8bit" else HALF
+    return 0.0 if error <= tolerance else error or 1.0

@@ -1,0 +1,48 @@
+"""Greedy decoding: what `generate` is told for it, and which bases can do without `generate`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationMixin
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ptmoe.models.input_path import InputPath
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Greedy whatever the base's own generation config asks for: some ship a repetition penalty.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "renormalize_logits": False,
+}
+# Other fields of a base's generation config that change no greedy token; the caller decides where a row ends.
+HARMLESS = {
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),  # of sampling
+    *("max_length", "max_new_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
+}
+
+
+def stepping_obstacle(base: PreTrainedModel, path: InputPath | None = None) -> str | None:
+    """Why greedy decoding of this base is left to `transformers`' `generate`; None where `Decoder` steps it itself."""
+    path = path or InputPath()
+    if path.per_layer is not None or path.first_position or not path.left_padding:
+        return "it takes other inputs than embeddings, a mask and positions from 0, or does not mask padding"
+    own = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    replaced = [name for name in own if getattr(type(base), name) is not getattr(GenerationMixin, name)]
+    if replaced or base.is_remote_code():
+        return f"it has its own {', '.join(replaced) or 'code'}"
+    other = {type(layer).__name__ for layer in DynamicCache(config=base.config).layers} - {
+        DynamicLayer.__name__,
+        DynamicSlidingWindowLayer.__name__,
+    }
+    if other or not base._supports_default_dynamic_cache():
+        return f"its cache holds more than keys and values ({', '.join(sorted(other)) or 'a cache of its own'})"
+    asked = base.generation_config.to_diff_dict().keys() - GREEDY.keys() - HARMLESS
+    return f"its generation config sets {', '.join(sorted(asked))}" if asked else None

@@ -1,0 +1,237 @@
+"""How a base takes what we give it in place of token ids: measured on the base, not listed by class.
+
+    its own path    token ids -> embedding [· multiplier] [+ position 2, 3, ...] [and an input for each layer] -> layers
+    ours            embeddings ------------------------------------------------------------------------------> layers
+
+Falcon-H1 multiplies what it has looked up, and nothing else; RoBERTa counts positions from behind its padding index;
+Gemma 3n and Gemma 4 look up an input for each layer as well. `measure` runs both ways up to the first layer and
+compares what arrives there, so it costs next to nothing on a base of any size. Whether the logits then agree is for
+`ptmoe.models.checks`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ptmoe.errors import PtmoeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBED = 5  # tokens
+PER_LAYER = "per_layer_inputs"
+
+
+@dataclass
+class InputPath:
+    """What a path from embeddings has to add to be the base's own.
+
+    Attributes:
+        scale: of the embeddings.
+        first_position: the position id of a row's first token.
+        per_layer: gives the inputs of the layers, `(B, S, layers, D)`, of token ids `(B, S)`; None without such.
+        placeholder: the token id that stands for a virtual token there, as it does for an image's.
+        left_padding: whether a row is the same behind padding; else it is brought to the front, and generates alone.
+    """
+
+    scale: float = 1.0
+    first_position: int = 0
+    per_layer: Callable[[Tensor], Tensor] | None = None
+    placeholder: int = 0
+    left_padding: bool = True
+
+
+class ScaledEmbedding(nn.Module):
+    """An embedding times a number. It does not own the weights.
+
+    Args:
+        embedding: `(B, L)` ids to `(B, L, H)`.
+        scale: the number.
+    """
+
+    embedding: nn.Embedding
+
+    def __init__(self, embedding: nn.Module, scale: float) -> None:
+        super().__init__()
+        vars(self)["embedding"] = embedding
+        self.scale = scale
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return cast(Tensor, self.embedding(input_ids)) * self.scale
+
+
+def probe_ids(base: PreTrainedModel, count: int = PROBED) -> Tensor:
+    """`(1, count)` ids of ordinary tokens, spread over the vocabulary."""
+    special = set(_special_ids(base.config.to_dict()))
+    vocabulary = min(len(base.get_input_embeddings().weight), base.config.get_text_config().vocab_size)
+    ordinary = [token for token in range(vocabulary) if token not in special][: max(4096, count)]
+    if not ordinary:
+        raise PtmoeError(f"{type(base).__name__} has no ordinary tokens to try it out on: pass check=False")
+    step = max(1, len(ordinary) // count)
+    chosen = [ordinary[index * step % len(ordinary)] for index in range(count)]
+    return torch.tensor([chosen], device=base.get_input_embeddings().weight.device)
+
+
+def _special_ids(config: dict[str, Any]) -> Iterator[int]:
+    """The ids of tokens that mean something else to the base: padding, an image, …"""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _special_ids(value)
+        elif str(name).endswith(("token_id", "token_index")):
+            yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int))
+
+
+@contextmanager
+def evaluating(base: nn.Module) -> Iterator[None]:
+    """Within it all parts of `base` are in evaluation mode, without gradients; it leaves modes, buffers and the random
+    state as they were."""
+    training = [module for module in base.modules() if module.training]
+    buffers = {buffer: buffer.clone() for buffer in base.buffers() if buffer.device.type != "meta"}
+    devices = {buffer.device for buffer in (*buffers, *base.parameters()) if buffer.device.type == "cuda"}
+    for module in training:
+        module.training = False
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for buffer, before in buffers.items():
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+
+
+def measure(base: PreTrainedModel) -> InputPath:
+    """What the base's own path adds.
+
+    Raises:
+        PtmoeError: it does not run on token ids alone.
+    """
+    path = InputPath()
+    config, embedding = base.config.get_text_config(), base.get_input_embeddings()
+    parameters = inspect.signature(base.forward).parameters
+    if getattr(config, "hidden_size_per_layer_input", None):
+        owners = (module for module in base.modules() if hasattr(module, "get_per_layer_inputs"))
+        path.per_layer = getattr(next(owners, None), "get_per_layer_inputs", None)
+        path.placeholder = config.pad_token_id or 0
+    with evaluating(base):
+        ids = probe_ids(base)
+        embeds = embedding(ids)
+        own = _arriving(base, ids, input_ids=ids)
+        given = {"inputs_embeds": embeds, **({} if path.per_layer is None else {PER_LAYER: path.per_layer(ids)})}
+        if "position_ids" in parameters:
+            given["position_ids"] = torch.arange(PROBED, device=ids.device)[None]
+        ours = _arriving(base, ids, **given)
+    for name, value in own.items():
+        other = ours.get(name)
+        if other is None or other.shape != value.shape:
+            continue
+        difference = value - other
+        if value.is_floating_point():
+            if path.scale == 1.0 and difference.norm() > 0.05 * other.norm():
+                path.scale = _scale(difference, embeds, config)
+        elif bool((difference == difference[0, 0]).all()) and difference[0, 0]:
+            path.first_position = int(difference[0, 0])
+    return path
+
+
+@contextmanager
+def taking_embeddings(base: PreTrainedModel, per_layer: Tensor | None) -> Iterator[None]:
+    """Within it the base's `generate` takes `inputs_embeds`, in its first step with `per_layer` `(B, S, layers, D)`.
+
+    `transformers` refuses embeddings where the name is not in the signature of `prepare_inputs_for_generation`; many
+    that lack it hand them on all the same (Gemma 3 with vision, Bamba), as `ptmoe.models.checks` finds out.
+    """
+    own = base.prepare_inputs_for_generation
+    if per_layer is None and "inputs_embeds" in inspect.signature(own).parameters:
+        yield
+        return
+
+    # `generate` looks for this name of the rest: it then allows what the base's forward takes.
+    def prepare(input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+        if not kwargs.get("is_first_iteration"):
+            return cast(dict[str, Any], own(input_ids, **kwargs))
+        prepared: dict[str, Any] = own(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if per_layer is not None:  # as many copies of each row as there are beams
+            prepared[PER_LAYER] = per_layer.repeat_interleave(len(input_ids) // len(per_layer), 0)
+        return prepared
+
+    vars(base)["prepare_inputs_for_generation"] = prepare
+    try:
+        yield
+    finally:
+        del vars(base)["prepare_inputs_for_generation"]
+
+
+class _Arrived(Exception):  # noqa: N818
+    """The first layer is reached."""
+
+
+def _arriving(base: nn.Module, ids: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+    """What the modules before the first layer, and the layer, are called with: the first tensor of `(1, L, H)` of each,
+    and the first of whole numbers `(1, L)` that are not the ids."""
+    seen: dict[str, Tensor] = {}
+    layers = {module for child in base.modules() if isinstance(child, nn.ModuleList) for module in child}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def see(module: nn.Module, arguments: Any, options: Any) -> None:
+            for value in (*arguments, *options.values()):
+                if not isinstance(value, Tensor) or value.shape[:2] != ids.shape:
+                    continue
+                if value.is_floating_point() and value.dim() == 3:
+                    seen.setdefault(f"{name} states", value.detach().float().clone())
+                    if module in layers:
+                        raise _Arrived
+                elif not value.is_floating_point() and value.dim() == 2 and not torch.equal(value, ids):
+                    seen.setdefault(f"{name} numbers", value.long().clone())
+
+        return see
+
+    hooks = [
+        module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in base.named_modules() if name
+    ]
+    try:
+        base(**inputs, use_cache=False)
+    except _Arrived:
+        pass
+    except Exception as error:  # whatever a forward raises
+        raise PtmoeError(
+            f"{type(base).__name__} cannot be used behind a prompt: it does not run on {next(iter(inputs))} alone "
+            f"({reason(error)})"
+        ) from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _scale(difference: Tensor, embeds: Tensor, config: Any) -> float:
+    """The factor between the two paths, 1 where they differ in another way.
+
+    In half precision it is read off inexactly, so a number of the config that is as near as that is taken for it.
+    """
+    flat = embeds.float()
+    if difference.shape != flat.shape:
+        return 1.0
+    factor = 1 + float((difference * flat).sum() / flat.square().sum())
+    if (difference - (factor - 1) * flat).norm() > 0.02 * difference.norm():
+        return 1.0
+    numbers = [value for value in config.to_dict().values() if isinstance(value, float)]
+    nearest = min([*numbers, flat.shape[2] ** 0.5], key=lambda number: abs(number - factor))
+    return nearest if abs(nearest - factor) < 5e-3 * abs(factor) else factor
+
+
+def reason(error: Exception) -> str:
+    """An error of another library in one line."""
+    return f"{' '.join(str(error).split()):.160}" or type(error).__name__

@@ -1,0 +1,274 @@
+"""A base is tried out when it is wrapped: from embeddings it gives what it gives from token ids, or it is refused."""
+
+import importlib.util
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from accelerate import cpu_offload
+from torch.testing import assert_close
+
+import ptmoe
+from ptmoe.errors import PtmoeError
+from ptmoe.models import checks
+from ptmoe.models.causal import PromptedCausalLM
+from testing.bases import CONFIGS, PT_MOE, batch, prompted, tiny, tiny_llama, tokens
+
+spec = importlib.util.spec_from_file_location(
+    "tabulate_bases", Path(__file__).parents[2] / "docs" / "tabulate_bases.py"
+)
+tabulate_bases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tabulate_bases)
+
+
+def tiny_of(kind):
+    base = tabulate_bases.tiny_model(kind)
+    base.generation_config.forced_eos_token_id = None  # of BART: the last token, whatever the logits
+    return base
+
+
+TYPES = [kind for kind in tabulate_bases.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind != "ptmoe"]
+README = {"llama", "qwen2", "mistral", "gemma", "gemma2", "gpt2", "gpt_neox", "opt", "phi"}
+# What keeps each from working as it is, and how it is carried: a multiplier, positions, inputs of layers, padding, a
+# `generate` without the name.
+CARRIED = {
+    *("falcon_h1", "mvp", "roberta", "xlm-roberta", "gemma3n_text", "gemma4_text", "gemma4"),
+    *("bart", "rwkv", "recurrent_gemma", "mamba", "bamba", "nemotron_h", "zamba2", "gemma3", "git"),
+}
+ROWS = [tokens(length, length) % 80 + 3 for length in (7, 3, 5)]
+LEFTS = [0, 4, 1]
+
+
+def own_logits(base, row):
+    with torch.no_grad():
+        return base(input_ids=row[None], use_cache=False).logits[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_causal_class_agrees_with_its_base_or_is_refused(kind):
+    try:
+        base = tiny_of(kind)
+    except Exception as error:
+        pytest.skip(f"cannot be built small: {error}"[:200])
+    try:
+        model = PromptedCausalLM(base)
+    except PtmoeError:
+        assert kind not in README | CARRIED
+        return
+    ids, mask = batch(ROWS, LEFTS)
+    with torch.no_grad():
+        logits = model(ids, mask, adapter_names=["__base__"] * 3).logits
+    made = model.generate(ids, mask, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    for index, (row, left) in enumerate(zip(ROWS, LEFTS, strict=True)):
+        expected = own_logits(base, row)
+        scale = float(expected.abs().max())
+        assert_close(logits[index, left : left + len(row)], expected, atol=1e-4 * scale, rtol=0)
+        for count, token in enumerate(made[index, ids.shape[1] :].tolist()):
+            seen = torch.cat([row, made[index, ids.shape[1] : ids.shape[1] + count]])
+            last = own_logits(base, seen)[-1].clone()
+            last[base.generation_config.eos_token_id if base.generation_config.eos_token_id is not None else []] = -1e9
+            assert last[token] >= last.max() - 1e-4 * scale
+
+
+@pytest.mark.parametrize("kind", sorted(CARRIED))
+def test_a_row_behind_a_prompt_is_the_same_in_any_batch_in_training_and_in_generation(kind):
+    model = prompted(tiny_of(kind), CONFIGS["PT-MoE selective"])
+    ids, mask = batch(ROWS, LEFTS)
+    labels = torch.where(mask.bool(), ids, -100)
+    for index, (row, left) in enumerate(zip(ROWS, LEFTS, strict=True)):
+        labels[index, : left + len(row) - 1] = -100
+    with torch.no_grad():
+        together = model(ids, mask).logits
+        loss = model(ids, mask, labels=labels, skip_logits=True).loss
+        losses = []
+        made = model.generate(ids, mask, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+        for index, (row, left) in enumerate(zip(ROWS, LEFTS, strict=True)):
+            alone = model(row[None]).logits[0]
+            scale = float(alone.abs().max())
+            assert_close(together[index, left : left + len(row)], alone, atol=1e-4 * scale, rtol=0)
+            one = torch.full_like(row, -100)
+            one[-1] = row[-1]
+            losses.append(model(row[None], labels=one[None]).loss)
+            new = made[index, ids.shape[1] :]
+            whole = torch.cat([row, new])[None]
+            readable = torch.arange(whole.shape[1])[None] < len(row)
+            logits = model(whole, input_mask=readable).logits[0, len(row) - 1 : -1]
+            chosen = logits.gather(1, new[:, None])[:, 0]
+            logits[:, 2] = -torch.inf  # the end token, which min_new_tokens leaves out
+            assert bool((chosen >= logits.max(1).values - 1e-4 * scale).all())
+    assert_close(loss, torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text", "falcon_h1", "roberta", "bart"])
+def test_beams_behind_a_prompt_are_those_of_each_row_alone(kind):
+    model = prompted(tiny_of(kind), CONFIGS["PT"])
+    ids, mask = batch(ROWS, LEFTS)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 3, "pad_token_id": 0}
+    made = model.generate(ids, mask, **options)
+    for index, row in enumerate(ROWS):
+        assert torch.equal(made[index, ids.shape[1] :], model.generate(row[None], **options)[0, len(row) :])
+
+
+def test_a_prompt_starts_from_what_the_base_makes_of_its_embeddings():
+    base = tiny_of("falcon_h1")
+    multiplier = base.config.embedding_multiplier
+    prompt = ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4)).encoder.prompt.detach()
+    rows = base.get_input_embeddings().weight.detach() * multiplier
+    assert bool((prompt[:, None] == rows).all(2).any(1).all())
+
+
+def test_positions_that_start_later_leave_fewer():
+    base = tiny_of("roberta")
+    model = ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
+    usable = base.config.max_position_embeddings - 2
+    model(torch.full((1, usable - 4), 7))
+    with pytest.raises(PtmoeError, match=f"exceeds the base's {usable} positions"):
+        model(torch.full((1, usable - 3), 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "falcon_h1", "gemma3n_text", "roberta", "bamba"])
+def test_half_precision_is_not_taken_for_a_difference(kind, dtype):
+    base = tiny_of(kind)
+    expected = PromptedCausalLM(base).path
+    found = PromptedCausalLM(base.to(dtype)).path
+    assert (found.scale, found.first_position) == (expected.scale, expected.first_position)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon_h1", "gemma4_text", "rwkv"])
+def test_the_check_leaves_the_base_as_it_was(kind, monkeypatch):
+    monkeypatch.setattr(checks, "_checked", {})
+    base = tiny_of(kind).train()
+    next(base.children()).eval()
+    modes = [module.training for module in base.modules()]
+    before = {name: value.clone() for name, value in (*base.named_parameters(), *base.named_buffers())}
+    attributes = set(vars(base))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    PromptedCausalLM(base, check=False)
+    unchecked = [module.training for module in base.modules()]
+    for module, mode in zip(base.modules(), modes, strict=True):
+        module.training = mode
+    PromptedCausalLM(base)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in base.modules()] == unchecked
+    for name, value in (*base.named_parameters(), *base.named_buffers()):
+        assert torch.equal(value, before[name]), name
+        assert value.grad is None
+    assert set(vars(base)) == attributes
+    assert not any(module._forward_pre_hooks for module in base.modules())
+
+
+def test_a_base_is_checked_once_for_each_configuration_and_quickly(monkeypatch):
+    monkeypatch.setattr(checks, "_checked", {})
+    passes = []
+    monkeypatch.setattr(checks, "_obstacle", lambda model, own=checks._obstacle: passes.append(1) or own(model))
+    start = time.perf_counter()
+    PromptedCausalLM(tiny_llama())
+    assert time.perf_counter() - start < 1
+    PromptedCausalLM(tiny_llama(seed=1))
+    assert len(passes) == 1
+    PromptedCausalLM(tiny_llama(tie_word_embeddings=True))
+    assert len(passes) == 2
+    PromptedCausalLM(tiny_llama(num_hidden_layers=1), check=False)
+    assert len(passes) == 2
+
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+NOT_CAUSAL = {
+    "LlamaModel": ("LlamaConfig", "is not a decoder that predicts the next token"),
+    "LlamaForSequenceClassification": ("LlamaConfig", "is not a decoder that predicts the next token"),
+    "LlamaForTokenClassification": ("LlamaConfig", "is not a decoder that predicts the next token"),
+    "BertForMaskedLM": ("BertConfig", "is not a decoder that predicts the next token"),
+    "BertLMHeadModel": ("BertConfig", "it is not causal: logits change with later tokens"),
+    "RobertaForCausalLM": ("RobertaConfig", "it is not causal: logits change with later tokens"),
+    "OpenAIGPTLMHeadModel": ("OpenAIGPTConfig", "it does not generate from embeddings"),
+    "CpmAntForCausalLM": ("CpmAntConfig", "is not a decoder that takes inputs_embeds"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_a_class_that_is_no_causal_model_is_refused_before_anything_is_trained(name):
+    config, message = NOT_CAUSAL[name]
+    sizes = {} if config == "CpmAntConfig" else SMALL
+    with torch.device("meta" if config == "CpmAntConfig" else "cpu"):
+        base = getattr(transformers, name)(getattr(transformers, config)(**sizes))
+    with pytest.raises(PtmoeError, match=f"^{name} .*{message}"):
+        ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
+
+
+def test_a_difference_that_nothing_carries_is_named_with_its_size(monkeypatch):
+    """Routing by token id, say: whatever the base does with ids alone."""
+    base = tiny_llama(rms_norm_eps=1.5e-6)
+    inner = type(base.model).forward
+
+    def by_token(self, input_ids=None, **options):
+        out = inner(self, input_ids=input_ids, **options)
+        if input_ids is not None:
+            out.last_hidden_state = out.last_hidden_state * (1 + (input_ids[..., None] % 3))
+        return out
+
+    monkeypatch.setattr(type(base.model), "forward", by_token)
+    with pytest.raises(PtmoeError, match=r"LlamaForCausalLM cannot be .* its logits are off by [\d.]+%"):
+        ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
+    ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4), check=False)
+
+
+def test_an_offloaded_embedding_is_refused_and_other_offloaded_layers_are_said_not_to_be_tried():
+    base = tiny_llama()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    with pytest.raises(PtmoeError, match="the input embedding of this LlamaForCausalLM is offloaded"):
+        ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
+    base, ids = tiny_llama(), tokens(6)[None]
+    expected = prompted(tiny_llama(), CONFIGS["PT"])(ids).logits
+    cpu_offload(base.model.layers, execution_device=torch.device("cpu"))
+    with pytest.warns(UserWarning, match="parts of this LlamaForCausalLM are offloaded"):
+        model = prompted(base, CONFIGS["PT"])
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_base_that_does_not_mask_padding_generates_rows_of_one_length_together_with_all_options():
+    model = prompted(tiny_of("bart"), CONFIGS["PT"])
+    assert not model.path.left_padding
+    same = torch.stack([row[:3] for row in ROWS])
+    out = model.generate(same, max_new_tokens=2, return_dict_in_generate=True, output_logits=True, pad_token_id=0)
+    assert out.sequences.shape[0] == 3
+    ids, mask = batch(ROWS, LEFTS)
+    with pytest.raises(PtmoeError, match=r"BartForCausalLM does not mask padding.*give it one row at a time"):
+        model.generate(ids, mask, max_new_tokens=2, return_dict_in_generate=True)
+
+
+def test_generate_refuses_what_cannot_hold_the_prompt():
+    model = prompted(tiny_llama(), CONFIGS["PT"])
+    ids = tokens(4)[None]
+    for name, value in (("position_ids", torch.arange(4)[None]), ("inputs_embeds", torch.zeros(1, 4, 32))):
+        with pytest.raises(PtmoeError, match=f"generate takes no {name}"):
+            model.generate(ids, max_new_tokens=2, **{name: value})
+    with pytest.raises(PtmoeError, match="use_cache=False reads the input again"):
+        model.generate(ids, max_new_tokens=2, use_cache=False)
+    expected = model.generate(ids, max_new_tokens=4)
+    model.base_model.generation_config.use_cache = False
+    assert torch.equal(model.generate(ids, max_new_tokens=4), expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_text_generation_pipeline_takes_a_prompted_model(architecture, caplog):
+    from ptmoe.models.bases import load_base
+
+    base, tokenizer = load_base("nano")
+    if architecture == "gpt2":
+        base = tiny("gpt2", vocab_size=len(base.get_input_embeddings().weight))
+    model = ptmoe.attach(base, ptmoe.PTMoEConfig(**PT_MOE)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+        made = pipe("2 and 3", max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    ids = tokenizer("2 and 3", return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert made == tokenizer.decode(expected, skip_special_tokens=True)
+    assert "not supported" not in caplog.text
+    assert "text" in repr(pipe)

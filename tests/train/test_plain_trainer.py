@@ -1,0 +1,149 @@
+"""A trainer that is not ours: all that training has decided is in what it saves, and what it cannot do is refused."""
+
+import shutil
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
+
+import ptmoe
+from ptmoe.errors import PtmoeError
+from ptmoe.methods import METHODS
+from ptmoe.train.data import collate
+from testing.bases import tiny_llama, tokens
+
+SIZES = {
+    "pt": {"num_virtual_tokens": 4},
+    "dpt": {"num_virtual_tokens": 4, "rank": 2},
+    "p-tuning": {"num_virtual_tokens": 4},
+    "prefix-tuning": {"num_virtual_tokens": 4},
+    "lora": {"rank": 2},
+    "hydralora": {"rank": 2},
+    "ia3": {},
+    "ft": {},
+}
+ROUTED = {
+    "pt-moe": ptmoe.PTMoEConfig(num_virtual_tokens=4, num_experts=3, rank=3),
+    "pt-moe by gradient": ptmoe.PTMoEConfig(num_virtual_tokens=4, num_experts=3, rank=3, router_init="gradient"),
+    "pt-moe, annealing alone": ptmoe.PTMoEConfig(
+        num_virtual_tokens=4, num_experts=2, rank=3, router_standardize=False, router_noise=0.3
+    ),
+    "smop": ptmoe.SMoPConfig(num_virtual_tokens=4, num_experts=2, router_init="gradient", routing_anneal=True),
+}
+
+
+def dataset(count=24):
+    rows = []
+    for index in range(count):
+        ids = tokens(4 + index % 5, index).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:]})
+    return rows
+
+
+def trainer(folder, config, *, callbacks=True, **arguments):
+    options = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.03} | arguments
+    return Trainer(
+        model=ptmoe.attach(tiny_llama(), config),
+        args=TrainingArguments(
+            str(folder), use_cpu=True, disable_tqdm=True, report_to="none", remove_unused_columns=False, **options
+        ),
+        train_dataset=dataset(),
+        data_collator=collate,
+        callbacks=[ptmoe.RoutingCallback()] if callbacks else None,
+    )
+
+
+@pytest.mark.parametrize("config", ROUTED.values(), ids=ROUTED)
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_resumed_run_ends_at_the_adapter_of_the_undisturbed_one(config, after, tmp_path):
+    whole = trainer(tmp_path, config, save_steps=1)
+    whole.train()
+    for step in range(after + 1, 5):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")  # as if it had been killed
+    resumed = trainer(tmp_path, config, save_steps=1)
+    resumed.train(resume_from_checkpoint=True)
+    expected, found = (run.model.encoder.tensors() for run in (whole, resumed))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert whole.model.encoder.state_dict().keys() == expected.keys()  # the published form, when training is over
+    whole.save_model(str(tmp_path / "saved"))
+    whole.model.save_pretrained(tmp_path / "adapter")
+    model = ptmoe.load_adapter(tiny_llama(), tmp_path / "adapter")
+    ids = tokens(6)[None]
+    assert torch.equal(model(ids).logits, whole.model.eval()(ids).logits)
+
+
+def test_an_adapter_saved_in_the_middle_of_training_is_the_published_form(tmp_path):
+    run = trainer(tmp_path, ROUTED["pt-moe"])
+    router = run.model.encoder.router
+    router.standardize(torch.randn(20, router.weight.shape[1]))
+    run.model.encoder.hardness = 0.5
+    assert {"router.mean", "router.scale", "hardness", "confidence"} <= run.model.encoder.state_dict().keys()
+    run.model.save_pretrained(tmp_path)
+    ids = tokens(6)[None]
+    assert torch.equal(ptmoe.load_adapter(tiny_llama(), tmp_path)(ids).routing.gate, run.model.eval()(ids).routing.gate)
+
+
+def test_a_checkpoint_without_the_statistics_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    trainer(tmp_path, ROUTED["pt-moe"], max_steps=2).train()
+    file = tmp_path / "checkpoint-2" / "model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if not name.endswith((".mean", ".scale"))}
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(PtmoeError, match="checkpoint of step 2 lacks the statistics of the router's inputs"):
+        trainer(tmp_path, ROUTED["pt-moe"]).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("method", SIZES)
+def test_label_smoothing_smooths_the_tokens_that_are_predicted(method, tmp_path):
+    batch = collate(dataset(6))
+
+    def loss(smoothing):
+        run = trainer(tmp_path, METHODS[method](**SIZES[method]), label_smoothing_factor=smoothing, callbacks=False)
+        return run.compute_loss(run.model.eval(), dict(batch)).detach()
+
+    assert_close(loss(1e-6), loss(0.0), atol=1e-4, rtol=0)
+    assert abs(float(loss(0.3) - loss(0.0))) > 1e-3
+
+
+@pytest.mark.parametrize("config", [ROUTED["pt-moe"], METHODS["kasa"](rank=2)], ids=["pt-moe", "kasa"])
+def test_a_trainer_that_keeps_the_labels_is_refused_where_training_needs_them(config, tmp_path):
+    run = trainer(tmp_path, config, label_smoothing_factor=0.1, callbacks=False)
+    with pytest.raises(PtmoeError, match=r"label smoothing|label_smoothing_factor"):
+        run.train()
+
+
+CAST = {name: METHODS[name](**fields) for name, fields in SIZES.items() if name != "ft"} | ROUTED
+
+
+@pytest.mark.parametrize("config", CAST.values(), ids=CAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_of_the_whole_model_leaves_the_adapter_in_float32(config, dtype):
+    model = ptmoe.attach(tiny_llama(), config)
+    batch = collate(dataset(4))
+    model(**batch).loss.backward()  # gradients are cast with their parameters
+    before = {name: parameter.clone() for name, parameter in model.encoder.named_parameters()}
+    model = model.to(dtype) if dtype == torch.bfloat16 else model.half()
+    assert model.base_model.dtype == dtype
+    assert model.get_input_embeddings().weight.dtype == dtype
+    for name, parameter in model.encoder.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, before[name])
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.isfinite()
+    loaded = ptmoe.attach(tiny_llama().to(dtype), config)
+    with torch.no_grad():
+        for name, parameter in loaded.encoder.named_parameters():
+            parameter.copy_(before[name])
+    assert_close(model.eval()(**batch).loss, loaded.eval()(**batch).loss)
+    assert model.generate(tokens(5)[None], max_new_tokens=2).shape == (1, 7)
+
+
+def test_full_fine_tuning_is_cast_with_its_base():
+    model = ptmoe.attach(tiny_llama(), METHODS["ft"]()).to(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(**collate(dataset(4))).loss.isfinite()
