@@ -5,7 +5,13 @@ from collections.abc import Iterable
 
 
 class PtmoeError(ValueError):
-    """Bad input: a setting, a file, an adapter or data that cannot be used. The command exits with status 2."""
+    """Bad input: a setting, a file, an adapter or data that cannot be used.
+
+    Attributes:
+        status: that the command exits with.
+    """
+
+    status = 2
 
 
 def near(word: str, known: Iterable[str]) -> str:

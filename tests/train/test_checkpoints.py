@@ -74,7 +74,7 @@ def damages(path):
 
 
 def test_every_damage_to_every_file_of_a_checkpoint_is_found(undisturbed, tmp_path):
-    original = undisturbed / "checkpoints" / "checkpoint-6"
+    original = undisturbed / "checkpoints" / "checkpoint-7"
     assert ours.fault(original) is None
     names = sorted(path.name for path in original.iterdir())
     assert {"adapter_model.safetensors", "optimizer.safetensors", "random_state.json", "scheduler.json"} <= set(names)
@@ -88,9 +88,9 @@ def test_every_damage_to_every_file_of_a_checkpoint_is_found(undisturbed, tmp_pa
 
 def test_the_newest_whole_checkpoint_is_used_and_the_others_are_named(undisturbed, tmp_path):
     run = copied(undisturbed, tmp_path / "run")
-    (run / "checkpoints" / "checkpoint-6" / "optimizer.safetensors").unlink()
+    (run / "checkpoints" / "checkpoint-7" / "optimizer.safetensors").unlink()
     messages = quietly(run)
-    assert any("checkpoint-6 is passed over: it lacks optimizer.safetensors" in message for message in messages)
+    assert any("checkpoint-7 is passed over: it lacks optimizer.safetensors" in message for message in messages)
     assert same_adapter(run, undisturbed)
 
 
@@ -190,7 +190,7 @@ def test_a_run_killed_at_any_write_ends_the_same_by_the_same_command(undisturbed
 @pytest.mark.parametrize("moment", [number / 30 for number in range(30)])
 def test_a_run_killed_at_any_moment_ends_the_same_by_the_same_command(undisturbed, tmp_path, moment):
     run = tmp_path / "run"
-    seconds = float(os.environ.get("PTMOE_TEST_RUN_SECONDS", 4))
+    seconds = float(os.environ.get("PTMOE_TEST_RUN_SECONDS", "4"))
     pid = in_child(lambda: quietly(run))
     time.sleep(moment * seconds)
     os.kill(pid, signal.SIGKILL)

@@ -149,4 +149,4 @@ def test_the_folder_alone_is_enough_and_the_run_ends_as_if_it_had_not_stopped(ru
     assert "max_steps was 4, is 8" in err
     assert "method was 'pt-moe', is 'pt'" in err
     status, _, err = run("train", "--resume", "--output-dir", tmp_path / "none")
-    assert (status, "holds no checkpoint to resume from" in err) == (2, True)
+    assert (status, "holds no run to resume" in err) == (2, True)

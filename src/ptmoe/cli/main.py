@@ -74,10 +74,14 @@ app.command()(convert)
 
 
 def main() -> None:
-    """Run a command; an error that the user can fix ends with one message and status 2."""
+    """Run a command; an error that the user can fix ends with one message and status 2, a signal with the status that
+    shells and schedulers expect."""
     try:
         app()
     except PtmoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except OSError as error:  # a full disk, a folder that may not be written, …
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -22,14 +22,17 @@ def train(
 
     A method's own options (--rank 8, …) are shown by `ptmoe train --method NAME --help`.
     """
+    from ptmoe.runs.folders import CONFIG_FILE
     from ptmoe.train.options import TrainOptions, method_config, method_entry
     from ptmoe.train.resume import recorded
 
     options = {name: value for name, value in context.obj.items() if name in TrainOptions.model_fields}
     fields = {name: value for name, value in context.obj.items() if name not in options}
     options["method"] = {**method_entry(options.get("method", {})), **fields}
-    if resume and config is None and "output_dir" in options:
-        training = recorded(Path(options["output_dir"]), **options)
+    folder = Path(options.get("output_dir", ""))
+    given = config is not None or {"task", "data"} & options.keys()
+    if resume and "output_dir" in options and (not given or (config is None and (folder / CONFIG_FILE).exists())):
+        training = recorded(folder, **options)
     else:
         training = TrainOptions.read(config, **options) if config else TrainOptions(**options)
     method_config(training.method)  # a misspelt method is reported before torch and the data are loaded

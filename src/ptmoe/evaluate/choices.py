@@ -91,7 +91,8 @@ def choose(model: PromptedCausalLM, prompts: Sequence[list[int]], labels: Sequen
         labels: of each prompt (`label_tokens`).
     """
     exact = model.dtype == torch.float32
-    size = 1 if rotates_by_length(model.base_model) else len(prompts)
+    together = model.path.left_padding and not rotates_by_length(model.base_model)
+    size = len(prompts) if together else 1
     scores = likelihoods(model, prompts, labels, size)
     completions = []
     for index, prompt in enumerate(prompts):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.records import Environment, EvaluationSummary, LogLine, NearestWords, Result
@@ -16,6 +19,31 @@ CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE = "config.yaml", "environment.json", 
 METRICS_FILE, ADAPTER_FOLDER, CHECKPOINTS_FOLDER = "metrics.jsonl", "adapter", "checkpoints"
 INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE = "inspect", "nearest.json", "routing.json"
 PLAN_FILE, CELL_FILE, FAILED_FILE, LOG_FILE = "comparison.yaml", "cell.json", "failed.jsonl", "log.txt"
+
+
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Keep other commands from writing to a folder until this one ends, however it ends. A folder in which nothing was
+    written is not left behind.
+
+    Raises:
+        PtmoeError: another command is writing to it.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK_FILE, blocking=False):
+            yield
+    except Timeout:
+        raise PtmoeError(f"another command is writing to {folder}: wait for it, or stop it") from None
+    finally:
+        if made and {path.name for path in folder.iterdir()} <= {LOCK_FILE}:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def file_name(name: str, split: str = "test") -> str:

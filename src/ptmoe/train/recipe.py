@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError, near
 from ptmoe.models.bases import check_quantization, load_base
-from ptmoe.runs.environment import environment, world_size
+from ptmoe.runs.environment import environment, rank, world_size
 from ptmoe.runs.folders import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
@@ -21,20 +22,12 @@ from ptmoe.runs.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    writing,
 )
 from ptmoe.runs.records import Result
-from ptmoe.tasks import (
-    TASKS,
-    Problems,
-    check_labels,
-    check_size,
-    is_file,
-    load_task,
-    stream_task,
-    task_named,
-    task_names,
-)
-from ptmoe.tasks import local as local_task
+from ptmoe.tasks import Problems, task_named
+from ptmoe.train.checkpoints import newest_whole
+from ptmoe.train.examples import askable, evaluation_examples, training_examples
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 from ptmoe.train.resume import check_base, check_data, continued
 
@@ -66,42 +59,6 @@ class Trained:
     evaluations: list[Evaluation]
 
 
-def training_examples(options: TrainOptions, problems: Problems, say: Callable[[str], None]) -> Iterable[Example]:
-    """The first is read at once, so that missing data is reported before the base is loaded; a task's others as they
-    are needed, so that no data set has to fit into memory as text."""
-    if options.task is None:
-        assert options.data is not None
-        keys = local_task.Keys(options.prompt_key, options.completion_key, options.separator)
-        return local_task.load(options.data, keys, problems)[: options.max_examples]
-    check_size(options.task, options.max_examples)
-    stream = stream_task(options.task, "train", options.data_dir, problems=problems, say=say)
-    first = next(stream, None)
-    if first is None:
-        raise PtmoeError(f"{options.task} ({options.data_dir or 'train'}) holds no example: needs at least one")
-    return islice(chain([first], stream), options.max_examples)
-
-
-def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> dict[str, list[Example]]:
-    """The examples of each task in `eval_task`; by default the test splits of nano's own tasks.
-
-    Raises:
-        PtmoeError: missing or bad data, or tasks that cannot be scored as the options say.
-    """
-    if options.eval_task is not None:
-        names = task_names(options.eval_task)
-    else:
-        names = [] if options.task is None or is_file(options.task) else task_names(options.task)
-        if not all(TASKS[name].generate for name in names):
-            return {}
-    if options.score == "choices":
-        check_labels(map(task_named, names))
-    folder = options.eval_data_dir
-    if folder is None and options.data_dir is not None and Path(options.data_dir).is_dir():
-        folder = options.data_dir
-    limits: dict[str, Any] = {"max_examples": options.eval_examples, "say": say}
-    return {name: load_task(name, "test", folder, problems=Problems(skip=options.skip_bad), **limits) for name in names}
-
-
 def train(
     options: TrainOptions,
     *,
@@ -116,7 +73,7 @@ def train(
 
     Args:
         options: everything that decides the run.
-        resume: continue from the last checkpoint in `output_dir`.
+        resume: continue from the last whole checkpoint in `output_dir`; where there is none yet, start.
         callbacks: of `transformers`, for progress.
         router_progress: of the router's start, before the first step: examples done and in all, and None.
         say: gets a line of text for each thing a user should know: examples left out or cut.
@@ -124,10 +81,27 @@ def train(
     Raises:
         PtmoeError: unfit options or data, before anything is written.
         DivergedError: the loss became NaN; the last good adapter is saved, if there is one.
+        InterruptedRunError: SIGINT or SIGTERM came; a checkpoint is saved.
     """
     folder = run_folder(options, resume)
-    if resume:
+    with writing(folder) if rank() == 0 else nullcontext():
+        return _train(options, folder, resume, callbacks, router_progress, say)
+
+
+def _train(
+    options: TrainOptions,
+    folder: Path,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+    router_progress: Progress | None,
+    say: Callable[[str], None],
+) -> Trained:
+    checkpoint = None
+    if resume and (folder / CONFIG_FILE).exists():
         options = continued(options, folder)
+        checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, say)
+    if resume and checkpoint is None:
+        say(f"{folder} holds no checkpoint yet: the run starts from the beginning")
     config = method_config(options.method)
     check_quantization(options.quantization)
     config.check_quantization(options.quantization)
@@ -145,15 +119,15 @@ def train(
     from ptmoe.train.trainer import OnBegin
 
     model, tokenizer, chat = _base(options)
-    if resume:
-        check_base(folder, model)
+    if checkpoint is not None:
+        check_base(checkpoint, model)
     if options.score == "choices":  # what the tokenizer or its template cannot do should show before the training
         for name, tested in held_out.items():
             labels_by_task(task_named(name), tested, tokenizer, chat=chat)
     length = row_length(model.max_positions, config.num_virtual_tokens, options.max_length)
     shown: dict[str, Any] = {"cache": options.token_cache, "problems": problems, "say": say}
     rows = fit(examples, tokenizer, length, options.truncation, chat=chat, **shown)
-    held_out = _askable(held_out, tokenizer, options, chat, say)
+    held_out = askable(held_out, tokenizer, options, chat, say)
     data = rows.fingerprint()
     if resume:
         check_data(folder, data, options)
@@ -182,7 +156,7 @@ def train(
     if first:
         trainer.add_callback(OnBegin(partial(_begin, folder, options, model, compile_failure, data)))
     started = time.monotonic()
-    _fit(trainer, folder, resume)
+    _fit(trainer, folder, checkpoint)
     result = Result(
         name=config.method,
         method=config.method,
@@ -216,7 +190,7 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     from accelerate import PartialState
 
     model, tokenizer, chat = _base(options)
-    held_out = _askable(held_out, tokenizer, options, chat, say)
+    held_out = askable(held_out, tokenizer, options, chat, say)
     model.to(PartialState().device)  # where a trainer would put it
     options = options.replace(method={"name": BASE}, chat=chat)
     _begin(folder, options, model)
@@ -234,23 +208,6 @@ def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerB
     )
     chat = uses_chat(task_named(options.task or str(options.data)), tokenizer, options.chat)
     return PromptedCausalLM(base), tokenizer, chat
-
-
-def _askable(
-    held_out: dict[str, list[Example]],
-    tokenizer: PreTrainedTokenizerBase,
-    options: TrainOptions,
-    chat: bool,
-    say: Callable[[str], None],
-) -> dict[str, list[Example]]:
-    """The examples whose prompts can be made, found out before the training instead of after it."""
-    from ptmoe.tasks.tokens import usable
-
-    problems = Problems(skip=options.skip_bad)
-    kept = {name: usable(examples, tokenizer, problems, chat=chat) for name, examples in held_out.items()}
-    if problems.count:
-        say(f"not evaluated: {problems.listed()}")
-    return kept
 
 
 def _begin(
@@ -394,12 +351,22 @@ def _trainer(
     return trainer
 
 
-def _fit(trainer: PromptTrainer, folder: Path, resume: bool) -> None:
+def _fit(trainer: PromptTrainer, folder: Path, checkpoint: Path | None) -> None:
     """Train, and save the adapter, even if the loss diverged and there is an earlier one to save."""
+    from ptmoe.train.interruption import InterruptedRunError, Interruption
     from ptmoe.train.trainer import DivergedError
 
     try:
-        trainer.train(resume_from_checkpoint=resume or None)
+        with Interruption() as interruption:
+            trainer.add_callback(interruption)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if interruption.number:
+            name, step = signal.Signals(interruption.number).name, trainer.state.global_step
+            raise InterruptedRunError(
+                f"{name} ended training at step {step}, saved in {folder / CHECKPOINTS_FOLDER}: continue it with "
+                f"`ptmoe train --resume --output-dir {folder}`",
+                interruption.number,
+            )
     except DivergedError as error:
         if error.restored is not None:
             trainer.model.save_pretrained(folder / ADAPTER_FOLDER)

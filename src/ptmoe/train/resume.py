@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError
-from ptmoe.runs.folders import CHECKPOINTS_FOLDER, CONFIG_FILE, ENVIRONMENT_FILE
+from ptmoe.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE
 from ptmoe.runs.records import Environment
 from ptmoe.train.options import TrainOptions, method_config
 
@@ -29,10 +29,10 @@ def recorded(folder: Path, **changes: Any) -> TrainOptions:
     """The options of a run that was interrupted; `changes` take precedence.
 
     Raises:
-        PtmoeError: it has no checkpoint, or the changes do not fit.
+        PtmoeError: there is none, or the changes do not fit.
     """
-    if not any((folder / CHECKPOINTS_FOLDER).glob("checkpoint-*")):
-        raise PtmoeError(f"{folder} holds no checkpoint to resume from")
+    if not (folder / CONFIG_FILE).exists():
+        raise PtmoeError(f"{folder} holds no run to resume ({CONFIG_FILE} is missing)")
     return TrainOptions.read(folder / CONFIG_FILE, **changes)
 
 
@@ -78,6 +78,8 @@ def check_data(folder: Path, data: str, options: TrainOptions) -> None:
     Raises:
         PtmoeError: the folder records another fingerprint.
     """
+    if not (folder / ENVIRONMENT_FILE).exists():  # interrupted before it was written, and before any training
+        return
     before = Environment.read(folder / ENVIRONMENT_FILE).data
     if before is not None and before != data:
         record = recorded(folder)
@@ -88,23 +90,14 @@ def check_data(folder: Path, data: str, options: TrainOptions) -> None:
         )
 
 
-def check_base(folder: Path, model: PromptedCausalLM) -> None:
+def check_base(checkpoint: Path, model: PromptedCausalLM) -> None:
     """
     Raises:
-        PtmoeError: the last checkpoint is damaged, or of an adapter on another base.
+        PtmoeError: the checkpoint is of an adapter on another base.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     from ptmoe.adapters.folder import CONFIG_FILE as ADAPTER_CONFIG
     from ptmoe.adapters.folder import read_adapter
-    from ptmoe.train.trainer import OPTIMIZER, SCHEDULER
 
-    checkpoint = Path(get_last_checkpoint(str(folder / CHECKPOINTS_FOLDER)) or folder)
     if (checkpoint / ADAPTER_CONFIG).exists():  # sharded training keeps files of its own
-        lacking = [name for name in (OPTIMIZER, SCHEDULER, "trainer_state.json") if not (checkpoint / name).exists()]
-        if lacking:
-            raise PtmoeError(
-                f"{checkpoint} lacks {', '.join(lacking)}: remove it, and the run goes on from the checkpoint before it"
-            )
         saved = read_adapter(checkpoint)
         saved.base.check(model.base_model.get_input_embeddings().weight, checkpoint, model.name_or_path)
