@@ -6,10 +6,12 @@ the others are reported. A single run is a comparison of one cell.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,28 +20,21 @@ import numpy as np
 import pandas as pd
 
 from ptmoe.errors import PtmoeError
-from ptmoe.report.published import paper
 from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, Run, read_run
 from ptmoe.runs.predictions import read_predictions
-from ptmoe.runs.records import CellRecord, EvaluationSummary, Failure
+from ptmoe.runs.records import CellRecord, Failure
 from ptmoe.settings import read_yaml
 from ptmoe.tasks import GROUPS
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
 ALL, MEAN = "all examples", "mean of domains"  # in the column `of` of the long table, beside the domains
+AVERAGE = "average"
+COLUMN_NAMES = (ALL, MEAN, AVERAGE, "method", "source", "trainable parameters", "seeds")  # of tables with scores
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(CellRecord):
     """A finished cell: its record, with the groups among `eval_tasks` resolved, and its run."""
 
-    label: str
-    method: str
-    size: Mapping[str, Any]
-    task: str
-    eval_tasks: tuple[str, ...]
-    seed: int
-    trainable_parameters: int
     run: Run
 
     def marks(self, task: str) -> pd.DataFrame:
@@ -51,6 +46,43 @@ class Cell:
         predictions = read_predictions(self.run.predictions[task])
         rows = [{**prediction.scores, "domain": prediction.domain} for prediction in predictions]
         return pd.DataFrame(rows, index=[prediction.id for prediction in predictions])
+
+    def scores(self) -> Iterator[dict[str, Any]]:
+        """The rows of the long table: a score in percent for each evaluated task, part of its examples and metric,
+        with the 95 % interval over examples where it is known."""
+        own = {
+            "label": self.label,
+            "method": self.method,
+            "size": size_text(self.size),
+            "trainable parameters": self.trainable_parameters,
+            "steps": self.run.result.steps,
+            "seconds of training": self.run.result.train_seconds,
+            "trained on": self.task,
+            "seed": self.seed,
+        }
+        for task in self.eval_tasks:
+            summary = self.run.evaluations[task]
+            parts: list[tuple[str, float, Mapping[str, float]]] = [
+                (ALL, summary.examples, summary.metrics),
+                (MEAN, summary.examples, summary.mean_of_domains),
+                *((distinct_name(domain), part["examples"], part) for domain, part in summary.by_domain.items()),
+            ]
+            for of, examples, scores in parts:
+                for metric in filter(scores.__contains__, summary.metrics):
+                    low, high = self._interval(task, of, metric)
+                    row = {"task": task, "of": of, "metric": metric, "ranks": metric == summary.metric}
+                    row |= {"score": scores[metric], "score low": low, "score high": high, "examples": int(examples)}
+                    yield own | row
+
+    def _interval(self, task: str, of: str, metric: str) -> tuple[float | None, float | None]:
+        if of == ALL:
+            return self.run.evaluations[task].interval.get(metric, (None, None))
+        if of == MEAN and task in paper()["mean_of_domains"]:  # not in the file, and shown in the main table
+            try:
+                return bootstrap_interval(score_groups([self.marks(task)], metric, by_domain=True))
+            except PtmoeError:
+                pass
+        return None, None
 
 
 class LeftOut(NamedTuple):
@@ -81,8 +113,13 @@ class Comparison:
     single: bool = False
 
     @property
+    def methods(self) -> dict[str, str]:
+        """Each label's."""
+        return {cell.label: cell.method for cell in self.cells}
+
+    @property
     def labels(self) -> list[str]:
-        return list(dict.fromkeys(cell.label for cell in self.cells))
+        return list(self.methods)
 
     @property
     def tasks(self) -> list[str]:
@@ -99,54 +136,20 @@ class Comparison:
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """The long table that every score in a table, a figure and a download comes from: in percent, a row for each
-        cell, evaluated task, metric, and domain (`of`), with the 95 % interval over examples where there is one."""
-        rows = [
-            {
-                "label": cell.label,
-                "method": cell.method,
-                "size": size_text(cell.size),
-                "trainable parameters": cell.trainable_parameters,
-                "trained on": cell.task,
-                "task": task,
-                "seed": cell.seed,
-                "of": of,
-                "metric": metric,
-                "ranks": metric == summary.metric,
-                "score": score,
-                "score low": low,
-                "score high": high,
-                "examples": examples,
-                "steps": cell.run.result.steps,
-                "seconds of training": cell.run.result.train_seconds,
-            }
-            for cell in self.cells
-            for task in cell.eval_tasks
-            for summary in [cell.run.evaluations[task]]
-            for of, examples, scores in _parts(summary)
-            for metric, score in scores.items()
-            for low, high in [_interval(cell, task, of, metric)]
-        ]
-        return pd.DataFrame(rows)
+        """The long table that every score in a table, a figure and a download comes from."""
+        return pd.DataFrame([row for cell in self.cells for row in cell.scores()])
 
 
-def _parts(summary: EvaluationSummary) -> Iterator[tuple[str, int, Mapping[str, float]]]:
-    yield ALL, summary.examples, summary.metrics
-    yield MEAN, summary.examples, summary.mean_of_domains
-    for domain, part in summary.by_domain.items():
-        name = f"{domain} (domain)" if domain in (ALL, MEAN) else domain
-        yield name, int(part["examples"]), {metric: score for metric, score in part.items() if metric != "examples"}
+@cache
+def paper() -> dict[str, Any]:
+    """PT-MoE's published figures (arXiv:2505.09519), as they are shipped."""
+    facts: dict[str, Any] = json.loads(files("ptmoe.report").joinpath("paper.json").read_text(encoding="utf-8"))
+    return facts
 
 
-def _interval(cell: Cell, task: str, of: str, metric: str) -> tuple[float | None, float | None]:
-    if of == ALL:
-        return cell.run.evaluations[task].interval.get(metric, (None, None))
-    if of == MEAN and task in paper()["mean_of_domains"]:  # not in the file, and shown in the main table
-        try:
-            return bootstrap_interval(score_groups([cell.marks(task)], metric, by_domain=True))
-        except PtmoeError:
-            pass
-    return None, None
+def distinct_name(name: str, what: str = "domain") -> str:
+    """The name of a domain or task as a column, apart from the columns that a table has anyway."""
+    return f"{name} ({what})" if name in COLUMN_NAMES else name
 
 
 def score_groups(
@@ -196,10 +199,15 @@ def single_run(folder: str | Path) -> Comparison:
         PtmoeError: as `read_run`.
     """
     run = read_run(folder)
-    seed = run.environment.seed if run.environment.seed is not None else int(run.config.get("seed", 0))
-    task = str(run.config.get("task") or run.config.get("data") or "–")
-    method, parameters = run.result.method, run.result.trainable_parameters
-    cell = Cell(run.result.name, method, {}, task, tuple(run.evaluations), seed, parameters, run)
+    cell = Cell(
+        label=run.result.name,
+        method=run.result.method,
+        task=str(run.config.get("task") or run.config.get("data") or "–"),
+        eval_tasks=list(run.evaluations),
+        seed=int(run.config.get("seed", 0)) if run.environment.seed is None else run.environment.seed,
+        trainable_parameters=run.result.trainable_parameters,
+        run=run,
+    )
     return Comparison(Path(folder), run.config, (cell,), single=True)
 
 
@@ -275,22 +283,21 @@ def _cell(path: Path, others: Sequence[Cell]) -> Cell:
                 raise PtmoeError(f"{path}: {name}={value}, but {earlier} in {where}")
         if (other.task, other.seed) == (record.task, record.seed):
             raise PtmoeError(f"{path} repeats {other.run.folder}")
-    return Cell(**{**dict(record), "eval_tasks": tuple(dict.fromkeys(tasks)), "run": run})
+    return Cell(**{**dict(record), "eval_tasks": list(dict.fromkeys(tasks)), "run": run})
 
 
 def _not_started(cells: Sequence[Cell], left_out: Sequence[LeftOut]) -> Iterator[LeftOut]:
     """What is missing from the grid of all labels, tasks and seeds that anything is known of."""
-    known = {(cell.label, cell.task, cell.seed) for cell in cells}
-    known |= {(cell.label, cell.task, cell.seed) for cell in left_out if cell.seed is not None}
+    known = {(cell.label, cell.task, cell.seed) for cell in (*cells, *left_out) if cell.seed is not None}
+    # What trains nothing is the same for every seed and every task.
     trained = {cell.label for cell in cells if cell.trainable_parameters} | {cell.label for cell in left_out}
-    labels, tasks, seeds = (sorted({key[part] for key in known}, key=str) for part in range(3))
+    labels, tasks, seeds = (sorted(set(part), key=str) for part in zip(*known, strict=True))
     for label, task, seed in product(labels, tasks, seeds):
-        # What trains nothing is the same for every seed and every task.
         if label in trained and (label, task, seed) not in known:
             yield LeftOut(str(label), str(task), int(seed), "not started")
 
 
-def _order(plan: Mapping[str, Any]) -> Any:
+def _order(plan: Mapping[str, Any]) -> Callable[[Cell], tuple[Any, ...]]:
     """Sorts cells by the plan's labels or methods, otherwise by the methods' own order; then by task."""
     from ptmoe.methods import METHODS
 

@@ -16,12 +16,10 @@ import pandas as pd
 from scipy import stats
 
 from ptmoe.errors import PtmoeError
-from ptmoe.report.comparison import ALL, MEAN, Cell, Comparison, score_groups
-from ptmoe.report.published import paper
+from ptmoe.report.comparison import ALL, AVERAGE, MEAN, Cell, Comparison, distinct_name, paper, score_groups
 from ptmoe.tasks.resampling import Group, bootstrap_interval, sign_flip_p, weighted_mean
 
 ALPHA = 0.05
-AVERAGE = "average"
 
 
 class Score(NamedTuple):
@@ -46,6 +44,13 @@ class Score(NamedTuple):
         if self.low is None or self.high is None:
             return self.mean, self.mean
         return max(0.0, self.low), min(100.0, self.high)
+
+    @property
+    def interval(self) -> str:
+        """As printed: ± over seeds, where it is symmetric, and its ends over examples; empty where there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        return f"± {(self.high - self.low) / 2:.1f}" if self.over == "seeds" else f"[{self.low:.1f}, {self.high:.1f}]"
 
 
 class Column(NamedTuple):
@@ -107,6 +112,11 @@ class Board:
     ranking: tuple[str, ...]
     paired: PairedTests | None
 
+    @property
+    def names(self) -> list[str]:
+        """Of the columns with scores: the tasks, and the average where there are several."""
+        return [column.name for column in self.columns] + [AVERAGE] * (len(self.columns) > 1)
+
 
 def boards(comparison: Comparison) -> list[Board]:
     """A table for each metric, those that rank methods first."""
@@ -122,33 +132,39 @@ def _board(comparison: Comparison, metric: str, rows: pd.DataFrame) -> Board:
     means = set(rows.loc[rows["of"] == MEAN, "task"]) & set(paper()["mean_of_domains"])
     columns = tuple(
         Column(
-            task if evaluated.count(task) == 1 else f"{task} after {trained_on}",
+            distinct_name(task, "task") if evaluated.count(task) == 1 else f"{task} after {trained_on}",
             trained_on,
             task,
             MEAN if task in means else ALL,
         )
         for trained_on, task in pairs
     )
-    scores: dict[tuple[str, str], Score] = {}
-    for label, of_label in rows.groupby("label", sort=False):
-        found = {column.name: score_rows(of_label, column) for column in columns}
-        scores |= {(label, name): score_of(part) for name, part in found.items() if len(part)}
-        if all(map(len, found.values())):
-            scores[label, AVERAGE] = _average([scores[label, name] for name in found], pd.concat(found.values()))
+    names = {column[1:]: column.name for column in columns}
+    shown = rows.assign(
+        column=[names.get(place) for place in rows[["trained on", "task", "of"]].itertuples(index=False, name=None)]
+    )
+    scores = {key: score_of(part) for key, part in shown.groupby(["label", "column"], sort=False)}
+    for label, of_label in shown.dropna(subset="column").groupby("label", sort=False):
+        found = [scores.get((label, column.name)) for column in columns]
+        if all(found):
+            scores[label, AVERAGE] = _average(found, of_label)
     ranked = [label for label in comparison.labels if (label, AVERAGE) in scores]
     ranking = tuple(sorted(ranked, key=lambda label: -scores[label, AVERAGE].mean))
     paired = _paired_tests(comparison, metric, columns, *ranking[:2]) if len(ranking) > 1 else None
     return Board(metric, bool(rows["ranks"].any()), columns, scores, ranking, paired)
 
 
-def score_rows(rows: pd.DataFrame, column: Column, of: str | None = None) -> pd.DataFrame:
-    """The rows of the long table that a column's score comes from, or, with `of`, one of its task's domains."""
-    here = (rows["trained on"] == column.trained_on) & (rows["task"] == column.task) & (rows["of"] == (of or column.of))
-    return rows[here]
+def part_scores(comparison: Comparison, column: Column, metric: str) -> dict[str, dict[str, Score]]:
+    """Over all examples, as the domains' mean, and in each domain: each label's score, where it has one."""
+    rows, found = comparison.scores, {}
+    here = (rows["trained on"] == column.trained_on) & (rows["task"] == column.task) & (rows["metric"] == metric)
+    for (of, label), part in rows[here].groupby(["of", "label"], sort=False):
+        found.setdefault(of, {})[label] = score_of(part)
+    return found
 
 
 def score_of(rows: pd.DataFrame) -> Score:
-    """From a row for each seed of a label, at least one."""
+    """From a row of the long table for each seed of a label, at least one."""
     values, seeds = rows["score"].to_numpy(float), tuple(map(int, rows["seed"]))
     # What trains nothing gives the same answers for every seed: an interval over seeds would claim certainty.
     if len(values) > 1 and rows["trainable parameters"].iat[0]:
