@@ -289,7 +289,7 @@ def test_a_method_that_lacks_a_task_has_no_average_and_cannot_lead(tmp_path):
     (board,) = boards(read_comparison(tmp_path))
     assert ("pt-moe", AVERAGE) not in board.scores
     assert board.ranking == ("pt",)
-    assert board.paired is None
+    assert board.tests == ()
 
 
 def test_svamp_stands_as_the_mean_of_its_types_and_both_forms_are_offered(maths):
@@ -325,9 +325,9 @@ def test_a_task_that_follows_two_trainings_has_a_column_for_each(tmp_path):
 
 def test_the_first_two_by_average_are_tested_on_the_same_examples(folder, comparison):
     (board,) = boards(comparison)
-    tests = board.paired
-    assert (tests.first, tests.second) == ("pt-moe", "pt")
-    assert tests.notes == ()
+    *tests, average = board.tests
+    assert board.ranking[:2] == ("pt-moe", "pt")
+    assert board.test_notes == ()
 
     def scores(label, task):
         """Mean over seeds of each example, read without the package."""
@@ -338,19 +338,19 @@ def test_the_first_two_by_average_are_tested_on_the_same_examples(folder, compar
         return {name: 100 * np.mean(values) for name, values in found.items()}
 
     everything = []
-    for test in tests.tasks:
+    for test in tests:
         first, second = scores("pt-moe", test.name), scores("pt", test.name)
         differences = np.array([first[name] - second[name] for name in first])
         everything.append(differences)
-        assert (test.examples, test.seeds) == (60, (0, 1, 2))
+        assert (test.examples, test.difference.seeds) == (60, (0, 1, 2))
         assert test.difference.mean == pytest.approx(differences.mean())
         flips = np.random.default_rng(5).choice([-1, 1], (20_000, 60)) @ differences / 60
         assert test.p == pytest.approx(np.mean(np.abs(flips) >= differences.mean() - 1e-9), abs=2e-3)
         generator = np.random.default_rng(6)
         means = [generator.choice(differences, 60).mean() for _ in range(5000)]
         assert test.difference[2:4] == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=1.0)
-    assert [test.p_holm for test in tests.tasks] == holm([test.p for test in tests.tasks])
-    assert tests.average.difference.mean == pytest.approx(np.mean([each.mean() for each in everything]))
+    assert [test.p_holm for test in tests] == holm([test.p for test in tests])
+    assert average.difference.mean == pytest.approx(np.mean([each.mean() for each in everything]))
 
 
 def test_predictions_that_are_missing_leave_a_task_untested_and_say_so(tmp_path):
@@ -359,19 +359,17 @@ def test_predictions_that_are_missing_leave_a_task_untested_and_say_so(tmp_path)
             write_cell(tmp_path, label, task, 0)
     (tmp_path / "cells" / "pt" / "nano__facts" / "seed-0" / "predictions" / "nano__facts.jsonl").unlink()
     (board,) = boards(read_comparison(tmp_path))
-    assert [test.name for test in board.paired.tasks] == ["nano/mixed"]
-    assert board.paired.average is None
-    ((name, why),) = board.paired.notes
-    assert name == "nano/facts"
-    assert "is missing" in why
+    assert [test.name for test in board.tests] == ["nano/mixed"], "and no test of the averages"
+    (note,) = board.test_notes
+    assert re.match(r"nano/facts: .*is missing", note)
 
 
 def test_examples_that_only_one_method_answered_are_left_out_of_the_test(tmp_path):
     write_cell(tmp_path, "pt", "nano/mixed", 0, examples=60)
     write_cell(tmp_path, "pt-moe", "nano/mixed", 0, examples=48)
     (board,) = boards(read_comparison(tmp_path))
-    assert board.paired.tasks[0].examples == 48
-    assert "only the 48 of 60" in board.paired.notes[0][1]
+    assert board.tests[0].examples == 48
+    assert "only the 48 of 60" in board.test_notes[0]
 
 
 # The page and its files
@@ -575,7 +573,7 @@ def test_a_learning_curve_is_the_mean_over_seeds_with_their_range(comparison):
 def test_a_figure_on_a_page_has_the_colours_of_both_modes_and_ids_of_its_own():
     looks = styles({"pt": "pt", "<b>": "lora"})
     scores = {(name, AVERAGE): Score(50.0, (0, 1), 48.0, 52.0, "seeds") for name in looks}
-    board = Board("accuracy", True, (), scores, tuple(looks), None)
+    board = Board("accuracy", True, (), scores, tuple(looks))
     with drawing():
         figure = score_by_parameters(board, {"pt": 80_000, "<b>": 90_000}, looks)
         svg = inline_svg(figure, "one", looks.values())

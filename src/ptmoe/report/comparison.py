@@ -47,10 +47,9 @@ class Cell(CellRecord):
         rows = [{**prediction.scores, "domain": prediction.domain} for prediction in predictions]
         return pd.DataFrame(rows, index=[prediction.id for prediction in predictions])
 
-    def scores(self) -> Iterator[dict[str, Any]]:
-        """The rows of the long table: a score in percent for each evaluated task, part of its examples and metric,
-        with the 95 % interval over examples where it is known."""
-        own = {
+    def facts(self) -> dict[str, Any]:
+        """What is the same in all its rows of the long table."""
+        return {
             "label": self.label,
             "method": self.method,
             "size": size_text(self.size),
@@ -60,6 +59,10 @@ class Cell(CellRecord):
             "trained on": self.task,
             "seed": self.seed,
         }
+
+    def scores(self) -> Iterator[dict[str, Any]]:
+        """Its rows of the long table: a score in percent for each evaluated task, part of its examples and metric, with
+        the 95 % interval over examples where it is known."""
         for task in self.eval_tasks:
             summary = self.run.evaluations[task]
             parts: list[tuple[str, float, Mapping[str, float]]] = [
@@ -72,7 +75,7 @@ class Cell(CellRecord):
                     low, high = self._interval(task, of, metric)
                     row = {"task": task, "of": of, "metric": metric, "ranks": metric == summary.metric}
                     row |= {"score": scores[metric], "score low": low, "score high": high, "examples": int(examples)}
-                    yield own | row
+                    yield self.facts() | row
 
     def _interval(self, task: str, of: str, metric: str) -> tuple[float | None, float | None]:
         if of == ALL:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from colorsys import hls_to_rgb
 from contextlib import AbstractContextManager
@@ -74,30 +75,21 @@ class Style(NamedTuple):
 
 
 def styles(methods: Mapping[str, str]) -> dict[str, Style]:
-    """Each label's colours and marker, from its method: the method's own (`figure_color`, `figure_marker`) where it has
-    them, the others share the circle of hues; the sizes of one method go from light to dark."""
-    own: dict[str, Any] = {method: getattr(METHODS.get(method), "figure_color", None) for method in methods.values()}
-    hues = [method for method, pair in own.items() if pair is None and method in METHODS]
-    found: dict[str, Style] = {}
-    for label, method in methods.items():
-        alike = [other for other, of in methods.items() if of == method]
-        turn = alike.index(label)
-        pair = own[method] or (UNTOUCHED, ON_DARK[UNTOUCHED])
-        if method in hues:
-            hue = 0.05 + hues.index(method) / len(hues)
-            pair = tuple(to_hex(hls_to_rgb(hue % 1, lightness, 0.55)) for lightness in (0.34, 0.72))
-        marker = getattr(METHODS.get(method), "figure_marker", None) or MARKERS[len(found) % len(MARKERS)]
-        if len(alike) > 1:
-            # From a little towards the page to far towards the ink: all of them stand out.
-            share, marker = -0.2 + 0.85 * turn / (len(alike) - 1), MARKERS[turn % len(MARKERS)]
-            ends = (INK, ON_DARK[INK]) if share > 0 else (PAPER, ON_DARK[PAPER])
-            pair = tuple(_mixed(color, end, abs(share)) for color, end in zip(pair, ends, strict=True))
+    """Each label's colours and marker: its method's own (`figure_color`, `figure_marker`), where it has them and is not
+    there at several sizes; otherwise the labels share the circle of hues."""
+    found, counts = {}, Counter(methods.values())
+    for place, (label, method) in enumerate(methods.items()):
+        config, marker = METHODS.get(method), MARKERS[place % len(MARKERS)]
+        pair = getattr(config, "figure_color", None) if counts[method] == 1 else None
+        if config is None:
+            pair = UNTOUCHED, ON_DARK[UNTOUCHED]
+        elif pair is None:
+            hue = (0.05 + place / len(methods)) % 1
+            pair = to_hex(hls_to_rgb(hue, 0.34, 0.55)), to_hex(hls_to_rgb(hue, 0.72, 0.55))
+        else:
+            marker = getattr(config, "figure_marker", None) or marker
         found[label] = Style(*pair, marker)
     return found
-
-
-def _mixed(color: str, other: str, share: float) -> str:
-    return to_hex(tuple((1 - share) * np.array(to_rgb(color)) + share * np.array(to_rgb(other))))
 
 
 def inline_svg(figure: Figure, name: str, looks: Iterable[Style] = ()) -> str:
@@ -152,23 +144,20 @@ def curve_points(comparison: Comparison, against: Literal["step", "seconds"]) ->
         [
             (cell.label, cell.task, against, log.step, getattr(log, against), log.loss, cell.seed)
             for cell in comparison.cells
-            for log in cell.run.logs
+            for log in sorted(cell.run.logs, key=lambda log: log.step or 0)
         ],
         columns=["method", "trained on", "by", "step", "at", "loss", "seed"],
     ).astype({"at": float, "loss": float})
     logs = logs[np.isfinite(logs["loss"])].dropna()
     logs = logs.drop_duplicates(["method", "trained on", "step", "seed"], keep="last")
-    most = logs.groupby(["method", "trained on"])["seed"].transform("nunique")
+    curve = ["method", "trained on", "by"]
     columns: dict[str, Any] = {"at": ("at", "mean"), "mean loss": ("loss", "mean"), "lowest seed": ("loss", "min")}
-    columns |= {"highest seed": ("loss", "max"), "seeds": ("seed", "size"), "most": ("most", "first")}
-    steps = logs.assign(most=most).groupby(["method", "trained on", "by", "step"], sort=False, as_index=False)
-    points = steps.agg(**columns).sort_values("step", kind="stable")
-    points = points[points["seeds"] == points["most"]]
-    thinned = [
-        curve.iloc[np.unique(np.linspace(0, len(curve) - 1, MOST_POINTS).round().astype(int))]
-        for _, curve in points.groupby(["trained on", "method"], sort=False)
-    ]
-    return pd.concat([points[:0], *thinned])[CURVE_COLUMNS]
+    columns |= {"highest seed": ("loss", "max"), "seeds": ("seed", "size"), "all": ("all", "first")}
+    steps = logs.assign(all=logs.groupby(curve)["seed"].transform("nunique")).groupby([*curve, "step"], sort=False)
+    points = steps.agg(**columns).reset_index().query("seeds == all")
+    to_the_end = points.groupby(curve).cumcount(ascending=False)
+    lengths = points.groupby(curve)["at"].transform("size")
+    return points[to_the_end % np.ceil(lengths / MOST_POINTS) == 0][CURVE_COLUMNS]
 
 
 def learning_curves(points: pd.DataFrame, looks: Mapping[str, Style]) -> Figure:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+
+import yaml
 
 from ptmoe.report.comparison import AVERAGE, Cell, Comparison, counted_states, read_comparison, single_run
 from ptmoe.report.figures import styles
@@ -72,7 +74,7 @@ def _write(comparison: Comparison, command: str | None = None) -> Path:
         summary=[_in_words(comparison, board) for board in found if board.ranks] or ["Nothing was evaluated."],
         warnings=list(_warnings(comparison)),
         sections=shown,
-        configuration=(file.name, file.read_text(encoding="utf-8") if file.exists() else ""),
+        documents=list(_documents(comparison, file)),
         command=command,
     )
     path = folder / "report.html"
@@ -82,13 +84,10 @@ def _write(comparison: Comparison, command: str | None = None) -> Path:
 
 def _extent(comparison: Comparison) -> str:
     """How much of what is compared."""
-    tasks = comparison.tasks
-    parts = [f"base {_listed(comparison.bases)}"]
-    parts.append(f"trained on {_listed(tasks) if len(tasks) < 4 else _counted(len(tasks), 'task')}")
-    if not comparison.single:
-        seeds = {cell.seed for cell in comparison.cells if cell.trainable_parameters}
-        parts += [_counted(len(comparison.labels), "method"), _counted(len(seeds), "seed")]
-        parts.append(_counted(len(comparison.cells), "finished cell"))
+    seeds = {cell.seed for cell in comparison.cells if cell.trainable_parameters}
+    counts = {"methods": comparison.labels, "seeds": seeds, "finished cells": comparison.cells}
+    parts = [f"base {', '.join(comparison.bases)}", f"trained on {', '.join(comparison.tasks)}"]
+    parts += [] if comparison.single else [f"{what}: {len(items):,}" for what, items in counts.items()]
     return " · ".join(parts)
 
 
@@ -108,9 +107,8 @@ def _in_words(comparison: Comparison, board: Board) -> str:
         found += f", level with {other}."
     else:
         found += f", the most of {len(scores)}; {other} follows with {_score_text(scores[1])} and {trained[1]}."
-    tests = board.paired
-    test = tests and (tests.average or (tests.tasks[0] if len(board.columns) == len(tests.tasks) == 1 else None))
-    if not test:
+    test = next((test for test in board.tests if test.name == board.names[-1]), None)
+    if test is None:
         return f"{found} The two were not tested on the same examples."
     verdict = "more than chance explains" if test.p < ALPHA else "which chance explains as well"
     p = p_text(test.p)
@@ -126,16 +124,6 @@ def _score_text(score: Score) -> str:
     return f"{score.mean:.1f} % {score.interval}".strip()
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _listed(words: Iterable[str]) -> str:
-    """Joined as people do: a, b and c."""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
-
-
 def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     """What a reader has to know before the numbers: a heading, and lines below it."""
     fallen: dict[tuple[str, str, str], list[str]] = {}
@@ -146,8 +134,8 @@ def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     lines = []
     for (label, trained_on, task), texts in fallen.items():
         after = f" trained on {trained_on}" if trained_on != task else ""
-        of = f"{len(texts)} of {_counted(len(comparison.of(label, trained_on)), 'seed')}"
-        lines.append(f"{label}{after} on {task}, {of}; {texts[0]}")
+        of = len(comparison.of(label, trained_on))
+        lines.append(f"{label}{after} on {task}, {len(texts)} of {of} seed{'s' * (of > 1)}; {texts[0]}")
     if lines:
         yield "Routing collapsed.", lines
     if comparison.left_out:
@@ -165,3 +153,17 @@ def _collapse(cell: Cell, task: str) -> str:
     guard = f" Off in this run, and meant against it: {', '.join(off)}." if off else ""
     takes = f"takes {100 * shares[expert]:.1f} % of the {'gate' if summary.routing.is_soft else 'inputs'}"
     return f"expert {expert} {takes}, the other {len(shares) - 1} next to nothing.{guard}"
+
+
+def _documents(comparison: Comparison, plan: Path) -> Iterator[tuple[str, str]]:
+    """The plan, and each different machine or set of versions that cells ran on; their seeds differ by plan."""
+    if plan.exists():
+        yield plan.name, plan.read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for cell in comparison.cells:
+        environment = cell.run.environment.model_dump(exclude=None if comparison.single else {"seed"})
+        text = yaml.safe_dump(environment, sort_keys=False, allow_unicode=True)
+        found.setdefault(text, []).append(f"{cell.label}/{cell.task}/seed-{cell.seed}")
+    for text, cells in found.items():
+        more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+        yield f"Versions, commit and hardware of {cells[0]}{more}", text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import pandas as pd
 from ptmoe.report import figures
 from ptmoe.report.comparison import AVERAGE, MEAN, Comparison, paper, size_text
 from ptmoe.report.gallery import Gallery, Section
-from ptmoe.report.results import Board, PairedTests, part_scores
+from ptmoe.report.results import Board, part_scores
 from ptmoe.report.routing import routing_sections
 from ptmoe.report.table import Table, decimals, metric_name
 
@@ -27,8 +26,8 @@ def sections(comparison: Comparison, found: Sequence[Board], gallery: Gallery) -
     """Each part that there is data for."""
     for board in found:
         tables = [score_table(comparison, board)]
-        if board.paired and (board.paired.tasks or board.paired.notes):
-            tables.append(paired_table(board.paired, board.metric))
+        if board.tests or board.test_notes:
+            tables.append(paired_table(board))
         yield Section(_board_title(board), tables=tables)
     yield from _parameters(comparison, found, gallery)
     yield from _domains(comparison, found, gallery)
@@ -49,7 +48,6 @@ def sections(comparison: Comparison, found: Sequence[Board], gallery: Gallery) -
         "What all numbers above come from: each finished cell’s scores as its files hold them, and what training took.",
         [cost_table(comparison), Table("cells", "Every finished cell", cells, note, place="download")],
     )
-    yield Section("Versions, commit and hardware", tables=[environment_table(comparison)])
 
 
 def _board_title(board: Board, what: str = "") -> str:
@@ -136,26 +134,23 @@ def published_rows(comparison: Comparison, board: Board) -> tuple[list[Row], lis
     return rows, differences + ([f"other test examples: {'; '.join(others)}"] if others else [])
 
 
-def paired_table(tests: PairedTests, metric: str) -> Table:
+def paired_table(board: Board) -> Table:
     """A row for each task, then the average: the difference, its interval, p and Holm's p."""
-    several = len(tests.tasks) > 1
+    (first, second), several = board.ranking[:2], len(board.tests) > 1
     corrected = "; p (Holm) is corrected for the number of tasks" if several else ""
     note = (
-        f"{tests.first} less {tests.second}, in points of {metric_name(metric)}, each example’s score the mean over "
-        "the seeds that both have. Interval: 95 %, percentile bootstrap over examples. p: two-sided sign-flip "
-        f"permutation test on the same examples, 10,000 draws{corrected}. Both take the trained seeds as given: they "
-        "speak of these adapters on other examples, and the ± above of other seeds."
+        f"{first} less {second}, in points of {metric_name(board.metric)}, each example’s score the mean over the seeds "
+        "that both have. Interval: 95 %, percentile bootstrap over examples. p: two-sided sign-flip permutation test on "
+        f"the same examples, 10,000 draws{corrected}. Both take the trained seeds as given: they speak of these adapters "
+        "on other examples, and the ± above of other seeds."
     )
-    columns = ["task", "difference", "p", *(["p (Holm)"] if several else []), "examples", "seeds"]
-    rows = [
-        [test.name, test.difference, test.p, *([test.p_holm] if several else []), test.examples, len(test.seeds)]
-        for test in (*tests.tasks, *([tests.average] if tests.average else []))
-    ]
+    frame = pd.DataFrame(board.tests, columns=["task", "difference", "p", "p (Holm)", "examples"], dtype=object)
+    frame["seeds"] = [len(test.difference.seeds) for test in board.tests]
     return Table(
-        f"paired {metric}",
-        f"{tests.first} against {tests.second} on the same examples",
-        pd.DataFrame(rows, columns=columns, dtype=object),
-        " ".join([note, *(f"{name}: {why}." for name, why in tests.notes)]),
+        f"paired {board.metric}",
+        f"{first} against {second} on the same examples",
+        frame if several else frame.drop(columns="p (Holm)"),
+        " ".join([note, *board.test_notes]),
         formats={"difference": "{:+.1f}".format, "p": p_text, "p (Holm)": p_text},
     )
 
@@ -229,42 +224,18 @@ def _curves(comparison: Comparison, gallery: Gallery) -> Iterator[Section]:
 
 def cost_table(comparison: Comparison) -> Table:
     """Each label's size and what its training took, mean over its cells."""
-    cells = {label: comparison.of(label) for label in comparison.labels}
-    rows = [
-        {
-            "method": label,
-            "trainable parameters": of[0].trainable_parameters,
-            "optimiser steps": sum(cell.run.result.steps for cell in of) / len(of),
-            "seconds of training": sum(cell.run.result.train_seconds for cell in of) / len(of),
-            "cells": len(of),
-        }
-        for label, of in cells.items()
-    ]
+    found = pd.DataFrame([cell.facts() for cell in comparison.cells]).groupby("label", sort=False)
+    columns = {
+        "trainable parameters": ("trainable parameters", "first"),
+        "optimiser steps": ("steps", "mean"),
+        "seconds of training": ("seconds of training", "mean"),
+        "cells": ("label", "size"),
+    }
     return Table(
         "training cost",
         "What training took",
-        pd.DataFrame(rows, dtype=object),
+        found.agg(**columns).rename_axis("method").reset_index(),
         "Steps and seconds are means over a method’s cells.",
-        hints=[size_text(of[0].size) for of in cells.values()],
+        hints=list(found["size"].first()),
         formats={"optimiser steps": decimals(0)},
     )
-
-
-def environment_table(comparison: Comparison) -> Table:
-    """A column for each different machine or set of versions that cells ran on; seeds differ by plan."""
-    different: dict[str, tuple[list[str], dict[str, str]]] = {}
-    for cell in comparison.cells:
-        environment = cell.run.environment
-        known = {"commit": environment.commit or "not a checkout", **environment.hardware}
-        known |= {"seed": cell.seed} if comparison.single else {}
-        known |= {name: version or "not installed" for name, version in environment.versions.items()}
-        paths = environment.fast_paths or {}
-        known |= {f"fast path: {name}": "in use" if why is None else why for name, why in paths.items()}
-        texts = {name: "–" if value is None else str(value) for name, value in known.items()}
-        different.setdefault(json.dumps(texts), ([], texts))[0].append(f"{cell.label}/{cell.task}/seed-{cell.seed}")
-    columns = {
-        f"{cells[0]} and {len(cells) - 1} more" if len(cells) > 1 else cells[0]: texts
-        for cells, texts in different.values()
-    }
-    frame = pd.DataFrame(columns, dtype=object).fillna("–").rename_axis("name").reset_index()
-    return Table("environment", "What the cells ran on", frame, place="folded")
