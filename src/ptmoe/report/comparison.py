@@ -100,20 +100,11 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """
-    Attributes:
-        folder: where it was read from.
-        plan: the mapping in `comparison.yaml`, or a single run's in `config.yaml`.
-        cells: those that are finished, at least one, in the order of the plan's methods and tasks, and by seed.
-        left_out: all others.
-        single: whether it is a single run.
-    """
-
     folder: Path
-    plan: dict[str, Any]
-    cells: tuple[Cell, ...]
-    left_out: tuple[LeftOut, ...] = ()
-    single: bool = False
+    plan: dict[str, Any]  # the mapping in `comparison.yaml`, or a single run's in `config.yaml`
+    cells: tuple[Cell, ...]  # finished, at least one, in the order of the plan's methods and tasks, and by seed
+    left_out: tuple[LeftOut, ...] = ()  # all others
+    single: bool = False  # a single run
 
     @property
     def methods(self) -> dict[str, str]:
@@ -173,13 +164,14 @@ def score_groups(
     if not ids:
         raise PtmoeError("no example was answered by all of them")
     try:
-        values, other = (
-            np.mean([100 * frame.loc[ids, metric] for frame in of] or [[0.0]], axis=0) for of in (marks, less)
-        )
+        means = [
+            np.mean([100 * frame.loc[ids, metric] for frame in frames], axis=0) for frames in (marks, less) if frames
+        ]
     except KeyError as error:
         raise PtmoeError(f"a line of the predictions has no score {error}") from None
+    values = means[0] - means[1] if less else means[0]
     domains = marks[0].loc[ids, "domain"].to_numpy()
-    parts = [(values - other)[domains == name] for name in sorted(set(domains))] if by_domain else [values - other]
+    parts = [values[domains == name] for name in sorted(set(domains))] if by_domain else [values]
     return [Group(1 / len(parts), part) for part in parts]
 
 
@@ -238,30 +230,28 @@ def read_comparison(folder: str | Path) -> Comparison:
 
 def _cells(folder: Path) -> tuple[list[Cell], list[LeftOut]]:
     """The finished cells, and the others, each with its last failure rather than that it is unfinished."""
-    cells: dict[tuple[str, str, int | None], Cell] = {}
+    cells: list[Cell] = []
     left_out: dict[tuple[str, str, int | None], LeftOut] = {}
     for path in sorted((folder / "cells").glob("*/*/seed-*"), key=lambda path: _natural(path.as_posix())):
         label, task, seed = (part.replace("__", "/") for part in path.parts[-3:])
         number = seed.removeprefix("seed-")
         key = (label, task, int(number) if number.isdecimal() else None)
-        if not (path / CELL_FILE).is_file():
-            left_out[key] = LeftOut(*key, "unfinished")
-            continue
         try:
-            cell = _cell(path, list(cells.values()))
+            if (path / CELL_FILE).is_file():
+                cells.append(_cell(path, cells))
+            else:
+                left_out[key] = LeftOut(*key, "unfinished")
         except PtmoeError as error:
             left_out[key] = LeftOut(*key, "damaged", str(error))
-        else:
-            cells[cell.label, cell.task, cell.seed] = cell
     try:
         failures = Failure.read_lines(folder / FAILED_FILE) if (folder / FAILED_FILE).exists() else []
     except PtmoeError as error:
         failures, left_out["–", "–", None] = [], LeftOut("–", "–", None, "damaged", str(error))
+    finished = {(cell.label, cell.task, cell.seed) for cell in cells}
     for failure in failures:
-        known = left_out.get(failure.cell)
-        if failure.cell not in cells and (known is None or known.state != "damaged"):
+        if failure.cell not in finished and (failure.cell not in left_out or left_out[failure.cell].state != "damaged"):
             left_out[failure.cell] = LeftOut(*failure.cell, "failed", failure.error)
-    return list(cells.values()), list(left_out.values())
+    return cells, list(left_out.values())
 
 
 def _cell(path: Path, others: Sequence[Cell]) -> Cell:
@@ -291,7 +281,8 @@ def _cell(path: Path, others: Sequence[Cell]) -> Cell:
 
 def _not_started(cells: Sequence[Cell], left_out: Sequence[LeftOut]) -> Iterator[LeftOut]:
     """What is missing from the grid of all labels, tasks and seeds that anything is known of."""
-    known = {(cell.label, cell.task, cell.seed) for cell in (*cells, *left_out) if cell.seed is not None}
+    known = {(cell.label, cell.task, cell.seed) for cell in cells}
+    known |= {(cell.label, cell.task, cell.seed) for cell in left_out if cell.seed is not None}
     # What trains nothing is the same for every seed and every task.
     trained = {cell.label for cell in cells if cell.trainable_parameters} | {cell.label for cell in left_out}
     labels, tasks, seeds = (sorted(set(part), key=str) for part in zip(*known, strict=True))

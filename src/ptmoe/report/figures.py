@@ -29,7 +29,7 @@ try:
     import jinja2  # noqa: F401  the page needs it
     from matplotlib import rc_context
     from matplotlib.axes import Axes
-    from matplotlib.colors import to_hex, to_rgb
+    from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
@@ -79,16 +79,15 @@ def styles(methods: Mapping[str, str]) -> dict[str, Style]:
     there at several sizes; otherwise the labels share the circle of hues."""
     found, counts = {}, Counter(methods.values())
     for place, (label, method) in enumerate(methods.items()):
-        config, marker = METHODS.get(method), MARKERS[place % len(MARKERS)]
-        pair = getattr(config, "figure_color", None) if counts[method] == 1 else None
+        config, hue = METHODS.get(method), (0.05 + place / len(methods)) % 1
+        color, dark = (to_hex(hls_to_rgb(hue, lightness, 0.55)) for lightness in (0.34, 0.72))
+        marker = MARKERS[place % len(MARKERS)]
         if config is None:
-            pair = UNTOUCHED, ON_DARK[UNTOUCHED]
-        elif pair is None:
-            hue = (0.05 + place / len(methods)) % 1
-            pair = to_hex(hls_to_rgb(hue, 0.34, 0.55)), to_hex(hls_to_rgb(hue, 0.72, 0.55))
-        else:
-            marker = getattr(config, "figure_marker", None) or marker
-        found[label] = Style(*pair, marker)
+            color, dark = UNTOUCHED, ON_DARK[UNTOUCHED]
+        elif counts[method] == 1:
+            color, dark = config.figure_color or (color, dark)
+            marker = config.figure_marker or marker
+        found[label] = Style(color, dark, marker)
     return found
 
 
@@ -110,7 +109,7 @@ def score_by_parameters(board: Board, parameters: Mapping[str, int], looks: Mapp
     The dashed line joins the labels that none beats with as few parameters or fewer. What trains nothing has no place
     on the axis and is a line across.
     """
-    axes = _axes("trainable parameters", f"{metric_name(board.metric)}, %", height=3.3)
+    figure, axes = _plot("trainable parameters", f"{metric_name(board.metric)}, %", height=3.3)
     scored = {label: board.scores[label, AVERAGE] for label in board.ranking}
     for label, score in scored.items():
         color, _, marker = looks[label]
@@ -134,7 +133,7 @@ def score_by_parameters(board: Board, parameters: Mapping[str, int], looks: Mapp
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y")
     show_legend(axes)
-    return _figure(axes)
+    return figure
 
 
 def curve_points(comparison: Comparison, against: Literal["step", "seconds"]) -> pd.DataFrame:
@@ -164,7 +163,7 @@ def learning_curves(points: pd.DataFrame, looks: Mapping[str, Style]) -> Figure:
     """Each label's mean training loss over its seeds, from one task's `curve_points`; the band goes from the lowest
     seed to the highest."""
     by = "optimiser step" if points["by"].iat[0] == "step" else "seconds of training"
-    axes = _axes(by, "training loss", height=3.1)
+    figure, axes = _plot(by, "training loss", height=3.1)
     for label, curve in points.groupby("method", sort=False):
         color, _, marker = looks[label]
         every = max(1, len(curve) // 6)
@@ -175,7 +174,7 @@ def learning_curves(points: pd.DataFrame, looks: Mapping[str, Style]) -> Figure:
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.grid(axis="y")
     show_legend(axes)
-    return _figure(axes)
+    return figure
 
 
 def scores_by_domain(
@@ -192,7 +191,7 @@ def scores_by_domain(
     labels = list(dict.fromkeys(label for row in scores.values() for label in row))
     pitch = 0.17 if len(labels) < 6 else 0.13  # inches from one label's point to the next
     row_height = pitch * len(labels) + 0.16
-    axes = _axes(f"{metric_name(metric)}, %", "", height=0.95 + len(scores) * row_height)
+    figure, axes = _plot(f"{metric_name(metric)}, %", "", height=0.95 + len(scores) * row_height)
     for turn, label in enumerate(labels):
         color, _, marker = looks[label]
         offset = (turn - (len(labels) - 1) / 2) * pitch / row_height
@@ -211,7 +210,7 @@ def scores_by_domain(
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     show_legend(axes)
-    return _figure(axes)
+    return figure
 
 
 def routing_heat_map(shares: Mapping[str, Sequence[float]], of: str = "domain") -> Figure:
@@ -235,7 +234,7 @@ def routing_figures(routing: RoutingSummary) -> dict[str, Figure]:
 def _heat_map(rows: Sequence[Sequence[float]], names: Sequence[str], of: str, form: str) -> Figure:
     """Values from −1 to 1: the larger, the more of the colour of its sign covers the page, in either mode."""
     experts = len(rows[0])
-    axes = _axes("expert", of, height=0.75 + 0.38 * len(rows))
+    figure, axes = _plot("expert", of, height=0.75 + 0.38 * len(rows))
     size = FONT_SIZE if experts <= 6 else max(4.5, FONT_SIZE * 6 / experts)
     for (y, x), value in np.ndenumerate(np.array(rows)):
         color, cover = (HIGH if value >= 0 else LOW), min(1.0, 0.06 + 0.94 * abs(value))
@@ -247,7 +246,7 @@ def _heat_map(rows: Sequence[Sequence[float]], names: Sequence[str], of: str, fo
     axes.set(xlim=(-0.5, experts - 0.5), ylim=(len(rows) - 0.5, -0.5))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return _figure(axes)
+    return figure
 
 
 def routing_over_training(logs: Sequence[LogLine]) -> Figure:
@@ -276,25 +275,19 @@ def routing_over_training(logs: Sequence[LogLine]) -> Figure:
     return figure
 
 
-def _axes(xlabel: str, ylabel: str, height: float) -> Axes:
-    axes = Figure(figsize=(WIDTH, height), layout="constrained").subplots()
+def _plot(xlabel: str, ylabel: str, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    return axes
-
-
-def _figure(axes: Axes) -> Figure:
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
+    return figure, axes
 
 
 def show_legend(axes: Axes) -> None:
     """Above the axes, so that it hides no data, in as many columns as fit; the figure grows with its rows."""
-    names = [str(name) for name in axes.get_legend_handles_labels()[1]]
-    if names:
+    names, figure = [str(name) for name in axes.get_legend_handles_labels()[1]], axes.get_figure(root=True)
+    if names and figure is not None:
         entry = 38 + 0.58 * FONT_SIZE * max(map(len, names))  # points: the handle and its space, and the longest text
         columns = max(1, min(len(names), int(270 / entry)))
-        figure = _figure(axes)
         figure.set_figheight(figure.get_figheight() + 0.2 * max(0, -(-len(names) // columns) - 3))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptmoe.report import figures
+from ptmoe.report.figures import Style, drawing, inline_svg
 from ptmoe.report.table import Table, file_name
 
 PNG_DPI = 200
@@ -43,19 +43,19 @@ class Gallery:
     """
 
     folder: Path
-    looks: Mapping[str, figures.Style]
+    looks: Mapping[str, Style]
     names: set[str] = field(default_factory=set)
 
     def picture(
-        self, title: str, draw: Callable[..., figures.Figure], *data: Any, alt: Mapping[str, str], note: str = ""
+        self, title: str, draw: Callable[..., Any], *data: Any, alt: Mapping[str, str], note: str = ""
     ) -> Picture:
         """`draw(*data)`; `alt` has what is to be said of each thing that it shows."""
         name = file_name(title, self.names)
         self.names.add(name)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with figures.drawing():
+        with drawing():
             figure = draw(*data)
-            svg = figures.inline_svg(figure, name, self.looks.values())
+            svg = inline_svg(figure, name, self.looks.values())
             figure.set_layout_engine("none")  # laid out already, which takes longer than drawing
             figure.savefig(self.folder / f"{name}.svg", metadata={"Date": None})
             figure.savefig(self.folder / f"{name}.png", dpi=PNG_DPI)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from ptmoe.report.comparison import AVERAGE, Cell, Comparison, counted_states, read_comparison, single_run
+from ptmoe.report.comparison import AVERAGE, Comparison, counted_states, read_comparison, single_run
 from ptmoe.report.figures import styles
 from ptmoe.report.gallery import Gallery
 from ptmoe.report.results import ALPHA, Board, Score, boards
@@ -127,32 +127,27 @@ def _score_text(score: Score) -> str:
 def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     """What a reader has to know before the numbers: a heading, and lines below it."""
     fallen: dict[tuple[str, str, str], list[str]] = {}
-    for cell in comparison.cells:
-        for task in cell.eval_tasks:
-            if text := _collapse(cell, task):
-                fallen.setdefault((cell.label, cell.task, task), []).append(f"with seed {cell.seed} {text}")
+    for cell, task in ((each, task) for each in comparison.cells for task in each.eval_tasks):
+        summary, method = cell.run.evaluations[task], cell.run.config["method"]
+        shares = summary.overall_shares
+        if summary.routing is not None and summary.collapsed_expert is not None:
+            of = "gate" if summary.routing.is_soft else "inputs"
+            off = [name for name in ("router_standardize", "routing_anneal") if method.get(name) is False]
+            guard = f" Off in this run, and meant against it: {', '.join(off)}." if off else ""
+            fallen.setdefault((cell.label, cell.task, task), []).append(
+                f"with seed {cell.seed} expert {summary.collapsed_expert} takes {100 * max(shares):.1f} % of the {of}, "
+                f"the other {len(shares) - 1} next to nothing.{guard}"
+            )
     lines = []
     for (label, trained_on, task), texts in fallen.items():
         after = f" trained on {trained_on}" if trained_on != task else ""
-        of = len(comparison.of(label, trained_on))
-        lines.append(f"{label}{after} on {task}, {len(texts)} of {of} seed{'s' * (of > 1)}; {texts[0]}")
+        seeds = len(comparison.of(label, trained_on))
+        lines.append(f"{label}{after} on {task}, {len(texts)} of {seeds} seed{'s' * (seeds > 1)}; {texts[0]}")
     if lines:
         yield "Routing collapsed.", lines
     if comparison.left_out:
         counted = counted_states(comparison.left_out)
         yield "Not every cell is in the numbers.", [f"{counted}; they are listed under “Cells that are left out”."]
-
-
-def _collapse(cell: Cell, task: str) -> str:
-    """That a cell's routing collapsed on a task, in words; empty where it did not."""
-    summary = cell.run.evaluations[task]
-    expert, shares = summary.collapsed_expert, summary.overall_shares
-    if expert is None or summary.routing is None:
-        return ""
-    off = [key for key in ("router_standardize", "routing_anneal") if cell.run.config["method"].get(key) is False]
-    guard = f" Off in this run, and meant against it: {', '.join(off)}." if off else ""
-    takes = f"takes {100 * shares[expert]:.1f} % of the {'gate' if summary.routing.is_soft else 'inputs'}"
-    return f"expert {expert} {takes}, the other {len(shares) - 1} next to nothing.{guard}"
 
 
 def _documents(comparison: Comparison, plan: Path) -> Iterator[tuple[str, str]]:

@@ -123,8 +123,8 @@ def _board(comparison: Comparison, metric: str, rows: pd.DataFrame) -> Board:
     )
     scores = {key: score_of(part) for key, part in shown.groupby(["label", "column"], sort=False)}
     for label, of_label in shown.dropna(subset="column").groupby("label", sort=False):
-        found = [scores.get((label, column.name)) for column in columns]
-        if all(found):
+        found = [scores[label, column.name] for column in columns if (label, column.name) in scores]
+        if len(found) == len(columns):
             scores[label, AVERAGE] = _average(found, of_label)
     ranked = [label for label in comparison.labels if (label, AVERAGE) in scores]
     ranking = tuple(sorted(ranked, key=lambda label: -scores[label, AVERAGE].mean))
@@ -134,7 +134,8 @@ def _board(comparison: Comparison, metric: str, rows: pd.DataFrame) -> Board:
 
 def part_scores(comparison: Comparison, column: Column, metric: str) -> dict[str, dict[str, Score]]:
     """Over all examples, as the domains' mean, and in each domain: each label's score, where it has one."""
-    rows, found = comparison.scores, {}
+    found: dict[str, dict[str, Score]] = {}
+    rows = comparison.scores
     here = (rows["trained on"] == column.trained_on) & (rows["task"] == column.task) & (rows["metric"] == metric)
     for (of, label), part in rows[here].groupby(["of", "label"], sort=False):
         found.setdefault(of, {})[label] = score_of(part)

@@ -77,27 +77,25 @@ def score_table(comparison: Comparison, board: Board) -> Table:
     )
 
 
-def _score_notes(board: Board, differences: Sequence[str] | None) -> Iterator[str]:
+def _score_notes(board: Board, differences: Sequence[str] | None) -> list[str]:
     scores = board.scores.values()
-    ours = "." if differences is None else ", of our rows."
-    yield f"Means over seeds, in percent. Bold: the highest of its column{ours}"
-    if any(score.over == "seeds" for score in scores):
-        yield "± is the 95 % interval over seeds (Student’s t)."
-    if any(score.over == "seeds" and len(score.seeds) == 2 for score in scores):
-        yield "With two seeds t multiplies their spread by 12.7, and with three by 4.3: two say little."
-    if any(score.over == "examples" for score in scores):
-        yield "In brackets: one seed’s 95 % interval over examples (bootstrap), which says nothing of other seeds."
-    if any(score.low is None for score in scores):
-        yield "No interval: it would need predictions, or the same seeds for all tasks."
-    if len(board.columns) > 1:
-        yield "The average is the plain mean over the tasks, as in the paper."
-    if by_domain := [column.name for column in board.columns if column.of == MEAN]:
-        yield (
-            f"{', '.join(by_domain)}: the plain mean of the four types, the paper’s form; the mean over all examples "
-            "is under “By domain”."
-        )
-    if differences is not None:
-        yield f"Published rows: {'; '.join(differences) or 'the same base, training data and examples'}."
+    over_seeds = [len(score.seeds) for score in scores if score.over == "seeds"]
+    means = ", ".join(column.name for column in board.columns if column.of == MEAN)
+    published = "; ".join(differences or []) or "the same base, training data and examples"
+    bold = "Bold: the highest of its column" + ("." if differences is None else ", of our rows.")
+    examples = "one seed’s 95 % interval over examples (bootstrap), which says nothing of other seeds."
+    types = "the plain mean of the four types, the paper’s form; the mean over all examples is under “By domain”."
+    notes = {
+        f"Means over seeds, in percent. {bold}": True,
+        "± is the 95 % interval over seeds (Student’s t).": over_seeds,
+        "With two seeds t multiplies their spread by 12.7, and with three by 4.3: two say little.": 2 in over_seeds,
+        f"In brackets: {examples}": any(score.over == "examples" for score in scores),
+        "No interval: it would need predictions, or the same seeds for all tasks.": any(s.low is None for s in scores),
+        "The average is the plain mean over the tasks, as in the paper.": len(board.columns) > 1,
+        f"{means}: {types}": means,
+        f"Published rows: {published}.": differences is not None,
+    }
+    return [note for note, applies in notes.items() if applies]
 
 
 def _source() -> str:
@@ -139,10 +137,10 @@ def paired_table(board: Board) -> Table:
     (first, second), several = board.ranking[:2], len(board.tests) > 1
     corrected = "; p (Holm) is corrected for the number of tasks" if several else ""
     note = (
-        f"{first} less {second}, in points of {metric_name(board.metric)}, each example’s score the mean over the seeds "
-        "that both have. Interval: 95 %, percentile bootstrap over examples. p: two-sided sign-flip permutation test on "
-        f"the same examples, 10,000 draws{corrected}. Both take the trained seeds as given: they speak of these adapters "
-        "on other examples, and the ± above of other seeds."
+        f"{first} less {second}, in points of {metric_name(board.metric)}, each example’s score the mean over the "
+        "seeds that both have. Interval: 95 %, percentile bootstrap over examples. p: two-sided sign-flip permutation "
+        f"test on the same examples, 10,000 draws{corrected}. Both take the trained seeds as given: they speak of "
+        "these adapters on other examples, and the ± above of other seeds."
     )
     frame = pd.DataFrame(board.tests, columns=["task", "difference", "p", "p (Holm)", "examples"], dtype=object)
     frame["seeds"] = [len(test.difference.seeds) for test in board.tests]

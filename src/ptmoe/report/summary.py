@@ -44,7 +44,7 @@ def _table(comparison: Comparison, board: Board) -> Table:
     """With an interval beside every score, or, where 80 columns have no room for that, beside the total's alone."""
     metric, total = metric_name(board.metric), AVERAGE
     cells = {label: comparison.of(label) for label in comparison.labels}
-    scores = {name: {label: board.scores.get((label, name)) for label in cells} for name in board.names}
+    scores = {n: {label: board.scores[label, n] for label in cells if (label, n) in board.scores} for n in board.names}
     title, seconds = f"{metric}, %", {}
     if len(board.columns) == 1:
         (column,), total = board.columns, metric
@@ -60,7 +60,7 @@ def _table(comparison: Comparison, board: Board) -> Table:
     columns: dict[str, list[Any]] = {
         "trainable parameters": [short_count(n) if as_rows or n >= MANY_PARAMETERS else f"{n:,}" for n in counts]
     }
-    over = {score.over for row in scores.values() for score in row.values() if score and score.over}
+    over = {score.over for row in scores.values() for score in row.values() if score.over}
 
     def table(intervals: bool) -> Table:
         texts = {name: _texts(list(map(row.get, cells)), intervals or name == total) for name, row in scores.items()}

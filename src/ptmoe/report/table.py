@@ -30,29 +30,16 @@ class Entry(NamedTuple):
 
 @dataclass
 class Table:
-    """
-    Attributes:
-        name: of its files, without an ending; any text, `files` makes it fit for them.
-        title: what it shows.
-        frame: its values, texts, numbers, `Score`s or None; the first column heads the rows.
-        note: what its numbers mean.
-        sources: where each row is from, in a table whose rows are not all from one place.
-        hints: for each row, printed small below its first value, on the page only.
-        ranked: whether the highest `Score` of each column is bold.
-        formats: how the numbers of a column are printed; by default whole ones with a thousands' comma, others with one
-            decimal.
-        place: on the page as it is, to be opened there, or only to download.
-    """
-
-    name: str
+    name: str  # of its files, without an ending; any text, `files` makes it fit for them
     title: str
-    frame: pd.DataFrame
-    note: str = ""
-    sources: Sequence[str] = ()
-    hints: Sequence[str] = ()
-    ranked: bool = False
+    frame: pd.DataFrame  # texts, numbers, `Score`s and None; the first column heads the rows
+    note: str = ""  # what its numbers mean
+    sources: Sequence[str] = ()  # where each row is from, in a table whose rows are not all from one place
+    hints: Sequence[str] = ()  # for each row, printed small below its first value, on the page only
+    ranked: bool = False  # whether the highest `Score` of each column is bold
+    # How numbers of a column are printed; by default whole ones with a thousands' comma, others with one decimal.
     formats: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
-    place: Literal["page", "folded", "download"] = "page"
+    place: Literal["page", "folded", "download"] = "page"  # on the page as it is, to be opened there, or not at all
 
     @property
     def columns(self) -> list[str]:
