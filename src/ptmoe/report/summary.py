@@ -17,7 +17,7 @@ from ptmoe.report.comparison import ALL, AVERAGE, MEAN, Comparison, counted_stat
 from ptmoe.report.results import Board, Score, boards, part_scores
 from ptmoe.report.table import best_rows, metric_name, short_count
 
-WIDTH, LONGEST_NAME = 80, 10
+WIDTH = 80
 MANY_PARAMETERS = 10_000_000
 MOST_COLUMNS = 6  # of scores; where there are more, and no more methods than this, they are rows
 INTERVALS = {
@@ -63,6 +63,9 @@ def _table(comparison: Comparison, board: Board) -> Table:
     over = {score.over for row in scores.values() for score in row.values() if score.over}
 
     def table(intervals: bool) -> Table:
+        # Where there is no room, names fold where their words do. Numbers are never cut.
+        names = {name: Text(name if intervals else re.sub("[/_]", r"\g<0>\n", name)) for name in (*scores, *cells)}
+        names["trainable parameters"] = Text("trainable\nparameters")
         texts = {name: _texts(list(map(row.get, cells)), intervals or name == total) for name, row in scores.items()}
         frame = pd.DataFrame(columns | texts | seconds, index=list(cells), dtype=object)
         drawn = Table(
@@ -72,16 +75,16 @@ def _table(comparison: Comparison, board: Board) -> Table:
             padding=(0, 1) if intervals else (0, 1, 0, 0),
             pad_edge=False,
         )
-        drawn.add_column(("task" if len(board.columns) > 1 else "domain") if as_rows else "method", overflow="fold")
+        first = ("task" if len(board.columns) > 1 else "domain") if as_rows else "method"
+        drawn.add_column(first, overflow="fold", min_width=10 if as_rows else None)
         for name, column in (frame.T if as_rows else frame).items():
-            # Numbers are never cut; a long header is, where there is no room.
             width = 5 if as_rows else max(map(len, column))
-            drawn.add_column(_folding(name), justify="right", overflow="fold", min_width=width)
+            drawn.add_column(names.get(name, name), justify="right", overflow="fold", min_width=width)
         for row in (frame.T if as_rows else frame).itertuples(name=None):
-            drawn.add_row(_folding(row[0]) if as_rows else Text(row[0]), *row[1:])
+            drawn.add_row(names.get(row[0], row[0]), *row[1:])
         return drawn
 
-    fits = not as_rows and Console(width=1000).measure(table(True)).minimum <= WIDTH
+    fits = not as_rows and Console(width=1000).measure(table(True)).maximum <= WIDTH
     return table(fits)
 
 
@@ -91,8 +94,3 @@ def _texts(column: Sequence[Score | None], intervals: bool) -> list[Text]:
         Text("–" if score is None else f"{score.mean:.1f} {score.interval if intervals else ''}".strip(), style)
         for score, style in ((score, "bold" if row in best else "") for row, score in enumerate(column))
     ]
-
-
-def _folding(name: str) -> Text:
-    """A long name folds where its words do."""
-    return Text(re.sub("[/_ ]", r"\g<0>\n", name) if len(name) > LONGEST_NAME else name)
