@@ -78,8 +78,10 @@ def _table(comparison: Comparison, board: Board) -> Table:
         first = ("task" if len(board.columns) > 1 else "domain") if as_rows else "method"
         drawn.add_column(first, overflow="fold", min_width=10 if as_rows else None)
         for name, column in (frame.T if as_rows else frame).items():
-            width = 5 if as_rows else max(map(len, column))
-            drawn.add_column(names.get(name, name), justify="right", overflow="fold", min_width=width)
+            least, most = max(map(len, column)), None
+            if as_rows:
+                least, most = 5, max(5, (WIDTH - 12) // len(cells) - 2)
+            drawn.add_column(names.get(name, name), justify="right", overflow="fold", min_width=least, max_width=most)
         for row in (frame.T if as_rows else frame).itertuples(name=None):
             drawn.add_row(names.get(row[0], row[0]), *row[1:])
         return drawn
