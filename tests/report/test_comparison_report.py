@@ -8,23 +8,21 @@ import re
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.image import imread
-from matplotlib.text import Text
 from rich.console import Console
 from scipy import stats
 
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.nearest_words import nearest_tokens
 from ptmoe.report import comparison_summary, read_comparison, write_report
-from ptmoe.report.comparison import MEAN
-from ptmoe.report.figures import curve_points, score_by_parameters
-from ptmoe.report.published import paper
-from ptmoe.report.results import AVERAGE, Board, Score, boards, holm, paired_test, t_interval
+from ptmoe.report.comparison import AVERAGE, MEAN, paper
+from ptmoe.report.figures import curve_points, drawing, inline_svg, score_by_parameters, styles
+from ptmoe.report.results import Board, Score, boards, holm, paired_test, t_interval
+from ptmoe.report.sections import published_rows
 from ptmoe.report.table import Table, to_csv, to_latex, to_markdown
-from ptmoe.report.tables import published_for
-from ptmoe.report.theme import DARK, LIGHT, drawing, styles
 from ptmoe.runs.folders import FAILED_FILE
 from ptmoe.runs.records import Failure, write_lines
 from ptmoe.tasks.resampling import Group, bootstrap_interval
@@ -291,7 +289,7 @@ def test_a_method_that_lacks_a_task_has_no_average_and_cannot_lead(tmp_path):
     (board,) = boards(read_comparison(tmp_path))
     assert ("pt-moe", AVERAGE) not in board.scores
     assert board.ranking == ("pt",)
-    assert board.paired is None
+    assert board.tests == ()
 
 
 def test_svamp_stands_as_the_mean_of_its_types_and_both_forms_are_offered(maths):
@@ -327,9 +325,9 @@ def test_a_task_that_follows_two_trainings_has_a_column_for_each(tmp_path):
 
 def test_the_first_two_by_average_are_tested_on_the_same_examples(folder, comparison):
     (board,) = boards(comparison)
-    tests = board.paired
-    assert (tests.first, tests.second) == ("pt-moe", "pt")
-    assert tests.notes == ()
+    *tests, average = board.tests
+    assert board.ranking[:2] == ("pt-moe", "pt")
+    assert board.test_notes == ()
 
     def scores(label, task):
         """Mean over seeds of each example, read without the package."""
@@ -340,19 +338,19 @@ def test_the_first_two_by_average_are_tested_on_the_same_examples(folder, compar
         return {name: 100 * np.mean(values) for name, values in found.items()}
 
     everything = []
-    for test in tests.tasks:
+    for test in tests:
         first, second = scores("pt-moe", test.name), scores("pt", test.name)
         differences = np.array([first[name] - second[name] for name in first])
         everything.append(differences)
-        assert (test.examples, test.seeds) == (60, (0, 1, 2))
+        assert (test.examples, test.difference.seeds) == (60, (0, 1, 2))
         assert test.difference.mean == pytest.approx(differences.mean())
         flips = np.random.default_rng(5).choice([-1, 1], (20_000, 60)) @ differences / 60
         assert test.p == pytest.approx(np.mean(np.abs(flips) >= differences.mean() - 1e-9), abs=2e-3)
         generator = np.random.default_rng(6)
         means = [generator.choice(differences, 60).mean() for _ in range(5000)]
         assert test.difference[2:4] == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=1.0)
-    assert [test.p_holm for test in tests.tasks] == holm([test.p for test in tests.tasks])
-    assert tests.average.difference.mean == pytest.approx(np.mean([each.mean() for each in everything]))
+    assert [test.p_holm for test in tests] == holm([test.p for test in tests])
+    assert average.difference.mean == pytest.approx(np.mean([each.mean() for each in everything]))
 
 
 def test_predictions_that_are_missing_leave_a_task_untested_and_say_so(tmp_path):
@@ -361,19 +359,17 @@ def test_predictions_that_are_missing_leave_a_task_untested_and_say_so(tmp_path)
             write_cell(tmp_path, label, task, 0)
     (tmp_path / "cells" / "pt" / "nano__facts" / "seed-0" / "predictions" / "nano__facts.jsonl").unlink()
     (board,) = boards(read_comparison(tmp_path))
-    assert [test.name for test in board.paired.tasks] == ["nano/mixed"]
-    assert board.paired.average is None
-    ((name, why),) = board.paired.notes
-    assert name == "nano/facts"
-    assert "is missing" in why
+    assert [test.name for test in board.tests] == ["nano/mixed"], "and no test of the averages"
+    (note,) = board.test_notes
+    assert re.match(r"nano/facts: .*is missing", note)
 
 
 def test_examples_that_only_one_method_answered_are_left_out_of_the_test(tmp_path):
     write_cell(tmp_path, "pt", "nano/mixed", 0, examples=60)
     write_cell(tmp_path, "pt-moe", "nano/mixed", 0, examples=48)
     (board,) = boards(read_comparison(tmp_path))
-    assert board.paired.tasks[0].examples == 48
-    assert "only the 48 of 60" in board.paired.notes[0][1]
+    assert board.tests[0].examples == 48
+    assert "only the 48 of 60" in board.test_notes[0]
 
 
 # The page and its files
@@ -439,7 +435,7 @@ def test_files_beside_the_page_are_what_it_embeds(folder, page):
 
 def test_the_page_needs_nothing_beside_itself_and_runs_nothing(page):
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
-    assert not re.search(r"https?://|@import|url\(", page.source)
+    assert not re.search(r"https?://|@import|url\((?!#)", page.source)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "default-src 'none'" in page.source
 
@@ -494,7 +490,7 @@ def test_hostile_names_are_shown_and_not_run(tmp_path):
 
 def test_a_spreadsheet_takes_no_text_for_a_formula():
     bad = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", 'a"b', "fine"]
-    table = Table("a", "a", ("=name", "score"), [[name, -2.5] for name in bad])
+    table = Table("a", "a", pd.DataFrame([[name, -2.5] for name in bad], columns=["=name", "score"]))
     header, *lines = csv.reader(io.StringIO(to_csv(table)))
     assert header[0] == "'=name"
     assert [line[0] for line in lines] == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "'\t=1", 'a"b', "fine"]
@@ -502,7 +498,7 @@ def test_a_spreadsheet_takes_no_text_for_a_formula():
 
 
 def test_markdown_and_latex_show_a_name_as_it_is():
-    table = Table("a", "a", ("method",), [["a|b_c*<i>\n$x^2$ & 50 % #1 \\ {}"]])
+    table = Table("a", "a", pd.DataFrame({"method": ["a|b_c*<i>\n$x^2$ & 50 % #1 \\ {}"]}))
     line = to_markdown(table).splitlines()[4]
     assert line == r"| a\|b\_c\*&lt;i&gt; \$x^2\$ &amp; 50 % \#1 \\ {} |"
     assert (
@@ -536,11 +532,11 @@ def test_the_papers_averages_follow_from_its_own_scores():
 def test_published_rows_stand_beside_the_same_tasks_and_say_in_what_they_differ(maths):
     comparison = read_comparison(maths)
     (board,) = boards(comparison)
-    published = published_for(comparison, board)
+    rows, differences = published_rows(comparison, board)
     average = pytest.approx((35.63 + 56.77 + 71.83) / 3)
-    assert published.rows["PT-MoE"] == ("80k", [35.63, 56.77, 71.83], average)
-    assert "another base: the paper tuned Llama-3.2-1B-Instruct, here it is nano" in published.notes
-    assert any("gsm8k has 1,319 there, 61 here" in note for note in published.notes)
+    assert list(rows[-1].values()) == ["PT-MoE", "80k", 35.63, 56.77, 71.83, average]
+    assert "another base: the paper tuned Llama-3.2-1B-Instruct, here it is nano" in differences
+    assert any("gsm8k has 1,319 there, 61 here" in note for note in differences)
     page = Page(write_report(maths))
     sources = [row["source"] for row in json.loads(download(page, "application/json"))["rows"]]
     assert sources == ["this comparison"] * 2 + ["published: arXiv:2505.09519, Llama-3.2-1B-Instruct"] * 8
@@ -548,7 +544,7 @@ def test_published_rows_stand_beside_the_same_tasks_and_say_in_what_they_differ(
 
 def test_nothing_published_stands_beside_tasks_of_our_own(comparison):
     (board,) = boards(comparison)
-    assert published_for(comparison, board) is None
+    assert published_rows(comparison, board) == ([], [])
 
 
 # Figures
@@ -574,31 +570,33 @@ def test_a_learning_curve_is_the_mean_over_seeds_with_their_range(comparison):
     assert curve("base", "step").empty
 
 
-@pytest.mark.parametrize("label", ["method-{}", "a longer name, {}"])
-def test_the_names_of_crowded_points_do_not_cover_each_other(label):
-    names = [label.format(number) for number in range(7)]
-    score = Score(50.0, (0, 1), 48.0, 52.0, "seeds")
-    board = Board("accuracy", True, (), {(name, AVERAGE): score for name in names}, tuple(names), None)
-    parameters = {name: 80_000 + 200 * number for number, name in enumerate(names)}
+def test_a_figure_on_a_page_has_the_colours_of_both_modes_and_ids_of_its_own():
+    looks = styles({"pt": "pt", "<b>": "lora"})
+    scores = {(name, AVERAGE): Score(50.0, (0, 1), 48.0, 52.0, "seeds") for name in looks}
+    board = Board("accuracy", True, (), scores, tuple(looks))
     with drawing():
-        figure = score_by_parameters(board, parameters, styles(dict.fromkeys(names, "pt")))
-        figure.draw_without_rendering()
-    texts = [text for text in figure.axes[0].texts if text.get_text()]
-    boxes = [Text.get_window_extent(text) for text in texts]
-    assert len(boxes) == 7
-    assert not any(box.overlaps(other) for index, box in enumerate(boxes) for other in boxes[:index])
+        figure = score_by_parameters(board, {"pt": 80_000, "<b>": 90_000}, looks)
+        svg = inline_svg(figure, "one", looks.values())
+    for style in looks.values():
+        assert f"light-dark({style.color}, {style.dark})" in svg
+    assert not re.search(r"(?<!light-dark\()#1f2937", svg), "ink on a dark page"
+    assert set(re.findall(r' id="(\w+)-', svg)) == {"one"}
+    ids = set(re.findall(r' id="([^"]+)"', svg))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg)) <= ids
+    assert "<b>" not in svg
 
 
 def test_methods_without_a_colour_of_their_own_are_told_apart():
     methods = {label: label for label in ("dora", "vera", "ia3", "prefix-tuning")}
-    for theme in (LIGHT, DARK):
-        looks = styles(methods, theme)
-        assert len({look.color for look in looks.values()}) == len({look.marker for look in looks.values()}) == 4
+    looks = styles(methods).values()
+    for column in zip(*looks, strict=True):
+        assert len(set(column)) == 4
 
 
 def test_sizes_of_one_method_have_colours_of_their_own():
     looks = styles({f"pt-moe N={experts}": "pt-moe" for experts in (1, 2, 4)})
-    assert len({look.color for look in looks.values()}) == len({look.marker for look in looks.values()}) == 3
+    for column in zip(*looks.values(), strict=True):
+        assert len(set(column)) == 3
 
 
 # Nearest words

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
@@ -13,11 +14,23 @@ from rich.console import Console
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.report import comparison_summary, read_comparison, routing_figures, write_report, write_run_report
-from ptmoe.report.comparison import single_run
-from ptmoe.report.figures import curve_points, learning_curves, plain, routing_heat_map, show_legend
-from ptmoe.report.theme import DARK, LIGHT, drawing, styles
+from ptmoe.report.comparison import COLUMN_NAMES, single_run
+from ptmoe.report.figures import (
+    INK,
+    ON_DARK,
+    PAPER,
+    curve_points,
+    drawing,
+    learning_curves,
+    plain,
+    routing_heat_map,
+    show_legend,
+    similarity_heat_map,
+    styles,
+)
 from ptmoe.runs.folders import read_run
 from ptmoe.runs.records import LogLine
+from ptmoe.tasks import TASKS
 from testing.folders import ALL_ON_SECOND, DOMAINS, ONE_EACH, write_cell, write_plan, write_run
 from testing.pages import Page
 
@@ -75,7 +88,7 @@ def test_a_runs_page_has_its_curves_routing_words_configuration_and_command(run,
         "Abacus 9000",
         "learning_rate",
         "0.0123",
-        "method.rank",
+        "rank: 10",
         "sea 0.80",
         "␣port 0.70",
     ):
@@ -160,7 +173,7 @@ def test_hostile_names_are_shown_and_not_run(tmp_path):
 
 
 def test_domains_that_are_called_as_a_table_calls_its_columns_stay_apart(tmp_path):
-    domains = ("method", "source", "all examples", "mean of domains")
+    domains = (*COLUMN_NAMES, "all examples low")
     folder = write_run(tmp_path / "a", domains=domains)
     write_run_report(folder)
     written = json.loads((folder / "tables" / "domains-accuracy-nano-mixed.json").read_text())["rows"][0]
@@ -170,6 +183,7 @@ def test_domains_that_are_called_as_a_table_calls_its_columns_stay_apart(tmp_pat
     parts = [value for key, value in written.items() if key not in ("method", "all examples", "mean of domains")]
     expected = [part["accuracy"] for part in summary.by_domain.values()]
     assert [value for value in parts if value in expected] == expected
+    assert written["all examples low (interval)"] == pytest.approx(summary.interval["accuracy"][0])
 
 
 def test_a_collapse_is_told_with_the_expert_and_its_share(tmp_path):
@@ -221,19 +235,35 @@ def test_routing_figures_take_what_an_evaluation_wrote(run):
     assert set(routing_figures(routing.model_copy(update={"prompt_similarity": None}))) == {"routing"}
 
 
-def test_every_method_has_a_colour_that_stands_out_in_both_modes():
-    def luminance(color):
-        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+def contrast(one, other):
+    """Of two colours, as WCAG 2 defines it."""
+    linear = [
+        np.where((c := np.array(to_rgb(color))) <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+        for color in (one, other)
+    ]
+    low, high = sorted(float(channels @ [0.2126, 0.7152, 0.0722]) for channels in linear)
+    return (high + 0.05) / (low + 0.05)
 
+
+@pytest.mark.parametrize("mode", [{}.get, ON_DARK.get])
+def test_each_number_of_a_heat_map_stands_out_from_what_covers_the_page_below_it(mode):
+    values = np.linspace(-1, 1, 41)
+    axes = similarity_heat_map([values]).axes[0]
+    for box, text in zip(axes.patches, axes.texts, strict=True):
+        color, paper, ink = (
+            np.array(to_rgb(mode(name) or name)) for name in (to_hex(box.get_facecolor()), PAPER, text.get_color())
+        )
+        covered = box.get_alpha() * color + (1 - box.get_alpha()) * paper
+        assert contrast(covered, ink) > 3.2, text.get_text()
+
+
+def test_every_method_has_a_colour_that_stands_out_in_both_modes():
     methods = {name: name for name in ("base", *METHODS)}
-    for theme in (LIGHT, DARK):
-        colors = [style.color for style in styles(methods, theme).values()]
+    light, dark, _ = zip(*styles(methods).values(), strict=True)
+    for colors, ink, paper in ((light, INK, PAPER), (dark, ON_DARK[INK], ON_DARK[PAPER])):
         assert len(set(colors)) == len(methods)
-        for color in (*colors, theme.ink):
-            low, high = sorted((luminance(color), luminance(theme.surface)))
-            assert (high + 0.05) / (low + 0.05) >= 3
+        for color in (*colors, ink):
+            assert contrast(color, paper) >= 3
 
 
 def test_a_method_brings_its_own_colour_and_marker(monkeypatch):
@@ -243,17 +273,17 @@ def test_a_method_brings_its_own_colour_and_marker(monkeypatch):
 
     monkeypatch.setitem(METHODS, "own", Own)
     methods = {"own": "own", "pt": "pt"}
-    assert styles(methods, LIGHT)["own"] == ("#102030", "8")
-    assert styles(methods, DARK)["own"] == ("#a0b0c0", "8")
+    assert styles(methods)["own"] == ("#102030", "#a0b0c0", "8")
 
 
 @pytest.mark.parametrize("name", ["_private", "$\\frac{$ and $", "pt-moe"])
 def test_a_legend_shows_any_name_as_it_is(tmp_path, name):
     comparison = single_run(write_run(tmp_path / "a", name=name))
-    figure = learning_curves(curve_points(comparison, "step"), styles({name: "pt-moe"}))
-    figure.savefig(tmp_path / "a.png")
+    with drawing():
+        figure = learning_curves(curve_points(comparison, "step"), styles({name: "pt-moe"}))
+        figure.savefig(tmp_path / "a.png")
     (entry,) = figure.axes[0].get_legend().get_texts()
-    assert entry.get_text().strip().replace(r"\$", "$") == name
+    assert entry.get_text().strip() == name
 
 
 def test_a_long_legend_leaves_room_for_the_plot(recwarn):
@@ -293,6 +323,30 @@ def test_many_domains_are_rows_so_that_80_columns_suffice(tmp_path):
     assert max(map(len, lines)) <= 80
     part = comparison.cells[0].run.evaluations["nano/mixed"].by_domain["settlement-10"]
     assert ["settlement-10", f"{part['accuracy']:.1f}"] in [line.split() for line in lines]
+
+
+@pytest.mark.parametrize(("labels", "tasks"), [(2, 1), (2, 2), (3, 3), (4, 5), (4, 6), (8, 12)])
+def test_the_terminal_shows_every_score_whole_at_80_columns(tmp_path, labels, tasks):
+    for number in range(labels):
+        names = [name for name, task in TASKS.items() if "test" in task.splits][:tasks]
+        write_cell(
+            tmp_path,
+            f"method {number}",
+            "gsm8k",
+            0,
+            method="pt",
+            skill=0.9,
+            tasks=names,
+            metric="accuracy",
+            examples=20,
+        )
+    lines = printed(comparison_summary(tmp_path)).splitlines()
+    assert max(map(len, lines)) <= 80
+    words = [word for line in lines for word in line.split()]
+    for cell in read_comparison(tmp_path).cells:
+        for summary in cell.run.evaluations.values():
+            assert f"{summary.score:.1f}" in words
+    assert "average" in words or tasks == 1
 
 
 def test_no_finished_run_is_an_error(tmp_path):

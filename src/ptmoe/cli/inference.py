@@ -111,7 +111,7 @@ def inspect(
     from ptmoe.evaluate.nearest_words import nearest_words
     from ptmoe.evaluate.routing import expert_similarity, route_examples, summarise_routing
     from ptmoe.report import routing_figures
-    from ptmoe.report.theme import drawing
+    from ptmoe.report.figures import drawing
 
     gates = route_examples(prompted, tokenizer, inputs, chat=uses_chat(task_named(task), tokenizer, loaded.chat))
     domains = [example.domain for example in inputs]

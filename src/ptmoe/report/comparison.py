@@ -6,10 +6,12 @@ the others are reported. A single run is a comparison of one cell.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,28 +20,21 @@ import numpy as np
 import pandas as pd
 
 from ptmoe.errors import PtmoeError
-from ptmoe.report.published import paper
 from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, Run, read_run
 from ptmoe.runs.predictions import read_predictions
-from ptmoe.runs.records import CellRecord, EvaluationSummary, Failure
+from ptmoe.runs.records import CellRecord, Failure
 from ptmoe.settings import read_yaml
 from ptmoe.tasks import GROUPS
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
 ALL, MEAN = "all examples", "mean of domains"  # in the column `of` of the long table, beside the domains
+AVERAGE = "average"
+COLUMN_NAMES = (ALL, MEAN, AVERAGE, "method", "source", "trainable parameters", "seeds")  # of tables with scores
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(CellRecord):
     """A finished cell: its record, with the groups among `eval_tasks` resolved, and its run."""
 
-    label: str
-    method: str
-    size: Mapping[str, Any]
-    task: str
-    eval_tasks: tuple[str, ...]
-    seed: int
-    trainable_parameters: int
     run: Run
 
     def marks(self, task: str) -> pd.DataFrame:
@@ -51,6 +46,46 @@ class Cell:
         predictions = read_predictions(self.run.predictions[task])
         rows = [{**prediction.scores, "domain": prediction.domain} for prediction in predictions]
         return pd.DataFrame(rows, index=[prediction.id for prediction in predictions])
+
+    def facts(self) -> dict[str, Any]:
+        """What is the same in all its rows of the long table."""
+        return {
+            "label": self.label,
+            "method": self.method,
+            "size": size_text(self.size),
+            "trainable parameters": self.trainable_parameters,
+            "steps": self.run.result.steps,
+            "seconds of training": self.run.result.train_seconds,
+            "trained on": self.task,
+            "seed": self.seed,
+        }
+
+    def scores(self) -> Iterator[dict[str, Any]]:
+        """Its rows of the long table: a score in percent for each evaluated task, part of its examples and metric, with
+        the 95 % interval over examples where it is known."""
+        for task in self.eval_tasks:
+            summary = self.run.evaluations[task]
+            parts: list[tuple[str, float, Mapping[str, float]]] = [
+                (ALL, summary.examples, summary.metrics),
+                (MEAN, summary.examples, summary.mean_of_domains),
+                *((distinct_name(domain), part["examples"], part) for domain, part in summary.by_domain.items()),
+            ]
+            for of, examples, scores in parts:
+                for metric in filter(scores.__contains__, summary.metrics):
+                    low, high = self._interval(task, of, metric)
+                    row = {"task": task, "of": of, "metric": metric, "ranks": metric == summary.metric}
+                    row |= {"score": scores[metric], "score low": low, "score high": high, "examples": int(examples)}
+                    yield self.facts() | row
+
+    def _interval(self, task: str, of: str, metric: str) -> tuple[float | None, float | None]:
+        if of == ALL:
+            return self.run.evaluations[task].interval.get(metric, (None, None))
+        if of == MEAN and task in paper()["mean_of_domains"]:  # not in the file, and shown in the main table
+            try:
+                return bootstrap_interval(score_groups([self.marks(task)], metric, by_domain=True))
+            except PtmoeError:
+                pass
+        return None, None
 
 
 class LeftOut(NamedTuple):
@@ -65,24 +100,20 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """
-    Attributes:
-        folder: where it was read from.
-        plan: the mapping in `comparison.yaml`, or a single run's in `config.yaml`.
-        cells: those that are finished, at least one, in the order of the plan's methods and tasks, and by seed.
-        left_out: all others.
-        single: whether it is a single run.
-    """
-
     folder: Path
-    plan: dict[str, Any]
-    cells: tuple[Cell, ...]
-    left_out: tuple[LeftOut, ...] = ()
-    single: bool = False
+    plan: dict[str, Any]  # the mapping in `comparison.yaml`, or a single run's in `config.yaml`
+    cells: tuple[Cell, ...]  # finished, at least one, in the order of the plan's methods and tasks, and by seed
+    left_out: tuple[LeftOut, ...] = ()  # all others
+    single: bool = False  # a single run
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """Each label's."""
+        return {cell.label: cell.method for cell in self.cells}
 
     @property
     def labels(self) -> list[str]:
-        return list(dict.fromkeys(cell.label for cell in self.cells))
+        return list(self.methods)
 
     @property
     def tasks(self) -> list[str]:
@@ -99,54 +130,20 @@ class Comparison:
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """The long table that every score in a table, a figure and a download comes from: in percent, a row for each
-        cell, evaluated task, metric, and domain (`of`), with the 95 % interval over examples where there is one."""
-        rows = [
-            {
-                "label": cell.label,
-                "method": cell.method,
-                "size": size_text(cell.size),
-                "trainable parameters": cell.trainable_parameters,
-                "trained on": cell.task,
-                "task": task,
-                "seed": cell.seed,
-                "of": of,
-                "metric": metric,
-                "ranks": metric == summary.metric,
-                "score": score,
-                "score low": low,
-                "score high": high,
-                "examples": examples,
-                "steps": cell.run.result.steps,
-                "seconds of training": cell.run.result.train_seconds,
-            }
-            for cell in self.cells
-            for task in cell.eval_tasks
-            for summary in [cell.run.evaluations[task]]
-            for of, examples, scores in _parts(summary)
-            for metric, score in scores.items()
-            for low, high in [_interval(cell, task, of, metric)]
-        ]
-        return pd.DataFrame(rows)
+        """The long table that every score in a table, a figure and a download comes from."""
+        return pd.DataFrame([row for cell in self.cells for row in cell.scores()])
 
 
-def _parts(summary: EvaluationSummary) -> Iterator[tuple[str, int, Mapping[str, float]]]:
-    yield ALL, summary.examples, summary.metrics
-    yield MEAN, summary.examples, summary.mean_of_domains
-    for domain, part in summary.by_domain.items():
-        name = f"{domain} (domain)" if domain in (ALL, MEAN) else domain
-        yield name, int(part["examples"]), {metric: score for metric, score in part.items() if metric != "examples"}
+@cache
+def paper() -> dict[str, Any]:
+    """PT-MoE's published figures (arXiv:2505.09519), as they are shipped."""
+    facts: dict[str, Any] = json.loads(files("ptmoe.report").joinpath("paper.json").read_text(encoding="utf-8"))
+    return facts
 
 
-def _interval(cell: Cell, task: str, of: str, metric: str) -> tuple[float | None, float | None]:
-    if of == ALL:
-        return cell.run.evaluations[task].interval.get(metric, (None, None))
-    if of == MEAN and task in paper()["mean_of_domains"]:  # not in the file, and shown in the main table
-        try:
-            return bootstrap_interval(score_groups([cell.marks(task)], metric, by_domain=True))
-        except PtmoeError:
-            pass
-    return None, None
+def distinct_name(name: str, what: str = "domain") -> str:
+    """The name of a domain or task as a column, apart from the columns that a table has anyway."""
+    return f"{name} ({what})" if name in COLUMN_NAMES else name
 
 
 def score_groups(
@@ -167,13 +164,14 @@ def score_groups(
     if not ids:
         raise PtmoeError("no example was answered by all of them")
     try:
-        values, other = (
-            np.mean([100 * frame.loc[ids, metric] for frame in of] or [[0.0]], axis=0) for of in (marks, less)
-        )
+        means = [
+            np.mean([100 * frame.loc[ids, metric] for frame in frames], axis=0) for frames in (marks, less) if frames
+        ]
     except KeyError as error:
         raise PtmoeError(f"a line of the predictions has no score {error}") from None
+    values = means[0] - means[1] if less else means[0]
     domains = marks[0].loc[ids, "domain"].to_numpy()
-    parts = [(values - other)[domains == name] for name in sorted(set(domains))] if by_domain else [values - other]
+    parts = [values[domains == name] for name in sorted(set(domains))] if by_domain else [values]
     return [Group(1 / len(parts), part) for part in parts]
 
 
@@ -196,10 +194,15 @@ def single_run(folder: str | Path) -> Comparison:
         PtmoeError: as `read_run`.
     """
     run = read_run(folder)
-    seed = run.environment.seed if run.environment.seed is not None else int(run.config.get("seed", 0))
-    task = str(run.config.get("task") or run.config.get("data") or "–")
-    method, parameters = run.result.method, run.result.trainable_parameters
-    cell = Cell(run.result.name, method, {}, task, tuple(run.evaluations), seed, parameters, run)
+    cell = Cell(
+        label=run.result.name,
+        method=run.result.method,
+        task=str(run.config.get("task") or run.config.get("data") or "–"),
+        eval_tasks=list(run.evaluations),
+        seed=int(run.config.get("seed", 0)) if run.environment.seed is None else run.environment.seed,
+        trainable_parameters=run.result.trainable_parameters,
+        run=run,
+    )
     return Comparison(Path(folder), run.config, (cell,), single=True)
 
 
@@ -227,30 +230,28 @@ def read_comparison(folder: str | Path) -> Comparison:
 
 def _cells(folder: Path) -> tuple[list[Cell], list[LeftOut]]:
     """The finished cells, and the others, each with its last failure rather than that it is unfinished."""
-    cells: dict[tuple[str, str, int | None], Cell] = {}
+    cells: list[Cell] = []
     left_out: dict[tuple[str, str, int | None], LeftOut] = {}
     for path in sorted((folder / "cells").glob("*/*/seed-*"), key=lambda path: _natural(path.as_posix())):
         label, task, seed = (part.replace("__", "/") for part in path.parts[-3:])
         number = seed.removeprefix("seed-")
         key = (label, task, int(number) if number.isdecimal() else None)
-        if not (path / CELL_FILE).is_file():
-            left_out[key] = LeftOut(*key, "unfinished")
-            continue
         try:
-            cell = _cell(path, list(cells.values()))
+            if (path / CELL_FILE).is_file():
+                cells.append(_cell(path, cells))
+            else:
+                left_out[key] = LeftOut(*key, "unfinished")
         except PtmoeError as error:
             left_out[key] = LeftOut(*key, "damaged", str(error))
-        else:
-            cells[cell.label, cell.task, cell.seed] = cell
     try:
         failures = Failure.read_lines(folder / FAILED_FILE) if (folder / FAILED_FILE).exists() else []
     except PtmoeError as error:
         failures, left_out["–", "–", None] = [], LeftOut("–", "–", None, "damaged", str(error))
+    finished = {(cell.label, cell.task, cell.seed) for cell in cells}
     for failure in failures:
-        known = left_out.get(failure.cell)
-        if failure.cell not in cells and (known is None or known.state != "damaged"):
+        if failure.cell not in finished and (failure.cell not in left_out or left_out[failure.cell].state != "damaged"):
             left_out[failure.cell] = LeftOut(*failure.cell, "failed", failure.error)
-    return list(cells.values()), list(left_out.values())
+    return cells, list(left_out.values())
 
 
 def _cell(path: Path, others: Sequence[Cell]) -> Cell:
@@ -275,22 +276,22 @@ def _cell(path: Path, others: Sequence[Cell]) -> Cell:
                 raise PtmoeError(f"{path}: {name}={value}, but {earlier} in {where}")
         if (other.task, other.seed) == (record.task, record.seed):
             raise PtmoeError(f"{path} repeats {other.run.folder}")
-    return Cell(**{**dict(record), "eval_tasks": tuple(dict.fromkeys(tasks)), "run": run})
+    return Cell(**{**dict(record), "eval_tasks": list(dict.fromkeys(tasks)), "run": run})
 
 
 def _not_started(cells: Sequence[Cell], left_out: Sequence[LeftOut]) -> Iterator[LeftOut]:
     """What is missing from the grid of all labels, tasks and seeds that anything is known of."""
     known = {(cell.label, cell.task, cell.seed) for cell in cells}
     known |= {(cell.label, cell.task, cell.seed) for cell in left_out if cell.seed is not None}
+    # What trains nothing is the same for every seed and every task.
     trained = {cell.label for cell in cells if cell.trainable_parameters} | {cell.label for cell in left_out}
-    labels, tasks, seeds = (sorted({key[part] for key in known}, key=str) for part in range(3))
+    labels, tasks, seeds = (sorted(set(part), key=str) for part in zip(*known, strict=True))
     for label, task, seed in product(labels, tasks, seeds):
-        # What trains nothing is the same for every seed and every task.
         if label in trained and (label, task, seed) not in known:
             yield LeftOut(str(label), str(task), int(seed), "not started")
 
 
-def _order(plan: Mapping[str, Any]) -> Any:
+def _order(plan: Mapping[str, Any]) -> Callable[[Cell], tuple[Any, ...]]:
     """Sorts cells by the plan's labels or methods, otherwise by the methods' own order; then by task."""
     from ptmoe.methods import METHODS
 

@@ -7,7 +7,7 @@ method's figure is the plain mean of its four types, which is the paper's form, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,24 +16,16 @@ import pandas as pd
 from scipy import stats
 
 from ptmoe.errors import PtmoeError
-from ptmoe.report.comparison import ALL, MEAN, Cell, Comparison, score_groups
-from ptmoe.report.published import paper
+from ptmoe.report.comparison import ALL, AVERAGE, MEAN, Comparison, distinct_name, paper, score_groups
 from ptmoe.tasks.metrics import MACRO_F1
 from ptmoe.tasks.resampling import Group, bootstrap_interval, sign_flip_p, weighted_mean
 
 ALPHA = 0.05
-AVERAGE = "average"
 
 
 class Score(NamedTuple):
-    """A label's score.
-
-    Attributes:
-        mean: over its seeds.
-        seeds: those.
-        low, high: the ends of its 95 % interval.
-        over: what the interval is over: `seeds`, Student's t; `examples`, the bootstrap over a single seed's examples.
-    """
+    """A label's score: its mean over seeds, and the ends of a 95 % interval, over seeds by Student's t or over a single
+    seed's examples by the bootstrap."""
 
     mean: float
     seeds: tuple[int, ...] = ()
@@ -48,6 +40,13 @@ class Score(NamedTuple):
             return self.mean, self.mean
         return max(0.0, self.low), min(100.0, self.high)
 
+    @property
+    def interval(self) -> str:
+        """As printed: ± over seeds, where it is symmetric, and its ends over examples; empty where there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        return f"± {(self.high - self.low) / 2:.1f}" if self.over == "seeds" else f"[{self.low:.1f}, {self.high:.1f}]"
+
 
 class Column(NamedTuple):
     """A score that a table has a column for: of a task, after training on another or the same, over all its examples or
@@ -60,31 +59,13 @@ class Column(NamedTuple):
 
 
 class PairedTest(NamedTuple):
-    """Two labels on the examples of the column `name` that both answered, with the seeds that both have.
+    """The first two labels of a board on the examples of a column that both answered, with the seeds that both have."""
 
-    Attributes:
-        difference: first less second, with the bootstrap's 95 % interval over examples.
-        p: two-sided, of the sign-flip test.
-        p_holm: corrected for the number of tasks; None for the average.
-    """
-
-    name: str
+    name: str  # of the column, or `AVERAGE`
+    difference: Score  # the first less the second, with the bootstrap's interval over examples
+    p: float  # two-sided, of the sign-flip test
+    p_holm: float | None  # corrected for the number of tasks; None for the average
     examples: int
-    seeds: tuple[int, ...]
-    difference: Score
-    p: float
-    p_holm: float | None
-
-
-class PairedTests(NamedTuple):
-    """Between the first two labels of a table by average: a test for each task, and of the two averages where every
-    task has one; `notes` name the tasks that have no test, or one on some of their examples only, and why."""
-
-    first: str
-    second: str
-    tasks: tuple[PairedTest, ...]
-    average: PairedTest | None
-    notes: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -98,7 +79,9 @@ class Board:
         scores: by label and column name or `AVERAGE`; nothing where no cell is finished. A label that lacks a task has
             no average, since averages over different tasks cannot be compared.
         ranking: the labels that have an average, the highest first.
-        paired: tests between the first two of them; None where there are fewer, or single examples have no such score.
+        tests: between the first two of them, for each task, and of the averages where every task has one; none of a
+            metric that single examples do not have.
+        test_notes: the tasks that have no test, or one on some of their examples only, and why.
     """
 
     metric: str
@@ -106,7 +89,13 @@ class Board:
     columns: tuple[Column, ...]
     scores: Mapping[tuple[str, str], Score]
     ranking: tuple[str, ...]
-    paired: PairedTests | None
+    tests: tuple[PairedTest, ...] = ()
+    test_notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Of the columns with scores: the tasks, and the average where there are several."""
+        return [column.name for column in self.columns] + [AVERAGE] * (len(self.columns) > 1)
 
 
 def boards(comparison: Comparison) -> list[Board]:
@@ -123,34 +112,41 @@ def _board(comparison: Comparison, metric: str, rows: pd.DataFrame) -> Board:
     means = set(rows.loc[rows["of"] == MEAN, "task"]) & set(paper()["mean_of_domains"])
     columns = tuple(
         Column(
-            task if evaluated.count(task) == 1 else f"{task} after {trained_on}",
+            distinct_name(task, "task") if evaluated.count(task) == 1 else f"{task} after {trained_on}",
             trained_on,
             task,
             MEAN if task in means else ALL,
         )
         for trained_on, task in pairs
     )
-    scores: dict[tuple[str, str], Score] = {}
-    for label, of_label in rows.groupby("label", sort=False):
-        found = {column.name: score_rows(of_label, column) for column in columns}
-        scores |= {(label, name): score_of(part) for name, part in found.items() if len(part)}
-        if all(map(len, found.values())):
-            scores[label, AVERAGE] = _average([scores[label, name] for name in found], pd.concat(found.values()))
+    names = {column[1:]: column.name for column in columns}
+    shown = rows.assign(
+        column=[names.get(place) for place in rows[["trained on", "task", "of"]].itertuples(index=False, name=None)]
+    )
+    scores = {key: score_of(part) for key, part in shown.groupby(["label", "column"], sort=False)}
+    for label, of_label in shown.dropna(subset="column").groupby("label", sort=False):
+        found = [scores[label, column.name] for column in columns if (label, column.name) in scores]
+        if len(found) == len(columns):
+            scores[label, AVERAGE] = _average(found, of_label)
     ranked = [label for label in comparison.labels if (label, AVERAGE) in scores]
     ranking = tuple(sorted(ranked, key=lambda label: -scores[label, AVERAGE].mean))
     testable = len(ranking) > 1 and metric != MACRO_F1  # which no single example has
-    paired = _paired_tests(comparison, metric, columns, *ranking[:2]) if testable else None
-    return Board(metric, bool(rows["ranks"].any()), columns, scores, ranking, paired)
+    tests, notes = _paired_tests(comparison, metric, columns, *ranking[:2]) if testable else ((), ())
+    return Board(metric, bool(rows["ranks"].any()), columns, scores, ranking, tuple(tests), tuple(notes))
 
 
-def score_rows(rows: pd.DataFrame, column: Column, of: str | None = None) -> pd.DataFrame:
-    """The rows of the long table that a column's score comes from, or, with `of`, one of its task's domains."""
-    here = (rows["trained on"] == column.trained_on) & (rows["task"] == column.task) & (rows["of"] == (of or column.of))
-    return rows[here]
+def part_scores(comparison: Comparison, column: Column, metric: str) -> dict[str, dict[str, Score]]:
+    """Over all examples, as the domains' mean, and in each domain: each label's score, where it has one."""
+    found: dict[str, dict[str, Score]] = {}
+    rows = comparison.scores
+    here = (rows["trained on"] == column.trained_on) & (rows["task"] == column.task) & (rows["metric"] == metric)
+    for (of, label), part in rows[here].groupby(["of", "label"], sort=False):
+        found.setdefault(of, {})[label] = score_of(part)
+    return found
 
 
 def score_of(rows: pd.DataFrame) -> Score:
-    """From a row for each seed of a label, at least one."""
+    """From a row of the long table for each seed of a label, at least one."""
     values, seeds = rows["score"].to_numpy(float), tuple(map(int, rows["seed"]))
     # What trains nothing gives the same answers for every seed: an interval over seeds would claim certainty.
     if len(values) > 1 and rows["trainable parameters"].iat[0]:
@@ -174,11 +170,11 @@ def _average(scores: Sequence[Score], rows: pd.DataFrame) -> Score:
         return Score(mean, tuple(sorted({seed for score in scores for seed in score.seeds})))
     if all(score.over == "seeds" for score in scores):
         return Score(mean, seeds, *t_interval(rows.groupby("seed")["score"].mean()), "seeds")
-    if any(score.low is None for score in scores):
+    ends = np.array([(score.mean, score.low, score.high) for score in scores], dtype=float)
+    if np.isnan(ends).any():
         return Score(mean, seeds)
-    below = math.hypot(*(score.mean - score.low for score in scores if score.low is not None)) / len(scores)
-    above = math.hypot(*(score.high - score.mean for score in scores if score.high is not None)) / len(scores)
-    return Score(mean, seeds, mean - below, mean + above, "examples")
+    below, above = np.linalg.norm(ends[:, :1] - ends[:, 1:], axis=0) / len(scores)
+    return Score(mean, seeds, float(mean - below), float(mean + above), "examples")
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -199,50 +195,43 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in corrected]
 
 
-def paired_test(
-    groups: Sequence[Group], name: str = "", seeds: tuple[int, ...] = (), p_holm: float | None = None
-) -> PairedTest:
+def paired_test(groups: Sequence[Group], name: str = "", seeds: Iterable[int] = ()) -> PairedTest:
     """Whether per-example differences, the values of the groups, could be chance."""
-    difference = Score(weighted_mean(groups), seeds, *bootstrap_interval(groups), "examples")
-    return PairedTest(name, sum(len(group.values) for group in groups), seeds, difference, sign_flip_p(groups), p_holm)
+    difference = Score(weighted_mean(groups), tuple(sorted(seeds)), *bootstrap_interval(groups), "examples")
+    return PairedTest(name, difference, sign_flip_p(groups), None, sum(len(group.values) for group in groups))
 
 
 def _paired_tests(
     comparison: Comparison, metric: str, columns: Sequence[Column], first: str, second: str
-) -> PairedTests:
+) -> tuple[list[PairedTest], list[str]]:
     tests: list[PairedTest] = []
     everything: list[Group] = []
-    notes: list[tuple[str, str]] = []
+    notes: list[str] = []
     for column in columns:
-        pairs = _same_seeds(*(comparison.of(label, column.trained_on) for label in (first, second)))
+        pairs = [
+            (one, other)
+            for one in comparison.of(first, column.trained_on)
+            for other in comparison.of(second, column.trained_on)
+            # What trains nothing is compared with every seed.
+            if one.seed == other.seed or not (one.trainable_parameters and other.trainable_parameters)
+        ]
         try:
             if not pairs:
                 raise PtmoeError("no seed is finished for both")
             marks, less = ([cell.marks(column.task) for cell in side] for side in zip(*pairs, strict=True))
             groups = score_groups(marks, metric, by_domain=column.of == MEAN, less=less)
         except PtmoeError as error:
-            notes.append((column.name, str(error)))
+            notes.append(f"{column.name}: {error}.")
             continue
-        seeds = tuple(max(pair, key=lambda cell: cell.trainable_parameters > 0).seed for pair in pairs)
+        seeds = {max(pair, key=lambda cell: cell.trainable_parameters > 0).seed for pair in pairs}
         tests.append(paired_test(groups, column.name, seeds))
         everything += [Group(group.weight / len(columns), group.values) for group in groups]
-        most = max(map(len, (*marks, *less)))
-        if tests[-1].examples < most:
-            notes.append((column.name, f"only the {tests[-1].examples:,} of {most:,} examples that all cells answered"))
+        answered, most = tests[-1].examples, max(map(len, (*marks, *less)))
+        if answered < most:
+            notes.append(f"{column.name}: only the {answered:,} of {most:,} examples that all cells answered.")
     corrected = holm([test.p for test in tests])
-    tasks = tuple(test._replace(p_holm=p) for test, p in zip(tests, corrected, strict=True))
-    average = None
-    if len(tasks) == len(columns) > 1:
-        shared = tuple(sorted(set.intersection(*(set(test.seeds) for test in tasks))))
-        average = paired_test(everything, AVERAGE, shared)
-    return PairedTests(first, second, tasks, average, tuple(notes))
-
-
-def _same_seeds(first: Sequence[Cell], second: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
-    """Cells of both with the same seed. What trains nothing is compared with every seed."""
-    if first and second and not first[0].trainable_parameters:
-        return [(first[0], cell) for cell in second]
-    if first and second and not second[0].trainable_parameters:
-        return [(cell, second[0]) for cell in first]
-    others = {cell.seed: cell for cell in second}
-    return [(cell, others[cell.seed]) for cell in first if cell.seed in others]
+    tests = [test._replace(p_holm=p) for test, p in zip(tests, corrected, strict=True)]
+    if len(tests) == len(columns) > 1:
+        shared = set.intersection(*(set(test.difference.seeds) for test in tests))
+        tests.append(paired_test(everything, AVERAGE, shared))
+    return tests, notes

@@ -1,93 +1,21 @@
-"""The parts of a report's page: tables, figures in both colour modes, and what they say in words."""
+"""The parts of a report's page: what each table and figure holds, and what it says in words."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-from ptmoe.report.theme import DARK, LIGHT, drawing, styles  # isort: skip  it says how to install what is missing
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from ptmoe.report import figures, tables
-from ptmoe.report.comparison import MEAN, Comparison
-from ptmoe.report.results import AVERAGE, Board
-from ptmoe.report.table import Table, file_name, metric_name
-from ptmoe.report.tables import Routed
+from ptmoe.report import figures
+from ptmoe.report.comparison import AVERAGE, MEAN, Comparison, paper, size_text
+from ptmoe.report.gallery import Gallery, Section
+from ptmoe.report.results import Board, part_scores
+from ptmoe.report.routing import routing_sections
+from ptmoe.report.table import Table, decimals, metric_name
 
-PNG_DPI = 200
-
-
-class Picture(NamedTuple):
-    """A figure in both colour modes, as data URIs; `alt` says what it shows to those who do not see it."""
-
-    title: str
-    note: str
-    alt: str
-    light: str
-    dark: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a page under a heading.
-
-    Attributes:
-        tables: shown first.
-        pictures: shown next.
-        folded: tables that open when asked for.
-        numbers: tables that are too long to show, to download.
-    """
-
-    heading: str
-    explanation: str = ""
-    tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
-    folded: Sequence[Table] = ()
-    numbers: Sequence[Table] = ()
-
-    @property
-    def anchor(self) -> str:
-        return file_name(self.heading, set())
-
-
-@dataclass
-class Gallery:
-    """Draws the figures of a page and writes each, in light colours, as PNG and SVG.
-
-    Attributes:
-        folder: for the files.
-        methods: each label's, which decides its colour and marker.
-        names: of the files so far.
-    """
-
-    folder: Path
-    methods: Mapping[str, str]
-    names: set[str] = field(default_factory=set)
-
-    def picture(
-        self, title: str, alt: str, draw: Callable[..., Figure], *data: Any, note: str = "", **more: Any
-    ) -> Picture:
-        """`draw(*data, theme=…, **more)` in both modes; `looks=True` gives it the labels' styles."""
-        stem, svg = self.folder / file_name(title, self.names), {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for theme in (LIGHT, DARK):
-            options = {**more, "theme": theme, **({"looks": styles(self.methods, theme)} if "looks" in more else {})}
-            with drawing(theme):
-                figure, drawn = draw(*data, **options), io.BytesIO()
-                figure.savefig(drawn, format="svg", metadata={"Date": None})
-                svg[theme.is_light] = drawn.getvalue()
-                if theme.is_light:
-                    figure.set_layout_engine("none")  # laid out already, which takes longer than drawing
-                    figure.savefig(stem.parent / f"{stem.name}.png", dpi=PNG_DPI)
-        (stem.parent / f"{stem.name}.svg").write_bytes(svg[True])
-        light, dark = (f"data:image/svg+xml;base64,{base64.b64encode(svg[mode]).decode()}" for mode in (True, False))
-        return Picture(title, note, alt, light, dark)
+OURS = "this comparison"
+Row = dict[str, Any]
 
 
 def trained_text(count: int) -> str:
@@ -96,41 +24,149 @@ def trained_text(count: int) -> str:
 
 def sections(comparison: Comparison, found: Sequence[Board], gallery: Gallery) -> Iterator[Section]:
     """Each part that there is data for."""
-    yield from _score_sections(comparison, found, gallery)
-    yield from _domain_section(comparison, found, gallery)
-    yield from _curve_section(comparison, gallery)
-    yield from _routing_sections(comparison, gallery)
+    for board in found:
+        tables = [score_table(comparison, board)]
+        if board.tests or board.test_notes:
+            tables.append(paired_table(board))
+        yield Section(_board_title(board), tables=tables)
+    yield from _parameters(comparison, found, gallery)
+    yield from _domains(comparison, found, gallery)
+    yield from _curves(comparison, gallery)
+    yield from routing_sections(comparison, gallery)
     if comparison.left_out:
+        rows = [[*cell[:-1], " ".join(cell.reason.split()) or "–"] for cell in comparison.left_out]
+        frame = pd.DataFrame(rows, columns=["method", "trained on", "seed", "state", "why"], dtype=object)
         yield Section(
             "Cells that are left out",
             "Failed, damaged, unfinished, or not started of all methods, tasks and seeds that anything is known of.",
-            tables=[tables.left_out_table(comparison)],
+            [Table("left-out", "Cells that the numbers do without", frame)],
         )
+    cells = comparison.scores.drop(columns="ranks", errors="ignore")
+    note = "Scores in percent; low and high are of the 95 % interval, the bootstrap over the cell’s own examples."
     yield Section(
         "Every cell",
         "What all numbers above come from: each finished cell’s scores as its files hold them, and what training took.",
-        tables=[tables.cost_table(comparison)],
-        numbers=[tables.cell_table(comparison)],
+        [cost_table(comparison), Table("cells", "Every finished cell", cells, note, place="download")],
     )
 
 
-def _score_sections(comparison: Comparison, found: Sequence[Board], gallery: Gallery) -> Iterator[Section]:
-    parameters = {cell.label: cell.trainable_parameters for cell in comparison.cells}
+def _board_title(board: Board, what: str = "") -> str:
+    """The metric, and the task where it is a single one; otherwise `what` before it."""
+    metric = metric_name(board.metric)
+    return f"{metric} on {board.columns[0].name}" if len(board.columns) == 1 else f"{what} {metric}".strip()
+
+
+def score_table(comparison: Comparison, board: Board) -> Table:
+    """The paper's form: rows are methods, columns parameters, tasks and their average; then the paper's own rows."""
+    rows: list[Row] = []
+    for label in comparison.labels:
+        count = comparison.of(label)[0].trainable_parameters
+        scores = {name: board.scores.get((label, name)) for name in board.names}
+        seeds = {seed for score in scores.values() if score for seed in score.seeds}
+        rows.append({"method": label, "trainable parameters": count, **scores, "seeds": len(seeds) if count else None})
+    published, differences = published_rows(comparison, board)
+    hints = [size_text(comparison.of(label)[0].size) for label in comparison.labels] + [""] * len(published)
+    return Table(
+        f"scores {board.metric}",
+        f"{metric_name(board.metric)}, %",
+        pd.DataFrame([*rows, *published], dtype=object),
+        " ".join(_score_notes(board, differences if published else None)),
+        sources=[OURS] * len(rows) + [_source()] * len(published) if published else (),
+        hints=hints,
+        ranked=True,
+    )
+
+
+def _score_notes(board: Board, differences: Sequence[str] | None) -> list[str]:
+    scores = board.scores.values()
+    over_seeds = [len(score.seeds) for score in scores if score.over == "seeds"]
+    means = ", ".join(column.name for column in board.columns if column.of == MEAN)
+    published = "; ".join(differences or []) or "the same base, training data and examples"
+    bold = "Bold: the highest of its column" + ("." if differences is None else ", of our rows.")
+    examples = "one seed’s 95 % interval over examples (bootstrap), which says nothing of other seeds."
+    types = "the plain mean of the four types, the paper’s form; the mean over all examples is under “By domain”."
+    notes = {
+        f"Means over seeds, in percent. {bold}": True,
+        "± is the 95 % interval over seeds (Student’s t).": over_seeds,
+        "With two seeds t multiplies their spread by 12.7, and with three by 4.3: two say little.": 2 in over_seeds,
+        f"In brackets: {examples}": any(score.over == "examples" for score in scores),
+        "No interval: it would need predictions, or the same seeds for all tasks.": any(s.low is None for s in scores),
+        "The average is the plain mean over the tasks, as in the paper.": len(board.columns) > 1,
+        f"{means}: {types}": means,
+        f"Published rows: {published}.": differences is not None,
+    }
+    return [note for note, applies in notes.items() if applies]
+
+
+def _source() -> str:
+    return f"published: {paper()['source']}, {paper()['base']}"
+
+
+def published_rows(comparison: Comparison, board: Board) -> tuple[list[Row], list[str]]:
+    """The paper's rows for a table of ours, and in what its figures differ from ours; no rows where it has none of the
+    tasks. A row has a score in percent for each column, None where the paper has none, and the plain mean of them."""
+    facts = paper()
+    table = facts["tables"].get(board.metric, {"rows": {"FT": {"scores": {}}}})
+    shared = [column for column in board.columns if column.task in table["rows"]["FT"]["scores"]]
+    if not shared:
+        return [], []
+    rows = []
+    for method, row in table["rows"].items():
+        scores = {column.name: row["scores"].get(column.task) for column in board.columns}
+        average = None if None in scores.values() else sum(scores.values()) / len(scores)
+        last = {AVERAGE: average} if len(scores) > 1 else {}
+        rows.append({"method": method, "trainable parameters": facts["parameters"][method], **scores, **last})
+    differences = []
+    if not all(base.rstrip("/").endswith(facts["base"]) for base in comparison.bases):
+        here = ", ".join(comparison.bases)
+        differences.append(f"another base: the paper tuned {facts['base']}, here it is {here}")
+    if trained := sorted({column.trained_on for column in shared} - {table["trained_on"]}):
+        here = ", ".join(trained)
+        differences.append(f"other training data: the paper trained on {table['trained_on']}, here on {here}")
+    others = []
+    for task in dict.fromkeys(column.task for column in shared if column.task in facts["examples"]):
+        evaluations = (cell.run.evaluations.get(task) for cell in comparison.cells)
+        ours = sorted({evaluation.examples for evaluation in evaluations if evaluation})
+        if ours != [facts["examples"][task]]:
+            others.append(f"{task} has {facts['examples'][task]:,} there, {' or '.join(f'{n:,}' for n in ours)} here")
+    return rows, differences + ([f"other test examples: {'; '.join(others)}"] if others else [])
+
+
+def paired_table(board: Board) -> Table:
+    """A row for each task, then the average: the difference, its interval, p and Holm's p."""
+    (first, second), several = board.ranking[:2], len(board.tests) > 1
+    corrected = "; p (Holm) is corrected for the number of tasks" if several else ""
+    note = (
+        f"{first} less {second}, in points of {metric_name(board.metric)}, each example’s score the mean over the "
+        "seeds that both have. Interval: 95 %, percentile bootstrap over examples. p: two-sided sign-flip permutation "
+        f"test on the same examples, 10,000 draws{corrected}. Both take the trained seeds as given: they speak of "
+        "these adapters on other examples, and the ± above of other seeds."
+    )
+    frame = pd.DataFrame(board.tests, columns=["task", "difference", "p", "p (Holm)", "examples"], dtype=object)
+    frame["seeds"] = [len(test.difference.seeds) for test in board.tests]
+    return Table(
+        f"paired {board.metric}",
+        f"{first} against {second} on the same examples",
+        frame if several else frame.drop(columns="p (Holm)"),
+        " ".join([note, *board.test_notes]),
+        formats={"difference": "{:+.1f}".format, "p": p_text, "p (Holm)": p_text},
+    )
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _parameters(comparison: Comparison, found: Sequence[Board], gallery: Gallery) -> Iterator[Section]:
+    counts = {cell.label: cell.trainable_parameters for cell in comparison.cells}
     pictures = []
-    for board in found:
-        shown = [tables.score_table(comparison, board)]
-        if board.paired and (board.paired.tasks or board.paired.notes):
-            shown.append(tables.paired_table(board.paired, board.metric))
-        metric = metric_name(board.metric)
-        single = f"{metric} on {board.columns[0].name}" if len(board.columns) == 1 else ""
-        yield Section(single or metric, tables=shown)
-        if board.ranks and len(board.ranking) > 1:
-            means = {label: board.scores[label, AVERAGE].mean for label in board.ranking}
-            alt = "; ".join(
-                f"{label}: {mean:.1f} % with {trained_text(parameters[label])}" for label, mean in means.items()
-            )
-            title = f"{single or f'average {metric}'} by trainable parameters"
-            pictures.append(gallery.picture(title, alt, figures.score_by_parameters, board, parameters, looks=True))
+    for board in (board for board in found if board.ranks and len(board.ranking) > 1):
+        alt = {
+            label: f"{board.scores[label, AVERAGE].mean:.1f} % with {trained_text(counts[label])}"
+            for label in board.ranking
+        }
+        title = f"{_board_title(board, 'average')} by trainable parameters"
+        pictures.append(gallery.picture(title, figures.score_by_parameters, board, counts, gallery.looks, alt=alt))
     if pictures:
         yield Section(
             "Score against trainable parameters",
@@ -140,122 +176,64 @@ def _score_sections(comparison: Comparison, found: Sequence[Board], gallery: Gal
         )
 
 
-def _domain_section(comparison: Comparison, found: Sequence[Board], gallery: Gallery) -> Iterator[Section]:
-    pictures, folded = [], []
+def _domains(comparison: Comparison, found: Sequence[Board], gallery: Gallery) -> Iterator[Section]:
+    pictures, tables = [], []
     for board, column in ((each, column) for each in found if each.ranks for column in each.columns):
-        scores = tables.domain_scores(comparison, column, board.metric)
+        scores = part_scores(comparison, column, board.metric)
         if len(scores) < 4:  # all examples, the mean of domains, and a single domain
             continue
-        folded.append(tables.domain_table(comparison, column, board.metric))
-        if column.of != MEAN:
-            scores.pop(MEAN, None)  # the table has it
-        alt = "; ".join(
-            f"{of}: {', '.join(f'{name} {score.mean:.1f}' for name, score in row.items() if score)}"
-            for of, row in scores.items()
-        )
         title = f"{metric_name(board.metric)} on {column.name} by domain"
-        options: dict[str, Any] = {"looks": True, "overall": 1 + (MEAN in scores)}
-        pictures.append(gallery.picture(title, alt, figures.scores_by_domain, scores, board.metric, **options))
-    if folded:
-        yield Section(
-            "By domain",
-            "Means over seeds. The lines are 95 % intervals; a single seed has none within a domain.",
-            pictures=pictures,
-            folded=folded,
-        )
+        rows: list[Row] = [
+            {"method": label, **{of: row.get(label) for of, row in scores.items()}} for label in comparison.labels
+        ]
+        known = paper()["by_domain"].get(column.task, {}) if board.metric == "accuracy" else {}
+        for method, parts in known.items():
+            rows.append({"method": method, MEAN: sum(parts.values()) / len(parts), **parts})
+        sources = [OURS] * len(comparison.labels) + [_source()] * len(known) if known else ()
+        frame = pd.DataFrame(rows, columns=["method", *scores], dtype=object)
+        name = f"domains {board.metric} {column.name}"
+        tables.append(Table(name, f"{title}, %", frame, sources=sources, ranked=True, place="folded"))
+        drawn = {of: row for of, row in scores.items() if of != MEAN or column.of == MEAN}  # the table has it
+        alt = {of: ", ".join(f"{label} {score.mean:.1f}" for label, score in row.items()) for of, row in drawn.items()}
+        data = (drawn, board.metric, 1 + (MEAN in drawn), gallery.looks)
+        pictures.append(gallery.picture(title, figures.scores_by_domain, *data, alt=alt))
+    if tables:
+        explanation = "Means over seeds. The lines are 95 % intervals; a single seed has none within a domain."
+        yield Section("By domain", explanation, tables, pictures)
 
 
-def _curve_section(comparison: Comparison, gallery: Gallery) -> Iterator[Section]:
-    kinds: tuple[Literal["step", "seconds"], ...] = ("step", "seconds")
-    points = pd.concat([figures.curve_points(comparison, against) for against in kinds])
+def _curves(comparison: Comparison, gallery: Gallery) -> Iterator[Section]:
+    points = pd.concat([figures.curve_points(comparison, "step"), figures.curve_points(comparison, "seconds")])
     pictures = []
     for (task, by), part in points.groupby(["trained on", "by"], sort=False):
-        ends = [(label, curve["mean loss"].iloc[[0, -1]]) for label, curve in part.groupby("method", sort=False)]
-        alt = "; ".join(f"{label}: loss from {first:.3f} to {last:.3f}" for label, (first, last) in ends)
+        ends = {label: curve["mean loss"].iloc[[0, -1]] for label, curve in part.groupby("method", sort=False)}
+        alt = {label: "loss from {:.3f} to {:.3f}".format(*values) for label, values in ends.items()}
         title = f"loss by {'step' if by == 'step' else 'second'} on {task}"
-        pictures.append(gallery.picture(title, alt, figures.learning_curves, part, looks=True))
+        pictures.append(gallery.picture(title, figures.learning_curves, part, gallery.looks, alt=alt))
     if pictures:
-        rows = points.to_numpy(object).tolist()
         yield Section(
             "Learning curves",
             "Cross-entropy on the supervised tokens, in nats, as training logged it: the mean over seeds, and a band "
             "from the lowest seed to the highest. A second is the mean of the seeds’ at the same step.",
-            pictures=pictures,
-            numbers=[Table("learning-curves", "The learning curves’ points", list(points.columns), rows)],
+            [Table("learning-curves", "The learning curves’ points", points, place="download")],
+            pictures,
         )
 
 
-def _routing_sections(comparison: Comparison, gallery: Gallery) -> Iterator[Section]:
-    """Experts of different seeds have nothing to do with each other, so seeds are not averaged: the first is drawn."""
-    runs = []
-    for cell in comparison.cells:
-        title = f"{cell.label} trained on {cell.task}" if len(comparison.tasks) > 1 else cell.label
-        note = f"seed {cell.seed}" if len(comparison.of(cell.label, cell.task)) > 1 else ""
-        runs.append(Routed(cell.label, cell.task, cell.seed, cell.run, title, note))
-    first = list({(run.label, run.trained_on): run for run in reversed(runs)}.values())[::-1]
-    if maps := [picture for run in first for picture in _maps(run, gallery)]:
-        yield Section(
-            "Routing: which expert each domain went to",
-            "The share of the inputs that each expert takes (of the gate, for a method that mixes all experts). Mutual "
-            "information is 0 where the expert says nothing about the domain. Experts of different seeds have nothing "
-            "to do with each other, so each map is of one seed, and the table has all.",
-            pictures=maps,
-            folded=[tables.routing_table(runs)],
-            numbers=[tables.expert_use_table(runs)],
-        )
-    similar = []
-    for run in first:
-        if len(square := run.prompt_similarity) > 1:
-            rows = (", ".join(f"{value:.2f}" for value in row) for row in square)
-            alt = "; ".join(f"expert {index}: {row}" for index, row in enumerate(rows))
-            title = f"prompt similarity of {run.title}"
-            similar.append(gallery.picture(title, alt, figures.similarity_heat_map, square, note=run.seed_note))
-    if similar:
-        yield Section(
-            "Similarity of the experts’ prompts",
-            "Cosine of every pair; 1 is the same direction, 0 none in common.",
-            pictures=similar,
-            numbers=[tables.similarity_table(runs)],
-        )
-    trained = []
-    for run in first:
-        if any(log.step is not None and log.expert_use for log in run.run.logs):
-            alt = f"expert use and routing confidence of {run.title} by optimiser step"
-            title = f"routing of {run.title} over training"
-            trained.append(gallery.picture(title, alt, figures.routing_over_training, run.run, note=run.seed_note))
-    if trained:
-        yield Section(
-            "Routing over training",
-            "Top: the share of the training inputs that each expert took. Bottom: the router’s confidence, the mean of "
-            "its largest probability, and how far the gate has hardened from all experts to the chosen one.",
-            pictures=trained,
-            numbers=[tables.training_table(runs)],
-        )
-    if words := [table for run in first if (table := tables.words_table(run))]:
-        yield Section(
-            "What the virtual tokens lie near",
-            "The words of the base’s vocabulary with the highest cosine. A soft prompt need not lie near any word: a "
-            "cosine near 0 says that it does not.",
-            folded=words,
-            numbers=[tables.nearest_table(runs)],
-        )
-
-
-def _maps(run: Routed, gallery: Gallery) -> Iterator[Picture]:
-    """A run's routing by task, where there are several, and by domain for each task that has them."""
-    routings = [(task, summary, routing) for task, summary, routing in run.routings() if routing.num_experts > 1]
-    maps: list[tuple[str, str, Mapping[str, Sequence[float]], str]] = []
-    if len(routings) > 1:
-        maps.append(("by task", "task", {task: summary.overall_shares for task, summary, _ in routings}, ""))
-    for task, _, routing in routings:
-        if len(routings) == 1 or len(routing.use) > 1:
-            note = f"mutual information {routing.mutual_information:.2f} nats, entropy {routing.entropy:.2f} nats"
-            maps.append((f"on {task}", "domain", routing.shares, note))
-    for where, of, shares, note in maps:
-        alt = "; ".join(
-            f"{domain or 'all'}: {', '.join(f'expert {expert} {share:.0%}' for expert, share in enumerate(row))}"
-            for domain, row in shares.items()
-        )
-        title = f"routing of {run.label if where == f'on {run.trained_on}' else run.title} {where}"
-        notes = "; ".join(filter(None, [run.seed_note, note]))
-        yield gallery.picture(title, alt, figures.routing_heat_map, shares, note=notes, of=of)
+def cost_table(comparison: Comparison) -> Table:
+    """Each label's size and what its training took, mean over its cells."""
+    found = pd.DataFrame([cell.facts() for cell in comparison.cells]).groupby("label", sort=False)
+    columns = {
+        "trainable parameters": ("trainable parameters", "first"),
+        "optimiser steps": ("steps", "mean"),
+        "seconds of training": ("seconds of training", "mean"),
+        "cells": ("label", "size"),
+    }
+    return Table(
+        "training cost",
+        "What training took",
+        found.agg(**columns).rename_axis("method").reset_index(),
+        "Steps and seconds are means over a method’s cells.",
+        hints=list(found["size"].first()),
+        formats={"optimiser steps": decimals(0)},
+    )

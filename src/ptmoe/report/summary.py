@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ptmoe.report.comparison import ALL, MEAN, Comparison, counted_states, read_comparison
-from ptmoe.report.results import AVERAGE, Board, Score, boards
-from ptmoe.report.table import best_rows, interval_text, metric_name, short_count
-from ptmoe.report.tables import domain_scores
+from ptmoe.report.comparison import ALL, AVERAGE, MEAN, Comparison, counted_states, read_comparison
+from ptmoe.report.results import Board, Score, boards, part_scores
+from ptmoe.report.table import best_rows, metric_name, short_count
 
-LONGEST_HEADER = 10
+WIDTH = 80
 MANY_PARAMETERS = 10_000_000
 MOST_COLUMNS = 6  # of scores; where there are more, and no more methods than this, they are rows
 INTERVALS = {
@@ -39,61 +41,58 @@ def comparison_summary(comparison: Comparison | str | Path) -> RenderableType:
 
 
 def _table(comparison: Comparison, board: Board) -> Table:
-    labels, metric = comparison.labels, metric_name(board.metric)
-    names = [column.name for column in board.columns] + [AVERAGE] * (len(board.columns) > 1)
-    scores: dict[str, list[Score | None]] = {
-        name: [board.scores.get((label, name)) for label in labels] for name in names
-    }
-    title = f"{metric}, %"
-    seconds: dict[str, list[Text]] = {}
-    if len(names) == 1:
-        title, scores = f"{metric} on {names[0]}, %", {metric: scores[names[0]]}
-        parts = domain_scores(comparison, board.columns[0], board.metric)
-        domains = {of: [row[label] for label in labels] for of, row in parts.items() if of not in (ALL, MEAN)}
-        if min(len(domains), len(labels)) < MOST_COLUMNS:
+    """With an interval beside every score, or, where 80 columns have no room for that, beside the total's alone."""
+    metric, total = metric_name(board.metric), AVERAGE
+    cells = {label: comparison.of(label) for label in comparison.labels}
+    scores = {n: {label: board.scores[label, n] for label in cells if (label, n) in board.scores} for n in board.names}
+    title, seconds = f"{metric}, %", {}
+    if len(board.columns) == 1:
+        (column,), total = board.columns, metric
+        title, scores = f"{metric} on {column.name}, %", {metric: scores[column.name]}
+        parts = part_scores(comparison, column, board.metric)
+        domains = {of: row for of, row in parts.items() if of not in (ALL, MEAN)}
+        if min(len(domains), len(cells)) < MOST_COLUMNS:
             scores |= domains
-        took = {label: [cell.run.result.train_seconds for cell in comparison.of(label)] for label in labels}
-        seconds["seconds"] = [Text(f"{sum(times) / len(times):,.0f}") for times in took.values()]
-    # 80 columns have room for the intervals of a few scores; of many, only the total keeps its own.
-    total = metric if len(board.columns) == 1 else AVERAGE
-    transposed = len(scores) > MOST_COLUMNS
-    crowded = len(scores) * (len(labels) if transposed else 2) > 8
-    texts = {name: _texts(column, intervals=not crowded or name == total) for name, column in scores.items()}
-    over = {score.over for name, column in scores.items() for score in column if score and score.over}
-    table = Table(
-        title=Text(title),
-        caption=Text("; ".join(INTERVALS[kind] for kind in sorted(over))),
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1) if not crowded else (0, 1, 0, 0),
-        pad_edge=False,
-    )
-    counts = [comparison.of(label)[0].trainable_parameters for label in labels]
-    parameters = [Text(f"{count:,}" if count < MANY_PARAMETERS else short_count(count)) for count in counts]
-    if not transposed:
-        table.add_column(Text("method"), overflow="fold")
-        columns = {"trainable\nparameters": parameters, **texts, **seconds}
-        for name, cells in columns.items():
-            # Numbers are never cut; a long header is, where there is no room.
-            table.add_column(_folding(name), justify="right", overflow="fold", min_width=max(map(len, cells)))
-        for line in zip(map(Text, labels), *columns.values(), strict=True):
-            table.add_row(*line)
-        return table
-    table.add_column(Text("task" if len(board.columns) > 1 else "domain"), overflow="fold")
-    for label, count in zip(labels, parameters, strict=True):
-        table.add_column(Text(label), justify="right", overflow="fold", min_width=min(len(count), 7))
-    for name, cells in {**texts, "trainable parameters": parameters, **seconds}.items():
-        table.add_row(Text(name), *cells)
-    return table
+        took = [[cell.run.result.train_seconds for cell in of] for of in cells.values()]
+        seconds = {"seconds": [f"{sum(times) / len(times):,.0f}" for times in took]}
+    as_rows = len(scores) > MOST_COLUMNS
+    counts = [of[0].trainable_parameters for of in cells.values()]
+    columns: dict[str, list[Any]] = {
+        "trainable parameters": [short_count(n) if as_rows or n >= MANY_PARAMETERS else f"{n:,}" for n in counts]
+    }
+    over = {score.over for row in scores.values() for score in row.values() if score.over}
+
+    def table(intervals: bool) -> Table:
+        # Where there is no room, names fold where their words do. Numbers are never cut.
+        names = {name: Text(name if intervals else re.sub("[/_]", r"\g<0>\n", name)) for name in (*scores, *cells)}
+        names["trainable parameters"] = Text("trainable\nparameters")
+        texts = {name: _texts(list(map(row.get, cells)), intervals or name == total) for name, row in scores.items()}
+        frame = pd.DataFrame(columns | texts | seconds, index=list(cells), dtype=object)
+        drawn = Table(
+            title=Text(title),
+            caption=Text("; ".join(INTERVALS[kind] for kind in sorted(over))),
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1) if intervals else (0, 1, 0, 0),
+            pad_edge=False,
+        )
+        first = ("task" if len(board.columns) > 1 else "domain") if as_rows else "method"
+        drawn.add_column(first, overflow="fold", min_width=10 if as_rows else None)
+        for name, column in (frame.T if as_rows else frame).items():
+            least, most = max(map(len, column)), None
+            if as_rows:
+                least, most = 5, max(5, (WIDTH - 12) // len(cells) - 2)
+            drawn.add_column(names.get(name, name), justify="right", overflow="fold", min_width=least, max_width=most)
+        for row in (frame.T if as_rows else frame).itertuples(name=None):
+            drawn.add_row(names.get(row[0], row[0]), *row[1:])
+        return drawn
+
+    fits = not as_rows and Console(width=1000).measure(table(True)).maximum <= WIDTH
+    return table(fits)
 
 
-def _texts(column: Sequence[Score | None], *, intervals: bool) -> list[Text]:
+def _texts(column: Sequence[Score | None], intervals: bool) -> list[Text]:
     best = best_rows(column)
     return [
-        Text("–" if score is None else f"{score.mean:.1f} {interval_text(score) if intervals else ''}".strip(), style)
+        Text("–" if score is None else f"{score.mean:.1f} {score.interval if intervals else ''}".strip(), style)
         for score, style in ((score, "bold" if row in best else "") for row, score in enumerate(column))
     ]
-
-
-def _folding(name: str) -> Text:
-    """A header that folds where its words do."""
-    return Text(name.replace("/", "/\n").replace("_", "_\n") if len(name) > LONGEST_HEADER else name)

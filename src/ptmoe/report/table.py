@@ -12,110 +12,84 @@ import re
 from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import chain, count
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
 from ptmoe.report.results import Score
 
-Value = str | int | float | Score | None
-
 
 class Entry(NamedTuple):
-    """A place of a table as printed, and whether it is the highest of its column."""
+    """A place of a table as printed, and whether it stands out."""
 
     text: str
-    around: str = ""  # the interval
-    best: bool = False
+    interval: str = ""
+    bold: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Table:
-    """
-    Attributes:
-        name: of its files, without an ending; any text, `stem` is fit for a file.
-        title: what it shows.
-        columns: their names; the first heads the rows.
-        rows: each with a value for each column.
-        note: what its numbers mean.
-        sources: where each row is from, in a table whose rows are not all from one place.
-        hints: for each row, printed small below its first value, on the page only.
-        best: row and column numbers of the highest scores.
-        formats: how the numbers of a column are printed; by default whole ones with a thousands' comma, others with one
-            decimal.
-    """
-
-    name: str
+    name: str  # of its files, without an ending; any text, `files` makes it fit for them
     title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Value]]
-    note: str = ""
-    sources: Sequence[str] = ()
-    hints: Sequence[str] = ()
-    best: Collection[tuple[int, int]] = ()
+    frame: pd.DataFrame  # texts, numbers, `Score`s and None; the first column heads the rows
+    note: str = ""  # what its numbers mean
+    sources: Sequence[str] = ()  # where each row is from, in a table whose rows are not all from one place
+    hints: Sequence[str] = ()  # for each row, printed small below its first value, on the page only
+    ranked: bool = False  # whether the highest `Score` of each column is bold
+    # How numbers of a column are printed; by default whole ones with a thousands' comma, others with one decimal.
     formats: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
+    place: Literal["page", "folded", "download"] = "page"  # on the page as it is, to be opened there, or not at all
 
     @property
-    def stem(self) -> str:
-        return file_name(self.name, set())
+    def columns(self) -> list[str]:
+        return list(self.frame.columns)
 
-    def is_prose(self, column: int) -> bool:
-        """Whether a column holds words, and is aligned as they are."""
-        return all(isinstance(row[column], str) for row in self.rows)
+    @property
+    def prose(self) -> list[bool]:
+        """Whether each column holds words, and is aligned as they are."""
+        return [all(isinstance(value, str) for value in self.frame[name]) for name in self.columns]
 
-    def source(self, row: int) -> str:
-        return self.sources[row] if self.sources else ""
+    def rows(self) -> list[list[Entry]]:
+        """As printed."""
+        columns = []
+        for name, values in self.frame.astype(object).items():
+            best = best_rows([value if isinstance(value, Score) else None for value in values]) if self.ranked else []
+            columns.append(
+                [
+                    Entry(self._text(value, name), value.interval if isinstance(value, Score) else "", row in best)
+                    for row, value in enumerate(values)
+                ]
+            )
+        return [list(row) for row in zip(*columns, strict=True)]
 
-    def entries(self, row: int) -> list[Entry]:
-        """A row as printed."""
-        return [
-            Entry(self._text(value, self.columns[place]), interval_text(value), (row, place) in self.best)
-            for place, value in enumerate(self.rows[row])
-        ]
-
-    def _text(self, value: Value, column: str) -> str:
-        number = value.mean if isinstance(value, Score) else value
-        if isinstance(number, str):
-            return number
-        if number is None or not math.isfinite(number):
-            return "–"
+    def _text(self, value: Any, column: str) -> str:
+        number = _plain(value.mean if isinstance(value, Score) else value)
+        if number is None or isinstance(number, str):
+            return "–" if number is None else number
         default = "{:,}".format if isinstance(number, int) else decimals(1)
         return str(self.formats.get(column, default)(number))
 
-    def frame(self) -> pd.DataFrame:
-        """The numbers as they are; an interval's ends and kind follow its number."""
-        columns: list[tuple[str, Sequence[Any]]] = [("source", self.sources)] if self.sources else []
-        for place, name in enumerate(self.columns):
-            values = [row[place] for row in self.rows]
-            scores: list[Any] = [value if isinstance(value, Score) else Score(value) for value in values]  # type: ignore[arg-type]
-            columns.append((name, [_finite(score.mean) for score in scores]))
+    def numbers(self) -> pd.DataFrame:
+        """The values as they are; an interval's ends and kind follow its number."""
+        columns = {"source": list(self.sources)} if self.sources else {}
+        for name, values in self.frame.astype(object).items():
+            scores = [value if isinstance(value, Score) else Score(value) for value in values]
+            columns[name] = [_plain(score.mean) for score in scores]
             if any(score.low is not None for score in scores):
-                columns += [(f"{name} {end}", [getattr(score, end) for score in scores]) for end in ("low", "high")]
-                columns.append((f"{name} interval over", [score.over for score in scores]))
-        names = [name for name, _ in columns]
-        unique = [name if names.index(name) == place else f"{name} #{place}" for place, name in enumerate(names)]
-        return pd.DataFrame(
-            {name: pd.Series(values, dtype=object) for name, (_, values) in zip(unique, columns, strict=True)}
-        )
+                for end, what in (("low", "low"), ("high", "high"), ("interval over", "over")):
+                    unique = f"{name} {end}" + " (interval)" * (f"{name} {end}" in self.columns)
+                    columns[unique] = [getattr(score, what) for score in scores]
+        return pd.DataFrame(columns, dtype=object)
 
-    def files(self) -> dict[str, tuple[str, str]]:
-        """By the name of each of its files, the format and the text."""
-        return {f"{self.stem}{ending}": (kind, write(self)) for ending, (kind, _, write) in FORMATS.items()}
-
-    def downloads(self) -> list[tuple[str, str, str]]:
-        """Each file's format and name, and an address that holds its contents."""
-        mimes = [mime for _, mime, _ in FORMATS.values()]
-        return [
-            (kind, name, f"data:{mime};charset=utf-8;base64,{b64encode(text.encode()).decode()}")
-            for (name, (kind, text)), mime in zip(self.files().items(), mimes, strict=True)
-        ]
-
-
-def interval_text(value: Value) -> str:
-    """The interval as printed: ± over seeds, where it is symmetric, and its ends over examples."""
-    if not isinstance(value, Score) or value.low is None or value.high is None:
-        return ""
-    return f"± {(value.high - value.low) / 2:.1f}" if value.over == "seeds" else f"[{value.low:.1f}, {value.high:.1f}]"
+    def files(self) -> dict[str, tuple[str, str, str]]:
+        """By the name of each of its files: the format, the text, and an address that holds it."""
+        found = {}
+        for ending, (kind, mime, write) in FORMATS.items():
+            text = write(self)
+            address = f"data:{mime};charset=utf-8;base64,{b64encode(text.encode()).decode()}"
+            found[f"{file_name(self.name)}{ending}"] = (kind, text, address)
+        return found
 
 
 def decimals(digits: int) -> Callable[[Any], str]:
@@ -134,14 +108,10 @@ def metric_name(metric: str) -> str:
     return " ".join("F1" if word == "f1" else word for word in metric.split("_"))
 
 
-def file_name(title: str, used: set[str]) -> str:
-    """A file's name from a title, that is not in `used`; it is added to them."""
+def file_name(title: str, used: Collection[str] = ()) -> str:
+    """A file's name from a title, that is not in `used`."""
     stem = re.sub(r"[^A-Za-z0-9.=]+", "-", title).strip("-.=").lower() or "table"
-    name = stem
-    while name in used:
-        name = f"{stem}-{len(used)}"
-    used.add(name)
-    return name
+    return next(name for name in chain([stem], (f"{stem}-{number}" for number in count(2))) if name not in used)
 
 
 def short_count(value: float) -> str:
@@ -153,12 +123,12 @@ def short_count(value: float) -> str:
 
 
 def to_csv(table: Table) -> str:
-    frame = table.frame().map(_inert).rename(columns=_inert)
+    frame = table.numbers().map(_inert).rename(columns=_inert)
     return str(frame.to_csv(index=False, lineterminator="\r\n"))
 
 
 def to_json(table: Table) -> str:
-    contents = {"title": table.title, "note": table.note, "rows": table.frame().to_dict("records")}
+    contents = {"title": table.title, "note": table.note, "rows": table.numbers().to_dict("records")}
     return json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -176,22 +146,20 @@ def to_latex(table: Table) -> str:
     lines = ["% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
     lines += [rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}", r"\toprule"]
     lines += [" & ".join(map(_latex, table.columns)) + r" \\", r"\midrule"]
-    for row, entries in enumerate(_printed(table, _latex, r"\textbf{{{}}}")):
-        if row and table.source(row) != table.source(row - 1):
-            source = _latex(table.source(row))
+    for row, cells in enumerate(_printed(table, _latex, r"\textbf{{{}}}")):
+        if row and table.sources and table.sources[row] != table.sources[row - 1]:
+            source = _latex(table.sources[row])
             lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{source}}}}} \\"]
-        lines.append(" & ".join(entries) + r" \\")
+        lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
 def _printed(table: Table, escaped: Callable[[str], str], bold: str) -> list[list[str]]:
-    return [
-        [
-            f"{bold.format(escaped(entry.text)) if entry.best else escaped(entry.text)} {escaped(entry.around)}".strip()
-            for entry in table.entries(row)
-        ]
-        for row in range(len(table.rows))
-    ]
+    def text(entry: Entry) -> str:
+        shown = escaped(entry.text)
+        return f"{bold.format(shown) if entry.bold else shown} {escaped(entry.interval)}".strip()
+
+    return [[text(entry) for entry in row] for row in table.rows()]
 
 
 FORMATS: dict[str, tuple[str, str, Callable[[Table], str]]] = {
@@ -202,8 +170,8 @@ FORMATS: dict[str, tuple[str, str, Callable[[Table], str]]] = {
 }
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+def _plain(value: Any) -> Any:
+    """JSON has no NaN, and a table prints none."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -217,11 +185,12 @@ def _markdown(value: str) -> str:
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", line)
 
 
-_MARKS = "\\ textbackslash ~ textasciitilde ^ textasciicircum < textless > textgreater | textbar … dots".split()
-_LATEX = {mark: rf"\{name}{{}}" for mark, name in zip(_MARKS[::2], _MARKS[1::2], strict=True)}
-_LATEX |= {mark: f"\\{mark}" for mark in "&%$#_{}"} | {"±": r"$\pm$", "×": r"$\times$", "−": r"$-$", "–": "--"}
-_LATEX |= {"“": "``", "”": "''", "’": "'"}
+_MARKS = r"\ \textbackslash{} ~ \textasciitilde{} ^ \textasciicircum{} < \textless{} > \textgreater{}".split()
+_MARKS += (
+    r"| \textbar{} & \& % \% $ \$ # \# _ \_ { \{ } \} ± $\pm$ × $\times$ − $-$ – -- … \dots{} “ `` ” '' ’ '".split()
+)
+_LATEX = str.maketrans(dict(zip(_MARKS[::2], _MARKS[1::2], strict=True)))
 
 
 def _latex(value: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in " ".join(value.split()))
+    return " ".join(value.split()).translate(_LATEX)
