@@ -371,7 +371,7 @@ MISTAKES = {
         "nano/mixed",
         "--model",
         "nowhere",
-    ): "unknown model 'nowhere': it is not nano, not a folder, and the Hub",
+    ): "unknown model 'nowhere': needs nano, smollm2, a folder, a GGUF file, or",
     ("--task", "nano/mixed", "--max-steps", "0"): "max_steps=0",
     ("--task", "nano/mixed", "--eval-task", "svamp", "--data-dir", "."): "holds no test split of svamp",
     ("--task", "math_problems"): "no cell is left: math_problems: math_problems has no train split",
