@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ptmoe import nano
+from ptmoe.cli.console import Console
 from ptmoe.cli.options import given
 from ptmoe.errors import PtmoeError, near
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from ptmoe.cli.console import Console
 from ptmoe.cli.options import AdapterBase, DataDir, Device, Examples, Ids, NamedSplit, SkipBad
 from ptmoe.errors import PtmoeError
 
@@ -69,6 +69,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Answer tasks greedily and grade the answers. An interrupted evaluation is resumed."""
+    from ptmoe.runs.folders import writing
     from ptmoe.tasks import check_labels, task_named, task_names
 
     if not task:
@@ -92,6 +93,7 @@ def evaluate(
     if not folder.is_dir() and output_dir is None:
         raise PtmoeError(f"{run} is not a local folder: name a folder for the results with --output-dir")
     console = Console()
+    context.with_resource(writing(folder))
     data = {"data_dir": data_dir, "ids": ids, "max_examples": examples}
     loaded = {name: _load(name, split, console, skip_bad, **data) for name in tasks}
 
@@ -139,7 +141,7 @@ def evaluate(
             progress=lambda done, _: progress.update(bar, completed=done),
         ).summary()
 
-    with progress_bar() as progress:
+    with progress_bar(console) as progress:
         summaries = [answer(name) for name in tasks]
     console.print(evaluation_table(summaries))
     console.print(f"results: {folder / 'eval'}, predictions: {folder / 'predictions'}")

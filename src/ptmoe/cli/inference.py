@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from ptmoe.cli.console import Console
 from ptmoe.cli.options import Adapter, AdapterBase, DataDir, Device, NamedSplit, given
 from ptmoe.errors import PtmoeError
 
@@ -162,7 +162,7 @@ def _print_routing(console: Console, routing: RoutingSummary, examples: Mapping[
     shares = routing.overall_shares(examples)
     if collapsed_expert(shares) is not None:
         console.print(
-            f"[bold]warning[/bold]: the routing has collapsed, one of {len(experts)} experts takes "
+            f"warning: the routing has collapsed, one of {len(experts)} experts takes "
             f"{100 * max(shares):.1f} % of the {'gate' if routing.is_soft else 'inputs'}"
         )
     similarity = Table("cosine of the prompts", *experts)

@@ -10,6 +10,7 @@ import typer
 
 from ptmoe import __version__
 from ptmoe.cli.comparison import compare, quickstart
+from ptmoe.cli.console import printable
 from ptmoe.cli.evaluation import evaluate, score
 from ptmoe.cli.inference import convert, generate, inspect
 from ptmoe.cli.options import HELP, command_of
@@ -79,10 +80,10 @@ def main() -> None:
     try:
         app()
     except PtmoeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.status)
     except OSError as error:  # a full disk, a folder that may not be written, …
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -21,12 +21,12 @@ TRAINING_SHARE = 0.9  # of a cell's progress; the rest is its evaluation
 
 def progress_bar(console: Console | None = None) -> Progress:
     return Progress(
-        TextColumn("{task.description:<8}"),
+        TextColumn("{task.description:<8}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from ptmoe.cli.console import Console, printable
 from ptmoe.cli.options import DataDir, Model, NamedSplit, SkipBad, given
 from ptmoe.errors import PtmoeError, near
 
@@ -160,9 +160,9 @@ def tasks_show(
     problems = Problems(skip=skip_bad, at_once=True)
     training = split == "train" or is_file(name)
     virtual = f"[P_1 … P_{num_virtual_tokens}]"
-    print(f"{virtual} virtual tokens   ⟦…⟧ the completion, supervised in training   ✂ tokens cut")
+    _print(f"{virtual} virtual tokens   ⟦…⟧ the completion, supervised in training   ✂ tokens cut")
     where = "around the answer, as in training" if training else "from the end of the context, as in evaluation"
-    print(f"at most {room:,} tokens; a longer example is cut {where}")
+    _print(f"at most {room:,} tokens; a longer example is cut {where}")
     said = False
     for example in islice(stream_task(name, split, data_dir, problems=problems), examples):
         with problems.at(example.where):
@@ -172,19 +172,23 @@ def tasks_show(
             length = (
                 f"{len(prompt.ids)} + {len(completion)} tokens" if prompt else "does not fit even without its context"
             )
-            print(f"\n[{example.id}{', ' + example.domain if example.domain else ''}: {length}]")
+            _print(f"\n[{example.id}{', ' + example.domain if example.domain else ''}: {length}]")
             if prompt is None:
                 continue
             (before, after), (first, last) = prompt.cut, prompt.context
             texts = [tokenizer.decode(ids) for ids in (prompt.ids[:first], prompt.ids[first:last], prompt.ids[last:])]
             shown = texts[0] + f"✂{before}✂" * bool(before) + texts[1] + f"✂{after}✂" * bool(after) + texts[2]
-            print(f"{virtual}{shown}⟦{tokenizer.decode(completion)}⟧")
+            _print(f"{virtual}{shown}⟦{tokenizer.decode(completion)}⟧")
             if tokens:
                 parts = [" ".join(token_texts(ids, tokenizer)) for ids in (prompt.ids, completion)]
-                print(f"tokens: {virtual} {parts[0]} ⟦{parts[1]}⟧")
+                _print(f"tokens: {virtual} {parts[0]} ⟦{parts[1]}⟧")
             if not said and (change := changed_text([example], tokenizer, chat=chat)):
-                print(f"warning: {change}")
+                _print(f"warning: {change}")
                 said = True
-            print(f"right: {' | '.join(example.references)}")
+            _print(f"right: {' | '.join(example.references)}")
     if problems.count:
-        print(f"left out {problems.listed()}")
+        _print(f"left out {problems.listed()}")
+
+
+def _print(text: str) -> None:
+    print(printable(text))

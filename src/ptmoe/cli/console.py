@@ -1,0 +1,26 @@
+"""Text of users, of data sets and of models, printed as it is: no markup in it, and no control of the terminal."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import rich.console
+from rich.text import Text
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out, all but tabs and line breaks."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+class Console(rich.console.Console):
+    """As `rich` has it, for text that may hold anything."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"markup": False, "emoji": False})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
