@@ -26,10 +26,9 @@ from ptmoe.train.recipe import run_folder
 from ptmoe.train.trainer import PromptTrainer
 from testing.bases import CONFIGS, prompted, tiny_llama, tokens
 
-ENVIRONMENT = os.environ | {
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"} | {
     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     "OMP_NUM_THREADS": "1",
-    "ACCELERATE_USE_CPU": "true",
 }
 LENGTHS = [5, 9, 14, 7, 20, 11, 6, 18]
 METHODS = {

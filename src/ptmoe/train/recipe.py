@@ -318,6 +318,7 @@ def _trainer(
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
         "save_strategy": "steps",
+        "use_cpu": not torch.accelerator.is_available(),  # or several processes on a CPU would each train alone
         **{name: getattr(options, name) for name in shared},
         **options.trainer,
     }
@@ -347,6 +348,11 @@ def _trainer(
         )
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise PtmoeError(f"transformers refuses these options: {' '.join(str(error).split())}") from None
+    if trainer.args.world_size != world_size():
+        raise PtmoeError(
+            f"{world_size()} processes were started, but each would train alone: start them with torchrun or accelerate "
+            "launch, and leave use_cpu and no_cuda as they are"
+        )
     trainer.remove_callback(PrinterCallback)  # the metrics go to the file and to `callbacks`
     return trainer
 
