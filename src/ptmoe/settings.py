@@ -9,6 +9,8 @@ from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near
 
+LARGEST_YAML = 1_000_000  # bytes
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -61,17 +63,31 @@ def _one_line_each(owner: type[BaseModel], error: ValidationError) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file that is there.
+    """The keys and values of a YAML file that is there. Dates are text; aliases, with which a few bytes become
+    gigabytes, are refused.
 
     Raises:
-        PtmoeError: it is not YAML, or holds something else.
+        PtmoeError: it is not YAML, is larger than 1 MB, or holds something else.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor})")
+            return super().compose_node(parent, index)
+
+    if path.stat().st_size > LARGEST_YAML:
+        raise PtmoeError(f"{path} has {path.stat().st_size:,} bytes: needs at most {LARGEST_YAML:,}")
     try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PtmoeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        written = yaml.load(path.read_text(encoding="utf-8"), Loader)  # derived from the safe one
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise PtmoeError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(written, dict):
         raise PtmoeError(f"{path} holds {type(written).__name__}: needs keys and values")
     return written

@@ -17,7 +17,7 @@ import ptmoe
 from ptmoe.tasks import GROUPS, TASKS, Problems, load_task, sources, stream_task, task_names
 from ptmoe.tasks.base import Split
 from ptmoe.tasks.predictions import read_predictions
-from ptmoe.tasks.records import SHOWN
+from ptmoe.tasks.problems import SHOWN
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.exists(), reason="needs the data sets' own files")
@@ -361,7 +361,9 @@ def test_a_value_nested_too_deep_is_named_by_file_and_line(task, tmp_path):
 
 def test_all_bad_records_are_counted_and_the_first_are_listed(tmp_path):
     path = lines(tmp_path / "test.jsonl", GSM8K[0], *['{"question": "a"}'] * 9)
-    with pytest.raises(ptmoe.PtmoeError, match=rf"9 bad record\(s\)[\s\S]*and {9 - SHOWN} more\n.*--skip-bad"):
+    with pytest.raises(
+        ptmoe.PtmoeError, match=rf"9 bad record\(s\)[\s\S]*and {9 - SHOWN} more, all listed in .*\n.*--skip-bad"
+    ):
         load_task("gsm8k", "test", path)
 
 

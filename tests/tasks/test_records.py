@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import ptmoe
 from ptmoe.tasks import Problems, load_task
 from ptmoe.tasks.local import load, other_form
-from ptmoe.tasks.records import BadRecordError, Written, number_text, text_of
+from ptmoe.tasks.problems import BadRecordError
+from ptmoe.tasks.records import Written, number_text, text_of
 
 
 @pytest.fixture

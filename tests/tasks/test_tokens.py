@@ -16,7 +16,7 @@ import ptmoe
 from ptmoe.models.bases import load_tokenizer
 from ptmoe.tasks import Problems
 from ptmoe.tasks.base import Example
-from ptmoe.tasks.records import BadRecordError
+from ptmoe.tasks.problems import BadRecordError
 from ptmoe.tasks.tokens import changed_text, encode_completion, encode_prompt, prompt_text, token_texts, usable
 from ptmoe.train.data import fit
 

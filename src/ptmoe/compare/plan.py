@@ -27,6 +27,7 @@ from ptmoe.settings import Flag, read_yaml
 from ptmoe.train.options import Count, Rate, SharedOptions, method_entry, scalar
 
 # What a later run in the same folder may add to.
+MOST_SEEDS = 10_000
 EXTENSIBLE = {"preset", "title", "methods", "tasks", "seeds", "vary", "budget", "learning_rate"}
 
 
@@ -61,6 +62,8 @@ def _seeds(value: Any) -> Any:
         value = [int(part) for part in parts] if len(parts) > 1 else int(value)
     if value in (0, []):
         raise ValueError(f"seeds={value}: needs at least one")
+    if isinstance(value, int) and value > MOST_SEEDS:
+        raise ValueError(f"seeds={value}: needs at most {MOST_SEEDS:,}")
     return list(range(value)) if isinstance(value, int) else value
 
 

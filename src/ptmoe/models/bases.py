@@ -61,7 +61,7 @@ def load_base(
         options["quantization_config"] = _quantization_config(quantization)
         options.setdefault("device_map", {"": target})  # quantized weights are made where they stay
     with _located(name) as where:
-        tokenizer = _tokenizer(where, revision)
+        tokenizer = _tokenizer(where, revision, trusted=options.setdefault("trust_remote_code", False))
         model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)
     if quantization is not None and model.hf_quantizer.pre_quantized:
         raise PtmoeError(f"{name!r} is saved in {quantization_of(model)} already: leave {quantization} out")
@@ -149,7 +149,7 @@ def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with _located(name) as where:
-        return AutoConfig.from_pretrained(where, revision=revision)
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -157,10 +157,10 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerBase:
+def _tokenizer(where: str, revision: str | None, trusted: bool = False) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trusted)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast("PreTrainedTokenizerBase", tokenizer)

@@ -38,10 +38,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
+    """Of the checkout that holds this file; none where another repository only encloses the installation."""
+    here = Path(__file__)
     with suppress(OSError, subprocess.CalledProcessError):
-        folder = Path(__file__).parent
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        for command in (["git", "ls-files", "--error-unmatch", here.name], ["git", "rev-parse", "HEAD"]):
+            done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     return None
 
 

@@ -12,7 +12,7 @@ from ptmoe.tasks.loading import (
     task_named,
     task_names,
 )
-from ptmoe.tasks.records import Problems
+from ptmoe.tasks.problems import Problems
 from ptmoe.tasks.scoring import score
 
 __all__ = [

@@ -9,7 +9,8 @@ from zlib import crc32
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
-from ptmoe.tasks.records import Problems, Reader, check_unicode, unique
+from ptmoe.tasks.problems import Problems
+from ptmoe.tasks.records import Reader, check_unicode, unique
 
 _SEED = "0"  # of the choice of the examples that are held out
 

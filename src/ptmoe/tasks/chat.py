@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from ptmoe.errors import PtmoeError
-from ptmoe.tasks.records import BadRecordError
+from ptmoe.tasks.problems import BadRecordError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

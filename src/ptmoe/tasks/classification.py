@@ -24,7 +24,8 @@ from string import Formatter
 from typing import Any
 
 from ptmoe.tasks.base import Example, Format, Hub, Origin, Split, Task
-from ptmoe.tasks.records import BadRecordError, csv_rows, has, text_lines, text_of
+from ptmoe.tasks.problems import BadRecordError
+from ptmoe.tasks.records import csv_rows, has, text_lines, text_of
 
 Labels = Mapping[str, str]
 """By the word that answers, in the order of the published numbers, the names of the label, separated by commas."""

@@ -10,8 +10,9 @@ annotations `<<…>>` are part of the answer and are kept. The last line is the 
 from typing import Any
 
 from ptmoe.tasks.base import Example, Format, Hub, Origin, Split
+from ptmoe.tasks.problems import BadRecordError
 from ptmoe.tasks.prompts import WordProblems, word_problem
-from ptmoe.tasks.records import BadRecordError, text_of
+from ptmoe.tasks.records import text_of
 
 
 def example(record: dict[str, Any], origin: Origin) -> Example:

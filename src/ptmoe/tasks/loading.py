@@ -12,7 +12,8 @@ from typing import Any
 from ptmoe.errors import PtmoeError, near
 from ptmoe.tasks import local, mixture, mrqa, sources
 from ptmoe.tasks.base import Example, Format, Origin, Task, collect, folded, is_held_out
-from ptmoe.tasks.records import READERS, Problems, Record, head
+from ptmoe.tasks.problems import Problems
+from ptmoe.tasks.records import READERS, Record, head
 
 # The modules with the data sets, in the order in which these are listed. A new one is a file and its name in this line.
 FAMILIES = "nano mrqa gsm8k svamp asdiv mawps math_problems classification".split()

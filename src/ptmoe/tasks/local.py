@@ -20,7 +20,8 @@ from typing import Any
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks import prompts
 from ptmoe.tasks.base import Example, Format, Task, collect
-from ptmoe.tasks.records import BadRecordError, Problems, has, head_text, json_lines, name_of, text_of
+from ptmoe.tasks.problems import BadRecordError, Problems
+from ptmoe.tasks.records import has, head_text, json_lines, name_of, text_of
 
 FOR_THE_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
 

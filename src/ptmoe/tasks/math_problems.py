@@ -16,8 +16,9 @@ from typing import Any
 
 from ptmoe.tasks.base import Example, Format, Origin, Split
 from ptmoe.tasks.expressions import last_boxed
+from ptmoe.tasks.problems import BadRecordError
 from ptmoe.tasks.prompts import WordProblems, word_problem
-from ptmoe.tasks.records import BadRecordError, name_of, text_of
+from ptmoe.tasks.records import name_of, text_of
 
 FIRST = 500
 _OPTION = re.compile(r"\b([a-e]) \) *(.*?)(?=\W*\b[a-e] \) |\W*$)", re.DOTALL)

@@ -20,8 +20,9 @@ from typing import Any
 
 from ptmoe.tasks import gsm8k
 from ptmoe.tasks.base import Example, Format, Hub, Origin, Split
+from ptmoe.tasks.problems import BadRecordError
 from ptmoe.tasks.prompts import WordProblems, word_problem
-from ptmoe.tasks.records import BadRecordError, name_of, number_text, text_of
+from ptmoe.tasks.records import name_of, number_text, text_of
 
 _PLACEHOLDER = re.compile(r"\b(?:number|N_)(\d+)\b")
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from ptmoe.tasks import prompts
 from ptmoe.tasks.base import Example, Format, Hub, Origin, Split, Task
-from ptmoe.tasks.records import BadRecordError, Problems, Record, has, json_array, json_lines, object_of, text_of
+from ptmoe.tasks.problems import BadRecordError, Problems
+from ptmoe.tasks.records import Record, has, json_array, json_lines, object_of, text_of
 
 _RELEASE = "https://s3.us-east-2.amazonaws.com/mrqa/release/v2"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ptmoe.errors import PtmoeError
-from ptmoe.tasks.records import READERS, BadRecordError, Problems, has, head, unique
+from ptmoe.tasks.problems import BadRecordError, Problems
+from ptmoe.tasks.records import READERS, has, head, unique
 
 ID_KEYS = ("id", "qid", "ID")
 TEXT_KEYS = ("completion", "prediction", "prediction_text", "text", "answer", "output")

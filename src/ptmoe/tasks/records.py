@@ -22,21 +22,19 @@ from xml.etree import ElementTree
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
+from ptmoe.tasks.problems import BadRecordError, Problems
 
-SHOWN = 5  # bad records that a message names; all are counted
 _HEAD = 1 << 16  # bytes from which a file's format is recognised
 _CHUNK = 1 << 20
+_LONGEST = 1 << 24  # bytes of a line or of a record in an array: more would be a file of another kind
 _GZIP = b"\x1f\x8b"
 _LONGEST_NUMBER = 300  # digits of a whole number that is written out
 _SEPARATOR = re.compile(r"\s*([,\]]?)\s*")  # between two records of a JSON array, or at its end
+_TOO_LONG = f"longer than {_LONGEST >> 20} MB"
 _DAMAGED = (EOFError, OSError, zlib.error)  # what `gzip` raises
 
 Record = tuple[str, Any]  # its location, "FILE:LINE", and its contents
 T = TypeVar("T")
-
-
-class BadRecordError(PtmoeError):
-    """What is wrong with a record; the reader adds its location."""
 
 
 class Written(float):
@@ -57,49 +55,6 @@ class Written(float):
 
 
 _DECODER = json.JSONDecoder(parse_float=Written)
-
-
-class Problems:
-    """The bad records found while reading.
-
-    Args:
-        skip: count and list them; otherwise `refuse` raises.
-        at_once: raise at the first, for a stream that is used before its end is read.
-    """
-
-    def __init__(self, *, skip: bool = False, at_once: bool = False) -> None:
-        self.skip = skip
-        self.at_once = at_once
-        self.count = 0
-        self.first: list[str] = []
-
-    def add(self, place: str, what: str) -> None:
-        self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append(f"{place}: {what}")
-        if self.at_once:
-            self.refuse()
-
-    @contextmanager
-    def at(self, place: str) -> Iterator[None]:
-        """Add a `BadRecordError` raised in this block, with its location."""
-        try:
-            yield
-        except BadRecordError as error:
-            self.add(place, str(error))
-
-    def listed(self) -> str:
-        """How many there are, and the first of them."""
-        more = f"\n  … and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
-        return f"{self.count} bad record(s):\n  " + "\n  ".join(self.first) + more
-
-    def refuse(self) -> None:
-        """
-        Raises:
-            PtmoeError: there are bad records, and they are not skipped.
-        """
-        if self.count and not self.skip:
-            raise PtmoeError(f"{self.listed()}\nfix or remove them, or skip them with --skip-bad")
 
 
 def unique(records: Iterable[tuple[str, str, T]], problems: Problems) -> dict[str, T]:
@@ -185,7 +140,9 @@ class _Reading:
         return f"{self.path}:{self.line}"
 
     def __iter__(self) -> Iterator[bytes]:
-        for line in self.file:
+        while line := self.file.readline(_LONGEST):
+            if len(line) == _LONGEST:
+                raise BadRecordError(_TOO_LONG)
             yield line
             self.line += 1
 
@@ -258,6 +215,8 @@ def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Ite
                 damage = "not JSON that can be read (nested too deep)"
             except ValueError as error:
                 damage = f"not JSON that can be read ({error})"
+            if end == len(text) and end - start >= _LONGEST:
+                raise BadRecordError(f"a record {_TOO_LONG}")
             if end == len(text) and (more := file.read(max(_CHUNK, end - start))):
                 text, start = text[start:] + more, 0  # a longer part may hold what is missing
                 continue
@@ -299,6 +258,13 @@ def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Recor
             raise BadRecordError(f"not XML ({str(error).split(':')[0]})") from None
 
 
+def _short_lines(file: IO[str]) -> Iterator[str]:
+    while line := file.readline(_LONGEST):
+        if len(line) == _LONGEST:
+            raise BadRecordError(_TOO_LONG)
+        yield line
+
+
 def csv_rows(path: Path, problems: Problems, *, columns: Sequence[str] = (), tabs: bool = False) -> Iterator[Record]:
     """Each row as a dict with the header's names as keys.
 
@@ -308,7 +274,8 @@ def csv_rows(path: Path, problems: Problems, *, columns: Sequence[str] = (), tab
     """
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     with _reading(path, problems) as reading:
-        rows = csv.reader(io.TextIOWrapper(reading.file, encoding="utf-8-sig", newline=""), strict=True, **dialect)
+        file = io.TextIOWrapper(reading.file, encoding="utf-8-sig", newline="")
+        rows = csv.reader(_short_lines(file), strict=True, **dialect)
         header = list(columns)
         while True:
             place = reading.place

@@ -12,8 +12,9 @@ is misspelt `Common-Divison`; it counts as division, like the other 165.
 from typing import Any
 
 from ptmoe.tasks.base import Example, Format, Hub, Origin, Split
+from ptmoe.tasks.problems import BadRecordError
 from ptmoe.tasks.prompts import WordProblems, word_problem
-from ptmoe.tasks.records import BadRecordError, number_text, text_of
+from ptmoe.tasks.records import number_text, text_of
 
 TYPES = {
     "Addition": "addition",

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks.chat import render, require_parts, require_template
-from ptmoe.tasks.records import BadRecordError, Problems, check_unicode
+from ptmoe.tasks.problems import BadRecordError, Problems
+from ptmoe.tasks.records import check_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.loss import IGNORED
-from ptmoe.tasks.records import Problems
+from ptmoe.tasks.problems import Problems
 from ptmoe.tasks.tokens import CHECKED, Prompt, changed_text, encode_completion, encode_prompt
 from ptmoe.train.rows import Encoded, TokenRows, settings_hash, token_rows
 

@@ -266,6 +266,10 @@ def _check_trainer_arguments(options: TrainOptions) -> None:
             raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
         if name in TrainOptions.model_fields:
             raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
+        if name.endswith("token"):
+            raise PtmoeError(
+                f"trainer: {name!r} would be written into the run folder: set the variable HF_TOKEN instead"
+            )
 
 
 def run_folder(options: TrainOptions, resume: bool) -> Path:
@@ -350,8 +354,8 @@ def _trainer(
         raise PtmoeError(f"transformers refuses these options: {' '.join(str(error).split())}") from None
     if trainer.args.world_size != world_size():
         raise PtmoeError(
-            f"{world_size()} processes were started, but each would train alone: start them with torchrun or accelerate "
-            "launch, and leave use_cpu and no_cuda as they are"
+            f"{world_size()} processes were started, but each would train alone: start them with torchrun or "
+            "accelerate launch, and leave use_cpu as it is"
         )
     trainer.remove_callback(PrinterCallback)  # the metrics go to the file and to `callbacks`
     return trainer

@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 from ptmoe.fast.loss import IGNORED
 from ptmoe.files import cache_folder, replaced
 from ptmoe.tasks import chat, tokens
-from ptmoe.tasks.records import BadRecordError, Problems
+from ptmoe.tasks.problems import BadRecordError, Problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
