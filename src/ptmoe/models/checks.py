@@ -75,6 +75,37 @@ def check_base(model: GeneratingModel) -> None:
         raise PtmoeError(f"{type(base).__name__} cannot be used behind a prompt: {obstacle}")
 
 
+def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
+    """Try an adapter that is not virtual tokens alone on its base; one that does not fit is taken out again.
+
+    Args:
+        model: holds the adapter.
+        name: of the adapter.
+        before: the adapter that was active before it was added.
+
+    Raises:
+        PtmoeError: the base does not run with it, or nothing that it changes is on the way of text.
+    """
+    config, base = model.adapters[name].config, model.base_model
+    if not (config.fills_cache or config.changes_layers) or any(p.device.type == "meta" for p in base.parameters()):
+        return
+    obstacle = None
+    try:
+        with model.lock, evaluating(model), torch.enable_grad():
+            logits = model(input_ids=probe_ids(base), adapter_names=[name]).logits
+            if config.changes_layers and not logits.requires_grad:
+                obstacle = "none of the modules that it changes computes text: name others in target_modules"
+    except Exception as error:  # whatever a forward raises
+        obstacle = f"the base does not run with it ({reason(error)})"
+    if obstacle is not None:
+        if config.changes_layers:
+            model.delete_adapter(name)
+        else:
+            model.adapters.active = before
+            del model.encoders[name]
+        raise PtmoeError(f"{config.method} does not fit {type(base).__name__}: {obstacle}")
+
+
 def _obstacle(model: GeneratingModel) -> str | None:
     """Why the base cannot be used; None where it can."""
     base = model.base_model

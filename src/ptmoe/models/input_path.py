@@ -125,6 +125,8 @@ def measure(base: PreTrainedModel) -> InputPath:
         owners = (module for module in base.modules() if hasattr(module, "get_per_layer_inputs"))
         path.per_layer = getattr(next(owners, None), "get_per_layer_inputs", None)
         path.placeholder = config.pad_token_id or 0
+    # Attention to a number of chosen positions chooses padding, too, but in rows too long to be tried out.
+    path.left_padding = not any(getattr(config, name, None) for name in ("index_topk", "indexer_budget"))
     with evaluating(base):
         ids = probe_ids(base)
         embeds = embedding(ids)
