@@ -28,7 +28,7 @@ LENGTHS = (5, 3)
 NEW = 2  # tokens: one from embeddings, one from the cache
 TOLERANCE, HALF, OF_8_BITS = 1e-3, 0.05, 0.15  # relative, of float32 and float64, of other dtypes, of LLM.int8()
 
-_checked: dict[str, tuple[bool, str | None]] = {}  # `InputPath.left_padding`, and why the base is refused
+_checked: dict[str, bool] = {}  # `InputPath.left_padding` of bases that agree
 
 
 def check_decoder(base: PreTrainedModel) -> None:
@@ -69,10 +69,10 @@ def check_base(model: GeneratingModel) -> None:
     if key not in _checked:
         with model.lock, evaluating(base):
             obstacle = _obstacle(model)
-        _checked[key] = model.path.left_padding, obstacle
-    model.path.left_padding, obstacle = _checked[key]
-    if obstacle is not None:
-        raise PtmoeError(f"{type(base).__name__} cannot be used behind a prompt: {obstacle}")
+        if obstacle is not None:
+            raise PtmoeError(f"{type(base).__name__} cannot be used behind a prompt: {obstacle}")
+        _checked[key] = model.path.left_padding
+    model.path.left_padding = _checked[key]
 
 
 def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
