@@ -142,6 +142,7 @@ def tried(model_type: str) -> tuple[str, str]:
         f"embeddings × {path.scale:.4g}" if path.scale != 1 else "",
         f"positions from {path.first_position}" if path.first_position else "",
         "inputs for each layer" if path.per_layer is not None else "",
+        "padded batches no wider than its index_topk" if path.chosen is not None else "",
     ]
     return "works" if path.left_padding else "works, row by row", "; ".join(filter(None, carried))
 
