@@ -41,6 +41,8 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 MLA = {"num_key_value_heads": 4, "head_dim": None}  # heads of latent attention
 FOUR = {"num_hidden_layers": 4}  # so that there is a layer of each kind
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
 HEADS = {"num_key_value_heads": 4}
 SCALED = {"scale_embedding": True}
 ROBERTA = {"pad_token_id": 1}
@@ -50,8 +52,9 @@ IMAGES = {"image_token_id": 90, "video_token_id": 91, "audio_token_id": 92, "boi
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), MLA),
     **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "kimi_linear"), MLA),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "lfm3", "olmo_hybrid"), FOUR),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen4_exp"), FOUR),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm3", "olmo_hybrid"), FOUR),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), FOUR),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), FOUR | INDEXER | {"indexer_compress_ratio": 4}),
     **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"), ROBERTA),
     "bailing_hybrid": MLA | FOUR | {"head_dim": 8},
     "bamba": {"attn_layer_indices": [1], "head_dim": None},
@@ -84,7 +87,8 @@ OWN: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 8, "d_inner": 64},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
-    "cohere_compass_text": {"layer_types": None} | FOUR,
+    "cohere_compass_text": SLIDING | {"rope_parameters": dict.fromkeys(SLIDING["layer_types"], ROPE)},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
 }  # fmt: skip
 
 
@@ -138,6 +142,7 @@ def tried(model_type: str) -> tuple[str, str]:
         f"embeddings × {path.scale:.4g}" if path.scale != 1 else "",
         f"positions from {path.first_position}" if path.first_position else "",
         "inputs for each layer" if path.per_layer is not None else "",
+        "padded batches no wider than its index_topk" if path.chosen is not None else "",
     ]
     return "works" if path.left_padding else "works, row by row", "; ".join(filter(None, carried))
 

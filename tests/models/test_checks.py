@@ -15,6 +15,7 @@ import ptmoe
 from ptmoe.errors import PtmoeError
 from ptmoe.models import checks
 from ptmoe.models.causal import PromptedCausalLM
+from ptmoe.models.decoding import Decoder
 from testing.bases import CONFIGS, PT_MOE, batch, prompted, tiny, tiny_llama, tokens
 
 spec = importlib.util.spec_from_file_location(
@@ -27,6 +28,7 @@ spec.loader.exec_module(tabulate_bases)
 def tiny_of(kind):
     base = tabulate_bases.tiny_model(kind)
     base.generation_config.forced_eos_token_id = None  # of BART: the last token, whatever the logits
+    base.generation_config.eos_token_id = None
     return base
 
 
@@ -38,8 +40,8 @@ CARRIED = {
     *("falcon_h1", "mvp", "roberta", "xlm-roberta", "gemma3n_text", "gemma4_text", "gemma4"),
     *("bart", "rwkv", "recurrent_gemma", "mamba", "bamba", "nemotron_h", "zamba2", "gemma3", "git"),
 }
-ROWS = [tokens(length, length) % 80 + 3 for length in (7, 3, 5)]
-LEFTS = [0, 4, 1]
+ROWS = [tokens(length, length) % 80 + 3 for length in (15, 4, 9)]  # beyond windows of 12 and chunks of 8
+LEFTS = [0, 11, 3]
 
 
 def own_logits(base, row):
@@ -60,18 +62,31 @@ def test_every_causal_class_agrees_with_its_base_or_is_refused(kind):
         assert kind not in README | CARRIED
         return
     ids, mask = batch(ROWS, LEFTS)
+    if model.path.chosen is not None:
+        with pytest.raises(PtmoeError, match="a padded batch of 15 positions on a base whose attention chooses 8"):
+            model(ids, mask)
+        ids, mask = ROWS[0][None], torch.ones_like(ROWS[0])[None]
     with torch.no_grad():
-        logits = model(ids, mask, adapter_names=["__base__"] * 3).logits
-    made = model.generate(ids, mask, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+        logits = model(ids, mask, adapter_names=["__base__"] * len(ids)).logits
+    made = model.generate(*batch(ROWS, LEFTS), max_new_tokens=3, pad_token_id=0)
     for index, (row, left) in enumerate(zip(ROWS, LEFTS, strict=True)):
-        expected = own_logits(base, row)
-        scale = float(expected.abs().max())
-        assert_close(logits[index, left : left + len(row)], expected, atol=1e-4 * scale, rtol=0)
-        for count, token in enumerate(made[index, ids.shape[1] :].tolist()):
-            seen = torch.cat([row, made[index, ids.shape[1] : ids.shape[1] + count]])
-            last = own_logits(base, seen)[-1].clone()
-            last[base.generation_config.eos_token_id if base.generation_config.eos_token_id is not None else []] = -1e9
-            assert last[token] >= last.max() - 1e-4 * scale
+        if index < len(ids):
+            expected = own_logits(base, row)
+            scale = float(expected.abs().max())
+            assert_close(logits[index, left : left + len(row)], expected, atol=1e-4 * scale, rtol=0)
+        own = base.generate(row[None], attention_mask=torch.ones_like(row)[None], max_new_tokens=3, pad_token_id=0)
+        assert torch.equal(made[index, len(ROWS[0]) :], own[0, len(row) :])
+    model = prompted(base, CONFIGS["PT-MoE selective"])
+    rows, experts = [row.tolist() for row in ROWS], [int(model.route(row[None]).gate.argmax()) for row in ROWS]
+    decoded = Decoder(model)(rows, experts, max_new_tokens=3, ended=lambda _: False)
+    for row, new in zip(ROWS, decoded, strict=True):
+        assert model.generate(row[None], max_new_tokens=3, pad_token_id=0)[0, len(row) :].tolist() == new
+    labels = torch.where(mask.bool(), ids, -100)
+    labels[:, :13] = -100
+    model.train()(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    for parameter in model.encoder.parameters():
+        assert bool(parameter.grad.isfinite().all())
+        assert bool(parameter.grad.any())
 
 
 @pytest.mark.parametrize("kind", sorted(CARRIED))
@@ -198,6 +213,31 @@ def test_a_class_that_is_no_causal_model_is_refused_before_anything_is_trained(n
     with torch.device("meta" if config == "CpmAntConfig" else "cpu"):
         base = getattr(transformers, name)(getattr(transformers, config)(**sizes))
     with pytest.raises(PtmoeError, match=f"^{name} .*{message}"):
+        ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "message"),
+    [
+        ("falcon", "prefix-tuning", "prefix-tuning does not fit FalconForCausalLM: the base does not run with it"),
+        ("deepseek_v3", "prefix-tuning", "prefix-tuning does not fit DeepseekV3ForCausalLM"),
+        ("mpt", "prefix-tuning", "peft refuses prefix-tuning on MptForCausalLM: Please specify"),
+        ("git", "lora", "lora does not fit GitForCausalLM: none of the modules that it changes computes text"),
+    ],
+)
+def test_a_method_that_the_base_cannot_have_is_refused_and_leaves_no_trace(kind, method, message):
+    model = ptmoe.attach(tiny_of(kind), ptmoe.PTConfig(num_virtual_tokens=4))
+    if method == "prefix-tuning":
+        with pytest.raises(PtmoeError, match=message):
+            ptmoe.attach(model, ptmoe.METHODS[method](), adapter_name="other")
+        assert set(model.encoders) == {"default"}
+        assert model.active_adapter == "default"
+    else:
+        base = tiny_of(kind)
+        before = own_logits(base, ROWS[0])
+        with pytest.raises(PtmoeError, match=message):
+            ptmoe.attach(base, ptmoe.METHODS[method]())
+        assert torch.equal(own_logits(base, ROWS[0]), before)
         ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
 
 

@@ -94,7 +94,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(input, weight, bias)
+        output = _product(input, weight, bias)
+        # As `nn.functional.linear` does: some bases change a layer's output in place, which autograd forbids on a view.
+        whole: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+        return whole
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PreTrainedModel, Prompt, PromptEncoder, Size
+from ptmoe.methods.injected import peft_errors
 
 
 class PrefixTuningConfig(MethodConfig):
@@ -49,15 +50,16 @@ class PrefixTuning(PromptEncoder):
         from peft.utils.other import _prepare_prompt_learning_config
 
         _check_cache(base)
-        self.resolved_config = _prepare_prompt_learning_config(
-            PeftPrefixConfig(
-                task_type="CAUSAL_LM",
-                num_virtual_tokens=config.num_virtual_tokens,
-                num_transformer_submodules=1,
-                base_model_name_or_path=base.name_or_path,
-            ),
-            base.config,
-        )
+        with peft_errors(f"prefix-tuning on {type(base).__name__}"):
+            self.resolved_config = _prepare_prompt_learning_config(
+                PeftPrefixConfig(
+                    task_type="CAUSAL_LM",
+                    num_virtual_tokens=config.num_virtual_tokens,
+                    num_transformer_submodules=1,
+                    base_model_name_or_path=base.name_or_path,
+                ),
+                base.config,
+            )
         self.prefix = PrefixEncoder(self.resolved_config)
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:

@@ -16,6 +16,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PromptEncoder, VirtualTokensConfig
 from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.models.causal import PromptedCausalLM
+from ptmoe.models.checks import check_adapter
 from ptmoe.settings import read_yaml
 
 if TYPE_CHECKING:
@@ -73,7 +74,10 @@ def attach(
             encoder.initialise(InitialEmbeddings(model.adapters.embedding, generator, tokenize, read_prompt))
         return encoder
 
+    before = model.active_adapter
     model.add_adapter(adapter_name, config, make)
+    if check:
+        check_adapter(model, adapter_name, before)
     return model
 
 
@@ -156,7 +160,10 @@ def load_adapter(
             raise
         return encoder
 
+    before = model.active_adapter
     model.add_adapter(name, saved.config, make, activate=False)
+    if check:
+        check_adapter(model, name, before)
     return model
 
 

@@ -135,6 +135,12 @@ class PromptedCausalLM(GeneratingModel):
                 f"training without labels leaves out the loss that {self.method_config.method} adds to its own: pass "
                 "labels; where a trainer keeps them (label_smoothing_factor, a loss function of its own), leave it out"
             )
+        chosen, width = self.path.chosen, spliced.embeds.shape[1]
+        if chosen is not None and width > chosen and not bool(spliced.attention_mask.all()):
+            raise PtmoeError(
+                f"a padded batch of {width} positions on a base whose attention chooses {chosen}: it would choose "
+                "padding as well; give it rows of one length, or one row at a time"
+            )
         result = PromptedOutput()
         result.routing = prompts.routing
         supervised = None if labels is None else _supervised(spliced, prompts, labels, attention_mask)

@@ -28,7 +28,7 @@ LENGTHS = (5, 3)
 NEW = 2  # tokens: one from embeddings, one from the cache
 TOLERANCE, HALF, OF_8_BITS = 1e-3, 0.05, 0.15  # relative, of float32 and float64, of other dtypes, of LLM.int8()
 
-_checked: dict[str, tuple[bool, str | None]] = {}  # `InputPath.left_padding`, and why the base is refused
+_checked: dict[str, bool] = {}  # `InputPath.left_padding` of bases that agree
 
 
 def check_decoder(base: PreTrainedModel) -> None:
@@ -69,10 +69,41 @@ def check_base(model: GeneratingModel) -> None:
     if key not in _checked:
         with model.lock, evaluating(base):
             obstacle = _obstacle(model)
-        _checked[key] = model.path.left_padding, obstacle
-    model.path.left_padding, obstacle = _checked[key]
+        if obstacle is not None:
+            raise PtmoeError(f"{type(base).__name__} cannot be used behind a prompt: {obstacle}")
+        _checked[key] = model.path.left_padding
+    model.path.left_padding = _checked[key]
+
+
+def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
+    """Try an adapter that is not virtual tokens alone on its base; one that does not fit is taken out again.
+
+    Args:
+        model: holds the adapter.
+        name: of the adapter.
+        before: the adapter that was active before it was added.
+
+    Raises:
+        PtmoeError: the base does not run with it, or nothing that it changes is on the way of text.
+    """
+    config, base = model.adapters[name].config, model.base_model
+    if not (config.fills_cache or config.changes_layers) or any(p.device.type == "meta" for p in base.parameters()):
+        return
+    obstacle = None
+    try:
+        with model.lock, evaluating(model), torch.enable_grad():
+            logits = model(input_ids=probe_ids(base), adapter_names=[name]).logits
+            if config.changes_layers and not logits.requires_grad:
+                obstacle = "none of the modules that it changes computes text: name others in target_modules"
+    except Exception as error:  # whatever a forward raises
+        obstacle = f"the base does not run with it ({reason(error)})"
     if obstacle is not None:
-        raise PtmoeError(f"{type(base).__name__} cannot be used behind a prompt: {obstacle}")
+        if config.changes_layers:
+            model.delete_adapter(name)
+        else:
+            model.adapters.active = before
+            del model.encoders[name]
+        raise PtmoeError(f"{config.method} does not fit {type(base).__name__}: {obstacle}")
 
 
 def _obstacle(model: GeneratingModel) -> str | None:

@@ -150,8 +150,11 @@ class GeneratingModel(ModelWrapper):
             if self.takes_positions:
                 first = torch.arange(virtual, device=padding.device).expand(len(padding), -1) + self.path.first_position
                 base_inputs["position_ids"] = torch.cat([first, base_inputs["position_ids"]], 1)
-        if options.setdefault("use_cache", True) is False:  # also where the base's own config leaves it out
+        *asked, own = self._generation_settings(options)
+        if prompts.length and any(one.get("use_cache") is False for one in asked):
             raise PtmoeError("use_cache=False reads the input again at each token, without its prompt: leave it out")
+        if own.get("use_cache") is False:
+            options["use_cache"] = True
         rows = [slice(None)]
         if not self.path.left_padding and not bool(spliced.attention_mask.all()):
             rows = [slice(row, row + 1) for row in range(len(input_ids))]

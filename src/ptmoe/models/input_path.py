@@ -39,6 +39,7 @@ class InputPath:
         per_layer: gives the inputs of the layers, `(B, S, layers, D)`, of token ids `(B, S)`; None without such.
         placeholder: the token id that stands for a virtual token there, as it does for an image's.
         left_padding: whether a row is the same behind padding; else it is brought to the front, and generates alone.
+        chosen: how many positions sparse attention chooses; None where it attends to all, or to a window.
     """
 
     scale: float = 1.0
@@ -46,6 +47,7 @@ class InputPath:
     per_layer: Callable[[Tensor], Tensor] | None = None
     placeholder: int = 0
     left_padding: bool = True
+    chosen: int | None = None
 
 
 class ScaledEmbedding(nn.Module):
@@ -125,6 +127,9 @@ def measure(base: PreTrainedModel) -> InputPath:
         owners = (module for module in base.modules() if hasattr(module, "get_per_layer_inputs"))
         path.per_layer = getattr(next(owners, None), "get_per_layer_inputs", None)
         path.placeholder = config.pad_token_id or 0
+    # Some choose padding, too, but in rows too long to be tried out.
+    path.chosen = getattr(config, "index_topk", None) or getattr(config, "indexer_budget", None)
+    path.left_padding = path.chosen is None
     with evaluating(base):
         ids = probe_ids(base)
         embeds = embedding(ids)

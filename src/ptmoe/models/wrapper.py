@@ -52,7 +52,8 @@ class ModelWrapper(nn.Module):
                 f"the input embedding of this {type(base).__name__} is offloaded, and prompts are made from it: load "
                 "the base with a device_map that keeps it in memory"
             )
-        self.path = measure(base)
+        with base_lock(base):
+            self.path = measure(base)
         base.requires_grad_(False)
         self.base_model = base
         if self.path.scale != 1.0:
@@ -129,7 +130,6 @@ class ModelWrapper(nn.Module):
 
     @property
     def uses_adapter(self) -> bool:
-        """Whether an adapter is active and not disabled."""
         return self.adapters.in_use
 
     @property
