@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], Non
     import torch
 
     from ptmoe.models.bases import quiet
+    from ptmoe.train.interruption import InterruptedRunError
     from ptmoe.train.recipe import evaluate_base, train
 
     quiet()
@@ -38,6 +40,8 @@ def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], Non
             evaluate_base(options, say=say)
             return 0
         return train(options, callbacks=[StepsCallback(progress)], say=say).result.trainable_parameters
+    except InterruptedRunError as error:  # the comparison ends, not this cell alone
+        raise KeyboardInterrupt from error
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -135,7 +139,16 @@ def main() -> None:
     def progress(done: int, steps: int, loss: float | None) -> None:
         answer(step=done, steps=steps, loss=loss)
 
-    for line in sys.stdin:
+    tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def receive() -> None:
+        for line in sys.stdin:
+            tasks.put(line)
+        os._exit(1)  # the comparison has ended, however it did: nobody waits for this cell
+
+    threading.Thread(target=receive, daemon=True).start()
+    while True:
+        line = tasks.get()
         try:
             answer(trainable=run_cell(TrainOptions(**json.loads(line)), progress, lambda text: answer(message=text)))
         except Exception as error:
