@@ -49,6 +49,13 @@ def own_logits(base, row):
         return base(input_ids=row[None], use_cache=False).logits[0]
 
 
+def greedy(base, row, new):
+    """New tokens without a cache."""
+    for _ in range(new):
+        row = torch.cat([row, own_logits(base, row)[-1:].argmax(1)])
+    return row[-new:].tolist()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_causal_class_agrees_with_its_base_or_is_refused(kind):
@@ -74,8 +81,9 @@ def test_every_causal_class_agrees_with_its_base_or_is_refused(kind):
             expected = own_logits(base, row)
             scale = float(expected.abs().max())
             assert_close(logits[index, left : left + len(row)], expected, atol=1e-4 * scale, rtol=0)
-        own = base.generate(row[None], attention_mask=torch.ones_like(row)[None], max_new_tokens=3, pad_token_id=0)
-        assert torch.equal(made[index, len(ROWS[0]) :], own[0, len(row) :])
+        own = base.generate(row[None], attention_mask=torch.ones_like(row)[None], max_new_tokens=3, pad_token_id=0)[0]
+        # RoBERTa's `generate` counts positions otherwise than its forward; Moshi's forgets what its forward still sees.
+        assert made[index, len(ROWS[0]) :].tolist() in (own[len(row) :].tolist(), greedy(base, row, 3))
     model = prompted(base, CONFIGS["PT-MoE selective"])
     rows, experts = [row.tolist() for row in ROWS], [int(model.route(row[None]).gate.argmax()) for row in ROWS]
     decoded = Decoder(model)(rows, experts, max_new_tokens=3, ended=lambda _: False)
