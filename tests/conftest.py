@@ -17,6 +17,17 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("tests")
 
 
+QUICK = {"llama", "gemma2", "gpt2"}  # the architectures of the quick form, in tests that run over all of them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        chosen = getattr(item, "callspec", None)
+        of = {chosen.params.get(name) for name in ("architecture", "base")} if chosen else set()
+        if {name for name in of if isinstance(name, str)} & (ARCHITECTURES.keys() - QUICK):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def base(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A tiny random model of each architecture."""

@@ -98,6 +98,7 @@ def test_they_are_trained_evaluated_and_reported_as_one_run(tmp_path):
     assert score("numbers", {line["id"]: line["completion"] for line in lines}, examples) == summary["metrics"]
 
 
+@pytest.mark.slow
 def test_they_are_compared_and_stand_in_the_report(tmp_path):
     plan = {
         "methods": [{"name": "mirrored", "num_virtual_tokens": 6}, {"name": "pt", "num_virtual_tokens": 3}],

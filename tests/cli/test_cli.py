@@ -228,6 +228,7 @@ def test_a_run_trains_generates_and_repeats(run, run_folder, tmp_path):
     assert first.read_bytes() == again.read_bytes()
 
 
+@pytest.mark.slow
 def test_inspect_prints_and_draws_the_routing(run, run_folder):
     pytest.importorskip("matplotlib")
     status, out, _ = run("inspect", run_folder, "--task", "nano/mixed", "--examples", 40)
@@ -284,6 +285,7 @@ def refusing(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_record_that_the_template_refuses_is_named_or_skipped_by_every_command(run, tmp_path):
     base = refusing(tmp_path / "base")
     turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
@@ -379,6 +381,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+@pytest.mark.slow
 def test_a_mistake_gets_an_answer_that_helps_and_status_2(arguments, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, _, err = run(*arguments)
@@ -546,6 +549,7 @@ def test_generate_uses_the_chat_template_as_the_run_was_trained(run, tmp_path):
     assert outputs[False, ()] == outputs[False, ("--no-chat",)] == outputs[True, ("--no-chat",)]
 
 
+@pytest.mark.slow
 def test_a_device_is_chosen_for_every_command_that_runs_a_model(run, run_folder, tmp_path, monkeypatch):
     from ptmoe.models import bases
 

@@ -180,6 +180,7 @@ def test_pt_moe_loses_tokens_only_where_rank_1_exceeds_the_budget():
     assert (least.rank, least.num_virtual_tokens, count_parameters(base, least)) == (1, 12, 6_170)
 
 
+@pytest.mark.slow
 def test_params_shows_what_a_budget_picks(run, llama_1b):
     status, out, _ = run("params", "--budget", "3840")
     assert status == 0

@@ -117,7 +117,8 @@ def test_labels_are_tokenised_as_in_training_and_one_that_begins_another_is_refu
     for label, ids in label_tokens(("cup", "key"), example, tokenizer, chat=True).items():
         assert encode_completion(replace(example, target=f" {label}"), tokenizer, chat=True)[: len(ids)] == ids
         assert tokenizer.decode(ids).strip() == label
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}"
+    template = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}: {% endif %}"
+    template += "{{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(ptmoe.PtmoeError, match="template does not begin an answer with the label 'cup': use --no-chat"):
@@ -163,6 +164,7 @@ def routed():
     return model.eval(), tokenizer
 
 
+@pytest.mark.slow
 def test_every_batch_size_writes_the_same_file_and_every_answer_is_a_label(task, routed, tmp_path):
     examples = load_task("two", "test")
     files = []
@@ -229,6 +231,7 @@ def test_a_sample_smaller_than_a_mixture_is_refused_before_any_work(task, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_comparison_by_choices_reports_macro_f1(task, tmp_path):
     plan = {
         "methods": [{"name": "pt", "num_virtual_tokens": 3}, {"name": "base"}],

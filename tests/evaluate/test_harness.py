@@ -215,6 +215,7 @@ def test_a_rolling_likelihood_is_the_sum_over_windows_each_after_what_precedes_i
     assert given == pytest.approx([expected, expected], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_an_automatic_batch_size_changes_no_score(tokenizer: PreTrainedTokenizerBase) -> None:
     lm = lm_on(tokenizer, "llama", batch_size="auto", max_batch_size=4)
     cases = pairs(lm.model)[::2]
@@ -290,6 +291,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 }
 
 
+@pytest.mark.slow
 def test_a_task_of_a_local_file_scores_as_by_hand(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     base, _ = load_base("nano")
     model = prompted(base, PTMoEConfig(num_virtual_tokens=6, num_experts=3, rank=4, recipe="paper"))

@@ -32,6 +32,7 @@ def test_losses_and_gradients_are_those_of_the_plain_layers(model, packing: bool
     assert_same(loss_and_gradients(model, INPUTS, packing), plain)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_gone_on_without_and_named_once(model) -> None:
     plain = loss_and_gradients(model, INPUTS, None)
 

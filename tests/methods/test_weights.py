@@ -365,6 +365,7 @@ def fitted(method, folder, resume=None, size=2, accumulate=1, **arguments):
 
 
 @all_methods
+@pytest.mark.slow
 def test_a_resumed_training_ends_where_an_undisturbed_one_does(method, tmp_path):
     through = fitted(method, tmp_path / "a")
     resumed = fitted(method, tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-2"))
@@ -376,6 +377,7 @@ def test_a_resumed_training_ends_where_an_undisturbed_one_does(method, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["ft", "lora", "hydralora", "kasa"])
+@pytest.mark.slow
 def test_splitting_a_batch_into_accumulation_steps_changes_nothing(method, tmp_path):
     sgd = {"optim": "sgd", "max_grad_norm": 0, "max_steps": 2, "save_strategy": "no"}
     whole = fitted(method, tmp_path, size=4, **sgd).model.encoder.tensors()
@@ -409,6 +411,7 @@ def test_lora_fa_trains_b_alone():
 
 
 @pytest.mark.parametrize("method", ["eva", "corda"])
+@pytest.mark.slow
 def test_a_start_that_needs_data_takes_it_from_the_training_data(method, tmp_path):
     with pytest.raises(ptmoe.PtmoeError, match=f"{method} starts from the activations .*`ptmoe train"):
         attach(tiny_llama(), METHODS[method]())

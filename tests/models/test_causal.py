@@ -626,6 +626,7 @@ def adapter_of(trainer):
     return {key: value.detach() for key, value in trainer.model.encoder.named_parameters()}
 
 
+@pytest.mark.slow
 def test_trainer_gives_the_same_adapter_however_the_batch_is_accumulated(tmp_path):
     whole = trained(tmp_path, size=4, accumulate=1, optim="sgd", max_grad_norm=0)
     parts = trained(tmp_path, size=2, accumulate=2, optim="sgd", max_grad_norm=0)
@@ -635,6 +636,7 @@ def test_trainer_gives_the_same_adapter_however_the_batch_is_accumulated(tmp_pat
     assert_close(*losses, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_trainers_checkpoints_hold_no_base_weights_and_resume_where_they_stopped(tmp_path):
     through = trained(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, noise=0.3)
     checkpoint = tmp_path / "checkpoint-2"

@@ -144,6 +144,7 @@ def test_where_two_tokens_nearly_tie_one_pass_over_the_row_alone_decides():
 
 
 @pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.slow
 def test_a_row_alone_has_the_scores_that_it_has_in_the_batch(base, config):
     """Its prompt is composed from the input and not from what has been made."""
     decoder = Decoder(prompted(base, config).eval())
@@ -156,6 +157,7 @@ def test_so_it_has_where_the_method_changes_the_base_or_fills_the_cache(config):
     assert decoded(decoder, margin=EVERY_TOKEN) == generated(decoder.model)
 
 
+@pytest.mark.slow
 def test_where_length_rotates_a_row_alone_takes_its_own_steps():
     """Keys that were rotated when the row was short stay as they are, and one pass would rotate them anew."""
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 16}
@@ -277,6 +279,7 @@ def test_a_batch_is_closed_only_where_the_next_row_does_not_fit():
     assert batches_within(range(5), [1] * 5, 2) == [[0, 1], [2, 3], [4]]
 
 
+@pytest.mark.slow
 def test_an_evaluation_by_tokens_goes_on_with_whole_batches(nano, examples, tmp_path):
     budget = 250
     whole = written(nano, examples, tmp_path / "whole", tokens_per_batch=budget)

@@ -198,6 +198,7 @@ def test_a_base_that_was_saved_quantized_is_taken_as_it_is(saved, quantization, 
 
 
 @either
+@pytest.mark.slow
 def test_a_run_on_nano_says_its_quantization_and_is_repeated_by_its_config(quantization, tmp_path):
     options = TrainOptions(
         task="nano/mixed",

@@ -87,6 +87,7 @@ def every_fast_path(monkeypatch):
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.slow
 def test_a_thread_beside_one_that_trains_gets_its_own_answers(recomputed):
     assert train_and_answer(recomputed) == ([], [])
 

@@ -37,6 +37,7 @@ def accuracy_by_domain(base, task):
     return evaluation.metrics["accuracy"], evaluation.summary().by_domain
 
 
+@pytest.mark.slow
 def test_instructed_in_words_every_skill_reaches_90_percent(base):
     _, parts = accuracy_by_domain(base, "nano/skills")
     assert parts.keys() == SKILLS.keys()
@@ -44,6 +45,7 @@ def test_instructed_in_words_every_skill_reaches_90_percent(base):
 
 
 @pytest.mark.parametrize("task", ["nano/mixed", "nano/words", "nano/facts", "nano/all"])
+@pytest.mark.slow
 def test_without_the_instruction_the_base_fails(base, task):
     accuracy, _ = accuracy_by_domain(base, task)
     assert accuracy < 35
@@ -64,6 +66,7 @@ def test_each_digit_is_a_token(base):
     assert tokenizer.tokenize("12345") == ["1", "2", "3", "4", "5"]
 
 
+@pytest.mark.slow
 def test_the_shipped_tokenizer_is_the_one_the_script_builds(base):
     assert build_tokenizer().get_vocab() == base[1].get_vocab()
 
@@ -73,6 +76,7 @@ def test_pretraining_records_never_hold_a_test_input():
     assert not held_out & {record.input for record in islice(instructed(SEED + 2, test=False), 5000)}
 
 
+@pytest.mark.slow
 def test_a_packed_record_attends_to_itself_only():
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer)).eval()
@@ -86,6 +90,7 @@ def test_a_packed_record_attends_to_itself_only():
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_pretraining_loss_is_that_of_the_answers():
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer))
@@ -99,6 +104,7 @@ def test_the_pretraining_loss_is_that_of_the_answers():
     torch.testing.assert_close(answer_loss(model, batch).detach(), torch.stack(terms).mean())
 
 
+@pytest.mark.slow
 def test_an_interrupted_pretraining_resumes_with_the_same_weights_and_optimizer(tmp_path, monkeypatch):
     monkeypatch.setattr("ptmoe.nano.pretrain.ROWS", 2)
     tokenizer = build_tokenizer()
@@ -124,6 +130,7 @@ def test_an_interrupted_pretraining_resumes_with_the_same_weights_and_optimizer(
         assert torch.equal(value, other), name
 
 
+@pytest.mark.slow
 def test_pretraining_writes_a_model_that_loads(tmp_path, monkeypatch):
     monkeypatch.setattr("ptmoe.nano.pretrain.ROWS", 2)
     monkeypatch.setattr("ptmoe.nano.pretrain.skill_accuracy", lambda *_: {})

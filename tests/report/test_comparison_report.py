@@ -375,6 +375,7 @@ def test_examples_that_only_one_method_answered_are_left_out_of_the_test(tmp_pat
 # The page and its files
 
 
+@pytest.mark.slow
 def test_every_number_of_the_page_and_of_every_download_is_the_cells(folder, page):
     means = {
         label: [np.mean([one["metrics"]["accuracy"] for one in on_disk(folder, label, task)]) for task in TASKS]
@@ -476,6 +477,7 @@ def test_every_seeds_routing_is_in_a_table(folder, page):
         assert float(row["mutual information, nats"]) == json.loads(path.read_text())["routing"]["mutual_information"]
 
 
+@pytest.mark.slow
 def test_hostile_names_are_shown_and_not_run(tmp_path):
     label = '<img src=x onerror="alert(1)">&$_%=1+1'
     write_cell(tmp_path, "hostile", "nano/mixed", 0, method="pt", use=ONE_EACH, nearest=[[[["</td><script>", 0.5]]]])

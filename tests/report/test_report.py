@@ -96,6 +96,7 @@ def test_a_runs_page_has_its_curves_routing_words_configuration_and_command(run,
     assert f"ptmoe train {run}/config.yaml" in page.text
 
 
+@pytest.mark.slow
 def test_words_that_inspect_found_are_in_the_report(tmp_path, monkeypatch, capsys):
     """By the commands: the words are written where the page looks for them."""
     import sys
@@ -159,6 +160,7 @@ def test_without_matplotlib_training_says_so_in_a_line_and_goes_on(tmp_path, mon
     assert lines == ["no report: a report needs jinja2 and matplotlib: pip install 'ptmoe[report]'"]
 
 
+@pytest.mark.slow
 def test_hostile_names_are_shown_and_not_run(tmp_path):
     bad = "<script>alert(1)</script>"
     domains = (bad, "$\\frac{$", "_b", "[bold]")
@@ -186,6 +188,7 @@ def test_domains_that_are_called_as_a_table_calls_its_columns_stay_apart(tmp_pat
     assert written["all examples low (interval)"] == pytest.approx(summary.interval["accuracy"][0])
 
 
+@pytest.mark.slow
 def test_a_collapse_is_told_with_the_expert_and_its_share(tmp_path):
     fields = {"router_standardize": False, "routing_anneal": True}
     text = Page(write_run_report(write_run(tmp_path / "a", use=ALL_ON_SECOND, fields=fields, examples=80))).text

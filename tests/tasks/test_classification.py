@@ -436,6 +436,7 @@ def f1_by_hand(labels, gold, predicted):
 
 @settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["a", "b", "c", "d", "", " a "])), min_size=1))
+@pytest.mark.slow
 def test_macro_f1_is_the_formula(pairs):
     gold, predicted = [g for g, _ in pairs], [p.strip() for _, p in pairs]
     counts = confusion("abc", [(p, (g,)) for g, p in pairs])

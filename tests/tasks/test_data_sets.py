@@ -475,6 +475,7 @@ def test_unfit_mixtures_are_refused(root):
 
 
 @pytest.mark.parametrize("form", ["mrqa", "squad", "asdiv", "svamp"])
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(form, tmp_path):
     def written(count):
         path = tmp_path / f"{form}-{count}"

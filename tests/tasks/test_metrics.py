@@ -212,6 +212,7 @@ def near_misses(value):
     yield from (Fraction(int(digits[1:] or 0)), Fraction(int(digits[:-1] or 0)), Fraction(int(digits[-3:])))
 
 
+@pytest.mark.slow
 def test_a_value_is_right_in_every_form_and_its_near_misses_are_wrong():
     rng = random.Random(0)
     for _ in range(10_000):
@@ -465,6 +466,7 @@ def test_braces_of_any_depth_are_in_a_box():
     assert last_boxed(r"\boxed{1") is last_boxed("7") is None
 
 
+@pytest.mark.slow
 def test_expressions_are_graded_in_threads_and_never_for_long():
     hard = [
         *("9^{9^{9}}", "9^{9999999}", "((9^{999})^{999})^{999}", "(10^{10})!", r"\sum_{n=1}^{10^9} n", "x" * 150),
@@ -581,6 +583,7 @@ def gsm8k_answer(text):
 
 @needs_data
 @pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.slow
 def test_gsm8ks_own_verdict_on_every_answer(split):
     solutions = [json.loads(line)["answer"] for line in (DATA / "gsm8k" / f"{split}.jsonl").read_text().splitlines()]
     assert len(solutions) == {"train": 7473, "test": 1319}[split]
@@ -657,6 +660,7 @@ PIECE = (
 
 
 @pytest.mark.parametrize("piece", PIECE)
+@pytest.mark.slow
 def test_the_time_for_a_text_grows_with_its_length_and_not_with_its_square(piece):
     def seconds(length):
         long = (piece * length)[:length]

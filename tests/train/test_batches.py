@@ -204,6 +204,7 @@ def loss_of_all() -> float:
     return float(model(**collate(rows([5, 9, 14, 7, 20, 11, 6]))).loss)
 
 
+@pytest.mark.slow
 def test_memory_that_holds_not_even_a_row_is_an_error(tmp_path: Path) -> None:
     built = trainer(tmp_path, max_steps=1, per_device_train_batch_size=7)
     Memory(built, 0)
@@ -232,6 +233,7 @@ def run(folder: Path, **options: object) -> Trained:
     return train(TrainOptions(**(plan | options)), say=lambda _: None)
 
 
+@pytest.mark.slow
 def test_a_run_by_tokens_repeats_itself_from_its_config(tmp_path: Path) -> None:
     first = run(tmp_path, tokens_per_batch=200)
     again = TrainOptions.read(first.folder / "config.yaml", output_dir=str(tmp_path / "again"))
@@ -241,6 +243,7 @@ def test_a_run_by_tokens_repeats_itself_from_its_config(tmp_path: Path) -> None:
         assert torch.equal(second.model.encoder.state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_a_run_with_packing_and_one_without_learn_the_same(tmp_path: Path) -> None:
     packed, padded = (
         run(tmp_path / name, packing=packing).model.encoder.state_dict()["prompt"]

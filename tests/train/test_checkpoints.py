@@ -105,6 +105,7 @@ def test_where_no_checkpoint_can_be_used_that_is_said_and_nothing_is_changed(und
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])
+@pytest.mark.slow
 def test_a_disk_that_fills_in_a_save_leaves_the_earlier_checkpoints_and_the_run_goes_on_later(
     undisturbed, tmp_path, monkeypatch, step
 ):

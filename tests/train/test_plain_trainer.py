@@ -56,6 +56,7 @@ def trainer(folder, config, *, callbacks=True, **arguments):
 
 @pytest.mark.parametrize("config", ROUTED.values(), ids=ROUTED)
 @pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.slow
 def test_a_resumed_run_ends_at_the_adapter_of_the_undisturbed_one(config, after, tmp_path):
     whole = trainer(tmp_path, config, save_steps=1)
     whole.train()
@@ -86,6 +87,7 @@ def test_an_adapter_saved_in_the_middle_of_training_is_the_published_form(tmp_pa
     assert torch.equal(ptmoe.load_adapter(tiny_llama(), tmp_path)(ids).routing.gate, run.model.eval()(ids).routing.gate)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_statistics_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -65,6 +65,7 @@ def test_a_run_folder_holds_what_the_design_says(trained):
     )
 
 
+@pytest.mark.slow
 def test_the_environment_records_the_fast_paths_and_why_each_other_was_not_taken(trained, tmp_path, monkeypatch):
     recorded = json.loads((trained.folder / "environment.json").read_text())["fast_paths"]
     assert recorded == trained.model.fast_paths()
@@ -77,6 +78,7 @@ def test_the_environment_records_the_fast_paths_and_why_each_other_was_not_taken
     assert again["fast_paths"]["compiled_layers"] == "no C++ compiler"
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path):
     longer = {"max_steps": 60, "per_device_train_batch_size": 16, "warmup_steps": 5, "eval_examples": 1}
     losses = [line["loss"] for line in logged(train(options(tmp_path / "run", **longer)).folder)]
@@ -128,10 +130,12 @@ def test_checkpoints_hold_the_adapter_its_states_and_no_pickle(trained):
             "scheduler.json",
             "random_state.json",
             "trainer_state.json",
+            "sha256.json",
         }
 
 
 @pytest.mark.parametrize("method", ["pt-moe", "pt", "dpt", "smop", "attempt"])
+@pytest.mark.slow
 def test_a_checkpoint_at_the_papers_sizes_is_under_2_mb(method, tmp_path):
     """On a base of Llama-3.2-1B's hidden size, with little else of it."""
     from transformers import TrainingArguments
@@ -172,6 +176,7 @@ def same(tensors, others):
     return all(torch.equal(value, others[key]) for key, value in tensors.items())
 
 
+@pytest.mark.slow
 def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_adapter(tmp_path):
     diverge = Diverge(step=5)
     with pytest.raises(DivergedError, match=r"nan at step 5; stopped with the adapter as it was before.*/adapter"):
@@ -185,6 +190,7 @@ def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_adapter(tmp_path):
 FT = {"method": {"name": "ft"}, "eval_examples": 1, "per_device_train_batch_size": 2, "save_total_limit": 3}
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_that_diverges_goes_back_to_the_newest_checkpoint(tmp_path):
     diverge = Diverge(step=6)
     with pytest.raises(DivergedError, match=r"nan at step 6; stopped with the weights of .*checkpoint-4.*/adapter"):
@@ -194,6 +200,7 @@ def test_full_fine_tuning_that_diverges_goes_back_to_the_newest_checkpoint(tmp_p
     assert not same(kept, diverge.before[6])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_broken_weights_is_passed_over(tmp_path):
     class Spoil(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
@@ -207,6 +214,7 @@ def test_a_checkpoint_with_broken_weights_is_passed_over(tmp_path):
     assert same(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"), diverge.before[3])
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_that_diverges_before_a_checkpoint_saves_nothing_and_says_so(tmp_path):
     with pytest.raises(
         DivergedError, match=r"no checkpoint holds earlier weights, so nothing was saved: .*--save-steps"
@@ -240,6 +248,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.slow
 def test_unfit_options_are_refused_by_name_and_write_nothing(case, tmp_path):
     changes, message = UNFIT[case]
     with pytest.raises(ptmoe.PtmoeError, match=message):
@@ -254,6 +263,7 @@ def test_bad_data_starts_no_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_a_run_is_refused(trained):
     before = sorted(path.stat().st_mtime_ns for path in trained.folder.rglob("*"))
     with pytest.raises(ptmoe.PtmoeError, match="already holds a run"):

@@ -135,6 +135,7 @@ def test_a_base_of_the_same_name_with_other_weights_is_refused(tmp_path):
     assert state(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_the_folder_alone_is_enough_and_the_run_ends_as_if_it_had_not_stopped(run, stopped, run_folder, tmp_path):
     status, out, err = run("train", "--resume", "--output-dir", run_folder)
     assert (status, err) == (0, "")

@@ -215,6 +215,7 @@ def test_the_papers_recipe_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.slow
 def test_the_routers_start_takes_its_share_of_the_training_and_shows_how_far_it_is(tmp_path, accumulation):
     """Counted in rows that the base reads before the first step and in all of training."""
     shown, read, before = [], [], []

@@ -236,6 +236,7 @@ def test_every_option_has_its_own_files(tokenizer, folder):
 
 @settings(max_examples=40)
 @given(st.data())
+@pytest.mark.slow
 def test_a_file_cut_short_or_with_a_changed_byte_is_noticed_and_made_again(data):
     folder = cache_folder() / "tokens"
     tokenizer = load_tokenizer("nano")[0]

@@ -119,6 +119,7 @@ def prompts_alone(batch):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.slow
 def test_the_bridge_trains_what_the_trainer_of_transformers_trains(tokenizer, tmp_path, noise):
     ours, reference = prompted(router_noise=noise), prompted(router_noise=noise)
     start = trained(ours)
@@ -260,6 +261,7 @@ def test_evaluation_gives_the_loss_the_accuracy_and_the_entropy(tokenizer, tmp_p
     assert found.get("eval_width") == (300 if whole_logits else None)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapter_only_and_training_resumes_from_it(tokenizer, tmp_path):
     model = prompted()
     frozen = {name: value.clone() for name, value in model.base_model.state_dict().items()}

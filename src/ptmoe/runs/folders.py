@@ -32,7 +32,7 @@ def writing(folder: Path) -> Iterator[None]:
     Raises:
         PtmoeError: another command is writing to it.
     """
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK_FILE, blocking=False):
@@ -42,8 +42,9 @@ def writing(folder: Path) -> Iterator[None]:
     finally:
         if made and {path.name for path in folder.iterdir()} <= {LOCK_FILE}:
             (folder / LOCK_FILE).unlink(missing_ok=True)
-            with suppress(OSError):
-                folder.rmdir()
+            with suppress(OSError):  # the first that holds something else
+                for path in made:
+                    path.rmdir()
 
 
 def file_name(name: str, split: str = "test") -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FREE = {
     *("output_dir", "data", "data_dir", "skip_bad", "token_cache", "logging_steps", "report_to"),
     *("save_steps", "save_total_limit", "eval_task", "eval_data_dir", "eval_examples", "eval_batch_size"),
-    "max_new_tokens",
+    *("max_new_tokens", "score"),
 }
 RESOLVED = {"chat", "learning_rate"}  # None stands for what the run chose, which its record has
 
