@@ -429,3 +429,14 @@ def test_without_the_harness_the_module_says_what_to_install(monkeypatch: pytest
 def test_ptmoe_imports_the_harness_only_when_asked() -> None:
     check = "import sys, ptmoe.evaluate, ptmoe.cli; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("clock", ["strftime_now('%d %b %Y')", "date_string"])
+def test_a_template_that_writes_the_date_writes_one_date_on_every_day(run_folder, monkeypatch, clock):
+    from ptmoe.models.attach import load_run
+
+    loaded = load_run(run_folder)
+    template = "{{ " + clock + " }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
+    lm = PromptedLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
+    assert lm.apply_chat_template([{"role": "user", "content": "key"}]) == "26 Jul 2024 key"

@@ -36,6 +36,7 @@ from ptmoe.models.attach import load_adapter, load_run
 from ptmoe.models.bases import locate, place
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.environment import world_size
+from ptmoe.tasks.chat import fixed_date
 
 try:
     from lm_eval.api.registry import register_model
@@ -132,6 +133,9 @@ class PromptedLM(HFLM):
             super().__init__(model.base_model, **options | {"backend": "causal", "tokenizer": tokenizer})
         finally:
             harness.setLevel(level)
+        if self.tokenizer.chat_template is not None:
+            given: dict[str, Any] = vars(self)["chat_template_args"] or {}
+            self.chat_template_args = fixed_date(self.tokenizer) | given
         self._model = model.eval()
         self.adapter = None if adapter is None else str(adapter)
         if self._max_length and self._max_length > self._room:

@@ -47,7 +47,7 @@ def render(
         PtmoeError: there is no template.
     """
     require_template(tokenizer)
-    options = {"date_string": "26 Jul 2024", **example.template.get("chat_template_kwargs", {})}
+    options = dict(example.template.get("chat_template_kwargs", {}))
     for name in ("tools", "documents"):
         if example.template.get(name) and (tools or name != "tools"):
             options[name] = example.template[name]
@@ -59,9 +59,7 @@ def render(
     ]
     for form in (messages, in_parts):  # templates of vision models take parts alone, or leave out a plain text
         try:
-            template = tokenizer.get_chat_template(None, options.get("tools"))
-            if "strftime_now" in template:
-                options["chat_template"] = _fixed_clock() + template
+            options = fixed_date(tokenizer, options.get("tools")) | options
             text = tokenizer.apply_chat_template(
                 form, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
@@ -83,6 +81,18 @@ def _must_be_there(messages: list[dict[str, Any]]) -> Iterator[str]:
         answer = message is messages[-1] and message["role"] == "assistant"
         if (answer or message["role"] == "user") and isinstance(message.get("content"), str):
             yield message["content"]
+
+
+def fixed_date(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> dict[str, Any]:
+    """Options of `apply_chat_template` with which a template writes one date instead of today's.
+
+    Args:
+        tokenizer: whose template it is.
+        tools: of the conversation, for which a tokenizer may have a template of its own.
+    """
+    template = tokenizer.get_chat_template(None, tools)
+    clock = {"chat_template": _fixed_clock() + template} if "strftime_now" in template else {}
+    return {"date_string": "26 Jul 2024", **clock}
 
 
 @lru_cache(maxsize=1)
