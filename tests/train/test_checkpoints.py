@@ -1,6 +1,7 @@
 """Runs that are killed, disks that fill, files that change: a checkpoint is whole, or another one is used and named."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -92,6 +93,15 @@ def test_the_newest_whole_checkpoint_is_used_and_the_others_are_named(undisturbe
     messages = quietly(run)
     assert any("checkpoint-7 is passed over: it lacks optimizer.safetensors" in message for message in messages)
     assert same_adapter(run, undisturbed)
+
+
+def test_a_run_whose_training_had_ended_is_evaluated_and_takes_no_step_more(undisturbed, tmp_path):
+    run = copied(undisturbed, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text()
+    quietly(run)
+    assert same_adapter(run, undisturbed)
+    assert (run / "metrics.jsonl").read_text() == lines
+    assert json.loads((run / "result.json").read_text())["steps"] == STEPS
 
 
 def test_where_no_checkpoint_can_be_used_that_is_said_and_nothing_is_changed(undisturbed, tmp_path):

@@ -369,7 +369,8 @@ def _fit(trainer: PromptTrainer, folder: Path, checkpoint: Path | None) -> None:
     try:
         with Interruption() as interruption:
             trainer.add_callback(interruption)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if checkpoint is None or not trainer.load_finished(checkpoint):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if interruption.number:
             name, step = signal.Signals(interruption.number).name, trainer.state.global_step
             raise InterruptedRunError(

@@ -25,6 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
+from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import LogLine, append_line, write_lines
 from ptmoe.train.batches import TokenBatches
@@ -166,6 +167,21 @@ class PromptTrainer(Trainer):
             )
 
     # -- checkpoints without pickles -----------------------------------------------------------------------------------
+
+    def load_finished(self, checkpoint: Path) -> bool:
+        """Load a checkpoint of the last step, from which `Trainer` would take one step more; False, and nothing is
+        loaded, where steps are left."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self._sharded or state.global_step < state.max_steps:
+            return False
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        if isinstance(self.model.encoder, RoutedEncoder):
+            self.model.encoder.finish_training()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, OnBegin):
+                callback.function()
+        return True
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
