@@ -43,6 +43,7 @@ def run(monkeypatch, capsys):
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["ptmoe", *map(str, arguments)])
+        capsys.readouterr()  # what the test itself has printed, such as the bar of a base that it loads
         try:
             main()
             status = 0

@@ -400,9 +400,8 @@ def test_a_misspelt_key_in_a_yaml_is_named_with_its_file(run, tmp_path):
 
 def test_an_evaluation_is_resumed_and_its_predictions_graded_again(run, tmp_path):
     """On a data set in its own format; `score` gives what `eval` gave."""
-    from ptmoe.models.bases import load_base, quiet
+    from ptmoe.models.bases import load_base
 
-    quiet()  # or this load's own bar would stand where the command's errors are looked for
     ptmoe.attach(load_base("nano")[0], ptmoe.PTConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "adapter")
     records = [{"question": f"{n} and {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(12)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
