@@ -119,10 +119,10 @@ def _compare(
         signal.signal(signal.SIGTERM, before)
     if len(comparison.unfinished) < len(comparison.cells):
         console.print(comparison_summary(folder))
-        console.print(f"report: {write_report(folder, command)}", markup=False)
+        console.print(f"report: {write_report(folder, command)}")
     for failure in failed:
         line = f"failed: {failure.label} on {failure.task}, seed {failure.seed}: {failure.error}"
-        console.print(line, markup=False)
+        console.print(line)
     if failed:
         console.print(f"{len(failed)} of {len(comparison.cells)} cells failed; the same command retries them")
         raise SystemExit(1)
@@ -144,7 +144,6 @@ def _show(comparison: Comparison, console: Console) -> None:
     console.print(
         f"{plan.model}: trained on {' and on '.join(plan.tasks)}, {length} of {batch} examples, in the same order for "
         f"all methods; evaluated {how} on {', '.join(evaluations)}{examples}",
-        markup=False,
     )
     table = Table("", "method", "size")
     budgeted = any(variant.budget for variant in comparison.variants)
@@ -165,9 +164,8 @@ def _show(comparison: Comparison, console: Console) -> None:
         )
     console.print(table)
     for left_out in comparison.left_out:
-        console.print(f"left out: {left_out}", markup=False)
+        console.print(f"left out: {left_out}")
     console.print(
         f"{len(comparison.cells)} cells (seeds {', '.join(map(str, plan.seeds))}), {len(unfinished)} to run, "
         f"{comparison.jobs} at once, in {comparison.folder.path}",
-        markup=False,
     )

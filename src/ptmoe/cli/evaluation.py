@@ -120,7 +120,7 @@ def evaluate(
     problems = Problems(skip=skip_bad)
     loaded = {name: usable(loaded[name], tokenizer, problems, chat=chats[name]) for name in tasks}
     if problems.count:
-        console.print(f"left out {problems.listed()}", markup=False)
+        console.print(f"left out {problems.listed()}")
 
     def answer(name: str) -> EvaluationSummary:
         bar = progress.add_task(name, total=len(loaded[name]), note="")
@@ -155,10 +155,10 @@ def report_run(folder: Path, console: Console) -> None:
 
         page = write_run_report(folder)
     except PtmoeError as error:  # the results are there: what is missing for a page must not fail the command
-        console.print(f"no report: {error}", markup=False)
+        console.print(f"no report: {error}")
     else:
         if page is not None:
-            console.print(f"report: {page}", markup=False)
+            console.print(f"report: {page}")
 
 
 def _warn_of_near_ties(model: PromptedCausalLM, console: Console) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from ptmoe.compare.cells import Cell
 from ptmoe.compare.plan import ComparePlan, read_plan
 from ptmoe.errors import PtmoeError
-from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE
+from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, writing
 from ptmoe.runs.records import CellRecord, Failure, write_lines
 
 
@@ -32,19 +29,13 @@ class ComparisonFolder:
             raise PtmoeError(f"{self.path} holds something other than a comparison: choose another --output-dir")
         return None
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Create the folder, and keep other commands out of it until this one ends, however it ends.
 
         Raises:
             PtmoeError: another command is using it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.path / ".lock", blocking=False):
-                yield
-        except Timeout:
-            raise PtmoeError(f"another ptmoe compare is running in {self.path}: wait for it, or stop it") from None
+        return writing(self.path, "another ptmoe compare is running in")
 
     def run_folder(self, cell: Cell) -> Path:
         return self.path / cell.place

@@ -25,9 +25,13 @@ LOCK_FILE = ".lock"
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, busy: str = "another command is writing to") -> Iterator[None]:
     """Keep other commands from writing to a folder until this one ends, however it ends. A folder in which nothing was
     written is not left behind.
+
+    Args:
+        folder: created where it is missing.
+        busy: what is said, before the folder's name, where another command holds it.
 
     Raises:
         PtmoeError: another command is writing to it.
@@ -38,7 +42,7 @@ def writing(folder: Path) -> Iterator[None]:
         with FileLock(folder / LOCK_FILE, blocking=False):
             yield
     except Timeout:
-        raise PtmoeError(f"another command is writing to {folder}: wait for it, or stop it") from None
+        raise PtmoeError(f"{busy} {folder}: wait for it, or stop it") from None
     finally:
         if made and {path.name for path in folder.iterdir()} <= {LOCK_FILE}:
             (folder / LOCK_FILE).unlink(missing_ok=True)

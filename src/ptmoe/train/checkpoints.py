@@ -68,15 +68,14 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
     """
     numbers = [path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")]
     found = [folder / f"checkpoint-{step}" for step in sorted((int(n) for n in numbers if n.isdigit()), reverse=True)]
+    reason: str | None = None
     for checkpoint in found:
         reason = fault(checkpoint)
         if reason is None:
             return checkpoint
         say(f"{checkpoint} is passed over: {reason}")
     if found:
-        raise PtmoeError(
-            f"no checkpoint in {folder} can be used ({found[-1].name}: {fault(found[-1])}): train in another folder"
-        )
+        raise PtmoeError(f"no checkpoint in {folder} can be used ({found[-1].name}: {reason}): train in another folder")
     return None
 
 
