@@ -11,9 +11,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
+from ptmoe.cli.console import Console
 from ptmoe.compare import compare, prepare, read_plan
 from ptmoe.methods import METHODS
 from ptmoe.methods.base import InitialEmbeddings, Prompt, PromptConfig, PromptEncoder

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.image import imread
-from rich.console import Console
 from scipy import stats
 
+from ptmoe.cli.console import Console
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.nearest_words import nearest_tokens
 from ptmoe.report import comparison_summary, read_comparison, write_report

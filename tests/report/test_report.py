@@ -9,8 +9,8 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from rich.console import Console
 
+from ptmoe.cli.console import Console
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.report import comparison_summary, read_comparison, routing_figures, write_report, write_run_report
