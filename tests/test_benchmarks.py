@@ -174,8 +174,8 @@ def test_both_sides_complete_alike(ends, monkeypatch):
     recorded answers have where these end."""
     attach, get_peft_model, texts = generate.attach, generate.get_peft_model, []
 
-    def ours(*arguments):
-        model = attach(*arguments)
+    def ours(*arguments, **options):
+        model = attach(*arguments, **options)
         torch.nn.init.constant_(model.encoder.prompt, 0.01)
         return model
 

@@ -42,7 +42,7 @@ class Ids:
 
 def ptmoe(setting: Setting, method: dict[str, Any], ends: bool, **work: Any) -> Round:
     """The prompts sorted by length, as `ptmoe eval` sorts them."""
-    model = attach(_base(setting, ends), method_config(method)).eval()
+    model = attach(_base(setting, ends), method_config(method), check=not ends).eval()  # a count-down is not causal
     tokenizer = Ids(ends)
 
     def start() -> Answers:

@@ -29,6 +29,9 @@ ROUTED = {
     "pt-moe, annealing alone": ptmoe.PTMoEConfig(
         num_virtual_tokens=4, num_experts=2, rank=3, router_standardize=False, router_noise=0.3
     ),
+    "pt-moe, one factor for all, split": ptmoe.PTMoEConfig(
+        num_virtual_tokens=4, num_experts=3, rank=3, distinct_experts=False, shared_factor=True, split_after=0.5
+    ),
     "smop": ptmoe.SMoPConfig(num_virtual_tokens=4, num_experts=2, router_init="gradient", routing_anneal=True),
 }
 
@@ -76,15 +79,21 @@ def test_a_resumed_run_ends_at_the_adapter_of_the_undisturbed_one(config, after,
     assert torch.equal(model(ids).logits, whole.model.eval()(ids).logits)
 
 
-def test_an_adapter_saved_in_the_middle_of_training_is_the_published_form(tmp_path):
-    run = trainer(tmp_path, ROUTED["pt-moe"])
+@pytest.mark.parametrize("method", ["pt-moe", "pt-moe, one factor for all, split"])
+def test_an_adapter_saved_in_the_middle_of_training_is_the_published_form(method, tmp_path):
+    run = trainer(tmp_path, ROUTED[method])
     router = run.model.encoder.router
+    if run.model.encoder.S is not None:
+        torch.nn.init.normal_(run.model.encoder.S)
     router.standardize(torch.randn(20, router.weight.shape[1]))
     run.model.encoder.hardness = 0.5
     assert {"router.mean", "router.scale", "hardness", "confidence"} <= run.model.encoder.state_dict().keys()
     run.model.save_pretrained(tmp_path)
     ids = tokens(6)[None]
-    assert torch.equal(ptmoe.load_adapter(tiny_llama(), tmp_path)(ids).routing.gate, run.model.eval()(ids).routing.gate)
+    loaded = ptmoe.load_adapter(tiny_llama(), tmp_path)
+    assert torch.equal(loaded(ids).routing.gate, run.model.eval()(ids).routing.gate)
+    assert torch.equal(loaded.encoder.expert_prompts(), run.model.encoder.expert_prompts())
+    assert loaded.encoder.S is None
 
 
 @pytest.mark.slow

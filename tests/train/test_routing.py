@@ -191,6 +191,44 @@ def test_a_checkpoint_restores_the_training_of_the_router(config):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_experts_are_one_until_they_split_and_then_the_router_starts(shared, tmp_path, monkeypatch):
+    spread, started = [], []
+    monkeypatch.setattr(routing, "START_SHARE", 1.0)
+    monkeypatch.setattr(routing, "start_router", lambda *_: started.append(len(spread)) or start_router(*_))
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            prompts = model.encoder.expert_prompts()
+            spread.append((prompts - prompts.mean(0)).abs().max().item())
+
+    run = trainer(tmp_path, router_noise=0.0, distinct_experts=False, shared_factor=shared, split_after=0.4)
+    run.args.learning_rate = 0.03
+    run.add_callback(Watch())
+    before = run.model.encoder.router.weight.clone()
+    run.train()
+    assert started == [4]
+    assert max(spread[:4]) < 1e-6
+    assert min(spread[4:]) > 1e-4
+    assert not torch.equal(run.model.encoder.router.weight, before)
+    assert not run.model.encoder.together
+    assert run.model.encoder.S is None
+
+
+def test_an_expert_is_the_shared_factor_and_its_difference():
+    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, shared_factor=True))
+    encoder = model.encoder
+    torch.nn.init.normal_(encoder.S)
+    ids = torch.randint(1, 90, (3, 6), generator=torch.Generator().manual_seed(0))
+    embeds, mask = model.adapters.embedding(ids), torch.ones_like(ids, dtype=torch.bool)
+    prompt = encoder(embeds, mask)
+    expected = torch.einsum("bn,ntr,rh->bth", prompt.routing.gate, encoder.A + encoder.S, encoder.B)
+    torch.testing.assert_close(prompt.embeds, expected)
+    encoder.finish_training()
+    torch.testing.assert_close(encoder(embeds, mask).embeds, expected)
+    assert set(dict(encoder.named_parameters())) == {"A", "B", "router.weight", "router.bias"}
+
+
 def test_preparing_the_router_changes_no_random_number_of_the_training(tmp_path):
     torch.manual_seed(3)
     run = trainer(tmp_path)

@@ -23,6 +23,7 @@ PAPER_RECIPE = {
     "router_standardize": False,
     "routing_anneal": False,
     "distinct_experts": False,
+    "shared_factor": False,
 }
 
 
@@ -36,6 +37,8 @@ class PTMoEConfig(RoutedConfig):
         probationary: multiply the kept expert by its router probability.
         distinct_experts: start every expert from its own part of one joint SVD, over different tokens of the
             vocabulary; off, all start the same.
+        shared_factor: train each expert as `A_i = S + D_i`, whose `S (T, R)` learns from every input; folded into `A`
+            when training ends.
         init_text: one text, from which all experts start the same, as in the paper; or one for each expert, and a
             joint SVD.
 
@@ -60,6 +63,7 @@ class PTMoEConfig(RoutedConfig):
     router_standardize: bool = True
     routing_anneal: bool = True
     distinct_experts: bool = True
+    shared_factor: bool = False
     init_text: str | list[str] | None = None  # type: ignore[assignment]
 
     @model_validator(mode="before")
@@ -92,7 +96,8 @@ class PTMoEConfig(RoutedConfig):
 
 
 class PTMoE(RoutedEncoder):
-    """Tensors: `A (N, T, R)`, `B (R, H)`, `router.weight (N, H)`, `router.bias (N,)`."""
+    """Tensors: `A (N, T, R)`, `B (R, H)`, `router.weight (N, H)`, `router.bias (N,)`; while training with
+    `shared_factor`, `S (T, R)`, and `A` holds the experts' differences from it."""
 
     config: PTMoEConfig
 
@@ -101,12 +106,18 @@ class PTMoE(RoutedEncoder):
         check_rank(config.rank, config.num_virtual_tokens, hidden_size)
         self.A = nn.Parameter(torch.empty(config.num_experts, config.num_virtual_tokens, config.rank))
         self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
+        self.register_parameter("S", None)
+        self.S: nn.Parameter | None
         self.router = Router(hidden_size, config.num_experts)
+
+    def factors(self) -> Tensor:
+        """The experts' factors `(N, T, R)`, of the published form."""
+        return self.A if self.S is None else self.A + self.S
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         options = {"selective": self.config.selective, "probationary": self.config.probationary}
         routing = self.route(input_embeds, input_mask, **options)
-        factor = torch.einsum("bn,ntr->btr", routing.gate, self.A)
+        factor = torch.einsum("bn,ntr->btr", routing.gate, self.factors())
         return Prompt(factor @ self.B, routing)
 
     @torch.no_grad()
@@ -124,10 +135,28 @@ class PTMoE(RoutedEncoder):
             a = a.expand(experts, -1, -1)
         self.A.copy_(a.reshape(experts, tokens, rank))
         self.B.copy_(b)
+        self.S = nn.Parameter(torch.zeros_like(self.A[0])) if self.config.shared_factor else None
         self.router.initialise(source.generator)
 
     def expert_prompts(self) -> Tensor:
-        return self.A @ self.B
+        return self.factors() @ self.B
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | {"A": self.factors().detach()}
+
+    @torch.no_grad()
+    def finish_training(self) -> None:
+        super().finish_training()
+        if self.S is not None:
+            self.A.copy_(self.factors())
+            self.S = None
+
+    def training_state(self) -> dict[str, Tensor]:
+        shared = {} if self.S is None else {"A": self.A.detach(), "S": self.S.detach()}
+        return super().training_state() | shared
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super().load_tensors(tensors if self.S is None else tensors | {"S": torch.zeros_like(self.S)})
 
     def fixed_prompts(self) -> Tensor | None:
         return self.expert_prompts() if self.config.selective and not self.config.probationary else None

@@ -26,7 +26,7 @@ SPREAD = 1 / 3
 CONFIDENCE_PACE = 0.05  # of the running mean of the largest probability, per training step
 # What `state_dict()` holds while training lasts, beside the tensors of the published form.
 PROGRESS = ("hardness", "confidence")
-TRAINING_STATE = (*PROGRESS, "router.mean", "router.scale")
+TRAINING_STATE = (*PROGRESS, "router.mean", "router.scale", "S")
 
 
 class Router(nn.Module):
@@ -158,6 +158,8 @@ class RoutedConfig(PromptConfig):
             share an expert; `"random"`, as a linear layer starts.
         router_standardize: train the router on standardised inputs; folded into `W` and `b` when saved.
         routing_anneal: start with the soft gate and harden it to the chosen one.
+        split_after: fraction of the training steps for which the experts are trained as one, before the router starts
+            and they part (as sparse upcycling makes experts of a dense model, arXiv:2212.05055).
     """
 
     routes = True
@@ -167,6 +169,7 @@ class RoutedConfig(PromptConfig):
     router_init: Literal["gradient", "random"] = "random"
     router_standardize: bool = False
     routing_anneal: bool = False
+    split_after: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
     def _a_bias_to_fold_the_mean_into(self) -> Self:
@@ -180,7 +183,7 @@ class RoutedConfig(PromptConfig):
     @property
     def needs_callback(self) -> bool:
         """Whether an option is on that only `RoutingCallback` carries out."""
-        return self.router_init == "gradient" or self.router_standardize or self.routing_anneal
+        return self.router_init == "gradient" or self.router_standardize or self.routing_anneal or self.split_after > 0
 
 
 class RoutedEncoder(PromptEncoder):
@@ -188,6 +191,7 @@ class RoutedEncoder(PromptEncoder):
 
     Attributes:
         router: its `bias` is None if the config's `router_bias` is False.
+        together: whether the experts are trained as one: the gate is 1/N for each, whatever the router says.
         hardness: of the gate in training, from 0 (soft) to 1 (the chosen gate).
         confidence: running mean of the largest probability over training steps.
         has_callback: whether a `RoutingCallback` trains the router.
@@ -198,6 +202,7 @@ class RoutedEncoder(PromptEncoder):
 
     def __init__(self, config: RoutedConfig) -> None:
         super().__init__(config)
+        self.together = False
         self.hardness = 1.0
         self.confidence: Tensor | float = 0.0
         self.statistics = RoutingStatistics()
@@ -227,6 +232,8 @@ class RoutedEncoder(PromptEncoder):
             confidence = self.statistics.observe(probabilities)
             self.confidence = self.confidence + CONFIDENCE_PACE * (confidence - self.confidence)
         chosen = gate(probabilities, selective=selective, probationary=probationary, hardness=hardness)
+        if self.training and self.together:
+            chosen = 0 * probabilities + 1 / probabilities.shape[1]  # every parameter keeps a gradient
         return Routing(chosen, probabilities)
 
     def expert_prompts(self) -> Tensor:
@@ -239,7 +246,7 @@ class RoutedEncoder(PromptEncoder):
     def finish_training(self) -> None:
         """From the coordinates and the soft gate of training to the published form."""
         self.router.fold()
-        self.hardness, self.confidence = 1.0, 0.0
+        self.together, self.hardness, self.confidence = False, 1.0, 0.0
 
     def training_log(self) -> dict[str, float | list[float]]:
         return {**self.statistics.read(), "hardness": self.hardness}

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Prompt, mean_input
-from ptmoe.methods.routing import RoutedEncoder
+from ptmoe.methods.routing import RoutedConfig, RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
 from ptmoe.train.steps import Progress
 
@@ -62,7 +62,8 @@ class RoutingCallback(TrainerCallback):
         if not isinstance(encoder, RoutedEncoder):
             return
         encoder.has_callback = True
-        config = encoder.config
+        config, split = encoder.config, split_step(encoder.config, state)
+        encoder.together = split > 0 and state.global_step <= split
         if state.global_step > 0:  # resumed: the checkpoint has all of it
             if config.router_standardize and encoder.router.mean is None:
                 raise PtmoeError(
@@ -70,31 +71,41 @@ class RoutingCallback(TrainerCallback):
                     "training cannot go on from it: start again, with another output_dir"
                 )
             return
-        by_gradient = config.router_init == "gradient" and config.num_experts > 1
-        # As many rows at once as in training: more might not fit in memory.
-        size, loader = args.per_device_train_batch_size, train_dataloader
-
-        def batches(count: int) -> list[dict[str, Tensor]]:
-            sampled = sample_batches(loader.dataset, loader.collate_fn, size, count)
-            return [{key: value.to(model.device) for key, value in batch.items()} for batch in sampled]
-
         if config.router_standardize:
-            encoder.router.standardize(torch.cat([mean_inputs(model, batch) for batch in batches(EXAMPLES)]))
-        count = start_examples(args, state, loader)
-        if by_gradient and count < 2 * config.num_experts:
-            warnings.warn(
-                f"the router starts at random: {count} examples ({START_SHARE:.0%} of those that training reads) are "
-                f"too few to start {config.num_experts} experts from",
-                stacklevel=2,
-            )
-        elif by_gradient:
-            chosen = batches(count)
-            means = torch.cat([mean_inputs(model, batch) for batch in chosen])
-            shown = self._shown(chosen, args, state)
-            gradients = torch.cat([prompt_gradients(model, batch) for batch in shown])
-            start_router(encoder, means, gradients, torch.Generator().manual_seed(args.seed))
+            batches = self._batches(EXAMPLES, args, model, train_dataloader)
+            encoder.router.standardize(torch.cat([mean_inputs(model, batch) for batch in batches]))
         if config.routing_anneal:
             encoder.hardness = 0.0
+        if not encoder.together:
+            self._start(args, state, model, train_dataloader)
+
+    def _batches(
+        self, count: int, args: TrainingArguments, model: PromptedCausalLM, loader: Any
+    ) -> list[dict[str, Tensor]]:
+        # As many rows at once as in training: more might not fit in memory.
+        sampled = sample_batches(loader.dataset, loader.collate_fn, args.per_device_train_batch_size, count)
+        return [{key: value.to(model.device) for key, value in batch.items()} for batch in sampled]
+
+    def _start(self, args: TrainingArguments, state: TrainerState, model: PromptedCausalLM, loader: Any) -> None:
+        """Let the gradients at the prompt of this moment say which inputs share an expert."""
+        encoder = model.encoder
+        assert isinstance(encoder, RoutedEncoder)
+        experts = encoder.config.num_experts
+        if encoder.config.router_init != "gradient" or experts == 1:
+            return
+        count = start_examples(args, state, loader)
+        if count < 2 * experts:
+            warnings.warn(
+                f"the router starts at random: {count} examples ({START_SHARE:.0%} of those that training reads) are "
+                f"too few to start {experts} experts from",
+                stacklevel=2,
+            )
+            return
+        chosen = self._batches(count, args, model, loader)
+        means = torch.cat([mean_inputs(model, batch) for batch in chosen])
+        shown = self._shown(chosen, args, state)
+        gradients = torch.cat([prompt_gradients(model, batch) for batch in shown])
+        start_router(encoder, means, gradients, torch.Generator().manual_seed(args.seed))
 
     def _shown(
         self, batches: list[dict[str, Tensor]], args: TrainingArguments, state: TrainerState
@@ -112,17 +123,37 @@ class RoutingCallback(TrainerCallback):
         if self.progress is not None and state.is_world_process_zero:
             self.progress(total, total, None)
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: PromptedCausalLM, **_: Any) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: Any,
+        model: PromptedCausalLM,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
         encoder = model.encoder
-        if isinstance(encoder, RoutedEncoder) and encoder.config.routing_anneal:
-            progress = state.global_step / state.max_steps
+        if not isinstance(encoder, RoutedEncoder):
+            return
+        split = split_step(encoder.config, state)
+        if encoder.together and state.global_step >= split:
+            encoder.together, encoder.confidence = False, 0.0
+            self._start(args, state, model, train_dataloader)
+        if encoder.config.routing_anneal and not encoder.together:
+            steps = state.max_steps - split
+            progress = (state.global_step - split) / steps
             settled = progress >= EARLIEST and float(encoder.confidence) >= SETTLED
             if encoder.hardness > 0 or settled or progress >= LATEST:
-                encoder.hardness = min(1.0, encoder.hardness + 1 / (HARDENING * state.max_steps))
+                encoder.hardness = min(1.0, encoder.hardness + 1 / (HARDENING * steps))
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: PromptedCausalLM, **_: Any) -> None:
         if isinstance(model.encoder, RoutedEncoder):
             model.encoder.finish_training()
+
+
+def split_step(config: RoutedConfig, state: TrainerState) -> int:
+    """The step before which the experts are trained as one."""
+    return round(config.split_after * int(state.max_steps))
 
 
 def start_examples(args: TrainingArguments, state: TrainerState, loader: Any) -> int:

@@ -1,0 +1,253 @@
+"""Many soft prompts trained at once on one real model, to search learning rates, lengths and recipes.
+
+    python -m benchmarks.population --plan benchmarks/real/search.yaml --output docs/results/search.jsonl
+
+Prompts of different adapters share a batch, so the base computes the rows of all of them in one pass: a step of many
+prompts costs little more than a step of one on a GPU that one prompt leaves idle. Each has its own data order,
+optimizer, schedule and router, and its gradients are those that it would have alone: the loss is summed over supervised
+tokens, and each adapter's gradient divided by the number of its own.
+
+The plan, a YAML file, has `model`, `task`, `max_steps`, `batch_size`, `max_length`, `judged` ({split: examples}, after
+the last step, and after every `evaluate_every` steps for all but `test`) and `runs`, a list of `{label, method: {name,
+…}, learning_rate: […], seeds: n}`. An answer is right if every token of the completion, its end included, is the most
+likely one, which is what greedy decoding then writes. A line for each run and evaluation is written as it comes.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ptmoe.fast.loss import IGNORED
+from ptmoe.methods import METHODS
+from ptmoe.methods.routing import RoutedEncoder
+from ptmoe.models.attach import attach
+from ptmoe.models.bases import load_base, quiet
+from ptmoe.models.causal import PromptedCausalLM
+from ptmoe.settings import read_yaml
+from ptmoe.tasks import load_task
+from ptmoe.train.data import collate, fit
+from ptmoe.train.routing import RoutingCallback
+
+WARMUP = 0.03  # of the steps, as `ptmoe train` has it
+CLIPPED = 1.0
+
+
+class Greedy:
+    """Told of the supervised tokens' predictions, keeps which of them are the most likely, and their losses."""
+
+    def __init__(self) -> None:
+        self.right: list[Tensor] = []
+        self.losses: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, scores: Tensor, targets: Tensor) -> None:
+        self.right.append(scores.argmax(-1) == targets)
+        self.losses.append(nn.functional.cross_entropy(scores.float(), targets, reduction="none"))
+
+
+class Member:
+    """One adapter of the population, with all that is its own."""
+
+    def __init__(self, model: PromptedCausalLM, number: int, run: dict[str, Any], rate: float, seed: int, plan: Any):
+        self.name, self.rate, self.seed = f"member{number}", rate, seed
+        self.label = str(run["label"])
+        entry = dict(run["method"])
+        self.config = METHODS[entry.pop("name")](**entry)
+        attach(model, self.config, seed=seed, adapter_name=self.name, check=number == 0)
+        self.encoder = model.adapters[self.name]
+        self.parameters = list(self.encoder.parameters())
+        self.steps = plan.max_steps
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+        warmup = max(1, round(WARMUP * self.steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: min((step + 1) / warmup, max(0.0, (self.steps - step) / max(1, self.steps - warmup))),
+        )
+        self.random = random.Random(seed)
+        self.order: list[int] = []
+        self.callback = RoutingCallback(progress=lambda *_: None)
+        self.arguments = SimpleNamespace(
+            per_device_train_batch_size=plan.batch_size * 8, gradient_accumulation_steps=1, world_size=1, seed=seed
+        )
+        self.arguments.disable_tqdm = True
+        self.state = SimpleNamespace(global_step=0, max_steps=self.steps, is_world_process_zero=True)
+        self.losses: list[float] = []
+
+    def batch(self, count: int, rows: int) -> list[int]:
+        while len(self.order) < count:
+            part = list(range(rows))
+            self.random.shuffle(part)
+            self.order += part
+        chosen, self.order = self.order[:count], self.order[count:]
+        return chosen
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "label": self.label,
+            "method": self.config.method,
+            "config": self.config.model_dump(),
+            "learning_rate": self.rate,
+            "seed": self.seed,
+            "parameters": sum(parameter.numel() for name, parameter in self.encoder.named_parameters() if name != "S"),
+        }
+
+
+def computed(
+    model: PromptedCausalLM, rows: list[tuple[dict[str, Any], Member]], limit: int, backward: bool
+) -> tuple[list[bool], list[float]]:
+    """Whether each row's completion is what greedy decoding writes, and the sum of its tokens' losses; with `backward`
+    the gradients of these sums are added to the members'. At most `limit` padded tokens are computed at once."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]["input_ids"]))
+    right, losses = [False] * len(rows), [0.0] * len(rows)
+    virtual = max(member.config.num_virtual_tokens for _, member in rows)
+    part: list[int] = []
+
+    def flush() -> None:
+        batch = {key: value.to(model.device) for key, value in collate([rows[i][0] for i in part]).items()}
+        greedy = Greedy()
+        with torch.set_grad_enabled(backward):
+            loss = model(
+                **batch,
+                adapter_names=[rows[i][1].name for i in part],
+                num_items_in_batch=1,
+                skip_logits=True,
+                token_statistics=greedy,
+            ).loss
+        if backward:
+            loss.backward()
+        counts = (batch["labels"] != IGNORED).sum(1).tolist()
+        correct, costs = torch.cat(greedy.right).tolist(), torch.cat(greedy.losses).tolist()
+        start = 0
+        for i, count in zip(part, counts, strict=True):
+            right[i], losses[i] = all(correct[start : start + count]), sum(costs[start : start + count])
+            start += count
+
+    for i in order:
+        if part and (len(part) + 1) * (len(rows[i][0]["input_ids"]) + virtual) > limit:
+            flush()
+            part = []
+        part.append(i)
+    flush()
+    return right, losses
+
+
+def held_out(
+    plan: Any, split: str, count: int, tokenizer: Any, data_dir: str | None
+) -> tuple[list[dict[str, Tensor]], list[str]]:
+    """The rows of a split's first examples, and their domains."""
+    examples = load_task(plan.task, split, data_dir)[:count]
+    rows = fit(examples, tokenizer, plan.max_length)
+    if len(rows) < len(examples):
+        raise SystemExit(f"{len(examples) - len(rows)} examples of {split} do not fit: raise max_length")
+    return [rows[i] for i in range(len(rows))], [example.domain or plan.task for example in examples]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--plan", type=Path, required=True)
+    arguments.add_argument("--output", type=Path, required=True)
+    arguments.add_argument("--data-dir")
+    arguments.add_argument("--model")
+    arguments.add_argument("--at-once", type=int, default=49152, help="padded tokens computed at once")
+    arguments.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of training; then it is judged as it is"
+    )
+    given = arguments.parse_args()
+    quiet()
+    started = time.monotonic()
+    plan = SimpleNamespace(**read_yaml(given.plan))
+    base, tokenizer = load_base(given.model or plan.model, dtype="bfloat16" if torch.cuda.is_available() else "auto")
+    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = PromptedCausalLM(base)
+    model.packing = None if base.device.type == "cpu" else False
+    train = fit(load_task(plan.task, "train", given.data_dir), tokenizer, plan.max_length)
+    judged = {split: held_out(plan, split, count, tokenizer, given.data_dir) for split, count in plan.judged.items()}
+    members: list[Member] = []
+    for run in plan.runs:
+        for rate in run["learning_rate"] if isinstance(run["learning_rate"], list) else [run["learning_rate"]]:
+            for seed in range(run.get("seeds", 1)):
+                members.append(Member(model, len(members), run, float(rate), seed, plan))
+    for member in members:
+        member.encoder.requires_grad_(True)
+    print(f"{len(members)} members, {len(train)} rows, {time.monotonic() - started:.0f} s", flush=True)
+    loader = DataLoader(cast(Any, train), batch_size=plan.batch_size, collate_fn=collate)  # the router's start reads it
+
+    def hook(event: str, member: Member) -> None:
+        if isinstance(member.encoder, RoutedEncoder):
+            model.adapters.active = member.name
+            getattr(member.callback, event)(member.arguments, member.state, None, model=model, train_dataloader=loader)
+
+    def evaluate(step: int, split: str) -> None:
+        model.eval()
+        examples, domains = judged[split]
+        for member in members:
+            right, losses = computed(model, [(row, member) for row in examples], 4 * given.at_once, False)
+            scores = defaultdict(list)
+            for domain, found in zip(domains, right, strict=True):
+                scores[domain].append(found)
+            line = member.as_dict() | {
+                "step": step,
+                "steps": plan.max_steps,
+                "batch_size": plan.batch_size,
+                "split": split,
+                "examples": len(right),
+                "accuracy": round(100 * sum(right) / len(right), 2),
+                "loss": round(sum(losses) / len(losses), 4),
+                "training_loss": round(sum(member.losses[-50:]) / len(member.losses[-50:]), 4),
+                "domains": {name: round(100 * sum(found) / len(found), 1) for name, found in scores.items()},
+                "right": "".join("01"[found] for found in right),
+                "seconds": round(time.monotonic() - started, 1),
+            }
+            if isinstance(member.encoder, RoutedEncoder):
+                line["routing"] = member.encoder.training_log()
+            with given.output.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        model.train()
+
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    model.train()
+    for member in members:
+        hook("on_train_begin", member)
+    for step in range(plan.max_steps):
+        batch: list[tuple[dict[str, Any], Member]] = []
+        for member in members:
+            member.state.global_step = step
+            hook("on_step_begin", member)
+            batch += [(train[i], member) for i in member.batch(plan.batch_size, len(train))]
+        _, losses = computed(model, batch, given.at_once, True)
+        for number, member in enumerate(members):
+            own = slice(number * plan.batch_size, (number + 1) * plan.batch_size)
+            tokens = sum(int((row["labels"] != IGNORED).sum()) for row, _ in batch[own])
+            member.losses.append(sum(losses[own]) / tokens)
+            torch._foreach_div_([p.grad for p in member.parameters if p.grad is not None], tokens)
+            nn.utils.clip_grad_norm_(member.parameters, CLIPPED, foreach=True)
+            member.optimizer.step()
+            member.schedule.step()
+            member.optimizer.zero_grad()
+        done, late = step + 1, time.monotonic() - started > given.seconds
+        if done % 20 == 0 or done < 4:
+            print(f"step {done}: {time.monotonic() - started:.1f} s", flush=True)
+        if done == plan.max_steps or late:
+            break
+        if done % plan.evaluate_every == 0:
+            for split in judged:
+                if split != "test":
+                    evaluate(done, split)
+    for member in members:
+        hook("on_train_end", member)
+    for split in judged:
+        evaluate(done, split)
+    print(f"done after {done} steps in {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
