@@ -11,7 +11,7 @@ import ptmoe
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.adapters.peft import from_peft, to_peft
 from ptmoe.methods import METHODS
-from testing.bases import ARCHITECTURES, tiny, tiny_llama
+from testing.bases import ARCHITECTURES, on_device, tiny, tiny_llama
 
 SIZES = {  # those of the methods whose folders are ours; the others are in test_weights.py
     "pt-moe": {"num_virtual_tokens": 6, "rank": 4, "num_experts": 3},
@@ -54,7 +54,7 @@ def inputs():
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     mask[1, 6:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return on_device({"input_ids": ids, "attention_mask": mask})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
