@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from testing.bases import ARCHITECTURES, tiny
+from testing.bases import ARCHITECTURES, DEVICE, tiny
 
 torch.set_num_threads(1)
+if DEVICE.type == "cuda":
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it has no heads as small as those of the tiny bases
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=5)
 hypothesis.settings.load_profile("tests")
 

@@ -11,7 +11,7 @@ import ptmoe
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.adapters.peft import from_peft, to_peft
 from ptmoe.methods import METHODS
-from testing.bases import ARCHITECTURES, tiny, tiny_llama
+from testing.bases import ARCHITECTURES, DEVICE, on_device, tiny, tiny_llama
 
 SIZES = {  # those of the methods whose folders are ours; the others are in test_weights.py
     "pt-moe": {"num_virtual_tokens": 6, "rank": 4, "num_experts": 3},
@@ -54,7 +54,7 @@ def inputs():
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     mask[1, 6:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return on_device({"input_ids": ids, "attention_mask": mask})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -209,7 +209,7 @@ def test_attempt_takes_its_sources_from_pt_adapters(tmp_path):
     sources = [str(tmp_path / name) for name in "ab"]
     model = ptmoe.attach(tiny_llama(), ptmoe.ATTEMPTConfig(num_virtual_tokens=4, num_sources=2, source_prompts=sources))
     for index, source in enumerate(sources):
-        assert torch.equal(model.encoder.source_prompts[index], read_adapter(source).tensors["prompt"])
+        assert torch.equal(model.encoder.source_prompts[index], read_adapter(source).tensors["prompt"].to(DEVICE))
 
 
 def test_attempt_needs_a_folder_for_each_source():

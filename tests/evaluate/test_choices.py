@@ -60,7 +60,7 @@ def test_a_likelihood_is_the_sum_of_the_labels_log_probabilities_behind_the_prom
 def test_the_router_never_sees_a_label(base):
     """A likelihood is that of the expert for the prompt, whatever other label stands beside it; the gate likewise."""
     model = adapted(base)
-    routed = [model.route(torch.tensor([prompt])).gate[0] for prompt in PROMPTS]
+    routed = [model.route(torch.tensor([prompt], device=model.device)).gate[0] for prompt in PROMPTS]
     assert len({int(gate.argmax()) for gate in routed}) > 1, "one expert takes all: tells nothing"
     others = [[{**labels, "a": [n, n + 1, n + 2]} for labels in LABELS] for n in (44, 60)]
     first, second = (likelihoods(model, PROMPTS, labels, 1) for labels in others)

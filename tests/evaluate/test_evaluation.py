@@ -86,7 +86,7 @@ def test_where_the_best_tokens_tie_every_batch_takes_the_same():
 
 def test_scores_in_a_batch_differ_from_a_rows_own_by_far_less_than_a_near_tie(base):
     model = prompted(base, CONFIGS["PT-MoE selective probationary"])
-    rows = [torch.arange(3, 3 + length) for length in (4, 9, 17, 30)]
+    rows = [torch.arange(3, 3 + length, device=model.device) for length in (4, 9, 17, 30)]
     ids = torch.stack([torch.nn.functional.pad(row, (30 - len(row), 0)) for row in rows])
     mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (30 - len(row), 0)) for row in rows])
     with torch.no_grad(), use_onednn(model.base_model):  # as in decoding

@@ -52,20 +52,25 @@ def pairs(model: PromptedCausalLM) -> list[Pair]:
         cases += [(context, tokens(size, seed).tolist()) for size in (2, 9, 5)]
     whole = tokens(8, 9).tolist()  # one text split at three places: one input, three contexts
     cases += [(whole[:at], whole[at:]) for at in (2, 5, 7)]
-    greedy = model.generate(torch.tensor([whole]), max_new_tokens=3, do_sample=False)[0].tolist()
+    greedy = model.generate(torch.tensor([whole], device=model.device), max_new_tokens=3, do_sample=False)[0].tolist()
     return [*cases, (whole, greedy[8:])]
 
 
 def alone(model: PromptedCausalLM, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """The log-likelihood of one continuation by itself, and whether it is the greedy continuation."""
-    ids = torch.tensor([context + continuation])
-    mask = torch.tensor([[1] * len(context) + [0] * len(continuation)])
-    return likelihood(model(input_ids=ids, input_mask=mask).logits[0], continuation)
+    return likelihood(logits_of(model, context + continuation, len(context)), continuation)
+
+
+def logits_of(model: PromptedCausalLM, row: list[int], readable: int) -> torch.Tensor:
+    """`(L, V)` of one row, of which the router reads the beginning."""
+    ids = torch.tensor([row], device=model.device)
+    mask = torch.arange(len(row), device=model.device)[None] < readable
+    return model(input_ids=ids, input_mask=mask).logits[0]
 
 
 def likelihood(logits: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
     scores = logits[-len(continuation) - 1 : -1].log_softmax(-1)
-    wanted = torch.tensor(continuation)
+    wanted = torch.tensor(continuation, device=logits.device)
     return scores.gather(1, wanted[:, None]).sum().item(), scores.argmax(1).tolist() == continuation
 
 
@@ -150,13 +155,12 @@ def test_one_text_split_at_two_places_shares_no_logits(tokenizer: PreTrainedToke
     whole = next(
         row
         for row in (tokens(8, seed).tolist() for seed in range(99))
-        if lm.model.route(torch.tensor([row[:2]])).gate.argmax()
-        != lm.model.route(torch.tensor([row[:7]])).gate.argmax()
+        if len({int(lm.model.route(torch.tensor([row[:n]], device=lm.device)).gate.argmax()) for n in (2, 7)}) == 2
     )
     cases = [(whole[:2], whole[2:]), (whole[:7], whole[7:])]
     with torch.no_grad():
         assert_same(score(lm, cases), [alone(lm.model, *pair) for pair in cases])
-        early = lm.model(torch.tensor([whole]), input_mask=torch.tensor([[1] * 2 + [0] * 6])).logits[0]
+        early = logits_of(lm.model, whole, 2)
     assert abs(likelihood(early, whole[7:])[0] - score(lm, cases)[1][0]) > 0.1
 
 
@@ -174,8 +178,7 @@ def test_a_context_too_long_loses_its_beginning_and_the_router_reads_the_rest(
     with torch.no_grad():
         for row, continuation, value in zip(kept, continuations, given, strict=True):
             last = continuation[-1]  # it is not an input, and would be one position too many
-            mask = torch.tensor([[1] * len(row) + [0] * (len(continuation) - 1)])
-            logits = lm.model(torch.tensor([row + continuation[:-1]]), input_mask=mask).logits[0]
+            logits = logits_of(lm.model, row + continuation[:-1], len(row))
             assert_same([value], [likelihood(torch.cat([logits, logits[:1]]), [*continuation[:-1], last])])
     with pytest.raises(PtmoeError, match=f"continuation of {room + 1} tokens exceeds the {room} that fit beside 6"):
         score(lm, [(context, tokens(room + 1).tolist())])
@@ -187,7 +190,7 @@ def test_an_empty_context_is_the_prefix_token(tokenizer: PreTrainedTokenizerBase
     with torch.no_grad():
         assert_same(given, [alone(lm.model, [7], tokenizer(" key cup")["input_ids"])])
     generated = lm.generate_until(instances("generate_until", [("", {"max_gen_toks": 4})]), disable_tqdm=True)
-    after = lm.model.generate(torch.tensor([[7]]), max_new_tokens=4, do_sample=False)[0, 1:]
+    after = lm.model.generate(torch.tensor([[7]], device=lm.device), max_new_tokens=4, do_sample=False)[0, 1:]
     assert generated == [tokenizer.decode(after, skip_special_tokens=True)]
 
 
@@ -250,7 +253,7 @@ def test_generation_is_what_each_prompt_gets_alone_up_to_the_stop(
     prompts = ["harbor: 12 and 30 =>", "key", "station: key cup pen =>", "Ann has key, Bob has cup", "7 and 24"]
     texts = []
     for prompt in prompts:
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=lm.device)
         generated = lm.model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
         texts.append(tokenizer.decode(generated, skip_special_tokens=True))
     stop = next(sign for sign in texts[0][2:] if sign.strip() and sign != "\N{REPLACEMENT CHARACTER}")
@@ -300,7 +303,9 @@ def test_a_task_of_a_local_file_scores_as_by_hand(tmp_path: Path, tokenizer: Pre
     for number, example in enumerate(load_task("nano/mixed", split="test")[:12]):
         choices = ["7", "the key", "30 and 12"]
         ids = tokenizer(example.input)["input_ids"]
-        generated = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+        generated = model.generate(torch.tensor([ids], device=model.device), max_new_tokens=8, do_sample=False)[
+            0, len(ids) :
+        ]
         text = tokenizer.decode(generated, skip_special_tokens=True).split("\n")[0]
         target = text if number % 3 else "another"
         with torch.no_grad():

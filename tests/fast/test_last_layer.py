@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from ptmoe import METHODS, attach
 from ptmoe.fast.last_layer import last_layer_obstacle
 from ptmoe.models.causal import PromptedCausalLM
-from testing.bases import CONFIGS, HIDDEN, prompted, tiny, tiny_llama
+from testing.bases import CONFIGS, DEVICE, HIDDEN, prompted, tiny, tiny_llama
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
 
 NARROW = {"llama", "qwen2", "mistral", "gemma"}
@@ -33,7 +33,8 @@ def test_methods_that_change_the_last_layer(method: str) -> None:
     model = attach(tiny_llama(), METHODS[method]()).train()
     with torch.no_grad():
         for parameter in model.encoder.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.add_(0.1 * drawn.to(DEVICE))
     inputs = labelled(ROWS, [0] * 5)
     narrow = loss_and_gradients(model, inputs, None)
     assert model.fast_paths()["last_layer"] is None
@@ -64,6 +65,7 @@ def test_a_layer_put_together_in_another_way_is_found_out() -> None:
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
+    base.to(DEVICE)
     assert last_layer_obstacle(base) is not None
     inputs = labelled(ROWS, [0] * 5)
     model = prompted(base, CONFIGS["PT"]).train()

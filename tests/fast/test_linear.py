@@ -9,11 +9,14 @@ from ptmoe import METHODS, attach
 from ptmoe.fast import linear
 from ptmoe.fast.linear import use_onednn
 from ptmoe.models.decoding import Decoder
-from testing.bases import CONFIGS, prompted, tiny, tiny_llama
+from testing.bases import CONFIGS, DEVICE, prompted, tiny, tiny_llama
 from testing.decoding import decoded, generated
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"),
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="oneDNN computes on the CPU alone"),
+]
 
 
 @pytest.fixture(autouse=True)

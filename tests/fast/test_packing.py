@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import ptmoe.fast.loss
 from ptmoe import METHODS, PtmoeError, attach
 from ptmoe.fast.packing import SHORT, SIMILAR, groups_of, packing_obstacle
-from testing.bases import CONFIGS, HIDDEN, VOCABULARY, prompted, tiny, tiny_llama
+from testing.bases import CONFIGS, DEVICE, HIDDEN, VOCABULARY, prompted, tiny, tiny_llama
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
 
 
@@ -97,9 +97,14 @@ def test_the_base_is_left_as_it_was() -> None:
     before = base.config._attn_implementation
     model(**labelled(ROWS, [0] * 5)).loss.backward()
     assert base.config._attn_implementation == before
-    base.config.pad_token_id = None
-    with pytest.raises(IndexError):
-        model(**(labelled(ROWS, [0] * 5) | {"input_ids": torch.full((5, 24), VOCABULARY)}))
+
+    def broken(*_: object) -> None:
+        assert base.config._attn_implementation != before
+        raise IndexError("in the last layer")
+
+    base.model.layers[-1].register_forward_pre_hook(broken)
+    with pytest.raises(IndexError, match="in the last layer"):
+        model(**labelled(ROWS, [0] * 5))
     assert base.config._attn_implementation == before
 
 
@@ -107,7 +112,8 @@ def bloom() -> PreTrainedModel:
     from transformers import BloomConfig, BloomForCausalLM
 
     torch.manual_seed(0)
-    return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=2, n_head=4)).eval()
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=2, n_head=4)
+    return BloomForCausalLM(config).to(DEVICE).eval()
 
 
 def test_a_base_that_cannot_is_computed_with_its_padding_and_that_is_said_once() -> None:

@@ -20,7 +20,7 @@ from ptmoe.methods import METHODS, DPTConfig, MethodConfig, PromptConfig, PTConf
 from ptmoe.methods.routing import SPREAD, Router, gate
 from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.train.options import method_config
-from testing.bases import CONFIGS, HIDDEN, SELECTIVE_PROBATIONARY, prompted, tiny_llama, tokens
+from testing.bases import CONFIGS, DEVICE, HIDDEN, SELECTIVE_PROBATIONARY, array, prompted, tiny_llama, tokens
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ SIZES = {"num_virtual_tokens": 10, "rank": 4, "num_experts": 3}
 def embedded(base, text, length):
     """The embeddings `(length, H)` of a text, repeated or cut, as the base reads them."""
     ids = Words()(text, add_special_tokens=False)["input_ids"]
-    return base.get_input_embeddings()(torch.tensor((ids * length)[:length])).detach().double().numpy()
+    return array(base.get_input_embeddings()(torch.tensor((ids * length)[:length], device=DEVICE)))
 
 
 def best_error(matrix, rank):
@@ -215,7 +215,7 @@ def best_error(matrix, rank):
 
 
 def products(encoder):
-    return (encoder.A @ encoder.B).detach().double().numpy()
+    return array(encoder.A @ encoder.B)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -249,7 +249,7 @@ def test_the_factors_share_the_singular_values_evenly(base):
     config = PTMoEConfig(**SIZES, init="text", init_text=TEXTS[2], recipe="paper")
     encoder = attach(base, config, tokenizer=Words()).encoder
     values = np.linalg.svd(embedded(base, TEXTS[2], 10), compute_uv=False)[:4]
-    expected = torch.diag(torch.from_numpy(values)).float()
+    expected = torch.diag(torch.from_numpy(values)).to(encoder.A)
     assert_close(encoder.A[0].T @ encoder.A[0], expected, atol=1e-4, rtol=1e-4)
     assert_close(encoder.B @ encoder.B.T, expected, atol=1e-4, rtol=1e-4)
 
@@ -258,17 +258,17 @@ def test_the_factors_share_the_singular_values_evenly(base):
 def test_pt_starts_as_its_text_repeated_or_cut(base, text):
     config = PTConfig(num_virtual_tokens=10, init="text", init_text=text)
     prompt = attach(base, config, tokenizer=Words()).encoder.prompt
-    assert_close(prompt.double(), torch.from_numpy(embedded(base, text, 10)))
+    assert_close(array(prompt), embedded(base, text, 10))
 
 
 def test_a_prompt_from_the_vocabulary_is_made_of_what_the_base_reads(base):
     prompt = attach(base, PTConfig(num_virtual_tokens=10)).encoder.prompt
-    vocabulary = base.get_input_embeddings()(torch.arange(base.config.vocab_size))
+    vocabulary = base.get_input_embeddings()(torch.arange(base.config.vocab_size, device=DEVICE))
     assert (prompt[:, None] == vocabulary).all(-1).any(1).all()
 
 
 def test_a_random_start_has_the_scale_of_the_embeddings(base):
-    scale = base.get_input_embeddings()(torch.arange(base.config.vocab_size)).std()
+    scale = base.get_input_embeddings()(torch.arange(base.config.vocab_size, device=DEVICE)).std()
     for config in (PTConfig(init="random"), PTMoEConfig(init="random", rank=30), DPTConfig(init="random", rank=30)):
         encoder = attach(base, config).encoder
         prompt = encoder.prompt if config.method == "pt" else encoder.A @ encoder.B
@@ -331,7 +331,7 @@ def test_the_four_gates_are_those_of_the_paper(logits):
 @pytest.mark.parametrize("name", ["PT-MoE selective probationary", "SMoP"])
 def test_noise_moves_the_routing_in_training_only(name):
     model = prompted(tiny_llama(), CONFIGS[name])
-    inputs = {"input_ids": tokens(8)[None], "input_mask": torch.ones(1, 8, dtype=torch.long)}
+    inputs = {"input_ids": tokens(8)[None], "input_mask": torch.ones(1, 8, dtype=torch.long, device=DEVICE)}
 
     def twice():
         return [model(**inputs).routing.probabilities for _ in range(2)]

@@ -17,7 +17,7 @@ from ptmoe.adapters.peft import to_peft
 from ptmoe.methods import METHODS, PTConfig
 from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.train import PromptTrainer
-from testing.bases import PAD, POSITIONS, batch, pad, tiny, tiny_llama, tokens
+from testing.bases import DEVICE, PAD, POSITIONS, batch, pad, tiny, tiny_llama, tokens
 from testing.losses import answers
 
 ARCHITECTURES = ["llama", "gpt2", "opt", "phi", "gpt_neox"]
@@ -137,7 +137,7 @@ def test_a_seed_decides_the_start_and_leaves_the_global_state_alone(method):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_trains_stays_float32_on_a_bfloat16_base(method, autocast):
     model = attached(method, tiny_llama().to(torch.bfloat16)).train()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
         loss = model(**TRAINING).loss
     loss.backward()
     assert loss.isfinite()
@@ -219,7 +219,11 @@ def test_lora_in_plain_peft_is_the_same_to_the_bit(architecture, tmp_path):
     model.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(tiny(architecture), tmp_path).eval()
     ids = torch.stack([tokens(8, 1), tokens(8, 2)])
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(8)[None]}
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(8, device=DEVICE)[None],
+    }
     assert torch.equal(theirs(**given).logits, model(ids).logits)
 
 
@@ -338,7 +342,7 @@ def collate(rows):
 def data():
     rows = []
     for i in range(8):
-        ids = tokens(5 + i % 4, i)
+        ids = tokens(5 + i % 4, i).cpu()
         labels = torch.where(torch.arange(len(ids)) > 2, ids, -100)
         rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return rows
@@ -352,7 +356,7 @@ def fitted(method, folder, resume=None, size=2, accumulate=1, **arguments):
             output_dir=str(folder),
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulate,
-            use_cpu=True,
+            use_cpu=DEVICE.type == "cpu",
             report_to=[],
             disable_tqdm=True,
             **options,
@@ -420,8 +424,8 @@ def test_a_start_that_needs_data_takes_it_from_the_training_data(method, tmp_pat
         ptmoe.train.TrainOptions(**options, method={"name": method}, eval_examples=4, output_dir=str(tmp_path / "run")),
         say=lambda _: None,
     )
-    again = load_adapter(ptmoe.models.bases.load_base("nano")[0], run.folder).eval()
-    ids = tokens(8)[None]
+    again = load_adapter(ptmoe.models.bases.load_base("nano", device=run.model.device)[0], run.folder).eval()
+    ids = tokens(8)[None].to(run.model.device)
     assert_close(again(ids).logits, run.model(ids).logits, atol=1e-4, rtol=0)
     assert run.result.trainable_parameters == count_parameters(run.model.config, METHODS["lora"]())
     settings = json.loads((run.folder / "eval" / "nano__mixed.json").read_text())["settings"]
@@ -446,7 +450,7 @@ def test_lora_trains_on_the_loss_that_peft_and_transformers_have(architecture):
     ours.encoder.load_tensors(drawn)
     peft.set_peft_model_state_dict(theirs, drawn)
     ids = torch.stack([tokens(8, 1), tokens(8, 2)])
-    labels = torch.where(torch.arange(8) > 3, ids, -100)
+    labels = torch.where(torch.arange(8, device=DEVICE) > 3, ids, -100)
     losses = [model(input_ids=ids, labels=labels).loss for model in (ours, theirs)]
     for loss in losses:
         loss.backward()
@@ -508,13 +512,13 @@ def test_hydralora_mixes_its_b_by_a_softmax_over_each_token(architecture):
 
 def test_hydralora_routes_each_token_by_itself():
     part = next(iter(drawn_hydralora().encoder.parts.values()))
-    x = torch.randn(2, 5, part.A.shape[1], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 5, part.A.shape[1], generator=torch.Generator().manual_seed(0)).to(DEVICE)
     weights = part.route(x)
-    assert_close(weights.sum(-1), torch.ones(2, 5))
+    assert_close(weights.sum(-1), torch.ones(2, 5, device=DEVICE))
     assert len({tuple(row) for row in weights.flatten(0, 1).tolist()}) == 10
     changed = x.clone()
     changed[0, 2] += 1
-    same = torch.ones(2, 5, dtype=torch.bool)
+    same = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
     same[0, 2] = False
     assert torch.equal(part.route(changed)[same], weights[same])
     assert not torch.equal(part.route(changed)[0, 2], weights[0, 2])
@@ -683,7 +687,9 @@ def by_hand(model, ids):
             )
             cache.update(keys, values, index)
         return base(
-            inputs_embeds=embeds[None], past_key_values=cache, position_ids=4 + torch.arange(len(ids))[None]
+            inputs_embeds=embeds[None],
+            past_key_values=cache,
+            position_ids=4 + torch.arange(len(ids), device=DEVICE)[None],
         ).logits[0]
     if model.method_config.method == "p-tuning":
         network = encoder.network
@@ -692,7 +698,7 @@ def by_hand(model, ids):
         own = encoder.prompts
         prompt = own.embedding.weight * (own.prefix_task_cols[0] @ own.prefix_task_rows[0])
     spliced = torch.cat([prompt, embeds])[None]
-    return base(inputs_embeds=spliced, position_ids=torch.arange(spliced.shape[1])[None]).logits[0, 4:]
+    return base(inputs_embeds=spliced, position_ids=torch.arange(spliced.shape[1], device=DEVICE)[None]).logits[0, 4:]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -15,12 +15,15 @@ from ptmoe.models.attach import attach
 from ptmoe.models.causal import PromptedCausalLM
 from testing.bases import (
     CONFIGS,
+    DEVICE,
     HIDDEN,
     PAD,
     POSITIONS,
     PT_MOE,
     SELECTIVE_PROBATIONARY,
+    array,
     batch,
+    on_device,
     pad,
     prompted,
     tiny_llama,
@@ -70,8 +73,8 @@ def own_gate(probabilities, config):
 def own_prompt(model, embeds):
     """The prompt `(T, H)` of one input's embeddings `(n, H)`, in float64 and straight from the papers' formulas."""
     config = model.method_config
-    tensor = {key: value.detach().double().numpy() for key, value in model.encoder.state_dict().items()}
-    x = embeds.detach().double().numpy()
+    tensor = {key: array(value) for key, value in model.encoder.state_dict().items()}
+    x = array(embeds)
     if config.method == "pt":
         return tensor["prompt"]
     if config.method == "dpt":
@@ -93,9 +96,9 @@ def own_prompt(model, embeds):
 def own_logits(model, ids, readable=None):
     """`(T + n, V)` of one unpadded row `ids (n,)` whose router reads the first `readable` tokens, by hand."""
     embeds = model.base_model.get_input_embeddings()(ids)
-    prompt = torch.from_numpy(own_prompt(model, embeds[:readable])).to(embeds.dtype)
+    prompt = torch.from_numpy(own_prompt(model, embeds[:readable])).to(embeds)
     spliced = torch.cat([prompt, embeds])[None]
-    positions = torch.arange(spliced.shape[1])[None]
+    positions = torch.arange(spliced.shape[1], device=DEVICE)[None]
     return model.base_model(inputs_embeds=spliced, position_ids=positions).logits[0]
 
 
@@ -263,7 +266,7 @@ def test_micro_batches_add_up_to_the_loss_and_gradients_of_the_batch(base):
 
 def test_a_batch_without_supervised_tokens_has_loss_zero():
     model = prompted(tiny_llama(), CONFIGS["PT"]).train()
-    loss = model(tokens(4)[None], labels=torch.full((1, 4), -100)).loss
+    loss = model(tokens(4)[None], labels=torch.full((1, 4), -100, device=DEVICE)).loss
     loss.backward()
     assert loss == 0
     assert not model.encoder.prompt.grad.any()
@@ -336,7 +339,7 @@ def test_selective_without_probationary_trains_the_router_straight_through():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_adapter_and_its_routing_stay_float32_on_a_bfloat16_base(base, autocast):
     model = prompted(base.to(torch.bfloat16), CONFIGS["PT-MoE selective probationary"]).train()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
         out = model(**MIXED)
         logits = model.eval()(MIXED["input_ids"], MIXED["attention_mask"]).logits
     out.loss.backward()
@@ -350,7 +353,7 @@ def test_the_adapter_and_its_routing_stay_float32_on_a_bfloat16_base(base, autoc
 def test_autocast_leaves_the_routing_of_a_float32_base_alone(base):
     model = prompted(base, CONFIGS["PT-MoE selective probationary"])
     plain = model(**MIXED).routing
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         mixed = model(**MIXED).routing
     assert torch.equal(plain.gate, mixed.gate)
 
@@ -490,9 +493,9 @@ def test_a_wrong_adapter_name_is_answered_with_the_nearest():
 def test_shapes_that_do_not_agree_are_named(argument, shape):
     model = prompted(tiny_llama(), CONFIGS["PT-MoE selective probationary"])
     ids = torch.stack([tokens(6, 1), tokens(6, 2)])
-    inputs = {"input_ids": ids, "labels": torch.where(torch.arange(6) > 3, ids, -100)}
+    inputs = {"input_ids": ids, "labels": torch.where(torch.arange(6, device=DEVICE) > 3, ids, -100)}
     with pytest.raises(PtmoeError, match=rf"{argument} has shape \({', ?'.join(map(str, shape))},?\)"):
-        model(**(inputs | {argument: torch.ones(shape, dtype=torch.long)}))
+        model(**(inputs | {argument: torch.ones(shape, dtype=torch.long, device=DEVICE)}))
 
 
 def test_input_ids_without_a_batch_are_refused():
@@ -527,11 +530,11 @@ def test_what_the_splice_decides_cannot_be_passed(name):
 def test_a_routed_row_without_input_tokens_is_an_error(config):
     model = prompted(tiny_llama(), CONFIGS[config])
     ids = torch.stack([tokens(6, 1), tokens(6, 2)])
-    labels = torch.where(torch.tensor([[True], [False]]), -100, ids)
+    labels = torch.where(torch.tensor([[True], [False]], device=DEVICE), -100, ids)
     with pytest.raises(ValueError, match="no input token"):
         model(ids, labels=labels)
     with pytest.raises(ValueError, match="no input token"):
-        model(ids, torch.tensor([[1] * 6, [0] * 6]))
+        model(ids, torch.tensor([[1] * 6, [0] * 6], device=DEVICE))
 
 
 def test_training_without_labels_needs_to_know_what_the_router_may_read():
@@ -539,7 +542,7 @@ def test_training_without_labels_needs_to_know_what_the_router_may_read():
     ids = tokens(5)[None]
     with pytest.raises(PtmoeError, match="neither labels nor input_mask"):
         model(ids)
-    assert model(ids, input_mask=torch.tensor([[1, 1, 1, 0, 0]])).logits.requires_grad
+    assert model(ids, input_mask=torch.tensor([[1, 1, 1, 0, 0]], device=DEVICE)).logits.requires_grad
 
 
 def test_a_model_without_a_decoders_embeddings_is_refused():
@@ -557,7 +560,7 @@ def test_it_has_what_a_transformers_model_has(base, capsys):
     model = prompted(base, CONFIGS["PT"])
     assert model.config is base.config
     assert model.dtype == torch.float32
-    assert model.device == torch.device("cpu")
+    assert model.device == base.device
     model.print_trainable_parameters()
     trainable, total = 5 * HIDDEN, 5 * HIDDEN + sum(parameter.numel() for parameter in base.parameters())
     assert f"trainable params: {trainable:,} || all params: {total:,}" in capsys.readouterr().out
@@ -599,7 +602,7 @@ def dataset():
     examples = []
     for i in range(16):
         one = supervised([tokens(2 + i % 5, i)], [tokens(1 + i % 4, 50 + i)], [0])
-        examples.append({key: value[0] for key, value in one.items()})
+        examples.append({key: value[0].cpu() for key, value in one.items()})
     return examples
 
 
@@ -609,7 +612,7 @@ def trained(folder, *, size=4, accumulate=1, resume=None, noise=0.0, **arguments
         output_dir=str(folder),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulate,
-        use_cpu=True,
+        use_cpu=DEVICE.type == "cpu",
         report_to=[],
         disable_tqdm=True,
         logging_steps=1,
@@ -652,5 +655,5 @@ def test_trainers_checkpoints_hold_no_base_weights_and_resume_where_they_stopped
 
 def test_trainer_evaluates_with_the_loss_of_the_model(tmp_path):
     trainer = trained(tmp_path)
-    expected = trainer.model.eval()(**collate(dataset()[:4])).loss.item()
+    expected = trainer.model.eval()(**on_device(collate(dataset()[:4]))).loss.item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)

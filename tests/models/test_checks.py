@@ -16,7 +16,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.models import checks
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.decoding import Decoder
-from testing.bases import CONFIGS, PT_MOE, batch, prompted, tiny, tiny_llama, tokens
+from testing.bases import CONFIGS, DEVICE, PT_MOE, batch, prompted, tiny, tiny_llama, tokens
 
 spec = importlib.util.spec_from_file_location(
     "tabulate_bases", Path(__file__).parents[2] / "docs" / "tabulate_bases.py"
@@ -26,7 +26,7 @@ spec.loader.exec_module(tabulate_bases)
 
 
 def tiny_of(kind):
-    base = tabulate_bases.tiny_model(kind)
+    base = tabulate_bases.tiny_model(kind).to(DEVICE)
     base.generation_config.forced_eos_token_id = None  # of BART: the last token, whatever the logits
     base.generation_config.eos_token_id = None
     return base
@@ -118,7 +118,7 @@ def test_a_row_behind_a_prompt_is_the_same_in_any_batch_in_training_and_in_gener
             losses.append(model(row[None], labels=one[None]).loss)
             new = made[index, ids.shape[1] :]
             whole = torch.cat([row, new])[None]
-            readable = torch.arange(whole.shape[1])[None] < len(row)
+            readable = torch.arange(whole.shape[1], device=DEVICE)[None] < len(row)
             logits = model(whole, input_mask=readable).logits[0, len(row) - 1 : -1]
             chosen = logits.gather(1, new[:, None])[:, 0]
             logits[:, 2] = -torch.inf  # the end token, which min_new_tokens leaves out
@@ -148,9 +148,9 @@ def test_positions_that_start_later_leave_fewer():
     base = tiny_of("roberta")
     model = ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
     usable = base.config.max_position_embeddings - 2
-    model(torch.full((1, usable - 4), 7))
+    model(torch.full((1, usable - 4), 7, device=DEVICE))
     with pytest.raises(PtmoeError, match=f"exceeds the base's {usable} positions"):
-        model(torch.full((1, usable - 3), 7))
+        model(torch.full((1, usable - 3), 7, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -268,12 +268,12 @@ def test_a_difference_that_nothing_carries_is_named_with_its_size(monkeypatch):
 
 def test_an_offloaded_embedding_is_refused_and_other_offloaded_layers_are_said_not_to_be_tried():
     base = tiny_llama()
-    cpu_offload(base, execution_device=torch.device("cpu"))
+    cpu_offload(base, execution_device=base.device)
     with pytest.raises(PtmoeError, match="the input embedding of this LlamaForCausalLM is offloaded"):
         ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
     base, ids = tiny_llama(), tokens(6)[None]
     expected = prompted(tiny_llama(), CONFIGS["PT"])(ids).logits
-    cpu_offload(base.model.layers, execution_device=torch.device("cpu"))
+    cpu_offload(base.model.layers, execution_device=base.device)
     with pytest.warns(UserWarning, match="parts of this LlamaForCausalLM are offloaded"):
         model = prompted(base, CONFIGS["PT"])
     assert torch.equal(model(ids).logits, expected)

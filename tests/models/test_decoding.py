@@ -17,7 +17,7 @@ from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
 from ptmoe.models.decoding import Decoder
 from ptmoe.tasks import load_task
-from testing.bases import ARCHITECTURES, COMMON, CONFIGS, prompted, tiny, tokens
+from testing.bases import ARCHITECTURES, COMMON, CONFIGS, DEVICE, prompted, tiny, tokens
 from testing.decoding import NEW, ROWS, decoded, experts_of, generated
 
 PROMPTS = {
@@ -120,7 +120,7 @@ def test_prompts_that_differ_from_input_to_input_are_not_fixed():
 def test_in_half_precision_a_batch_gets_the_tokens_that_generate_gives_it(base):
     model = prompted(base.to(torch.bfloat16), ROUTED).eval()
     rows = [tokens(9, seed).tolist() for seed in range(4)]
-    expected = model.generate(torch.tensor(rows), max_new_tokens=NEW)[:, 9:].tolist()
+    expected = model.generate(torch.tensor(rows, device=DEVICE), max_new_tokens=NEW)[:, 9:].tolist()
     assert decoded(Decoder(model), rows) == expected
 
 
@@ -175,7 +175,7 @@ def lfm2():
     """Convolutions, whose state is no keys and values, between attention."""
     sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(transformers.Lfm2Config(**(COMMON | sizes))).eval()
+    return transformers.AutoModelForCausalLM.from_config(transformers.Lfm2Config(**(COMMON | sizes))).to(DEVICE).eval()
 
 
 def suppressing():
@@ -188,7 +188,7 @@ def preparing():
     """Phi 3 prepares its inputs itself."""
     sizes = {"intermediate_size": 64, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**(COMMON | sizes))).eval()
+    return transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**(COMMON | sizes))).to(DEVICE).eval()
 
 
 @pytest.mark.parametrize("make", [lfm2, suppressing, preparing])

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from ptmoe.errors import PtmoeError
-from testing.bases import CONFIGS, HIDDEN, POSITIONS, VOCABULARY, batch, prompted, tiny_llama, tokens
+from testing.bases import CONFIGS, DEVICE, HIDDEN, POSITIONS, VOCABULARY, batch, prompted, tiny_llama, tokens
 
 all_methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 ROUTED = CONFIGS["PT-MoE selective probationary"]
@@ -22,11 +22,11 @@ def spliced_by_hand(model, rows):
     parts = []
     for row in rows:
         embeds = embed(row)[None]
-        prompt = model.encoder(embeds, torch.ones(1, len(row), dtype=torch.bool)).embeds
+        prompt = model.encoder(embeds, torch.ones(1, len(row), dtype=torch.bool, device=DEVICE)).embeds
         parts.append(torch.cat([prompt, embeds], 1)[0])
     width = max(map(len, parts))
-    embeds = torch.stack([torch.cat([torch.zeros(width - len(part), HIDDEN), part]) for part in parts])
-    mask = torch.stack([torch.arange(width) >= width - len(part) for part in parts]).long()
+    embeds = torch.stack([torch.cat([part.new_zeros(width - len(part), HIDDEN), part]) for part in parts])
+    mask = torch.stack([torch.arange(width, device=DEVICE) >= width - len(part) for part in parts]).long()
     return {"inputs_embeds": embeds.detach(), "attention_mask": mask}
 
 
@@ -132,7 +132,7 @@ class After(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **options):
         self.shown.append(input_ids.clone())
-        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=DEVICE)
 
 
 def test_stopping_criteria_see_the_input_and_the_new_tokens():
@@ -196,7 +196,7 @@ def test_min_length_counts_the_input_and_new_tokens_but_not_virtual_ones(where):
         model.generation_config.min_length, options = 14, ending
     held = model.generate(ROWS[0][None], **options)
     assert held.shape[1] >= 14
-    assert not torch.isin(held[0, 6:13], torch.tensor(likely)).any()
+    assert set(held[0, 6:13].tolist()).isdisjoint(likely)
 
 
 def test_what_the_caller_asks_for_goes_before_the_bases_config():
@@ -243,7 +243,7 @@ def test_routing_is_decided_once_and_held(base):
 def test_input_mask_decides_the_prompt_of_a_generation():
     model = prompted(tiny_llama(), ROUTED)
     ids = tokens(8, 1)[None]
-    readable = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
+    readable = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]], device=DEVICE)
     calls = []
     model.encoder.register_forward_hook(lambda module, arguments, prompt: calls.append(prompt.routing.gate))
     model.generate(ids, input_mask=readable, max_new_tokens=2)
@@ -258,7 +258,7 @@ def test_each_row_generates_with_the_adapter_it_names(base):
     new = model.generate(ids, mask, adapter_names=names, max_new_tokens=4)[:, ids.shape[1] :]
     for i, (row, name) in enumerate(zip(ROWS, names, strict=True)):
         if name == "__base__":
-            alone = base.generate(row[None], attention_mask=torch.ones(1, len(row)), max_new_tokens=4)
+            alone = base.generate(row[None], attention_mask=torch.ones_like(row)[None], max_new_tokens=4)
         else:
             model.set_adapter(name)
             alone = model.generate(row[None], max_new_tokens=4)

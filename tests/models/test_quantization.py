@@ -38,7 +38,7 @@ UNFIT = [(method, quantization) for method in METHODS for quantization in METHOD
 FITS = [(method, one) for method in METHODS for one in QUANTIZATIONS if (method, one) not in UNFIT]
 either = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 
-TRAINING = answers()
+TRAINING = {name: value.cpu() for name, value in answers().items()}  # where `load_base` puts a base
 
 
 @pytest.fixture

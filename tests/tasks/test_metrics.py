@@ -17,7 +17,7 @@ from ptmoe.tasks.expressions import is_expression, last_boxed
 from ptmoe.tasks.metrics import GRADERS, correct, exact_match, extract_answer, f1, normalize_answer, verbatim
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs the data sets' own files")
+needs_data = pytest.mark.skipif(not (DATA / "gsm8k").exists(), reason="needs the data sets' own files")
 
 
 def accuracy(prediction, *references):

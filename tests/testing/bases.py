@@ -6,6 +6,7 @@ They are on `PTMOE_TEST_DEVICE`, by default the CPU; their numbers are the same 
 import os
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -96,6 +97,16 @@ def tokens(length: int, seed: int = 0) -> Tensor:
     """`(length,)` token ids, none of them special."""
     generator = torch.Generator().manual_seed(1000 * seed + length)
     return torch.randint(3, VOCABULARY, (length,), generator=generator).to(DEVICE)
+
+
+def on_device(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a collator has made, where the bases are."""
+    return {name: value.to(DEVICE) for name, value in inputs.items()}
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """In float64."""
+    return tensor.detach().double().cpu().numpy()
 
 
 def pad(row: Tensor, left: int, right: int, value: int = PAD) -> Tensor:

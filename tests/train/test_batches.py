@@ -18,7 +18,7 @@ from ptmoe.train.batches import TokenBatches
 from ptmoe.train.data import collate
 from ptmoe.train.recipe import Trained
 from ptmoe.train.trainer import PromptTrainer
-from testing.bases import CONFIGS, prompted, tiny_llama, tokens
+from testing.bases import CONFIGS, on_device, prompted, tiny_llama, tokens
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 
@@ -80,7 +80,7 @@ def test_a_budget_below_the_longest_example_names_it() -> None:
 def rows(lengths: list[int]) -> list[dict[str, np.ndarray]]:
     examples = []
     for seed, length in enumerate(lengths):
-        ids = tokens(length, seed).numpy().astype(np.int32)
+        ids = tokens(length, seed).cpu().numpy().astype(np.int32)
         labels = ids.copy()
         labels[: length - 2] = IGNORED
         examples.append({"input_ids": ids, "labels": labels})
@@ -201,7 +201,7 @@ def test_out_of_memory_halves_what_is_computed_at_once_and_changes_nothing_else(
 
 def loss_of_all() -> float:
     model = prompted(tiny_llama(), CONFIGS["PT"])
-    return float(model(**collate(rows([5, 9, 14, 7, 20, 11, 6]))).loss)
+    return float(model(**on_device(collate(rows([5, 9, 14, 7, 20, 11, 6])))).loss)
 
 
 @pytest.mark.slow

@@ -138,6 +138,10 @@ def test_a_disk_that_fills_in_a_save_leaves_the_earlier_checkpoints_and_the_run_
 
 # -- kills -------------------------------------------------------------------------------------------------------------
 
+forks = pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="a forked process cannot use the accelerator that its parent has used"
+)
+
 
 def in_child(work):
     """The exit status of a forked process; of a killed one, minus the signal."""
@@ -190,6 +194,7 @@ QUICK = (1, 9, 27, 54)  # writes
 SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in range(3, 70, 2) if n not in QUICK]
 
 
+@forks
 @pytest.mark.parametrize("event", [*QUICK, *SLOW])
 def test_a_run_killed_at_any_write_ends_the_same_by_the_same_command(undisturbed, tmp_path, event):
     run = tmp_path / "run"
@@ -198,6 +203,7 @@ def test_a_run_killed_at_any_write_ends_the_same_by_the_same_command(undisturbed
     survives(run, undisturbed)
 
 
+@forks
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [number / 30 for number in range(30)])
 def test_a_run_killed_at_any_moment_ends_the_same_by_the_same_command(undisturbed, tmp_path, moment):

@@ -41,7 +41,7 @@ def train(folder: Path, method: str, *, by_tokens: bool, stop: int | None = None
     """Two epochs, or `stop` steps of them; gives the lengths of the rows in each batch that this process computed."""
     rows = []
     for seed, length in enumerate(LENGTHS):
-        ids = tokens(length, seed).numpy().astype(np.int32)
+        ids = tokens(length, seed).cpu().numpy().astype(np.int32)
         labels = ids.copy()
         labels[: length - 1 - seed % 3] = IGNORED  # answers of one to three tokens
         rows.append({"input_ids": ids, "labels": labels})

@@ -11,7 +11,7 @@ import ptmoe
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.train.data import collate
-from testing.bases import tiny_llama, tokens
+from testing.bases import DEVICE, on_device, tiny_llama, tokens
 
 SIZES = {
     "pt": {"num_virtual_tokens": 4},
@@ -49,7 +49,12 @@ def trainer(folder, config, *, callbacks=True, **arguments):
     return Trainer(
         model=ptmoe.attach(tiny_llama(), config),
         args=TrainingArguments(
-            str(folder), use_cpu=True, disable_tqdm=True, report_to="none", remove_unused_columns=False, **options
+            str(folder),
+            use_cpu=DEVICE.type == "cpu",
+            disable_tqdm=True,
+            report_to="none",
+            remove_unused_columns=False,
+            **options,
         ),
         train_dataset=dataset(),
         data_collator=collate,
@@ -85,7 +90,7 @@ def test_an_adapter_saved_in_the_middle_of_training_is_the_published_form(method
     router = run.model.encoder.router
     if run.model.encoder.S is not None:
         torch.nn.init.normal_(run.model.encoder.S)
-    router.standardize(torch.randn(20, router.weight.shape[1]))
+    router.standardize(torch.randn(20, router.weight.shape[1], device=DEVICE))
     run.model.encoder.hardness = 0.5
     assert {"router.mean", "router.scale", "hardness", "confidence"} <= run.model.encoder.state_dict().keys()
     run.model.save_pretrained(tmp_path)
@@ -110,7 +115,7 @@ def test_a_checkpoint_without_the_statistics_is_refused(tmp_path):
 
 @pytest.mark.parametrize("method", SIZES)
 def test_label_smoothing_smooths_the_tokens_that_are_predicted(method, tmp_path):
-    batch = collate(dataset(6))
+    batch = on_device(collate(dataset(6)))
 
     def loss(smoothing):
         run = trainer(tmp_path, METHODS[method](**SIZES[method]), label_smoothing_factor=smoothing, callbacks=False)
@@ -134,7 +139,7 @@ CAST = {name: METHODS[name](**fields) for name, fields in SIZES.items() if name 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cast_of_the_whole_model_leaves_the_adapter_in_float32(config, dtype):
     model = ptmoe.attach(tiny_llama(), config)
-    batch = collate(dataset(4))
+    batch = on_device(collate(dataset(4)))
     model(**batch).loss.backward()  # gradients are cast with their parameters
     before = {name: parameter.clone() for name, parameter in model.encoder.named_parameters()}
     model = model.to(dtype) if dtype == torch.bfloat16 else model.half()
@@ -157,4 +162,4 @@ def test_a_cast_of_the_whole_model_leaves_the_adapter_in_float32(config, dtype):
 def test_full_fine_tuning_is_cast_with_its_base():
     model = ptmoe.attach(tiny_llama(), METHODS["ft"]()).to(torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model(**collate(dataset(4))).loss.isfinite()
+    assert model(**on_device(collate(dataset(4)))).loss.isfinite()

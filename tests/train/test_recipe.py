@@ -87,14 +87,15 @@ def test_the_loss_falls(tmp_path):
 
 @pytest.mark.slow
 def test_the_base_is_unchanged_to_the_bit(trained):
-    fresh = load_base("nano")[0].state_dict()
+    fresh = load_base("nano", device=trained.model.device)[0].state_dict()
     after = trained.model.base_model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in fresh.items())
 
 
 def test_the_saved_adapter_is_the_trained_one(trained):
-    again = ptmoe.load_adapter(load_base("nano")[0], trained.folder).eval()
-    ids = torch.tensor([encode_prompt(load_task("nano/mixed")[0], trained.tokenizer).ids])
+    device = trained.model.device
+    again = ptmoe.load_adapter(load_base("nano", device=device)[0], trained.folder).eval()
+    ids = torch.tensor([encode_prompt(load_task("nano/mixed")[0], trained.tokenizer).ids], device=device)
     assert torch.equal(again(ids).logits, trained.model(ids).logits)
 
 
@@ -400,8 +401,9 @@ def test_gsm8k_trains_with_a_falling_loss_saves_reloads_and_generates(tmp_path):
     )
     losses = [line["loss"] for line in logged(trained.folder)]
     assert losses[-1] < 0.9 * losses[0]
-    again = ptmoe.load_adapter(load_base("nano")[0], trained.folder).eval()
-    ids = trained.tokenizer("How many legs do three cats have? ", return_tensors="pt")["input_ids"]
+    device = trained.model.device
+    again = ptmoe.load_adapter(load_base("nano", device=device)[0], trained.folder).eval()
+    ids = trained.tokenizer("How many legs do three cats have? ", return_tensors="pt")["input_ids"].to(device)
     generated = again.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(generated[:, : ids.shape[1]], ids)
     assert torch.equal(generated, trained.model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))

@@ -9,7 +9,7 @@ from ptmoe.methods.pt_moe import PTMoE
 from ptmoe.train import routing
 from ptmoe.train.data import collate
 from ptmoe.train.routing import RoutingCallback, prompt_gradients, start_router
-from testing.bases import tiny_llama
+from testing.bases import DEVICE, on_device, tiny_llama
 
 HIDDEN, EXPERTS = 16, 4
 
@@ -113,10 +113,10 @@ def rows(count=24):
 
 def test_each_rows_gradient_is_the_one_it_has_alone():
     model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, num_experts=3))
-    together = prompt_gradients(model, collate(rows(5)))
-    alone = torch.cat([prompt_gradients(model, collate([row])) for row in rows(5)])
+    together = prompt_gradients(model, on_device(collate(rows(5))))
+    alone = torch.cat([prompt_gradients(model, on_device(collate([row]))) for row in rows(5)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(together.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(5, device=DEVICE))
 
 
 def arguments(folder, steps):
@@ -168,7 +168,7 @@ def test_any_routed_method_has_the_training_of_its_router(tmp_path):
     ]
     state = TrainerState(max_steps=1000)
     RoutingCallback().on_train_begin(run.args, state, TrainerControl(), run.model, run.get_train_dataloader())
-    routes = run.model.eval().route(torch.tensor(kinds)).gate.argmax(1)
+    routes = run.model.eval().route(torch.tensor(kinds, device=run.model.device)).gate.argmax(1)
     assert sorted([routes[0].item(), routes[1].item()]) == [0, 1]
     assert torch.equal(routes, routes[:2].repeat(16))
     run.train()
@@ -219,7 +219,7 @@ def test_an_expert_is_the_shared_factor_and_its_difference():
     model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, shared_factor=True))
     encoder = model.encoder
     torch.nn.init.normal_(encoder.S)
-    ids = torch.randint(1, 90, (3, 6), generator=torch.Generator().manual_seed(0))
+    ids = torch.stack([tokens(6, seed) for seed in range(3)])
     embeds, mask = model.adapters.embedding(ids), torch.ones_like(ids, dtype=torch.bool)
     prompt = encoder(embeds, mask)
     expected = torch.einsum("bn,ntr,rh->bth", prompt.routing.gate, encoder.A + encoder.S, encoder.B)
@@ -315,4 +315,4 @@ def test_training_without_the_callback_says_so_once():
     model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3)).train()
     assert isinstance(model.encoder, PTMoE)
     with pytest.warns(UserWarning, match=r"RoutingCallback"):
-        model(**collate(rows(2)))
+        model(**on_device(collate(rows(2))))

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import ptmoe
 from ptmoe.train.data import collate
-from testing.bases import tiny_llama
+from testing.bases import DEVICE, on_device, tiny_llama
 
 trl = pytest.importorskip("trl")
 
@@ -60,7 +60,7 @@ def arguments(folder, kind=trl.SFTConfig, **changes):
         "report_to": "none",
         "disable_tqdm": True,
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
     }
     return kind(str(folder), **(chosen | changes))
 
@@ -173,10 +173,10 @@ def test_the_plain_combination_is_refused_and_says_why(tokenizer, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:training without ptmoe.RoutingCallback")
 def test_a_routed_model_is_not_trained_with_neither_labels_nor_input_mask(tokenizer):
-    model, ids = prompted(), torch.tensor([[5, 6, 7, 8]])
+    model, ids = prompted(), torch.tensor([[5, 6, 7, 8]], device=DEVICE)
     model.eval()(ids)
     model.train()
-    model(ids, input_mask=torch.tensor([[1, 1, 0, 0]]))
+    model(ids, input_mask=torch.tensor([[1, 1, 0, 0]], device=DEVICE))
     with torch.no_grad():
         model(ids)
     with pytest.raises(ptmoe.PtmoeError, match="average the answers"):
@@ -250,7 +250,7 @@ def test_evaluation_gives_the_loss_the_accuracy_and_the_entropy(tokenizer, tmp_p
         trainer.compute_metrics = lambda predicted: {"width": predicted.predictions.shape[2]}
     found = trainer.evaluate()
 
-    batch = collate(rows(tokenizer))
+    batch = on_device(collate(rows(tokenizer)))
     out = model.eval()(**batch)
     supervised = batch["labels"][:, 1:] != -100
     scores, targets = out.logits[:, :-1][supervised], batch["labels"][:, 1:][supervised]
@@ -282,7 +282,7 @@ def test_a_checkpoint_holds_the_adapter_only_and_training_resumes_from_it(tokeni
     torch.testing.assert_close(trained(again), trained(model))
 
     saved = ptmoe.load_adapter(tiny_llama(vocab_size=300, max_position_embeddings=128), tmp_path / "checkpoint-6")
-    batch = collate(rows(tokenizer))
+    batch = on_device(collate(rows(tokenizer)))
     torch.testing.assert_close(saved.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
@@ -291,5 +291,5 @@ def test_a_trained_model_keeps_its_own_forward(tokenizer, tmp_path):
     trainer = bridge(model, tokenizer, tmp_path, max_steps=1)
     assert "forward" not in vars(model)
     trainer.train()
-    new = model.generate(**tokenizer(PROMPTS[:1], return_tensors="pt", return_token_type_ids=False), max_new_tokens=3)
-    assert new.shape[1] == len(tokenizer(PROMPTS[0])["input_ids"]) + 3
+    ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]], device=model.device)
+    assert model.generate(ids, max_new_tokens=3).shape[1] == ids.shape[1] + 3
