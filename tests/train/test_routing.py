@@ -9,7 +9,7 @@ from ptmoe.methods.pt_moe import PTMoE
 from ptmoe.train import routing
 from ptmoe.train.data import collate
 from ptmoe.train.routing import RoutingCallback, prompt_gradients, start_router
-from testing.bases import DEVICE, on_device, tiny_llama
+from testing.bases import DEVICE, on_device, tiny_llama, tokens
 
 HIDDEN, EXPERTS = 16, 4
 
