@@ -7,7 +7,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+sys.path.insert(0, str(ROOT))
+
 from seeds import finished, table  # noqa: E402
+
+from benchmarks.real.table import table as real_table  # noqa: E402
 
 
 def main() -> None:
@@ -16,6 +20,7 @@ def main() -> None:
         ("README.md", table(finished(RESULTS / "mixed.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "words.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "tried.jsonl"))),
+        ("docs/findings.md", real_table(RESULTS / "real_mixture.jsonl")),
         ("docs/findings.md", "\n".join(line for line in compared if line.startswith("|"))),
     ]
     wrong = [f"{page} lacks this table:\n{text}" for page, text in expected if text not in (ROOT / page).read_text()]

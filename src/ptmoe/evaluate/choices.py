@@ -23,6 +23,7 @@ import torch
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import NEAR_TIE, Completion, nearly_tied, rounded_gate
 from ptmoe.evaluate.routing import route
+from ptmoe.fast.attention import without_plans
 from ptmoe.fast.linear import use_onednn
 from ptmoe.models.decoding import padded, rotates_by_length
 from ptmoe.tasks import TASKS, check_labels
@@ -134,7 +135,7 @@ def _log_probabilities(model: PromptedCausalLM, rows: Sequence[Row]) -> list[tor
     options: dict[str, Any] = {"use_cache": False, "return_dict": True}
     if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
         options["logits_to_keep"] = most
-    with model.lock, use_onednn(base):
+    with model.lock, use_onednn(base), without_plans(base):
         inputs = model.decoder_inputs(ids, mask, 1, readable)
         logits = base(**inputs, **options).logits
     return [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ptmoe.fast.attention import attention_obstacle
 from ptmoe.fast.compiled import compilation_obstacle
 from ptmoe.fast.last_layer import last_layer_at, last_layer_in_use, last_layer_obstacle
 from ptmoe.fast.linear import onednn_obstacle, use_onednn
@@ -53,6 +54,7 @@ class FastPaths:
             "packing": self.packing_obstacle(),
             "last_layer": self.last_layer_obstacle(),
             "onednn": onednn_obstacle(self.base),
+            "without_cudnn_attention": attention_obstacle(self.base),
             "compiled_layers": compilation_obstacle(self.base),
         }
 

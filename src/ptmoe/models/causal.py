@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput
 
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.attention import without_plans
 from ptmoe.fast.loss import IGNORED, TokenStatistics, cross_entropy, supervised_positions
 from ptmoe.fast.paths import FastPaths
 from ptmoe.methods.base import Routing
@@ -152,7 +153,7 @@ class PromptedCausalLM(GeneratingModel):
                 rows, before, targets = supervised
                 supervised = rows, place[rows, before], targets
         inputs, virtual = self.base_inputs(spliced, prompts), prompts.embeds.shape[1]
-        with self.lock:
+        with self.lock, without_plans(self.base_model):
             if supervised is not None and (self.training if skip_logits is None else skip_logits):
                 packed = self._packs(spliced, prompts, options)
                 result.loss, out = self._fast.loss(

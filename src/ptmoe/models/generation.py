@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.attention import without_plans
 from ptmoe.models.adapter_set import Prompts
 from ptmoe.models.input_path import PER_LAYER, taking_embeddings
 from ptmoe.models.splice import Spliced, align, splice
@@ -169,7 +170,7 @@ class GeneratingModel(ModelWrapper):
             if len(rows) > 1:
                 real = spliced.attention_mask[row][0].bool()
                 given = {name: value[row, real] for name, value in base_inputs.items()}
-            with self.lock, taking_embeddings(self.base_model, per_layer):
+            with self.lock, without_plans(self.base_model), taking_embeddings(self.base_model, per_layer):
                 made.append(self.base_model.generate(input_ids[row], **given, **options))
         if len(made) == 1:
             return made[0]
