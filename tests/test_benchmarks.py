@@ -260,3 +260,12 @@ def test_a_profile_names_the_operators_that_take_the_time():
     assert "`aten::" in made.stdout
     assert "it has ptmoe pt-moe, " in run("step", "another").stderr
     assert "no case 'passage' in step: it has equal lengths; passages" in run("step", "x", "--name", "passage").stderr
+
+
+@pytest.mark.parametrize("name", ["mixed", "real/classification", "real/squad", "real/words"])
+def test_the_studies_are_plans_that_compare_reads(name):
+    from ptmoe.compare import read_plan
+
+    plan = read_plan(machine.ROOT / "benchmarks" / f"{name}.yaml")
+    assert {"pt", "dpt", "smop", "pt-moe", "lora", "hydralora", "vera"} <= {entry["name"] for entry in plan.methods}
+    assert len(plan.seeds) >= 3
