@@ -15,6 +15,7 @@ from testing.bases import ARCHITECTURES, DEVICE, tiny
 torch.set_num_threads(1)
 if DEVICE.type == "cuda":
     torch.backends.cuda.enable_cudnn_sdp(False)  # it has no heads as small as those of the tiny bases
+    torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=5)
 hypothesis.settings.load_profile("tests")
 
