@@ -12,6 +12,7 @@ from rich.table import Table
 from ptmoe.cli.console import Console
 from ptmoe.cli.options import AdapterBase, DataDir, Device, Examples, Ids, NamedSplit, SkipBad
 from ptmoe.errors import PtmoeError
+from ptmoe.files import check_name
 
 if TYPE_CHECKING:
     from ptmoe.models.causal import PromptedCausalLM
@@ -90,6 +91,7 @@ def evaluate(
 
         read_config_file(local_folder(run))  # a missing run is reported before any data is read or downloaded
     folder = output_dir or Path(str(run))
+    check_name(folder)
     if not folder.is_dir() and output_dir is None:
         raise PtmoeError(f"{run} is not a local folder: name a folder for the results with --output-dir")
     console = Console()
@@ -231,6 +233,8 @@ def score(
     from ptmoe.tasks.predictions import read_predictions
     from ptmoe.tasks.scoring import grade, summarise
 
+    if output is not None:
+        check_name(output)
     console = Console()
     texts = read_predictions(predictions)
     loaded = _load(task, split, console, skip_bad, data_dir=data_dir, ids=ids, max_examples=examples)

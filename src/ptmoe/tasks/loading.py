@@ -34,7 +34,11 @@ def task_names(name: str) -> list[str]:
 
 def is_file(name: str) -> bool:
     """Whether a task's name is a JSON-lines file, or a folder of them."""
-    return name not in TASKS and name not in GROUPS and (name.endswith((".jsonl", ".jsonl.gz")) or Path(name).exists())
+    if name in TASKS or name in GROUPS:
+        return False
+    with suppress(OSError, ValueError):  # no path could be called so
+        return name.endswith((".jsonl", ".jsonl.gz")) or Path(name).exists()
+    return False
 
 
 def task_named(name: str) -> Task:

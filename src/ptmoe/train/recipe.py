@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError, near
+from ptmoe.files import check_name
 from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.runs.environment import environment, rank, world_size
 from ptmoe.runs.folders import (
@@ -286,6 +287,7 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         return Path("runs") / f"{options.method.get('name', DEFAULT_METHOD)}-{stamp}"
     folder = Path(options.output_dir)
+    check_name(folder)
     if folder.exists() and not folder.is_dir():
         raise PtmoeError(f"{folder} is a file: name a folder for the run")
     held = [name for name in RUN_FILES if (folder / name).exists()]
