@@ -30,6 +30,7 @@ from ptmoe.tasks import Problems, task_named
 from ptmoe.train.checkpoints import newest_whole
 from ptmoe.train.examples import askable, evaluation_examples, training_examples
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
+from ptmoe.train.processes import Processes
 from ptmoe.train.resume import check_base, check_data, continued
 
 # `transformers` and all that needs it take seconds to import, so functions import them: bad options and missing data
@@ -85,8 +86,8 @@ def train(
         InterruptedRunError: SIGINT or SIGTERM came; a checkpoint is saved.
     """
     folder = run_folder(options, resume)
-    with writing(folder) if rank() == 0 else nullcontext():
-        return _train(options, folder, resume, callbacks, router_progress, say)
+    with writing(folder) if rank() == 0 else nullcontext(), Processes(options) as processes:
+        return _train(options, folder, resume, callbacks, router_progress, say, processes)
 
 
 def _train(
@@ -96,6 +97,7 @@ def _train(
     callbacks: Sequence[TrainerCallback],
     router_progress: Progress | None,
     say: Callable[[str], None],
+    processes: Processes,
 ) -> Trained:
     checkpoint = None
     if resume and (folder / CONFIG_FILE).exists():
@@ -153,6 +155,7 @@ def _train(
         model.can_pack()  # or says why not, before anything is written
     compile_failure = compile_layers(model.base_model) if options.torch_compile else None
     trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress), *callbacks])
+    processes.agree(data=data)
     first = trainer.is_world_process_zero()
     if first:
         trainer.add_callback(OnBegin(partial(_begin, folder, options, model, compile_failure, data)))
@@ -169,6 +172,7 @@ def _train(
         examples_left_out=rows.left_out,
     )
     trainer.accelerator.wait_for_everyone()
+    processes.leave()
     trainer.accelerator.state.destroy_process_group()  # the others leave while the first evaluates
     evaluations = _finish(folder, result, model, tokenizer, held_out, options) if first else []
     return Trained(folder, result, model, tokenizer, evaluations)

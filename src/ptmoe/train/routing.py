@@ -115,6 +115,10 @@ class RoutingCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: PromptedCausalLM, **_: Any) -> None:
         encoder = model.encoder
         if isinstance(encoder, RoutedEncoder) and encoder.config.routing_anneal:
+            if args.world_size > 1:  # all harden at the same step, whatever rows each has seen
+                confidence = torch.as_tensor(encoder.confidence, dtype=torch.float, device=args.device)
+                torch.distributed.all_reduce(confidence)
+                encoder.confidence = confidence / args.world_size
             progress = state.global_step / state.max_steps
             settled = progress >= EARLIEST and float(encoder.confidence) >= SETTLED
             if encoder.hardness > 0 or settled or progress >= LATEST:
