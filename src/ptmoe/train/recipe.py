@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptmoe.errors import PtmoeError, near
+from ptmoe.errors import PtmoeError
 from ptmoe.files import check_name
 from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.runs.environment import environment, rank, world_size
@@ -23,13 +23,14 @@ from ptmoe.runs.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    distinct_tasks,
     writing,
 )
 from ptmoe.runs.records import Result
 from ptmoe.tasks import Problems, task_named
 from ptmoe.train.checkpoints import newest_whole
 from ptmoe.train.examples import askable, evaluation_examples, training_examples
-from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
+from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
 from ptmoe.train.processes import Processes
 from ptmoe.train.resume import check_base, check_data, continued
 
@@ -111,7 +112,7 @@ def _train(
     # A stream is used before it ends, so a bad record in it is refused at once; a file's bad lines are counted first.
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
-    _check_trainer_arguments(options)
+    check_trainer_arguments(options)
 
     from ptmoe.evaluate.choices import labels_by_task
     from ptmoe.fast.compiled import compile_layers
@@ -242,12 +243,13 @@ def _finish(
     from ptmoe.evaluate import evaluate
 
     result.write(folder / RESULT_FILE)
+    graded = distinct_tasks(held_out)
     return [
         evaluate(
             model,
             tokenizer,
             examples,
-            task=task_named(name),
+            task=graded[name],
             score=options.score,
             batch_size=options.eval_batch_size,
             max_new_tokens=options.max_new_tokens,
@@ -258,23 +260,6 @@ def _finish(
         )
         for name, examples in held_out.items()
     ]
-
-
-def _check_trainer_arguments(options: TrainOptions) -> None:
-    if not options.trainer:
-        return
-    from transformers import TrainingArguments
-
-    known = {field.name for field in fields(TrainingArguments)}
-    for name in options.trainer:
-        if name not in known:
-            raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
-        if name in TrainOptions.model_fields:
-            raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
-        if name.endswith("token"):
-            raise PtmoeError(
-                f"trainer: {name!r} would be written into the run folder: set the variable HF_TOKEN instead"
-            )
 
 
 def run_folder(options: TrainOptions, resume: bool) -> Path:
