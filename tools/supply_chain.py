@@ -2,8 +2,8 @@
 
     python tools/supply_chain.py [AUDIT]
 
-Licences are in the packages' own metadata. AUDIT is what `pip-audit --format json` has written; where it could not reach
-its database that is said, and is no failure. Each package that is refused is named, and the status is 1.
+Licences are in the packages' own metadata. AUDIT is what `pip-audit --format json` wrote; a database that it could not
+reach is no failure. Each package that is refused is named, and the status is 1.
 """
 
 import json
@@ -58,9 +58,8 @@ def is_accepted(package: Distribution) -> bool:
 
 
 def refused_licences() -> list[str]:
-    packages = list(distributions())
-    refused = [package for package in packages if not is_accepted(package)]
-    print(f"{len(packages)} packages, {len(refused)} with a licence that is not accepted")
+    refused = [package for package in distributions() if not is_accepted(package)]
+    print(f"{len(list(distributions()))} packages, {len(refused)} with a licence that is not accepted")
     return [f"{package.metadata['Name']}: {' or '.join(licences(package))[:80] or 'no licence'}" for package in refused]
 
 
@@ -77,7 +76,5 @@ def known_weaknesses(report: str) -> list[str]:
 
 if __name__ == "__main__":
     problems = refused_licences()
-    if len(sys.argv) > 1:
-        problems += known_weaknesses(Path(sys.argv[1]).read_text())
-    print(*problems, sep="\n", end="\n" * bool(problems))
-    sys.exit(1 if problems else 0)
+    problems += [line for file in sys.argv[1:] for line in known_weaknesses(Path(file).read_text())]
+    sys.exit("\n".join(problems) or None)
