@@ -1,7 +1,22 @@
 """The one exception a user meets: it names the value, what is needed and what to do."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+_FREE_SPACE = "make room, then give the same command again (train with --resume)"
+_ELSEWHERE = "name another folder, or change what may be written there"
+REMEDIES = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: _FREE_SPACE,
+    errno.EROFS: _ELSEWHERE,
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.ENOTDIR: "a part of this path is a file, where a folder is needed",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "the disk is damaged or gone",
+}
 
 
 class PtmoeError(ValueError):
@@ -12,6 +27,15 @@ class PtmoeError(ValueError):
     """
 
     status = 2
+
+
+def system_error(error: OSError) -> PtmoeError:
+    """What the system refused, as the error that users meet: the file, the reason, and what to do."""
+    if error.errno is None or error.strerror is None:
+        return PtmoeError(str(error))
+    place = "" if error.filename is None else f"{error.filename}: "
+    remedy = f" ({REMEDIES[error.errno]})" if error.errno in REMEDIES else ""
+    return PtmoeError(f"{place}{error.strerror}{remedy}")
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -2,10 +2,44 @@
 
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ptmoe.errors import PtmoeError
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+LONGEST_NAME = 255  # bytes of a file's or folder's name, on nearly all file systems
+
+
+def check_name(path: Path) -> None:
+    """
+    Raises:
+        PtmoeError: a part of it cannot name a file or a folder.
+    """
+    for name in path.parts:
+        if CONTROL.search(name):
+            raise PtmoeError(f"{name!r} cannot name a file or folder: it holds a control character, choose another")
+        if (size := len(os.fsencode(name))) > LONGEST_NAME:
+            raise PtmoeError(f"{name[:30]!r}… has {size} bytes, a file's or folder's name at most {LONGEST_NAME}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it, what the system refuses to write is an `OSError` that names `path`. Python names no file where a
+    `write` fails, and libraries in Rust raise errors of their own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, error.filename2):
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
 
 
 @contextmanager
@@ -14,18 +48,36 @@ def replaced(path: Path) -> Iterator[Path]:
 
     Two processes may write the same `path` at the same time: the last one's stays.
     """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        yield part
-        part.replace(path)
+        with naming(path):
+            yield part
+            part.replace(path)
+    except OSError as error:
+        if error.filename == str(part):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file at once: it is there as it was, or as it is to be."""
     with replaced(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", newline="")
+
+
+def append(path: Path, lines: bytes) -> None:
+    """Add lines to a file: all of them, or none where the disk has no room."""
+    with naming(path), path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while lines:
+                lines = lines[file.write(lines) or 0 :]
+        except OSError:
+            os.truncate(path, end)
+            raise
 
 
 def cache_folder() -> Path:

@@ -571,3 +571,26 @@ def test_a_device_is_chosen_for_every_command_that_runs_a_model(run, run_folder,
         assert status == 2
         assert "device 'abacus' cannot be used on this machine" in err
         placed.clear()
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_files_of_one_name_are_evaluated_together(run, tmp_path, once):
+    files = [tmp_path / name / "test.jsonl" for name in ("a", "b", "c/b")]
+    for number, file in enumerate(files):
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"prompt": f"{number} + 1 =", "completion": f" {number + 1}"}) + "\n")
+    asked = ["--task", ",".join(map(str, files))] if once else [part for file in files for part in ("--task", file)]
+    command = ["eval", "--model", "nano", *asked, "--output-dir", tmp_path / "out"]
+    status, out, err = run(*command)
+    assert status == 0, err
+    names = {"a__test", f"{tmp_path.name}__b__test", "c__b__test"}
+    assert {path.stem for path in (tmp_path / "out" / "eval").iterdir()} == names
+    assert {path.stem for path in (tmp_path / "out" / "predictions").glob("*.jsonl")} == names
+    for name in names:
+        (line,) = (tmp_path / "out" / "predictions" / f"{name}.jsonl").read_text().splitlines()
+        assert name in out
+        assert json.loads((tmp_path / "out" / "eval" / f"{name}.json").read_text())["task"] == name
+        assert json.loads(line)["prompt"] == {"a__test": "0 + 1 ="}.get(name, "2 + 1 =" if "c_" in name else "1 + 1 =")
+    assert run(*command)[0] == 0  # resumed: the same names
+    status, _, err = run(*command, "--task", tmp_path / "c" / ".." / "a" / "test.jsonl")
+    assert (status, "is given twice" in err) == (2, True), err

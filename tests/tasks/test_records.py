@@ -1,7 +1,9 @@
 """Records as other software exports them: every number and text as it was written, or refused by file and line."""
 
 import json
+import re
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -222,3 +224,71 @@ def test_the_command_in_the_message_converts_the_file(written):
 
 def test_a_bad_record_is_an_error_in_words_wherever_it_is_met():
     assert issubclass(BadRecordError, ptmoe.PtmoeError)
+
+
+# ---- many bad lines --------------------------------------------------------------------------------------------------
+
+BAD = [
+    "{",
+    "{}",
+    "[1, 2]",
+    "7",
+    '"text"',
+    "null",
+    '{"prompt": "a ="}',
+    '{"completion": " b"}',
+    '{"prompt": null, "completion": " b"}',
+    '{"prompt": ["a"], "completion": " b"}',
+    '{"prompt": true, "completion": " b"}',
+    '{"prompt": " ", "completion": " b"}',
+    '{"prompt": "a =", "completion": ""}',
+    '{"prompt": "a =", "completion": NaN}',
+    '{"prompt": "a =", "completion": -Infinity}',
+    '{"prompt": "a =", "completion": " b", "id": [1]}',
+    '{"prompt": "a =", "completion": " b", "domain": {}}',
+    '{"prompt": "a =", "completion": " b", "id": "good-1"}',
+    '{"prompt": "\\ud800", "completion": " b"}',
+    b'{"prompt": "\xff\xfe", "completion": " b"}',
+    '{"prompt": "a =", "completion": " b"} more',
+    '{"prompt": "a =", "completion": " b"}{"prompt": "a =", "completion": " b"}',
+    "{'prompt': 'a =', 'completion': ' b'}",
+    '{"messages": "hello"}',
+    '{"messages": [{"role": "user"}]}',
+    '{"prompt": "a\tb", "completion": " b"}',
+    "[" * 3000,
+    "\x00",
+]
+
+
+def check_all_are_listed(tmp_path, lines, bad):
+    """Among so many lines, spread over the file, so many bad ones of all kinds."""
+    content = [
+        f'{{"id": "good-{number}", "prompt": "{number} =", "completion": " {number}"}}' for number in range(lines)
+    ]
+    places = [2 + number * (lines - 2) // bad for number in range(bad)]
+    for number, place in enumerate(places):
+        content[place] = BAD[number % len(BAD)]
+    path = tmp_path / "many.jsonl"
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in content))
+    problems = Problems(skip=True)
+    read = load(path, problems=problems)
+    assert len(read) == lines - bad
+    assert {int(example.id.rpartition("-")[2]) for example in read} == set(range(lines)) - set(places)
+    said = problems.listed()
+    assert said.startswith(f"{bad:d} bad record(s)")
+    listed = Path(said.rpartition("all listed in ")[2].split("\n")[0])
+    found = listed.read_text().splitlines()
+    listed.unlink()
+    numbers = [int(re.match(rf"{re.escape(str(path))}:(\d+): .", line)[1]) for line in found]
+    assert sorted(numbers) == [place + 1 for place in places]
+    with pytest.raises(ptmoe.PtmoeError, match=f"{bad} bad record"):
+        load(path)
+
+
+def test_every_bad_line_is_listed_with_its_number(tmp_path):
+    check_all_are_listed(tmp_path, 400, 2 * len(BAD))
+
+
+@pytest.mark.slow
+def test_1000_bad_lines_among_100000_are_all_listed(tmp_path):
+    check_all_are_listed(tmp_path, 100_000, 1000)

@@ -232,3 +232,96 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(undisturbed, tmp_pat
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     quietly(run)
     assert same_adapter(run, undisturbed)
+
+
+# -- which are kept ----------------------------------------------------------------------------------------------------
+
+
+def best_trainer(folder, losses, **arguments):
+    """A trainer whose evaluations give these losses."""
+    from transformers import TrainingArguments
+
+    from ptmoe.train.data import collate
+    from ptmoe.train.trainer import PromptTrainer
+    from testing.bases import tiny_llama, tokens
+
+    ids = [tokens(6, seed) for seed in range(12)]
+    rows = [{"input_ids": row, "labels": torch.cat([torch.full((4,), -100), row[4:]])} for row in ids]
+    options = {"max_steps": 5, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "learning_rate": 0.03}
+    made = PromptTrainer(
+        model=ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, num_experts=2, rank=2)),
+        args=TrainingArguments(
+            str(folder), use_cpu=True, disable_tqdm=True, report_to="none", remove_unused_columns=False,
+            **options | arguments,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows[:2],
+        data_collator=collate,
+        callbacks=[ptmoe.RoutingCallback()],
+    )  # fmt: skip
+    given = iter(losses)
+    made.evaluation_loop = lambda *_, **__: type(
+        "Output", (), {"metrics": {"eval_loss": next(given)}, "num_samples": 2, "predictions": None, "label_ids": None}
+    )()
+    return made
+
+
+@pytest.mark.parametrize(("losses", "best"), [([3, 1, 2, 4, 5], 2), ([5, 4, 3, 2, 1], 5), ([1, 2, 3, 4, 5], 1)])
+def test_the_best_checkpoint_is_kept_beside_the_last_and_loaded_at_the_end(tmp_path, losses, best):
+    trainer = best_trainer(tmp_path, losses, load_best_model_at_end=True, save_total_limit=2)
+    trainer.train()
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best}", "checkpoint-5", *({"checkpoint-4"} if best == 5 else ())}
+    assert all(ours.fault(path) is None for path in tmp_path.glob("checkpoint-*"))
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    written = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert written["best_model_checkpoint"] == trainer.state.best_model_checkpoint
+    saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in trainer.model.encoder.tensors().items())
+
+
+@pytest.mark.slow
+def test_a_resumed_trainer_still_knows_the_best_checkpoint(tmp_path):
+    best_trainer(tmp_path, [3, 1, 2], load_best_model_at_end=True, save_total_limit=2, max_steps=3).train()
+    resumed = best_trainer(tmp_path, [5, 6], load_best_model_at_end=True, save_total_limit=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-5"}
+
+
+@pytest.mark.parametrize(
+    "asked", [{"load_best_model_at_end": True}, {"metric_for_best_model": "loss"}, {"save_strategy": "best"}]
+)
+def test_a_run_refuses_to_keep_the_best_of_what_it_does_not_evaluate(tmp_path, asked):
+    with pytest.raises(ptmoe.PtmoeError, match=r"needs an evaluation during training.*PromptTrainer"):
+        train(options(tmp_path / "run", trainer=asked), say=lambda text: None)
+    assert not (tmp_path / "run").exists()
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_clock_and_no_time_zone_decides_anything(undisturbed, tmp_path, monkeypatch):
+    """A clock that runs backwards, files from the future, and another time zone for each half of a run."""
+    run, now = copied(undisturbed, tmp_path / "run"), [4e9]
+    shutil.rmtree(run / "checkpoints" / "checkpoint-7")
+    for age, path in enumerate(sorted(run.rglob("*"), reverse=True)):
+        os.utime(path, (now[0] - age, now[0] - 1000 * age))
+
+    def backwards():
+        now[0] -= 3600
+        return now[0]
+
+    monkeypatch.setattr(time, "time", backwards)
+    for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        messages = quietly(run)
+        assert not any("passed over" in message for message in messages)
+        assert same_adapter(run, undisturbed)
+        assert json.loads((run / "result.json").read_text())["steps"] == STEPS
+        assert json.loads((run / "result.json").read_text())["train_seconds"] >= 0
+        kept = {path.name for path in (run / "checkpoints").glob("checkpoint-*")}
+        assert kept == {"checkpoint-6", "checkpoint-7"}
+    monkeypatch.undo()
+    time.tzset()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import rich.console
 from rich.text import Text
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from ptmoe.files import CONTROL
 
 
 def printable(text: str) -> str:
     """The text with control characters written out, all but tabs and line breaks."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return CONTROL.sub(lambda match: match[0] if match[0] in "\t\n" else f"\\x{ord(match[0]):02x}", text)
 
 
 class Console(rich.console.Console):

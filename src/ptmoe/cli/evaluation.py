@@ -12,6 +12,7 @@ from rich.table import Table
 from ptmoe.cli.console import Console
 from ptmoe.cli.options import AdapterBase, DataDir, Device, Examples, Ids, NamedSplit, SkipBad
 from ptmoe.errors import PtmoeError
+from ptmoe.files import check_name
 
 if TYPE_CHECKING:
     from ptmoe.models.causal import PromptedCausalLM
@@ -25,7 +26,7 @@ def evaluate(
         str | None, typer.Argument(help="run folder or adapter folder; without one --model is evaluated alone")
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="a named task, a group (mrqa-in, …) or a JSON-lines file; several times")
+        list[str] | None, typer.Option(help="a named task, a group (mrqa-in, …) or a JSON-lines file, or several: a,b")
     ] = None,
     split: Annotated[str, typer.Option(help="of named tasks")] = "test",
     data_dir: DataDir = None,
@@ -69,8 +70,8 @@ def evaluate(
     ] = False,
 ) -> None:
     """Answer tasks greedily and grade the answers. An interrupted evaluation is resumed."""
-    from ptmoe.runs.folders import writing
-    from ptmoe.tasks import check_labels, task_named, task_names
+    from ptmoe.runs.folders import distinct_tasks, writing
+    from ptmoe.tasks import check_labels, listed_names
 
     if not task:
         raise PtmoeError("nothing to answer: give a task with --task (`ptmoe tasks` lists them)")
@@ -78,18 +79,20 @@ def evaluate(
         raise PtmoeError("nothing to evaluate: give a run or adapter folder, or a base with --model")
     if run is None and output_dir is None:
         raise PtmoeError("a base alone has no run folder: name a folder with --output-dir")
-    tasks = list(dict.fromkeys(name for group in task for name in task_names(group)))
+    tasks = list(dict.fromkeys(name for group in task for name in listed_names(group)))
+    graded = distinct_tasks(tasks)
     if len(tasks) > 1 and data_dir is not None and Path(data_dir).is_file():
         raise PtmoeError(f"{len(tasks)} tasks and one file {data_dir}: give the folder that holds them all")
     if len(tasks) > 1 and ids is not None:
         raise PtmoeError(f"{len(tasks)} tasks and one list of ids {ids}: evaluate that task by itself")
     if score == "choices":
-        check_labels(map(task_named, tasks))
+        check_labels(graded.values())
     if run is not None:
         from ptmoe.adapters.folder import local_folder, read_config_file
 
         read_config_file(local_folder(run))  # a missing run is reported before any data is read or downloaded
     folder = output_dir or Path(str(run))
+    check_name(folder)
     if not folder.is_dir() and output_dir is None:
         raise PtmoeError(f"{run} is not a local folder: name a folder for the results with --output-dir")
     console = Console()
@@ -116,7 +119,7 @@ def evaluate(
     if batch_size > 1 or tokens_per_batch is not None:
         _warn_of_near_ties(answering, console)
 
-    chats = {name: uses_chat(task_named(name), tokenizer, chat) for name in tasks}
+    chats = {name: uses_chat(graded[name], tokenizer, chat) for name in tasks}
     problems = Problems(skip=skip_bad)
     loaded = {name: usable(loaded[name], tokenizer, problems, chat=chats[name]) for name in tasks}
     if problems.count:
@@ -128,7 +131,7 @@ def evaluate(
             answering,
             tokenizer,
             loaded[name],
-            task=task_named(name),
+            task=graded[name],
             split=split,
             score=score,
             batch_size=batch_size,
@@ -231,6 +234,8 @@ def score(
     from ptmoe.tasks.predictions import read_predictions
     from ptmoe.tasks.scoring import grade, summarise
 
+    if output is not None:
+        check_name(output)
     console = Console()
     texts = read_predictions(predictions)
     loaded = _load(task, split, console, skip_bad, data_dir=data_dir, ids=ids, max_examples=examples)

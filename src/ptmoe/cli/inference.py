@@ -15,6 +15,7 @@ from rich.table import Table
 from ptmoe.cli.console import Console
 from ptmoe.cli.options import Adapter, AdapterBase, DataDir, Device, NamedSplit, given
 from ptmoe.errors import PtmoeError
+from ptmoe.files import check_name, replaced
 
 if TYPE_CHECKING:
     from ptmoe.runs.records import RoutingSummary
@@ -96,14 +97,20 @@ def inspect(
 
     That is the experts' use by domain, the similarity of their prompts, and the words nearest to each virtual token.
     """
+    from ptmoe.adapters.folder import local_folder, read_config_file
     from ptmoe.cli.evaluation import report_run
     from ptmoe.models.attach import load_run
     from ptmoe.models.bases import quiet
-    from ptmoe.runs.folders import INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE, is_run
+    from ptmoe.runs.folders import INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE, is_run, writing
     from ptmoe.tasks import load_task, task_named
     from ptmoe.tasks.tokens import uses_chat
 
+    read_config_file(local_folder(adapter))  # a missing one is reported before any data is read
+    if output_dir is None and not adapter.is_dir():
+        raise PtmoeError(f"{adapter} is not a local folder: name a folder for the results with --output-dir")
     inputs = load_task(task, split, data_dir, max_examples=examples)
+    folder = output_dir or adapter / INSPECT_FOLDER
+    context.with_resource(writing(folder))
     quiet()
     loaded = load_run(adapter, model=model, device=device, **context.obj)
     prompted, tokenizer, config = loaded.model, loaded.tokenizer, loaded.model.method_config
@@ -123,8 +130,7 @@ def inspect(
             f"{adapter} is a {config.method} adapter: it has neither a gate of each input nor virtual tokens in the "
             "embeddings' space, there is nothing to show"
         )
-    console, folder = Console(), output_dir or adapter / INSPECT_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    console = Console()
     console.print(f"{config.method} on {task}, {len(inputs):,} inputs")
     if routing is None:
         console.print("it does not route: one prompt serves every input")
@@ -133,7 +139,8 @@ def inspect(
         routing.write(folder / ROUTING_FILE)
         with drawing():
             for name, figure in routing_figures(routing).items():
-                figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+                with replaced(folder / f"{name}.png") as part:
+                    figure.savefig(part, format="png", dpi=150, bbox_inches="tight")
     prompts = [f"expert {i}" for i in range(len(nearest.experts))] if len(nearest.experts) > 1 else ["prompt"]
     words = Table("virtual token", *prompts)
     for index, row in enumerate(zip(*nearest.experts, strict=True)):
@@ -183,6 +190,7 @@ def convert(
     from ptmoe.adapters.peft import from_peft, to_peft
     from ptmoe.models.bases import load_base, quiet
 
+    check_name(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PtmoeError(f"{target} already exists: name a new or empty folder")
     if not (source / CONFIG_FILE).is_file():

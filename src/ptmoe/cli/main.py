@@ -3,8 +3,9 @@
 Nothing heavy is imported before a command runs.
 """
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,7 +17,7 @@ from ptmoe.cli.inference import convert, generate, inspect
 from ptmoe.cli.options import HELP, command_of
 from ptmoe.cli.tables import params, tasks, tasks_show
 from ptmoe.cli.training import train
-from ptmoe.errors import PtmoeError
+from ptmoe.errors import PtmoeError, system_error
 
 TRAIN_OPTIONS = "ptmoe.train.options:TrainOptions"
 base_options = command_of(TRAIN_OPTIONS, "revision", "dtype", "quantization")
@@ -78,13 +79,23 @@ def main() -> None:
     """Run a command; an error that the user can fix ends with one message and status 2, a signal with the status that
     shells and schedulers expect."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a full disk may be where the output goes to
     except PtmoeError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(error.status)
-    except OSError as error:  # a full disk, a folder that may not be written, …
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        _end(error)
+    except OSError as error:
+        _end(system_error(error))
+
+
+def _end(error: PtmoeError) -> NoReturn:
+    print(f"error: {printable(str(error))}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again as it ends, and complains
+    sys.exit(error.status)
 
 
 if __name__ == "__main__":

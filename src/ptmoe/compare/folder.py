@@ -9,6 +9,7 @@ from pathlib import Path
 from ptmoe.compare.cells import Cell
 from ptmoe.compare.plan import ComparePlan, read_plan
 from ptmoe.errors import PtmoeError
+from ptmoe.files import check_name
 from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, writing
 from ptmoe.runs.records import CellRecord, Failure, write_lines
 
@@ -21,8 +22,9 @@ class ComparisonFolder:
         """What has been compared here; None where nothing has.
 
         Raises:
-            PtmoeError: the folder is a file or holds something else.
+            PtmoeError: the folder is a file, holds something else or cannot have this name.
         """
+        check_name(self.path)
         if (self.path / PLAN_FILE).is_file():
             return read_plan(self.path)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):

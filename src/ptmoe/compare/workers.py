@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ptmoe.errors import PtmoeError
+from ptmoe.errors import REMEDIES, PtmoeError, system_error
 from ptmoe.train.options import BASE, TrainOptions
 from ptmoe.train.steps import Progress, StepsCallback
 
@@ -50,6 +50,8 @@ def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], Non
 
 def error_message(error: Exception) -> str:
     """What a failed cell is listed with; the traceback of an unforeseen error goes to standard error."""
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        error = system_error(error)
     if isinstance(error, PtmoeError):
         return str(error)
     traceback.print_exception(error)

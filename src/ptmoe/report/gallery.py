@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ptmoe.files import replaced
 from ptmoe.report.figures import Style, drawing, inline_svg
 from ptmoe.report.table import Table, file_name
 
@@ -57,6 +58,8 @@ class Gallery:
             figure = draw(*data)
             svg = inline_svg(figure, name, self.looks.values())
             figure.set_layout_engine("none")  # laid out already, which takes longer than drawing
-            figure.savefig(self.folder / f"{name}.svg", metadata={"Date": None})
-            figure.savefig(self.folder / f"{name}.png", dpi=PNG_DPI)
+            with replaced(self.folder / f"{name}.svg") as part:
+                figure.savefig(part, format="svg", metadata={"Date": None})
+            with replaced(self.folder / f"{name}.png") as part:
+                figure.savefig(part, format="png", dpi=PNG_DPI)
         return Picture(title, note, "; ".join(f"{what}: {said}" for what, said in alt.items()), svg)

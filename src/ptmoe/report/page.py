@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from ptmoe.files import write_whole
 from ptmoe.report.comparison import AVERAGE, Comparison, counted_states, read_comparison, single_run
 from ptmoe.report.figures import styles
 from ptmoe.report.gallery import Gallery
@@ -57,7 +58,7 @@ def _write(comparison: Comparison, command: str | None = None) -> Path:
         table.name = file_name(table.name, used)
         used.add(table.name)
         for name, (_, text, _) in table.files().items():
-            (folder / "tables" / name).write_text(text, encoding="utf-8", newline="")
+            write_whole(folder / "tables" / name, text)
     verb, file, title = "compare", folder / PLAN_FILE, f"Comparison {folder.resolve().name}"
     if comparison.single:
         verb, file, title = "train", folder / CONFIG_FILE, f"{first.label} on {first.task}"
@@ -78,7 +79,7 @@ def _write(comparison: Comparison, command: str | None = None) -> Path:
         command=command,
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 

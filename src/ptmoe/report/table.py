@@ -110,7 +110,7 @@ def metric_name(metric: str) -> str:
 
 def file_name(title: str, used: Collection[str] = ()) -> str:
     """A file's name from a title, that is not in `used`."""
-    stem = re.sub(r"[^A-Za-z0-9.=]+", "-", title).strip("-.=").lower() or "table"
+    stem = re.sub(r"[^A-Za-z0-9.=]+", "-", title).strip("-.=").lower()[:100] or "table"
     return next(name for name in chain([stem], (f"{stem}-{number}" for number in count(2))) if name not in used)
 
 

@@ -17,7 +17,7 @@ def environment(seed: int, fast_paths: dict[str, str | None] | None = None) -> E
     import torch
 
     return Environment(
-        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        versions=versions(),
         commit=_commit(),
         seed=seed,
         hardware={
@@ -29,6 +29,11 @@ def environment(seed: int, fast_paths: dict[str, str | None] | None = None) -> E
         },
         fast_paths=fast_paths,
     )
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that decide a run."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str | None:

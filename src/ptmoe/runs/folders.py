@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ptmoe.errors import PtmoeError
+from ptmoe.files import CONTROL, check_name
 from ptmoe.runs.records import Environment, EvaluationSummary, LogLine, NearestWords, Result
 from ptmoe.settings import read_yaml
-from ptmoe.tasks import is_file
+from ptmoe.tasks import is_file, task_named
+from ptmoe.tasks.base import Task
 
 CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE = "config.yaml", "environment.json", "result.json"
 METRICS_FILE, ADAPTER_FOLDER, CHECKPOINTS_FOLDER = "metrics.jsonl", "adapter", "checkpoints"
 INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE = "inspect", "nearest.json", "routing.json"
 PLAN_FILE, CELL_FILE, FAILED_FILE, LOG_FILE = "comparison.yaml", "cell.json", "failed.jsonl", "log.txt"
-
-
 LOCK_FILE = ".lock"
+LONGEST_STEM = 200  # bytes of a name that is given endings
 
 
 @contextmanager
@@ -34,8 +36,9 @@ def writing(folder: Path, busy: str = "another command is writing to") -> Iterat
         busy: what is said, before the folder's name, where another command holds it.
 
     Raises:
-        PtmoeError: another command is writing to it.
+        PtmoeError: another command is writing to it, or it cannot have this name.
     """
+    check_name(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -52,10 +55,34 @@ def writing(folder: Path, busy: str = "another command is writing to") -> Iterat
 
 
 def file_name(name: str, split: str = "test") -> str:
-    """The name of a task's files or a label's folder; a task that is a file goes by that file's name."""
-    if is_file(name):
-        return Path(name).name.partition(".")[0]
-    return name.replace("/", "__") if split == "test" else f"{name.replace('/', '__')}.{split}"
+    """The name of a task's files or a label's folder; a task that is a file goes by that file's name. What no file can
+    be called is cut and changed, and told apart by a hash."""
+    stem = Path(name).name.partition(".")[0] if is_file(name) else name.replace("/", "__")
+    fitting = CONTROL.sub("_", stem.encode(errors="replace")[:LONGEST_STEM].decode(errors="ignore"))
+    if fitting != stem:
+        fitting += f"-{sha256(stem.encode(errors='surrogatepass')).hexdigest()[:8]}"
+    return fitting if split == "test" or is_file(name) else f"{fitting}.{split}"
+
+
+def distinct_tasks(names: Iterable[str]) -> dict[str, Task]:
+    """The task behind each name. Files that would share their results' files, such as `a/test.jsonl` and
+    `b/test.jsonl`, are called by their folders, too: `a__test` and `b__test`.
+
+    Raises:
+        PtmoeError: one file is given twice.
+    """
+    names = list(names)
+    tasks = {name: task_named(name) for name in names}
+    for name in names:
+        others = [other for other in names if other != name and file_name(other) == file_name(name)]
+        if not others or not is_file(name):
+            continue
+        own, *paths = (Path(path).resolve().parts[:-1] for path in (name, *filter(is_file, others)))
+        depth = next((n for n in range(1, len(own)) if own[-n:] not in [path[-n:] for path in paths]), None)
+        if depth is None:
+            raise PtmoeError(f"{name} is given twice: name it once")
+        tasks[name] = replace(tasks[name], name="__".join([*own[-depth:], file_name(name)]))
+    return tasks
 
 
 def evaluation_file(folder: Path, task: str, split: str = "test") -> Path:

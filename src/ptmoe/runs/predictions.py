@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ptmoe.errors import PtmoeError
-from ptmoe.files import write_whole
+from ptmoe.files import append, write_whole
 from ptmoe.runs.records import Prediction
 
 
@@ -85,9 +85,7 @@ class PredictionsFile:
         return done
 
     def append(self, predictions: Sequence[Prediction]) -> None:
-        """Add lines; whole ones, as far as the system writes them."""
-        with self.path.open("ab") as file:
-            file.write(b"".join(prediction.line() for prediction in predictions))
+        append(self.path, b"".join(prediction.line() for prediction in predictions))
 
     def _check_settings(self) -> None:
         try:

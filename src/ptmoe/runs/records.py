@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
-from ptmoe.files import write_whole
+from ptmoe.files import append, write_whole
 
 COLLAPSED_SHARE = 0.95  # of the inputs on one expert
 OLD_FOLDER = "if an earlier version of ptmoe wrote it, evaluate or train again with this one"
@@ -87,8 +87,7 @@ def write_lines(path: Path, records: Iterable[Record]) -> None:
 
 
 def append_line(path: Path, record: Record) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(record.line())
+    append(path, record.line().encode())
 
 
 class Environment(Record):

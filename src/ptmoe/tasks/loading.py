@@ -32,9 +32,25 @@ def task_names(name: str) -> list[str]:
     return [name] if is_file(name) else list(mixture.parse(name, TASKS, GROUPS))
 
 
+def listed_names(text: str) -> list[str]:
+    """The tasks behind a list with commas, in which groups and files may stand, too; each is evaluated by itself.
+
+    Raises:
+        PtmoeError: an unknown task.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if is_file(text) or not any(map(is_file, parts)):
+        return task_names(text)
+    return list(dict.fromkeys(name for part in parts for name in task_names(part)))
+
+
 def is_file(name: str) -> bool:
     """Whether a task's name is a JSON-lines file, or a folder of them."""
-    return name not in TASKS and name not in GROUPS and (name.endswith((".jsonl", ".jsonl.gz")) or Path(name).exists())
+    if name in TASKS or name in GROUPS:
+        return False
+    with suppress(OSError, ValueError):  # no path could be called so
+        return ("," not in name and name.endswith((".jsonl", ".jsonl.gz"))) or Path(name).exists()
+    return False
 
 
 def task_named(name: str) -> Task:

@@ -14,6 +14,7 @@ from ptmoe.tasks import (
     check_labels,
     check_size,
     is_file,
+    listed_names,
     load_task,
     stream_task,
     task_named,
@@ -50,7 +51,7 @@ def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> di
         PtmoeError: missing or bad data, or tasks that cannot be scored as the options say.
     """
     if options.eval_task is not None:
-        names = task_names(options.eval_task)
+        names = listed_names(options.eval_task)
     else:
         names = [] if options.task is None or is_file(options.task) else task_names(options.task)
         if not all(TASKS[name].generate for name in names):

@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BASE = "base"  # the method of a run that trains nothing
 DEFAULT_METHOD = "pt-moe"
+NEED_EVALUATION = {"load_best_model_at_end", "metric_for_best_model", "save_strategy"}  # the last for some values
 
 
 def method_entry(value: Any) -> Any:
@@ -224,3 +225,31 @@ def method_config(method: dict[str, Any]) -> Any:
         return METHODS[name](**fields)
     except PtmoeError as error:
         raise PtmoeError(f"{name}: {error}") from None
+
+
+def check_trainer_arguments(options: TrainOptions) -> None:
+    """
+    Raises:
+        PtmoeError: `trainer` holds what `transformers.TrainingArguments` does not have, or what a run cannot follow.
+    """
+    if not options.trainer:
+        return
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    for name, value in options.trainer.items():
+        if name in NEED_EVALUATION and value not in (None, False, "no", "steps", "epoch"):
+            raise PtmoeError(
+                f"trainer: {name}={value!r} needs an evaluation during training, and a run evaluates after it: leave "
+                "it out, or use ptmoe.train.PromptTrainer with an eval_dataset"
+            )
+        if name not in known:
+            raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
+        if name in TrainOptions.model_fields:
+            raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
+        if name.endswith("token"):
+            raise PtmoeError(
+                f"trainer: {name!r} would be written into the run folder: set the variable HF_TOKEN instead"
+            )

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptmoe.errors import PtmoeError, near
+from ptmoe.errors import PtmoeError
+from ptmoe.files import check_name
 from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.runs.environment import environment, rank, world_size
 from ptmoe.runs.folders import (
@@ -22,13 +23,15 @@ from ptmoe.runs.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    distinct_tasks,
     writing,
 )
 from ptmoe.runs.records import Result
 from ptmoe.tasks import Problems, task_named
 from ptmoe.train.checkpoints import newest_whole
 from ptmoe.train.examples import askable, evaluation_examples, training_examples
-from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
+from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
+from ptmoe.train.processes import Processes
 from ptmoe.train.resume import check_base, check_data, continued
 
 # `transformers` and all that needs it take seconds to import, so functions import them: bad options and missing data
@@ -84,8 +87,8 @@ def train(
         InterruptedRunError: SIGINT or SIGTERM came; a checkpoint is saved.
     """
     folder = run_folder(options, resume)
-    with writing(folder) if rank() == 0 else nullcontext():
-        return _train(options, folder, resume, callbacks, router_progress, say)
+    with writing(folder) if rank() == 0 else nullcontext(), Processes(options) as processes:
+        return _train(options, folder, resume, callbacks, router_progress, say, processes)
 
 
 def _train(
@@ -95,6 +98,7 @@ def _train(
     callbacks: Sequence[TrainerCallback],
     router_progress: Progress | None,
     say: Callable[[str], None],
+    processes: Processes,
 ) -> Trained:
     checkpoint = None
     if resume and (folder / CONFIG_FILE).exists():
@@ -108,7 +112,7 @@ def _train(
     # A stream is used before it ends, so a bad record in it is refused at once; a file's bad lines are counted first.
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
-    _check_trainer_arguments(options)
+    check_trainer_arguments(options)
 
     from ptmoe.evaluate.choices import labels_by_task
     from ptmoe.fast.compiled import compile_layers
@@ -152,6 +156,7 @@ def _train(
         model.can_pack()  # or says why not, before anything is written
     compile_failure = compile_layers(model.base_model) if options.torch_compile else None
     trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress), *callbacks])
+    processes.agree(data=data)
     first = trainer.is_world_process_zero()
     if first:
         trainer.add_callback(OnBegin(partial(_begin, folder, options, model, compile_failure, data)))
@@ -168,6 +173,7 @@ def _train(
         examples_left_out=rows.left_out,
     )
     trainer.accelerator.wait_for_everyone()
+    processes.leave()
     trainer.accelerator.state.destroy_process_group()  # the others leave while the first evaluates
     evaluations = _finish(folder, result, model, tokenizer, held_out, options) if first else []
     return Trained(folder, result, model, tokenizer, evaluations)
@@ -237,12 +243,13 @@ def _finish(
     from ptmoe.evaluate import evaluate
 
     result.write(folder / RESULT_FILE)
+    graded = distinct_tasks(held_out)
     return [
         evaluate(
             model,
             tokenizer,
             examples,
-            task=task_named(name),
+            task=graded[name],
             score=options.score,
             batch_size=options.eval_batch_size,
             max_new_tokens=options.max_new_tokens,
@@ -253,23 +260,6 @@ def _finish(
         )
         for name, examples in held_out.items()
     ]
-
-
-def _check_trainer_arguments(options: TrainOptions) -> None:
-    if not options.trainer:
-        return
-    from transformers import TrainingArguments
-
-    known = {field.name for field in fields(TrainingArguments)}
-    for name in options.trainer:
-        if name not in known:
-            raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
-        if name in TrainOptions.model_fields:
-            raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
-        if name.endswith("token"):
-            raise PtmoeError(
-                f"trainer: {name!r} would be written into the run folder: set the variable HF_TOKEN instead"
-            )
 
 
 def run_folder(options: TrainOptions, resume: bool) -> Path:
@@ -286,6 +276,7 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         return Path("runs") / f"{options.method.get('name', DEFAULT_METHOD)}-{stamp}"
     folder = Path(options.output_dir)
+    check_name(folder)
     if folder.exists() and not folder.is_dir():
         raise PtmoeError(f"{folder} is a file: name a folder for the run")
     held = [name for name in RUN_FILES if (folder / name).exists()]

@@ -140,6 +140,10 @@ class RoutingCallback(TrainerCallback):
             encoder.together, encoder.confidence = False, 0.0
             self._start(args, state, model, train_dataloader)
         if encoder.config.routing_anneal and not encoder.together:
+            if args.world_size > 1:  # all harden at the same step, whatever rows each has seen
+                confidence = torch.as_tensor(encoder.confidence, dtype=torch.float, device=args.device)
+                torch.distributed.all_reduce(confidence)
+                encoder.confidence = confidence / args.world_size
             steps = state.max_steps - split
             progress = (state.global_step - split) / steps
             settled = progress >= EARLIEST and float(encoder.confidence) >= SETTLED

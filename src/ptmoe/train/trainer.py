@@ -21,10 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
+from ptmoe.files import naming
 from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import LogLine, append_line, write_lines
@@ -171,7 +173,7 @@ class PromptTrainer(Trainer):
     def load_finished(self, checkpoint: Path) -> bool:
         """Load a checkpoint of the last step, from which `Trainer` would take one step more; False, and nothing is
         loaded, where steps are left."""
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self._sharded or state.global_step < state.max_steps:
             return False
         self.state = state
@@ -191,17 +193,31 @@ class PromptTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            with naming(folder / name):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._record_best(folder, partial / name)
+                    seal(partial / name)
+                    publish(partial / name, folder / name)
         finally:
             self._saving = False
-        self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
         if self.args.should_save:
-            seal(partial / name)
-            publish(partial / name, folder / name)
-            partial.rmdir()
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best)
         self.accelerator.wait_for_everyone()
+
+    def _record_best(self, folder: Path, partial: Path) -> None:
+        """`Trainer` has recorded the best checkpoint where it is written, not where it will be."""
+        if self.state.best_global_step:
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.exists() or best.name == partial.name else None
+            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)

@@ -1,0 +1,38 @@
+"""A comparison in processes of its own, to stop and to kill."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def started(folder, jobs):
+    """The process and its children, once a cell is being trained."""
+    command = [sys.executable, "-m", "ptmoe", "compare", "--model", "nano", "--task", "nano/mixed", "--method", "pt"]
+    command += ["--seeds", "2", "--max-steps", "40", "--eval-examples", "8", "--jobs", jobs, "--output-dir", folder]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not list(folder.rglob("metrics.jsonl")):
+        time.sleep(0.1)
+    assert process.poll() is None, process.stderr.read()
+    return process, children(process.pid)
+
+
+def children(parent):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found.append(int(path.parent.name))
+    return found
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
