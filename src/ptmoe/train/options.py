@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near
 from ptmoe.files import write_whole
-from ptmoe.settings import Flag, Settings, read_yaml
+from ptmoe.settings import Flag, Settings, parse_yaml, read_yaml
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -43,11 +43,9 @@ def method_entry(value: Any) -> Any:
 
 def scalar(text: str) -> Any:
     """What `text` would be in a YAML file."""
-    import yaml
-
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except Exception:  # the parser ends in whatever it ends in
         return text
 
 

@@ -227,7 +227,9 @@ class PromptTrainer(Trainer):
             return
         folder = Path(resume_from_checkpoint)
         encoder = self.model.encoder
-        read_adapter(folder).fill(encoder)
+        saved = read_adapter(folder)
+        saved.check(encoder)
+        encoder.load_tensors(saved.tensors)
         if (folder / TRAINING_STATE).exists():
             encoder.load_training_state(load_file(folder / TRAINING_STATE, device=str(self.model.device)))
 
