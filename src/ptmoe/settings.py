@@ -13,7 +13,8 @@ from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near, shown
 
-LARGEST_FILE = 1_000_000  # bytes of a configuration
+LARGEST_YAML, LARGEST_JSON = 200_000, 4_000_000  # bytes of a configuration; YAML is read in seconds, JSON at once
+DEEPEST = 50  # levels of lists and mappings in it
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file that is there: what JSON has, in YAML's spelling. Dates are text.
 
     Raises:
-        PtmoeError: it is not YAML, is larger than 1 MB, or holds something else.
+        PtmoeError: it is not YAML, is larger than 200 kB, or holds something else.
     """
-    return _read(path, "YAML", parse_yaml)
+    return _read(path, "YAML", LARGEST_YAML, parse_yaml)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The keys and values of a JSON file that is there.
 
     Raises:
-        PtmoeError: it is not JSON, is larger than 1 MB, or holds something else.
+        PtmoeError: it is not JSON, is larger than 4 MB, or holds something else.
     """
-    return _read(path, "JSON", partial(json.loads, object_pairs_hook=_once_each, parse_constant=_no_number))
+    return _read(
+        path, "JSON", LARGEST_JSON, partial(json.loads, object_pairs_hook=_once_each, parse_constant=_no_number)
+    )
 
 
 def parse_yaml(text: str) -> Any:
@@ -94,6 +97,7 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        depth = 0
         yaml_implicit_resolvers = {
             first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":bool", ":float", ":null"))]
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -103,7 +107,12 @@ def parse_yaml(text: str) -> Any:
             event = self.peek_event()
             if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
                 raise yaml.YAMLError(f"an alias or a tag in line {event.start_mark.line + 1}")
-            return super().compose_node(parent, index)
+            self.depth += 1
+            if self.depth > DEEPEST:  # the scanner's time grows with the square
+                raise yaml.YAMLError(f"more than {DEEPEST} levels in line {event.start_mark.line + 1}")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]
@@ -117,11 +126,12 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader)  # derived from the safe one
 
 
-def _read(path: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-    if path.stat().st_size > LARGEST_FILE:
-        raise PtmoeError(f"{path} has {path.stat().st_size:,} bytes: needs at most {LARGEST_FILE:,}")
+def _read(path: Path, kind: str, largest: int, parse: Callable[[str], Any]) -> dict[str, Any]:
+    if path.stat().st_size > largest:
+        raise PtmoeError(f"{path} has {path.stat().st_size:,} bytes: needs at most {largest:,}")
     try:
         written = parse(path.read_text(encoding="utf-8"))
+        json.dumps(written, ensure_ascii=False).encode()  # no half of a character
     except RecursionError:
         raise PtmoeError(f"{path} is not {kind}: lists in lists in lists") from None
     except Exception as error:  # parsers end in whatever they end in

@@ -300,8 +300,8 @@ def _read_config(path: Path, written: dict[str, Any]) -> tuple[MethodConfig, Bas
         )
     if "peft_version" in written:
         raise PtmoeError(
-            f"{path.parent} is a {str(peft_type)[:50]} adapter that peft has saved, without {OWN_CONFIG_FILE}: of those "
-            "LORA loads as it is and PROMPT_TUNING converts; use the others with peft"
+            f"{path.parent} is a {str(peft_type)[:50]} adapter that peft has saved, without {OWN_CONFIG_FILE}: of "
+            "those LORA loads as it is and PROMPT_TUNING converts; use the others with peft"
         )
     if not isinstance(peft_type, str) or peft_type not in by_type:
         raise PtmoeError(f"{path}: peft_type={shown(peft_type)}{near(str(peft_type), by_type)}")

@@ -1,6 +1,7 @@
 """The tasks by name, and their examples."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -34,7 +35,7 @@ def task_names(name: str) -> list[str]:
 
 def is_file(name: str) -> bool:
     """Whether a task's name is a JSON-lines file, or a folder of them."""
-    return name not in TASKS and name not in GROUPS and (name.endswith((".jsonl", ".jsonl.gz")) or Path(name).exists())
+    return name not in TASKS and name not in GROUPS and (name.endswith((".jsonl", ".jsonl.gz")) or os.path.exists(name))
 
 
 def task_named(name: str) -> Task:

@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from ptmoe.errors import PtmoeError, near
+from ptmoe.errors import PtmoeError, near, shown
 from ptmoe.files import write_whole
 from ptmoe.settings import Flag, Settings, parse_yaml, read_yaml
 
@@ -21,15 +21,18 @@ Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BASE = "base"  # the method of a run that trains nothing
 DEFAULT_METHOD = "pt-moe"
+LONGEST_NAME = 255  # bytes, of a file or a folder
 
 
 def method_entry(value: Any) -> Any:
     """`pt-moe` or `pt-moe:rank=8,num_experts=4` as `{"name": "pt-moe", …}`; anything but text is returned as it is.
 
     Raises:
-        PtmoeError: a field without a value.
+        PtmoeError: a field without a value, or a name that is no text.
     """
     if not isinstance(value, str):
+        if isinstance(value, dict) and not isinstance(value.get("name", ""), str):
+            raise PtmoeError(f"method {shown(value)}: its name is no text")
         return value
     name, _, fields = value.partition(":")
     entry: dict[str, Any] = {"name": name.strip()}
@@ -96,6 +99,13 @@ class SharedOptions(Settings):
     """batches added up for one optimizer step"""
     output_dir: str | None = None
     """folder of the run; by default a new one under runs/"""
+
+    @field_validator("model", "data_dir", "eval_data_dir", "output_dir", "data", check_fields=False)
+    @classmethod
+    def _a_name_for_a_file(cls, value: str | None) -> str | None:
+        if any(len(part.encode()) > LONGEST_NAME for part in (value or "").split("/")):
+            raise ValueError(f"{shown(value)} is no file: a name has at most {LONGEST_NAME} bytes")
+        return value
 
     @model_validator(mode="after")
     def _at_least_one_step(self) -> Self:

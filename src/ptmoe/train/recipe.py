@@ -83,6 +83,7 @@ def train(
         DivergedError: the loss became NaN; the last good adapter is saved, if there is one.
         InterruptedRunError: SIGINT or SIGTERM came; a checkpoint is saved.
     """
+    method_config(options.method)  # its name may become the folder's
     folder = run_folder(options, resume)
     with writing(folder) if rank() == 0 else nullcontext():
         return _train(options, folder, resume, callbacks, router_progress, say)
