@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ptmoe.adapters.identity import BaseIdentity, Envelope
 from ptmoe.errors import PtmoeError, near, shown
-from ptmoe.files import replaced
+from ptmoe.files import names_repository, replaced
 from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, VirtualTokensConfig
 from ptmoe.methods.base import PreTrainedModel
 from ptmoe.settings import read_json
@@ -252,7 +252,7 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
     if folder.is_dir():
         inner = folder / "adapter"
         return inner if not (folder / CONFIG_FILE).exists() and inner.is_dir() else folder
-    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+    if folder.exists() or "/" not in str(path) or not names_repository(str(path)):
         raise PtmoeError(f"no adapter folder {path}: give a folder that save_pretrained or ptmoe train wrote")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -57,6 +57,24 @@ def _method(value: Any) -> Any:
     return {"name": DEFAULT_METHOD, **entry} if isinstance(entry, dict) else entry
 
 
+SECRET_KEY = re.compile(r"(^|[_-])(token|password|passwd|secret|api[_-]?key|credentials?)$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}|://[^/\s:@]*:[^/\s@]+@")  # of the Hub; a URL with a password
+
+
+def secret_in(value: Any, name: str = "a value") -> str | None:
+    """Where something secret is, by its key or by its form; None where there is nothing."""
+    if isinstance(value, str):
+        return f"{name!r}, which holds a token or password," if SECRET_VALUE.search(value) else None
+    if isinstance(value, list):
+        return next((found for part in value if (found := secret_in(part, name))), None)
+    for key, part in value.items() if isinstance(value, dict) else ():
+        if part is not None and SECRET_KEY.search(str(key)):
+            return repr(key)
+        if found := secret_in(part, str(key)):
+            return found
+    return None
+
+
 class SharedOptions(Settings):
     """What `ptmoe train` and `ptmoe compare` have in common."""
 
@@ -106,6 +124,14 @@ class SharedOptions(Settings):
         if any(len(part.encode()) > LONGEST_NAME for part in (value or "").split("/")):
             raise ValueError(f"{shown(value)} is no file: a name has at most {LONGEST_NAME} bytes")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, values: Any) -> Any:
+        """All of the options are written into the run folder and its report."""
+        if found := secret_in(values):
+            raise ValueError(f"{found} would be written into the run folder: set the variable HF_TOKEN instead")
+        return values
 
     @model_validator(mode="after")
     def _at_least_one_step(self) -> Self:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.models.bases import check_quantization, load_base
+from ptmoe.models.bases import check_quantization, commit_of, load_base
 from ptmoe.runs.environment import environment, rank, world_size
 from ptmoe.runs.folders import (
     ADAPTER_FOLDER,
@@ -104,6 +104,8 @@ def _train(
         raise PtmoeError("--force is for a run that is resumed: give --resume as well")
     checkpoint, different = None, Differences()
     if resume and (folder / CONFIG_FILE).exists():
+        if options.revision is not None:
+            options = options.model_copy(update={"revision": commit_of(options.model, options.revision)})
         options, different = continued(options, folder, force)
         checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, say)
     if resume and checkpoint is None:
@@ -152,6 +154,7 @@ def _train(
         method={"name": config.method, **model.method_config.model_dump()},
         chat=chat,
         learning_rate=options.learning_rate or config.default_learning_rate,
+        revision=model.identity.revision or options.revision,
     )
     model.packing = options.packing
     if options.packing:
@@ -201,7 +204,7 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     model, tokenizer, chat = _base(options)
     held_out = askable(held_out, tokenizer, options, chat, say)
     model.to(PartialState().device)  # where a trainer would put it
-    options = options.replace(method={"name": BASE}, chat=chat)
+    options = options.replace(method={"name": BASE}, chat=chat, revision=model.identity.revision or options.revision)
     _begin(folder, options, model)
     result = Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0)
     _finish(folder, result, model, tokenizer, held_out, options)
@@ -279,10 +282,6 @@ def _check_trainer_arguments(options: TrainOptions) -> None:
             raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
         if name in TrainOptions.model_fields:
             raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
-        if name.endswith("token"):
-            raise PtmoeError(
-                f"trainer: {name!r} would be written into the run folder: set the variable HF_TOKEN instead"
-            )
 
 
 def run_folder(options: TrainOptions, resume: bool) -> Path:
