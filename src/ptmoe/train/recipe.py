@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.models.bases import check_quantization, commit_of, load_base
+from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.runs.environment import environment, rank, world_size
 from ptmoe.runs.folders import (
     ADAPTER_FOLDER,
@@ -104,8 +104,6 @@ def _train(
         raise PtmoeError("--force is for a run that is resumed: give --resume as well")
     checkpoint, different = None, Differences()
     if resume and (folder / CONFIG_FILE).exists():
-        if options.revision is not None:
-            options = options.model_copy(update={"revision": commit_of(options.model, options.revision)})
         options, different = continued(options, folder, force)
         checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, say)
     if resume and checkpoint is None:

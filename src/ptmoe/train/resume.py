@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError
+from ptmoe.models.bases import commit_of
 from ptmoe.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE
 from ptmoe.runs.records import Environment
 from ptmoe.train.options import TrainOptions, method_config
@@ -26,7 +27,7 @@ FREE = {
 }
 FORCE = "go on as you say with --force, which records both"
 Differences = dict[str, tuple[Any, Any]]  # by name, the recorded and the given value
-RESOLVED = {"chat", "learning_rate"}  # None stands for what the run chose, which its record has
+RESOLVED = {"chat", "learning_rate", "revision"}  # None stands for what the run chose, which its record has
 
 
 def recorded(folder: Path, **changes: Any) -> TrainOptions:
@@ -49,6 +50,8 @@ def continued(options: TrainOptions, folder: Path, force: bool = False) -> tuple
     """
     record = recorded(folder)
     given = options.model_dump(include=options.model_fields_set)
+    if given.get("revision") is not None:  # the record has the commit
+        given["revision"] = commit_of(options.model, given["revision"])
     was = record.model_dump()
     differing: Differences = {
         name: (was[name], value)
