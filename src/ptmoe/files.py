@@ -80,10 +80,37 @@ def append(path: Path, lines: bytes) -> None:
             raise
 
 
-def cache_folder() -> Path:
-    """Where what can be made or downloaded again is kept: `$PTMOE_CACHE`, by default `~/.cache/ptmoe`."""
+def cache_folder(part: str = "", *, create: bool = False) -> Path:
+    """Where what can be made or downloaded again is kept: `$PTMOE_CACHE`, by default `~/.cache/ptmoe`, or a part of it.
+
+    Raises:
+        PtmoeError: it is somebody else's, or others may write to it: what lies in it may be theirs.
+        OSError: it cannot be created.
+    """
     root = os.environ.get("PTMOE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ptmoe"
-    return Path(root).expanduser()
+    folders = [Path(root).expanduser()]
+    folders += [folders[0] / part] if part else []
+    for folder in folders:
+        if create:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "getuid") and folder.exists():
+            status = folder.stat()
+            if status.st_uid != os.getuid() or status.st_mode & 0o022:
+                raise PtmoeError(
+                    f"the cache {folder} can be written by others than you: delete it, or name another folder with "
+                    "PTMOE_CACHE"
+                )
+    return folders[-1]
+
+
+def names_repository(name: str) -> bool:
+    """Whether a name can be one of the Hub's, and is not that of a file or folder here which is mistyped."""
+    parts = name.split("/")
+    return (
+        len(parts) <= 2
+        and all(re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}", part, re.ASCII) for part in parts)
+        and not (len(parts) == 2 and os.path.isdir(parts[0]))
+    )
 
 
 def sha256(path: Path) -> str:

@@ -1,15 +1,20 @@
 """Typed settings that refuse unknown keys: the base of every method's config and of the commands' options."""
 
+import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
-from ptmoe.errors import PtmoeError, near
+from ptmoe.errors import PtmoeError, near, shown
 
-LARGEST_YAML = 1_000_000  # bytes
+LARGEST_YAML, LARGEST_JSON = 200_000, 4_000_000  # bytes of a configuration; YAML is read in seconds, JSON at once
+DEEPEST = 50  # levels of lists and mappings in it
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def _one_line_each(owner: type[BaseModel], error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
-        message = f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        message = f"{key}={shown(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
         if problem["type"] == "extra_forbidden":
             message = f"unknown key {key!r}{near(key, owner.model_fields)}"
         elif problem["type"] == "missing":
@@ -63,31 +68,84 @@ def _one_line_each(owner: type[BaseModel], error: ValidationError) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file that is there. Dates are text; aliases, with which a few bytes become
-    gigabytes, are refused.
+    """The keys and values of a YAML file that is there: what JSON has, in YAML's spelling. Dates are text.
 
     Raises:
-        PtmoeError: it is not YAML, is larger than 1 MB, or holds something else.
+        PtmoeError: it is not YAML, is larger than 200 kB, or holds something else.
+    """
+    return _read(path, "YAML", LARGEST_YAML, parse_yaml)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The keys and values of a JSON file that is there.
+
+    Raises:
+        PtmoeError: it is not JSON, is larger than 4 MB, or holds something else.
+    """
+    return _read(
+        path, "JSON", LARGEST_JSON, partial(json.loads, object_pairs_hook=_once_each, parse_constant=_no_number)
+    )
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML of JSON's types. An alias, with which a few bytes become gigabytes, and a tag, which makes other types, are
+    refused; so is a key that is no text, or is there twice.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: the text is something else.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        depth = 0
         yaml_implicit_resolvers = {
-            first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+            first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":bool", ":float", ":null"))]
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor})")
-            return super().compose_node(parent, index)
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+                raise yaml.YAMLError(f"an alias or a tag in line {event.start_mark.line + 1}")
+            self.depth += 1
+            if self.depth > DEEPEST:  # the scanner's time grows with the square
+                raise yaml.YAMLError(f"more than {DEEPEST} levels in line {event.start_mark.line + 1}")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
-    if path.stat().st_size > LARGEST_YAML:
-        raise PtmoeError(f"{path} has {path.stat().st_size:,} bytes: needs at most {LARGEST_YAML:,}")
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]
+            if len(set(keys)) < len(node.value):
+                raise yaml.YAMLError(f"a key that is no text or is there twice, after line {node.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
+    # YAML's own integers are octal behind a 0, and 1:30 is 90.
+    whole = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", whole, list("-+0123456789"))
+    return yaml.load(text, Loader)  # derived from the safe one
+
+
+def _read(path: Path, kind: str, largest: int, parse: Callable[[str], Any]) -> dict[str, Any]:
+    if path.stat().st_size > largest:
+        raise PtmoeError(f"{path} has {path.stat().st_size:,} bytes: needs at most {largest:,}")
     try:
-        written = yaml.load(path.read_text(encoding="utf-8"), Loader)  # derived from the safe one
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise PtmoeError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+        written = parse(path.read_text(encoding="utf-8"))
+        json.dumps(written, ensure_ascii=False).encode()  # no half of a character
+    except RecursionError:
+        raise PtmoeError(f"{path} is not {kind}: lists in lists in lists") from None
+    except Exception as error:  # parsers end in whatever they end in
+        raise PtmoeError(f"{path} is not {kind}: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(written, dict):
         raise PtmoeError(f"{path} holds {type(written).__name__}: needs keys and values")
     return written
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(values := dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return values
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")

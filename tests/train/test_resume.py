@@ -1,6 +1,8 @@
 """A run is resumed as it was, or refused by name; a run that is refused is left as it was to the bit."""
 
+import html
 import json
+import re
 import shutil
 
 import pytest
@@ -8,7 +10,8 @@ from safetensors.torch import load_file
 
 import ptmoe
 from ptmoe.models.bases import load_base
-from ptmoe.runs.records import Environment
+from ptmoe.report.page import write_run_report
+from ptmoe.runs.records import Environment, LogLine
 from ptmoe.train import TrainOptions, train
 from ptmoe.train.resume import FREE, recorded
 
@@ -151,3 +154,69 @@ def test_the_folder_alone_is_enough_and_the_run_ends_as_if_it_had_not_stopped(ru
     assert "method was 'pt-moe', is 'pt'" in err
     status, _, err = run("train", "--resume", "--output-dir", tmp_path / "none")
     assert (status, "holds no run to resume" in err) == (2, True)
+
+
+NOT_FORCED = ("method", "rank", "model", "the data as well", "chat")  # what nano and this data cannot do
+CHANGED = {name: change for name, change in OTHER.items() if name not in NOT_FORCED}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_force_goes_on_with_what_differs_and_records_both(name, stopped, run_folder):
+    """Every option that is refused without it; the report names each."""
+    changes, message = CHANGED[name]
+    options = TrainOptions(**{"data": str(stopped / "data.jsonl"), "output_dir": str(run_folder), **changes})
+    trained = train(options, resume=True, force=True, say=lambda _: None)
+    assert trained.result.steps == changes.get("max_steps", 4)
+    (change,) = Environment.read(run_folder / "environment.json").changes
+    assert change.step == 2
+    told = ", ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in change.differences.items())
+    assert re.search(message, told)
+    kept, method = recorded(run_folder), changes.get("method", {})
+    assert all(getattr(kept, key) == value for key, value in changes.items() if key != "method")
+    assert all(kept.method[key] == value for key, value in method.items())
+    page = html.unescape(write_run_report(run_folder).read_text())
+    assert "Training was resumed with other settings." in page
+    assert all(
+        f"since step 2: {key} was {before}, is {now}" in page for key, (before, now) in change.differences.items()
+    )
+    resumed = train(options, resume=True, say=lambda _: None)  # it is the record now
+    assert resumed.result.steps == trained.result.steps
+
+
+def test_a_forced_learning_rate_is_the_one_of_the_steps_that_follow(stopped, run_folder):
+    options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder), learning_rate=1.5)
+    train(options, resume=True, force=True, say=lambda _: None)
+    before, after = (LogLine.read_lines(folder / "metrics.jsonl") for folder in (stopped / "run", run_folder))
+    old, rates = recorded(stopped / "run").learning_rate, [line.learning_rate for line in after]
+    assert [line.learning_rate for line in before][:2] == rates[:2]
+    expected = [line.learning_rate * 1.5 / old for line in before]
+    assert rates[2:] == pytest.approx(expected[2:])
+
+
+def test_other_data_and_another_base_go_on_by_force(tmp_path):
+    base, tokenizer = load_base("nano")
+    for part in (base, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    chosen = {"method": METHOD, "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4}
+    chosen |= {"model": str(tmp_path / "base"), "output_dir": str(tmp_path / "run"), "save_total_limit": 5}
+    options = TrainOptions(data=data(tmp_path / "d.jsonl"), **chosen)
+    train(options, say=lambda _: None)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    base.get_input_embeddings().weight.data.mul_(1.5)
+    base.save_pretrained(tmp_path / "base")
+    data(tmp_path / "d.jsonl", answer=4)
+    train(options, resume=True, force=True, say=lambda _: None)
+    (change,) = Environment.read(tmp_path / "run" / "environment.json").changes
+    assert set(change.differences) == {"fingerprint of the base", "fingerprint of the data"}
+    assert all(before != now for before, now in change.differences.values())
+
+
+def test_the_method_cannot_be_forced_and_force_alone_is_refused(stopped, run_folder):
+    before = state(run_folder)
+    options = {"data": str(stopped / "data.jsonl"), "output_dir": str(run_folder)}
+    for changes, message in ((OTHER["method"][0], "method was 'pt-moe', is 'pt'"), (OTHER["rank"][0], "has shape")):
+        with pytest.raises(ptmoe.PtmoeError, match=message):
+            train(TrainOptions(**options, **changes), resume=True, force=True, say=lambda _: None)
+    with pytest.raises(ptmoe.PtmoeError, match="--force is for a run that is resumed"):
+        train(TrainOptions(**options | {"output_dir": f"{run_folder}-new"}), force=True)
+    assert state(run_folder) == before

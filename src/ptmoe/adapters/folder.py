@@ -13,21 +13,26 @@ trained on another base, and stay within rounding when the same base is loaded i
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ptmoe.adapters.identity import BaseIdentity
-from ptmoe.errors import PtmoeError, near
-from ptmoe.files import replaced
+from ptmoe.adapters.identity import BaseIdentity, Envelope
+from ptmoe.errors import PtmoeError, near, shown
+from ptmoe.files import names_repository, replaced
 from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, VirtualTokensConfig
+from ptmoe.methods.base import PreTrainedModel
+from ptmoe.settings import read_json
 
 CONFIG_FILE = "adapter_config.json"
 OWN_CONFIG_FILE = "ptmoe_config.json"  # holds our config where CONFIG_FILE is peft's
@@ -38,7 +43,8 @@ WITHOUT_EFFECT = (  # fields of peft's config that change nothing in what a load
     "fan_in_fan_out".split()  # how the base stores its weights, which a quantized GPT-2 does otherwise
 )
 RANDOM_STARTS = (True, False, "gaussian", "eva")  # LoRA's init_lora_weights that leave the base as it is
-ENVELOPE = ("peft_type", "task_type", "base_model_name_or_path", "revision", "hidden_size", "embedding_fingerprint")
+LARGEST_HEADER = 10_000_000  # bytes, of a safetensors file: it names some hundred thousand tensors
+FLOATING = ("F64", "F32", "F16", "BF16")  # its names of what a tensor is made of
 
 
 @dataclass
@@ -59,22 +65,33 @@ class SavedAdapter:
     base: BaseIdentity
     peft_config: dict[str, Any] | None = None
 
-    def fill(self, encoder: PromptEncoder) -> None:
-        """Copy the tensors into an encoder.
+    def encoder_for(self, base: PreTrainedModel) -> PromptEncoder:
+        """The saved encoder on a base; a method that changes layers is then in it.
 
+        Raises:
+            PtmoeError: keys, shapes or a `peft` config that are not what the method has on this base. That shows on a
+                copy of the base without memory, before anything is built or changed.
+        """
+        if not isinstance(self.config, VirtualTokensConfig):  # those were checked when they were read
+            self.check(outline(self.folder, lambda: self.config.saved_encoder_for(_without_memory(base))))
+        encoder = self.config.saved_encoder_for(base)
+        encoder.load_tensors(self.tensors)
+        return encoder
+
+    def check(self, encoder: PromptEncoder) -> None:
+        """
         Raises:
             PtmoeError: keys or shapes that are not the encoder's, or a `peft` config that contradicts it.
         """
-        check_tensors(self.folder / WEIGHTS_FILE, encoder.tensors(), self.tensors)
+        check_shapes(self.folder / WEIGHTS_FILE, encoder.tensors(), {k: t.shape for k, t in self.tensors.items()})
         expected = encoder.peft_config() or {}
         for key, value in (self.peft_config or {}).items():
-            found = sorted(value) if key == "target_modules" and isinstance(value, list) else value
+            found = sorted(value, key=str) if key == "target_modules" and isinstance(value, list) else value
             if key not in WITHOUT_EFFECT and key in expected and found != expected[key]:
                 raise PtmoeError(
-                    f"{self.folder / CONFIG_FILE}: {key}={value!r} is not what {self.config.method} has "
+                    f"{self.folder / CONFIG_FILE}: {key}={shown(value)} is not what {self.config.method} has "
                     f"({expected[key]!r}): save the adapter again, or load it with peft"
                 )
-        encoder.load_tensors(self.tensors)
 
 
 def save_adapter(encoder: PromptEncoder, base: BaseIdentity, folder: str | Path) -> None:
@@ -112,7 +129,8 @@ def write_files(
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
-    """Read and check an adapter folder: its files, keys, shapes and values.
+    """Read and check an adapter folder: its files, keys, shapes and values. Sizes come from the tensors that are there;
+    what the config says is only compared with them.
 
     Raises:
         PtmoeError: a missing or damaged file, a pickle, an unknown key, a missing, misshapen or non-finite tensor.
@@ -122,21 +140,45 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     own = folder / OWN_CONFIG_FILE
     of_peft = own.is_file()
     if of_peft:
-        config, base = _read_config(own, _read_json(own))
+        config, base = _read_config(own, read_json(own))
     elif written.get("peft_type") == "LORA":  # written by plain peft
-        config, base = _read_peft_lora(written)
+        config, base = _read_peft_lora(folder / CONFIG_FILE, written)
         of_peft = True
         if written.get("init_lora_weights") in RANDOM_STARTS:
             written["init_lora_weights"] = True
     else:
         config, base = _read_config(folder / CONFIG_FILE, written)
-    tensors = read_tensors(folder)
-    check_values(folder / WEIGHTS_FILE, tensors)
+    expected = None
     if isinstance(config, VirtualTokensConfig):  # the shapes of other methods depend on the base
-        with torch.device("meta"):
-            expected = config.build(cast(int, base.hidden_size)).tensors()
-        check_tensors(folder / WEIGHTS_FILE, expected, tensors)
+        expected = outline(folder, lambda: config.build(cast(int, base.hidden_size))).tensors()
+    tensors = read_tensors(folder / WEIGHTS_FILE, expected)
     return SavedAdapter(folder, config, tensors, base, written if of_peft else None)
+
+
+def outline(folder: Path, build: Callable[[], PromptEncoder]) -> PromptEncoder:
+    """An encoder on the meta device, which takes no memory whatever its sizes.
+
+    Raises:
+        PtmoeError: there is no encoder of such sizes.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except PtmoeError:
+        raise
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PtmoeError(f"{folder}: no adapter has the sizes that its config says ({reason})") from None
+
+
+def _without_memory(base: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model, its tensors on the meta device."""
+    copies: dict[int, Any] = {}
+    for tensor in chain(base.parameters(), base.buffers()):
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        copies[id(tensor)] = torch.Tensor._make_subclass(type(tensor), empty, tensor.requires_grad)
+        vars(copies[id(tensor)]).update(vars(tensor))  # how a quantized weight is quantized
+    return copy.deepcopy(base, copies)
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -146,22 +188,46 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         PtmoeError: a missing file, a pickle, or a config that is not a JSON object.
     """
     _check_files(folder)
-    return _read_json(folder / CONFIG_FILE)
+    return read_json(folder / CONFIG_FILE)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, unchecked.
+def read_tensors(path: Path, expected: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped into memory. The file's header is checked before any is made.
+
+    Args:
+        path: of the file.
+        expected: tensors of the shapes that it has to hold; None where that is not known yet.
 
     Raises:
-        PtmoeError: a damaged file.
+        PtmoeError: a damaged file, other keys or shapes than expected, or numbers that are not floating point or not
+            finite.
     """
     try:
-        return cast(dict[str, Tensor], load_file(folder / WEIGHTS_FILE))
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > LARGEST_HEADER:
+            raise ValueError(f"a header of {header:,} bytes")
+        with safe_open(path, "pt") as opened:
+            parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            for key, part in parts.items():
+                if part.get_dtype() not in FLOATING:
+                    raise PtmoeError(f"{path}: {key} has dtype {part.get_dtype()}: needs one of {', '.join(FLOATING)}")
+            if expected is not None:
+                check_shapes(path, expected, {key: part.get_shape() for key, part in parts.items()})
+            tensors = {key: opened.get_tensor(key) for key in parts}
+    except PtmoeError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise PtmoeError(f"{folder / WEIGHTS_FILE} is damaged ({error}): save or copy it again") from None
+        raise PtmoeError(f"{path} is damaged ({str(error)[:200]}): save or copy it again") from None
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise PtmoeError(
+                f"{path}: {key} holds NaN or infinite values: the training diverged; use an earlier checkpoint"
+            )
+    return tensors
 
 
-def check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def check_shapes(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Sequence[int]]) -> None:
     """
     Raises:
         PtmoeError: a missing or unknown key, or another shape than expected.
@@ -170,26 +236,10 @@ def check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tens
     if missing:
         raise PtmoeError(f"{path} lacks the tensor {', '.join(missing)}: it is not a whole adapter")
     if unknown:
-        raise PtmoeError(f"{path} holds an unknown tensor {unknown[0]!r}{near(unknown[0], expected)}")
-    for key, value in found.items():
-        if value.shape != expected[key].shape:
-            raise PtmoeError(
-                f"{path}: {key} has shape {tuple(value.shape)}, its config says {tuple(expected[key].shape)}"
-            )
-
-
-def check_values(path: Path, found: dict[str, Tensor]) -> None:
-    """
-    Raises:
-        PtmoeError: numbers that are not floating point, or not finite.
-    """
-    for key, value in found.items():
-        if not value.is_floating_point():
-            raise PtmoeError(f"{path}: {key} has dtype {value.dtype}: needs floating point")
-        if not value.isfinite().all():
-            raise PtmoeError(
-                f"{path}: {key} holds NaN or infinite values: the training diverged; use an earlier checkpoint"
-            )
+        raise PtmoeError(f"{path} holds an unknown tensor {shown(unknown[0])}{near(unknown[0], expected)}")
+    for key, shape in found.items():
+        if tuple(shape) != expected[key].shape:
+            raise PtmoeError(f"{path}: {key} has shape {tuple(shape)}, its config says {tuple(expected[key].shape)}")
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -202,7 +252,7 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
     if folder.is_dir():
         inner = folder / "adapter"
         return inner if not (folder / CONFIG_FILE).exists() and inner.is_dir() else folder
-    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+    if folder.exists() or "/" not in str(path) or not names_repository(str(path)):
         raise PtmoeError(f"no adapter folder {path}: give a folder that save_pretrained or ptmoe train wrote")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -225,22 +275,20 @@ def _check_files(folder: Path) -> None:
             raise PtmoeError(f"{folder} has no {name}: it is not a whole adapter folder")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        written = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PtmoeError(f"{path} is not JSON ({error}): save the adapter again") from None
-    if not isinstance(written, dict):
-        raise PtmoeError(f"{path} holds {type(written).__name__}: needs an object")
-    return written
-
-
-def _read_peft_lora(written: dict[str, Any]) -> tuple[MethodConfig, BaseIdentity]:
+def _read_peft_lora(path: Path, written: dict[str, Any]) -> tuple[MethodConfig, BaseIdentity]:
     """A LoRA that plain `peft` has saved: its folder does not identify the base. What it has beyond `LoRAConfig` is
-    refused when it is loaded (`SavedAdapter.fill`)."""
-    peft_names = {"rank": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
-    fields: dict[str, Any] = {name: written.get(key) for name, key in peft_names.items()}
-    return LoRAConfig(**fields), BaseIdentity(written.get("base_model_name_or_path"), written.get("revision"))
+    refused when it is loaded (`SavedAdapter.check`)."""
+    names = {"rank": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
+    base = envelope(path, {key: written.get(key) for key in ("peft_type", "base_model_name_or_path", "revision")}).base
+    fields: dict[str, Any] = {name: written.get(key) for name, key in names.items()}
+    return LoRAConfig(**fields), base
+
+
+def envelope(path: Path, written: dict[str, Any]) -> Envelope:
+    try:
+        return Envelope(**{key: value for key, value in written.items() if key in Envelope.model_fields})
+    except PtmoeError as error:
+        raise PtmoeError(f"{path}: {error}: save the adapter again") from None
 
 
 def _read_config(path: Path, written: dict[str, Any]) -> tuple[MethodConfig, BaseIdentity]:
@@ -252,23 +300,17 @@ def _read_config(path: Path, written: dict[str, Any]) -> tuple[MethodConfig, Bas
         )
     if "peft_version" in written:
         raise PtmoeError(
-            f"{path.parent} is a {peft_type} adapter that peft has saved, without {OWN_CONFIG_FILE}: of those LORA "
-            "loads as it is and PROMPT_TUNING converts; use the others with peft"
+            f"{path.parent} is a {str(peft_type)[:50]} adapter that peft has saved, without {OWN_CONFIG_FILE}: of "
+            "those LORA loads as it is and PROMPT_TUNING converts; use the others with peft"
         )
-    if peft_type not in by_type:
-        raise PtmoeError(f"{path}: peft_type={peft_type!r}{near(str(peft_type), by_type)}")
-    method = by_type[peft_type]
-    fields = {key: value for key, value in written.items() if key not in ENVELOPE}
+    if not isinstance(peft_type, str) or peft_type not in by_type:
+        raise PtmoeError(f"{path}: peft_type={shown(peft_type)}{near(str(peft_type), by_type)}")
     try:
-        config = method(**fields)
+        fields = {key: value for key, value in written.items() if key not in Envelope.model_fields}
+        config = by_type[peft_type](**fields)
     except PtmoeError as error:
         raise PtmoeError(f"{path}: {error}") from None
-    missing = [key for key in ("hidden_size", "embedding_fingerprint") if key not in written]
+    missing = [key for key in ("hidden_size", "embedding_fingerprint") if written.get(key) is None]
     if missing:
         raise PtmoeError(f"{path} lacks {', '.join(missing)}: save the adapter again")
-    hidden, mark = written["hidden_size"], written["embedding_fingerprint"]
-    if not (
-        isinstance(hidden, int) and hidden > 0 and isinstance(mark, dict) and {"vocabulary", "values"} <= set(mark)
-    ):
-        raise PtmoeError(f"{path}: hidden_size={hidden!r} or its fingerprint is unfit: save the adapter again")
-    return config, BaseIdentity(written.get("base_model_name_or_path"), written.get("revision"), hidden, mark)
+    return config, envelope(path, written).base

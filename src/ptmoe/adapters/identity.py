@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
+from ptmoe.settings import Settings
 
 FINGERPRINT_SIZE = 64
+
+
+class Fingerprint(Settings):
+    """Of an embedding, as `fingerprint` takes it."""
+
+    model_config = ConfigDict(strict=True)
+    vocabulary: Annotated[int, Field(ge=1)]
+    values: Annotated[
+        list[Annotated[float, Field(allow_inf_nan=False)]],
+        Field(min_length=FINGERPRINT_SIZE, max_length=FINGERPRINT_SIZE),
+    ]
+
+
+class Envelope(Settings):
+    """What every adapter's config says beside the method's own fields; a folder of plain `peft` has less of it."""
+
+    model_config = ConfigDict(strict=True)
+    peft_type: str
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    hidden_size: Annotated[int, Field(ge=1)] | None = None
+    embedding_fingerprint: Fingerprint | None = None
+
+    @property
+    def base(self) -> BaseIdentity:
+        mark = self.embedding_fingerprint
+        fingerprint = None if mark is None else mark.model_dump()
+        return BaseIdentity(self.base_model_name_or_path, self.revision, self.hidden_size, fingerprint)
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ptmoe.adapters.folder import (
+    CONFIG_FILE,
     WEIGHTS_FILE,
-    check_tensors,
-    check_values,
     config_file,
+    envelope,
+    outline,
     read_adapter,
     read_config_file,
     read_tensors,
     write_files,
 )
 from ptmoe.adapters.identity import BaseIdentity
-from ptmoe.errors import PtmoeError
+from ptmoe.errors import PtmoeError, shown
 from ptmoe.methods import PTConfig
 
 if TYPE_CHECKING:
@@ -62,13 +61,12 @@ def from_peft(source: str | Path, target: str | Path, base: PreTrainedModel) -> 
     source = Path(source)
     written = read_config_file(source)
     if written.get("peft_type") != "PROMPT_TUNING":
-        raise PtmoeError(f"{source}: peft_type={written.get('peft_type')!r}: only PROMPT_TUNING converts")
-    tensors = read_tensors(source)
+        raise PtmoeError(f"{source}: peft_type={shown(written.get('peft_type'))}: only PROMPT_TUNING converts")
     embedding = base.get_input_embeddings().weight
     size: Any = written.get("num_virtual_tokens")  # PTConfig checks it
     config = PTConfig(num_virtual_tokens=size, init="random")
-    shape = torch.empty(config.num_virtual_tokens, embedding.shape[1], device="meta")
-    check_values(source / WEIGHTS_FILE, tensors)
-    check_tensors(source / WEIGHTS_FILE, {"prompt_embeddings": shape}, tensors)
-    identity = BaseIdentity.of(embedding, written.get("base_model_name_or_path"), written.get("revision"))
+    prompt = outline(source, lambda: config.build(embedding.shape[1])).tensors()["prompt"]
+    tensors = read_tensors(source / WEIGHTS_FILE, {"prompt_embeddings": prompt})
+    named = envelope(source / CONFIG_FILE, written)
+    identity = BaseIdentity.of(embedding, named.base_model_name_or_path, named.revision)
     write_files(target, config_file(config, identity), {"prompt": tensors["prompt_embeddings"].float()})

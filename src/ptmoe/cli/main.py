@@ -17,6 +17,7 @@ from ptmoe.cli.inference import convert, generate, inspect
 from ptmoe.cli.options import HELP, command_of
 from ptmoe.cli.tables import params, tasks, tasks_show
 from ptmoe.cli.training import train
+from ptmoe.cli.verification import verify
 from ptmoe.errors import PtmoeError, system_error
 
 TRAIN_OPTIONS = "ptmoe.train.options:TrainOptions"
@@ -52,6 +53,7 @@ app.command(cls=command_of(TRAIN_OPTIONS, methods=True))(train)
 app.command(cls=base_options)(generate)
 app.command("eval", cls=base_options)(evaluate)
 app.command()(score)
+app.command()(verify)
 
 
 @app.command(

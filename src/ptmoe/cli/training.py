@@ -16,6 +16,9 @@ def train(
         Path | None, typer.Argument(help="YAML file; options on the command line take precedence")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the run's last checkpoint")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="resume although the base, the data or options differ; both are recorded")
+    ] = False,
 ) -> None:
     """Train an adapter and write its run folder.
 
@@ -52,7 +55,9 @@ def train(
     with progress_bar(console) as progress:
         steps = StepsCallback(training_bar(progress, training.method["name"]))
         router = training_bar(progress, "router")
-        trained = run(training, resume=resume, callbacks=[steps], router_progress=router, say=progress.console.print)
+        trained = run(
+            training, resume=resume, force=force, callbacks=[steps], router_progress=router, say=progress.console.print
+        )
     result = trained.result
     console.print(
         f"{result.method}: {result.trainable_parameters:,} trainable parameters, {result.steps:,} steps on "

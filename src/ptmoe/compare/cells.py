@@ -18,6 +18,7 @@ from ptmoe.models.bases import max_positions
 from ptmoe.runs.folders import cell_folder, file_name
 from ptmoe.runs.records import CellRecord
 from ptmoe.tasks import TASKS, Problems, check_labels, check_size, is_file, load_task, task_named, task_names
+from ptmoe.train.examples import evaluation_data_dir
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 
 OWN_KEYS = ("name", "label", "learning_rate", "budget")  # of a method's entry, beside the fields of its config
@@ -238,9 +239,7 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
 
     for name in dict.fromkeys(name for task in plan.tasks for name in task_names(task)):
         check(name, "train", plan.data_dir)
-    folder = plan.eval_data_dir
-    if folder is None and plan.data_dir is not None and Path(plan.data_dir).is_dir():
-        folder = plan.data_dir
+    folder = evaluation_data_dir(plan)
     of_preset = [] if plan.preset is None else preset_plan(plan.preset, plan.model).get("eval_tasks", [])
     optional = {name for tasks in of_preset for name in task_names(tasks)}
     missing: dict[str, str] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from ptmoe import nano
-from ptmoe.errors import PtmoeError, near
+from ptmoe.errors import PtmoeError, near, shown
 
 Plan = dict[str, Any]
 
@@ -158,12 +158,12 @@ ON_NANO = _presets(
 PRESETS = {name: (ON_REAL_MODELS[name], ON_NANO[name]) for name in ON_NANO}
 
 
-def preset(name: str, model: str | None) -> Plan:
+def preset(name: Any, model: str | None) -> Plan:
     """The plan of a preset on a model; by default the paper's.
 
     Raises:
         PtmoeError: an unknown preset.
     """
-    if name not in PRESETS:
-        raise PtmoeError(f"unknown preset {name!r}{near(name, PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise PtmoeError(f"unknown preset {shown(name)}{near(str(name), PRESETS)}")
     return PRESETS[name][model == nano.NAME]

@@ -17,7 +17,7 @@ from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, tra
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.plan import ComparePlan
 from ptmoe.errors import PtmoeError
-from ptmoe.models.bases import check_quantization, load_config
+from ptmoe.models.bases import check_quantization, commit_of, load_config
 from ptmoe.runs.folders import LOG_FILE, PLAN_FILE
 from ptmoe.runs.records import Failure
 
@@ -72,6 +72,7 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             be run, or with `strict` one that cannot.
     """
     check_quantization(plan.quantization)
+    plan = plan.replace(revision=commit_of(plan.model, plan.revision))
     config = load_config(plan.model, revision=plan.revision)
     tasks, left_out = trainable_tasks(plan)
     if tasks:

@@ -115,10 +115,10 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _faster_here() -> bool:
     """Whether oneDNN was faster when this machine was first measured."""
     key = f"{platform.machine()} {_processor()} {torch.__version__} {torch.get_num_threads()} threads"
-    path = cache_folder() / "onednn" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
     try:
+        path = cache_folder("onednn", create=True) / name
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{uuid.uuid4().hex}")
             part.write_text(f"{_time_ratio():.3f}\n{key}\n")
             with suppress(FileExistsError):  # of two processes that measure at the same time, the first decides

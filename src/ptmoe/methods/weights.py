@@ -41,7 +41,7 @@ class TargetedConfig(WeightConfig):
         Raises:
             PtmoeError: it has no linear module of such a name; the names it has are listed.
         """
-        names = self.default_names(base) if self.target_modules is None else self.target_modules
+        names = set(self.default_names(base) if self.target_modules is None else self.target_modules)
         for name in names:
             if not modules_named(base, [name]):
                 raise PtmoeError(

@@ -166,7 +166,7 @@ class AdapterSet(nn.Module):
         weight = cast(Tensor, self.embedding.weight)
         saved.base.check(weight, saved.folder, None)
         encoder = config.build(weight.shape[1])
-        saved.fill(encoder)
+        encoder.load_tensors(saved.tensors)
         return encoder
 
     def encode(self, embeds: Tensor, input_mask: Tensor, adapter_names: Sequence[str] | None = None) -> Prompts:

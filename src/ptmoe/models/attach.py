@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -151,14 +151,7 @@ def load_adapter(
 
     def make(base: PreTrainedModel) -> PromptEncoder:
         with seeded(0):
-            encoder = saved.config.saved_encoder_for(base)
-        try:
-            saved.fill(encoder)
-        except PtmoeError:
-            with suppress(PtmoeError):  # nothing to undo yet, where it could not be undone
-                encoder.remove()
-            raise
-        return encoder
+            return saved.encoder_for(base)
 
     before = model.active_adapter
     model.add_adapter(name, saved.config, make, activate=False)

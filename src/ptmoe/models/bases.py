@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ptmoe import nano
 from ptmoe.errors import PtmoeError, near
+from ptmoe.files import names_repository
 from ptmoe.methods.base import QUANTIZATIONS, quantization_of
 from ptmoe.models.gguf import dequantized, gguf_in_package, gguf_of
 
@@ -60,6 +61,7 @@ def load_base(
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization)
         options.setdefault("device_map", {"": target})  # quantized weights are made where they stay
+    revision = commit_of(name, revision)  # one for all of its files, whatever is pushed in the meantime
     with _located(name) as where:
         tokenizer = _tokenizer(where, revision, trusted=options.setdefault("trust_remote_code", False))
         model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)
@@ -68,6 +70,8 @@ def load_base(
     _prepare_4bit(model)
     if quantization is None and "device_map" not in options:
         model.to(target)
+    if not Path(where).is_dir():
+        model.config._commit_hash = revision  # what an adapter's folder names
     model.name_or_path = name
     model.config.name_or_path = name
     return cast("PreTrainedModel", model), tokenizer
@@ -152,6 +156,20 @@ def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
         return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
 
 
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a Hub repository is now; of anything else the revision itself.
+
+    Raises:
+        PtmoeError: no such model.
+    """
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    with _located(name) as where:
+        if Path(where).is_dir():
+            return revision
+        return extract_commit_hash(cached_file(where, "config.json", revision=revision), None) or revision
+
+
 def max_positions(config: PretrainedConfig) -> int | None:
     """How many tokens a base takes; None where its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -179,7 +197,7 @@ def locate(name: str) -> str:
     file = gguf_in_package(package.split("==")[0]) if package else gguf_of(name)
     if file is not None:
         return str(dequantized(file))
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+    if not Path(name).is_dir() and not names_repository(repository):
         raise PtmoeError(f"no model folder {name!r}: give {NAMES}")
     return repository
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ptmoe.errors import PtmoeError
 from ptmoe.files import cache_folder, sha256
+from ptmoe.settings import read_json
 
 MANIFEST = "sha256.json"  # what a folder's files have to be
 
@@ -60,8 +61,7 @@ def dequantized(file: Path) -> Path:
     import transformers
     from filelock import FileLock
 
-    folder = cache_folder() / "gguf" / f"{sha256(file)[:32]}-{transformers.__version__}"
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = cache_folder("gguf", create=True) / f"{sha256(file)}-{transformers.__version__}"
     with FileLock(f"{folder}.lock"):
         if folder.exists() and not _is_whole(folder):
             warnings.warn(f"{folder} is damaged: {file} is dequantized again", stacklevel=2)
@@ -82,9 +82,9 @@ def dequantized(file: Path) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        digests = json.loads((folder / MANIFEST).read_text())
-        return all(sha256(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError):
+        digests = {path.name: sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
+        return read_json(folder / MANIFEST) == digests
+    except (OSError, PtmoeError):
         return False
 
 

@@ -139,6 +139,14 @@ def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
                 f"with seed {cell.seed} expert {summary.collapsed_expert} takes {100 * max(shares):.1f} % of the {of}, "
                 f"the other {len(shares) - 1} next to nothing.{guard}"
             )
+    forced = [
+        f"{cell.label} on {cell.task}, seed {cell.seed}, since step {change.step:,}: {name} was {before}, is {now}"
+        for cell in comparison.cells
+        for change in cell.run.environment.changes
+        for name, (before, now) in change.differences.items()
+    ]
+    if forced:
+        yield "Training was resumed with other settings.", forced
     lines = []
     for (label, trained_on, task), texts in fallen.items():
         after = f" trained on {trained_on}" if trained_on != task else ""

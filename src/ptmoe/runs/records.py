@@ -90,10 +90,23 @@ def append_line(path: Path, record: Record) -> None:
     append(path, record.line().encode())
 
 
+class Change(Record):
+    """What a resumed run was forced to do otherwise.
+
+    Attributes:
+        step: the optimizer steps that had been done.
+        differences: by name, the value before and the value since.
+    """
+
+    step: int
+    differences: dict[str, tuple[Any, Any]]
+
+
 class Environment(Record):
     """What a run ran on. A version is None for a package that was not installed.
 
     Attributes:
+        changes: made by `ptmoe train --resume --force`, in order.
         fast_paths: by the name of each of `ptmoe.fast`'s paths, None where it was used, otherwise why it was not.
         data: a fingerprint of the tokens that the run was trained on; None where nothing was trained.
     """
@@ -104,6 +117,7 @@ class Environment(Record):
     hardware: dict[str, Any]
     fast_paths: dict[str, str | None] | None = None
     data: str | None = None
+    changes: list[Change] = []
 
 
 class Result(Record):

@@ -11,6 +11,7 @@ A line with `messages` may have `tools`, `documents` and `chat_template_kwargs`,
 message reach the chat template. The last message is the answer; earlier ones are part of the prompt.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[t
     keys = keys or Keys()
     if (keys.prompt is None) != (keys.completion is None):
         raise PtmoeError(f"prompt key {keys.prompt!r}, completion key {keys.completion!r}: give both or neither")
-    if not path.exists():
+    if not os.path.exists(path):  # also where the name is too long for one
         raise PtmoeError(f"no data file {path}: give a JSON-lines file or a folder of them")
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:

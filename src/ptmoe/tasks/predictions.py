@@ -16,6 +16,8 @@ from ptmoe.tasks.records import READERS, has, head, unique
 ID_KEYS = ("id", "qid", "ID")
 TEXT_KEYS = ("completion", "prediction", "prediction_text", "text", "answer", "output")
 
+LARGEST_OBJECT = 50_000_000  # bytes; it is read whole
+
 
 def read_predictions(path: str | Path) -> dict[str, str]:
     """Each prediction by its example's id.
@@ -60,10 +62,16 @@ def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str
 
 def _object(path: Path) -> list[tuple[str, Any]] | None:
     """The key–value pairs of a file that is one JSON object, else None. A dict would hide repeated ids."""
+    if path.stat().st_size > LARGEST_OBJECT:
+        raise PtmoeError(
+            f"{path} is one object of {path.stat().st_size:,} bytes: needs JSON lines, an id and a text each"
+        )
     try:
         pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: pairs)
     except UnicodeDecodeError:
         raise PtmoeError(f"{path}: not UTF-8 text") from None
     except json.JSONDecodeError:
         return None
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, lists in lists in lists
+        raise PtmoeError(f"{path}: {str(error)[:200]}") from None
     return pairs if isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs) else None

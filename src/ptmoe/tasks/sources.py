@@ -22,6 +22,7 @@ from ptmoe.tasks.records import Record
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30  # seconds without a byte
+LARGEST = 2_000_000_000  # bytes of a download; no release has as many
 
 
 def locate(task: Task, split: str, data_dir: str | Path | None, say: Callable[[str], None]) -> Path | None:
@@ -54,7 +55,7 @@ def local(task: Task, split: str) -> Path | None:
         with suppress(PtmoeError):
             return in_folder(task, split, Path(folder))
     wanted = task.splits[split]
-    return cached(wanted) if wanted.url and cached(wanted).exists() else None
+    return cached(wanted) if wanted.url and _is_release(cached(wanted), wanted) else None
 
 
 def in_folder(task: Task, split: str, place: Path) -> Path:
@@ -86,24 +87,37 @@ def cached(split: Split) -> Path:
     return cache_folder() / f"{split.md5}.jsonl.gz"
 
 
+def _is_release(path: Path, split: Split) -> bool:
+    """Whether a file is there and is the released one: what was downloaded once may have been changed since."""
+    if not path.is_file():
+        return False
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest() == split.md5
+
+
 def fetch(split: Split, say: Callable[[str], None]) -> Path:
     """Download a released file, and keep it if its MD5 is the release's.
 
     Raises:
-        PtmoeError: its MD5 differs; nothing is kept.
+        PtmoeError: its MD5 differs, or it is larger than any release; nothing is kept.
         OSError: the server cannot be reached or does not have it.
     """
     target, digest, received = cached(split), hashlib.md5(usedforsecurity=False), 0
-    target.parent.mkdir(parents=True, exist_ok=True)
+    cache_folder(create=True)
     say(f"downloading {split.url}")
     with replaced(target) as partial:
         with urllib.request.urlopen(split.url, timeout=_TIMEOUT) as answer, partial.open("wb") as file:
             length = int(answer.headers.get("Content-Length") or 0)
             with suppress(http.client.IncompleteRead):  # shorter than announced: reported below
                 while chunk := answer.read(_CHUNK):
+                    received += len(chunk)
+                    if max(received, length) > LARGEST:
+                        raise PtmoeError(f"{split.url}: over {LARGEST:,} bytes, more than any release; nothing is kept")
                     file.write(chunk)
                     digest.update(chunk)
-                    received += len(chunk)
         if digest.hexdigest() != split.md5:
             short = f" after {received:,} of {length:,} bytes" if received < length else ""
             raise PtmoeError(

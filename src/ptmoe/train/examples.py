@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ptmoe.tasks.base import Example
-    from ptmoe.train.options import TrainOptions
+    from ptmoe.train.options import SharedOptions, TrainOptions
 
 
 def training_examples(options: TrainOptions, problems: Problems, say: Callable[[str], None]) -> Iterable[Example]:
@@ -58,11 +58,15 @@ def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> di
             return {}
     if options.score == "choices":
         check_labels(map(task_named, names))
-    folder = options.eval_data_dir
-    if folder is None and options.data_dir is not None and Path(options.data_dir).is_dir():
-        folder = options.data_dir
+    folder = evaluation_data_dir(options)
     limits: dict[str, Any] = {"max_examples": options.eval_examples, "say": say}
     return {name: load_task(name, "test", folder, problems=Problems(skip=options.skip_bad), **limits) for name in names}
+
+
+def evaluation_data_dir(options: SharedOptions) -> str | None:
+    """The folder or file that holds the data of evaluated tasks."""
+    trained = options.data_dir
+    return options.eval_data_dir or (trained if trained is not None and Path(trained).is_dir() else None)
 
 
 def askable(

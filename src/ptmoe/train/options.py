@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from ptmoe.errors import PtmoeError, near
-from ptmoe.files import write_whole
-from ptmoe.settings import Flag, Settings, read_yaml
+from ptmoe.errors import PtmoeError, near, shown
+from ptmoe.files import LONGEST_NAME, write_whole
+from ptmoe.settings import Flag, Settings, parse_yaml, read_yaml
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -28,9 +28,11 @@ def method_entry(value: Any) -> Any:
     """`pt-moe` or `pt-moe:rank=8,num_experts=4` as `{"name": "pt-moe", …}`; anything but text is returned as it is.
 
     Raises:
-        PtmoeError: a field without a value.
+        PtmoeError: a field without a value, or a name that is no text.
     """
     if not isinstance(value, str):
+        if isinstance(value, dict) and not isinstance(value.get("name", ""), str):
+            raise PtmoeError(f"method {shown(value)}: its name is no text")
         return value
     name, _, fields = value.partition(":")
     entry: dict[str, Any] = {"name": name.strip()}
@@ -44,17 +46,33 @@ def method_entry(value: Any) -> Any:
 
 def scalar(text: str) -> Any:
     """What `text` would be in a YAML file."""
-    import yaml
-
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except Exception:  # the parser ends in whatever it ends in
         return text
 
 
 def _method(value: Any) -> Any:
     entry = method_entry(value)
     return {"name": DEFAULT_METHOD, **entry} if isinstance(entry, dict) else entry
+
+
+SECRET_KEY = re.compile(r"(^|[_-])(token|password|passwd|secret|api[_-]?key|credentials?)$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}|://[^/\s:@]*:[^/\s@]+@")  # of the Hub; a URL with a password
+
+
+def secret_in(value: Any, name: str = "a value") -> str | None:
+    """Where something secret is, by its key or by its form; None where there is nothing."""
+    if isinstance(value, str):
+        return f"{name!r}, which holds a token or password," if SECRET_VALUE.search(value) else None
+    if isinstance(value, list):
+        return next((found for part in value if (found := secret_in(part, name))), None)
+    for key, part in value.items() if isinstance(value, dict) else ():
+        if part is not None and SECRET_KEY.search(str(key)):
+            return repr(key)
+        if found := secret_in(part, str(key)):
+            return found
+    return None
 
 
 class SharedOptions(Settings):
@@ -99,6 +117,21 @@ class SharedOptions(Settings):
     """batches added up for one optimizer step"""
     output_dir: str | None = None
     """folder of the run; by default a new one under runs/"""
+
+    @field_validator("model", "data_dir", "eval_data_dir", "output_dir", "data", check_fields=False)
+    @classmethod
+    def _a_name_for_a_file(cls, value: str | None) -> str | None:
+        if any(len(part.encode()) > LONGEST_NAME for part in (value or "").split("/")):
+            raise ValueError(f"{shown(value)} is no file: a name has at most {LONGEST_NAME} bytes")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, values: Any) -> Any:
+        """All of the options are written into the run folder and its report."""
+        if found := secret_in(values):
+            raise ValueError(f"{found} would be written into the run folder: set the variable HF_TOKEN instead")
+        return values
 
     @model_validator(mode="after")
     def _at_least_one_step(self) -> Self:
@@ -249,7 +282,3 @@ def check_trainer_arguments(options: TrainOptions) -> None:
             raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
         if name in TrainOptions.model_fields:
             raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
-        if name.endswith("token"):
-            raise PtmoeError(
-                f"trainer: {name!r} would be written into the run folder: set the variable HF_TOKEN instead"
-            )

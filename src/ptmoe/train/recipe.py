@@ -26,13 +26,13 @@ from ptmoe.runs.folders import (
     distinct_tasks,
     writing,
 )
-from ptmoe.runs.records import Result
+from ptmoe.runs.records import Change, Environment, Result
 from ptmoe.tasks import Problems, task_named
 from ptmoe.train.checkpoints import newest_whole
 from ptmoe.train.examples import askable, evaluation_examples, training_examples
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
 from ptmoe.train.processes import Processes
-from ptmoe.train.resume import check_base, check_data, continued
+from ptmoe.train.resume import Differences, check_base, check_data, continued
 
 # `transformers` and all that needs it take seconds to import, so functions import them: bad options and missing data
 # are reported at once.
@@ -66,6 +66,7 @@ def train(
     options: TrainOptions,
     *,
     resume: bool = False,
+    force: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     router_progress: Progress | None = None,
     say: Callable[[str], None] = print,
@@ -77,6 +78,7 @@ def train(
     Args:
         options: everything that decides the run.
         resume: continue from the last whole checkpoint in `output_dir`; where there is none yet, start.
+        force: resume with another base, other data or other options than the folder records, and record both.
         callbacks: of `transformers`, for progress.
         router_progress: of the router's start, before the first step: examples done and in all, and None.
         say: gets a line of text for each thing a user should know: examples left out or cut.
@@ -86,23 +88,27 @@ def train(
         DivergedError: the loss became NaN; the last good adapter is saved, if there is one.
         InterruptedRunError: SIGINT or SIGTERM came; a checkpoint is saved.
     """
+    method_config(options.method)  # its name may become the folder's
     folder = run_folder(options, resume)
     with writing(folder) if rank() == 0 else nullcontext(), Processes(options) as processes:
-        return _train(options, folder, resume, callbacks, router_progress, say, processes)
+        return _train(options, folder, resume, force, callbacks, router_progress, say, processes)
 
 
 def _train(
     options: TrainOptions,
     folder: Path,
     resume: bool,
+    force: bool,
     callbacks: Sequence[TrainerCallback],
     router_progress: Progress | None,
     say: Callable[[str], None],
     processes: Processes,
 ) -> Trained:
-    checkpoint = None
+    if force and not resume:
+        raise PtmoeError("--force is for a run that is resumed: give --resume as well")
+    checkpoint, different = None, Differences()
     if resume and (folder / CONFIG_FILE).exists():
-        options = continued(options, folder)
+        options, different = continued(options, folder, force)
         checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, say)
     if resume and checkpoint is None:
         say(f"{folder} holds no checkpoint yet: the run starts from the beginning")
@@ -124,7 +130,7 @@ def _train(
 
     model, tokenizer, chat = _base(options)
     if checkpoint is not None:
-        check_base(checkpoint, model)
+        different |= check_base(checkpoint, model, force)
     if options.score == "choices":  # what the tokenizer or its template cannot do should show before the training
         for name, tested in held_out.items():
             labels_by_task(task_named(name), tested, tokenizer, chat=chat)
@@ -134,7 +140,7 @@ def _train(
     held_out = askable(held_out, tokenizer, options, chat, say)
     data = rows.fingerprint()
     if resume:
-        check_data(folder, data, options)
+        different |= check_data(folder, data, options, force)
     size = options.per_device_train_batch_size
     batches = sample_batches(rows, collate, size) if config.needs_batches else None
     attach(model, config, seed=options.seed, tokenizer=tokenizer, batches=batches)
@@ -150,6 +156,7 @@ def _train(
         method={"name": config.method, **model.method_config.model_dump()},
         chat=chat,
         learning_rate=options.learning_rate or config.default_learning_rate,
+        revision=model.identity.revision or options.revision,
     )
     model.packing = options.packing
     if options.packing:
@@ -157,9 +164,12 @@ def _train(
     compile_failure = compile_layers(model.base_model) if options.torch_compile else None
     trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress), *callbacks])
     processes.agree(data=data)
+    trainer.changed = bool(different)
     first = trainer.is_world_process_zero()
     if first:
-        trainer.add_callback(OnBegin(partial(_begin, folder, options, model, compile_failure, data)))
+        step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        change = Change(step=step, differences=different) if different else None
+        trainer.add_callback(OnBegin(partial(_begin, folder, options, model, compile_failure, data, change)))
     started = time.monotonic()
     _fit(trainer, folder, checkpoint)
     result = Result(
@@ -198,7 +208,7 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     model, tokenizer, chat = _base(options)
     held_out = askable(held_out, tokenizer, options, chat, say)
     model.to(PartialState().device)  # where a trainer would put it
-    options = options.replace(method={"name": BASE}, chat=chat)
+    options = options.replace(method={"name": BASE}, chat=chat, revision=model.identity.revision or options.revision)
     _begin(folder, options, model)
     result = Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0)
     _finish(folder, result, model, tokenizer, held_out, options)
@@ -222,13 +232,17 @@ def _begin(
     model: PromptedCausalLM,
     compile_failure: str | None = None,
     data: str | None = None,
+    change: Change | None = None,
 ) -> None:
     """Write what is known before the run."""
     folder.mkdir(parents=True, exist_ok=True)
+    known = folder / ENVIRONMENT_FILE  # of a resumed run
+    changes = [*(Environment.read(known).changes if known.exists() else []), *([change] if change else [])]
     options.write(folder / CONFIG_FILE)
     fast_paths = model.fast_paths()
     fast_paths["compiled_layers"] = compile_failure or fast_paths["compiled_layers"]
-    environment(options.seed, fast_paths).model_copy(update={"data": data}).write(folder / ENVIRONMENT_FILE)
+    made = environment(options.seed, fast_paths).model_copy(update={"data": data, "changes": changes})
+    made.write(folder / ENVIRONMENT_FILE)
 
 
 def _finish(

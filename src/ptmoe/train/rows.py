@@ -7,7 +7,7 @@ takes more than ten times as long.
 
 A file is one array of int32, which is mapped into memory:
 
-    rows, examples cut, examples left out | each row's length | its prompt's length | all tokens | checksum
+    rows, examples cut, examples left out | each row's length | its prompt's length | all tokens | SHA-256
 
 The files are in `$PTMOE_CACHE/tokens`, by default `~/.cache/ptmoe/tokens`, which may be deleted at any time.
 """
@@ -19,7 +19,6 @@ import inspect
 import json
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20  # characters of the examples in a block; less data is tokenised in seconds, and not cached
 LIMIT = 8 << 30  # bytes of all files; the least recently used are removed
-_COUNTS = 3  # numbers before the lengths
+_COUNTS, _SUM = 3, 8  # numbers before the lengths, and of the checksum at the end
 _ORIGIN = ("is_local", "local_files_only", "name_or_path")  # keys of a tokenizer's config that no token depends on
 
 Row = np.ndarray[Any, np.dtype[np.int32]]
@@ -66,7 +65,7 @@ class Block:
     def __init__(self, numbers: Row, path: Path | None = None) -> None:
         rows, self.cut, self.left_out = (int(number) for number in numbers[:_COUNTS])
         self.numbers, self.path = numbers, path
-        self.lengths, self._prompts, self._tokens = np.split(numbers[_COUNTS:-1], [rows, 2 * rows])
+        self.lengths, self._prompts, self._tokens = np.split(numbers[_COUNTS:-_SUM], [rows, 2 * rows])
         self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
     @classmethod
@@ -88,7 +87,8 @@ class Block:
             size, numbers = path.stat().st_size, _mapped(path)
         except (OSError, RuntimeError):
             return None
-        whole = size == numbers.nbytes and len(numbers) > _COUNTS and numbers[-1] == _checksum(numbers[:-1])
+        whole = size == numbers.nbytes and len(numbers) > _COUNTS + _SUM
+        whole = whole and np.array_equal(numbers[-_SUM:], _checksum(numbers[:-_SUM]))
         return cls(numbers, path) if whole else None
 
     def write(self, path: Path) -> None:
@@ -97,7 +97,7 @@ class Block:
         Raises:
             OSError: it cannot be written.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with replaced(path) as partial:
             self.numbers.tofile(partial)
 
@@ -127,9 +127,8 @@ def _mapped(path: Path) -> Row:
     return numbers
 
 
-def _checksum(numbers: Row) -> np.int32:
-    checksum: np.int32 = np.uint32(zlib.crc32(numbers.data)).view(np.int32)
-    return checksum
+def _checksum(numbers: Row) -> Row:
+    return np.frombuffer(hashlib.sha256(numbers.data).digest(), np.int32)
 
 
 class TokenRows(Dataset[dict[str, Row]]):
@@ -155,7 +154,7 @@ class TokenRows(Dataset[dict[str, Row]]):
         """A hash of all rows: of the data, and of whatever made tokens of it."""
         digest = hashlib.sha256()
         for block in self._blocks:
-            digest.update(block.numbers[_COUNTS:].data)
+            digest.update(block.numbers[_COUNTS:-_SUM].data)
         return digest.hexdigest()[:16]
 
     def __getitem__(self, index: Any) -> Any:
@@ -196,14 +195,14 @@ def token_rows(
             else:
                 yield row
 
-    folder, blocks, prefix = cache_folder() / "tokens", list[Block](), b""
+    folder, blocks, prefix = cache_folder("tokens"), list[Block](), b""
     for part, characters, texts in _parts(examples):
         if not blocks and characters < BLOCK:
             settings = None
         block = None
         try:
             if settings is not None:
-                prefix = prefix or settings()
+                prefix, folder = prefix or settings(), cache_folder("tokens", create=True)
                 path = folder / f"{hashlib.sha256(prefix + texts).hexdigest()}.tokens"
                 block = Block.read(path)
                 if block is not None:

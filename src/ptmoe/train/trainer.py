@@ -4,6 +4,7 @@ short, and a stop when the loss diverges."""
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import time
@@ -19,6 +20,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -82,6 +84,7 @@ class PromptTrainer(Trainer):
             self.add_callback(_Epochs(batches))
         self._last_good: dict[str, Tensor] = {}
         self._saving = False
+        self.changed = False  # resumed with other options than the checkpoint's
         self._parts = 1  # in which a batch is computed
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -174,7 +177,7 @@ class PromptTrainer(Trainer):
         """Load a checkpoint of the last step, from which `Trainer` would take one step more; False, and nothing is
         loaded, where steps are left."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if self._sharded or state.global_step < state.max_steps:
+        if self._sharded or state.global_step < (self._steps() if self.changed else state.max_steps):
             return False
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
@@ -184,6 +187,12 @@ class PromptTrainer(Trainer):
             if isinstance(callback, OnBegin):
                 callback.function()
         return True
+
+    def _steps(self) -> int:
+        """How many the options ask for."""
+        batches = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+        asked: int = self.args.max_steps
+        return asked if asked > 0 else math.ceil(self.args.num_train_epochs * batches)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
@@ -243,7 +252,9 @@ class PromptTrainer(Trainer):
             return
         folder = Path(resume_from_checkpoint)
         encoder = self.model.encoder
-        read_adapter(folder).fill(encoder)
+        saved = read_adapter(folder)
+        saved.check(encoder)
+        encoder.load_tensors(saved.tensors)
         if (folder / TRAINING_STATE).exists():
             encoder.load_training_state(load_file(folder / TRAINING_STATE, device=str(self.model.device)))
 
@@ -270,8 +281,18 @@ class PromptTrainer(Trainer):
         for name, value in (tensors | json.loads(metadata["numbers"])).items():
             key, _, entry = name.rpartition(".")
             state.setdefault(int(key) if key.isdigit() else key, {})[entry] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": json.loads(metadata["param_groups"])})
-        self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULER).read_text()))
+        groups, schedule = json.loads(metadata["param_groups"]), json.loads((Path(checkpoint) / SCHEDULER).read_text())
+        if self.changed:  # the rates and decays are those of the options; only the moments and the step are taken over
+            groups = self.optimizer.state_dict()["param_groups"]
+            schedule["base_lrs"] = self.lr_scheduler.base_lrs
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.lr_scheduler.load_state_dict(schedule)
+        if self.changed and isinstance(self.lr_scheduler, LambdaLR):
+            factors = (factor(self.lr_scheduler.last_epoch) for factor in self.lr_scheduler.lr_lambdas)
+            rates = [rate * factor for rate, factor in zip(self.lr_scheduler.base_lrs, factors, strict=True)]
+            self.lr_scheduler._last_lr = rates
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def _save_rng_state(self, output_dir: str) -> None:
         state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}

@@ -1,0 +1,173 @@
+"""Whether a run still comes out as its folder records it: what it was made of is compared, its evaluations repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptmoe.errors import PtmoeError
+from ptmoe.runs.environment import environment
+from ptmoe.runs.folders import CONFIG_FILE, Run, read_run
+from ptmoe.runs.predictions import read_predictions
+from ptmoe.runs.records import EvaluationSummary
+from ptmoe.tasks import Problems, load_task, task_named
+from ptmoe.train.examples import evaluation_data_dir, training_examples
+from ptmoe.train.options import BASE, TrainOptions, method_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ptmoe.models.causal import PromptedCausalLM
+    from ptmoe.tasks.base import Example
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that a run folder records, and what it is now.
+
+    Attributes:
+        what: the thing.
+        recorded: its value in the folder.
+        found: its value now; where there is none, the reason.
+        decides: whether the run counts as changed where the two differ. Versions may explain a difference, and make
+            none by themselves.
+    """
+
+    what: str
+    recorded: Any
+    found: Any
+    decides: bool = True
+
+    @property
+    def equal(self) -> bool:
+        return bool(self.recorded == self.found)
+
+
+def verify(
+    folder: str | Path,
+    *,
+    data_dir: str | None = None,
+    device: str | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Check]:
+    """Load a finished run's base and adapter, repeat its evaluations, and compare; nothing is written.
+
+    Args:
+        folder: of the run.
+        data_dir: where the evaluated data sets are; by default where the run's options say.
+        device: as in `ptmoe.load_run`.
+        say: gets a line of text for each download.
+
+    Raises:
+        PtmoeError: no finished run, or damaged records.
+    """
+    run = read_run(folder)
+    return list(_checks(run, TrainOptions.read(run.folder / CONFIG_FILE), data_dir, device, say))
+
+
+def _checks(
+    run: Run, options: TrainOptions, data_dir: str | None, device: str | None, say: Callable[[str], None]
+) -> Iterator[Check]:
+    from ptmoe.models.attach import load_run
+    from ptmoe.models.bases import load_base
+    from ptmoe.models.causal import PromptedCausalLM
+
+    here = environment(options.seed)
+    for name, version in run.environment.versions.items():
+        yield Check(f"version of {name}", version, here.versions.get(name), decides=False)
+    yield Check("commit of ptmoe", run.environment.commit, here.commit, decides=False)
+    base: dict[str, Any] = {"revision": options.revision, "dtype": options.dtype, "quantization": options.quantization}
+    try:
+        if options.method["name"] == BASE:
+            loaded, tokenizer = load_base(options.model, device=device, **base)
+            model = PromptedCausalLM(loaded.eval())
+        else:
+            with_adapter = load_run(run.folder, model=options.model, device=device, **base)
+            model, tokenizer = with_adapter.model, with_adapter.tokenizer
+    except PtmoeError as error:
+        yield Check("base and adapter", "as they were", str(error))
+        return
+    if run.environment.data is not None:
+        yield _of("training data", run.environment.data, lambda: _training_data(options, model, tokenizer, say))
+    for name, summary in run.evaluations.items():
+        try:
+            found = list(_evaluation(run, options, name, summary, model, tokenizer, data_dir, say))
+        except PtmoeError as error:
+            found = [Check(f"{name}: evaluation", "as it was", str(error))]
+        yield from found
+
+
+def _of(what: str, recorded: Any, find: Callable[[], Any]) -> Check:
+    try:
+        return Check(what, recorded, find())
+    except PtmoeError as error:
+        return Check(what, recorded, str(error))
+
+
+def _training_data(
+    options: TrainOptions, model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> str:
+    from ptmoe.tasks.tokens import row_length
+    from ptmoe.train.data import fit
+
+    problems = Problems(skip=options.skip_bad, at_once=options.data is None)
+    examples = training_examples(options, problems, say)
+    length = row_length(model.max_positions, method_config(options.method).num_virtual_tokens, options.max_length)
+    shown: dict[str, Any] = {"cache": options.token_cache, "problems": problems, "say": say}
+    return fit(examples, tokenizer, length, options.truncation, chat=bool(options.chat), **shown).fingerprint()
+
+
+def _evaluation(
+    run: Run,
+    options: TrainOptions,
+    name: str,
+    summary: EvaluationSummary,
+    model: PromptedCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    data_dir: str | None,
+    say: Callable[[str], None],
+) -> Iterator[Check]:
+    from ptmoe.evaluate import evaluate
+
+    recorded, settings = read_predictions(run.predictions[name]), summary.settings
+    if not settings:
+        raise PtmoeError(f"{run.folder} does not record what decided these predictions: evaluate again")
+    again = evaluate(
+        model,
+        tokenizer,
+        _asked(summary, {each.id for each in recorded}, data_dir or evaluation_data_dir(options), options, say),
+        task=task_named(summary.task),
+        split=summary.split,
+        score=settings.get("score", "answers"),
+        batch_size=options.eval_batch_size,
+        max_new_tokens=settings.get("max_new_tokens"),
+        max_length=settings.get("max_length"),
+        chat=bool(settings.get("chat")),
+    )
+    for key, value in settings.items():
+        yield Check(f"{name}: {key}", value, again.settings.get(key), decides=key != "version")
+    found = {each.id: each for each in again.predictions}
+    for what in ("completion", "references", "cut", "answered", "scores"):
+        same = sum(getattr(each, what) == getattr(found.get(each.id), what, None) for each in recorded)
+        yield Check(f"{name}: predictions of equal {what}", len(recorded), same)
+    scores = again.summary().metrics
+    for metric, value in summary.metrics.items():
+        yield Check(f"{name}: {metric}", value, scores.get(metric))
+
+
+def _asked(
+    summary: EvaluationSummary, ids: set[str], data_dir: str | None, options: TrainOptions, say: Callable[[str], None]
+) -> list[Example]:
+    """The examples that were evaluated: usually the first ones, or of all those with the recorded ids."""
+    found: list[Example] = []
+    for limit in (summary.examples, None):
+        problems = Problems(skip=options.skip_bad)
+        found = load_task(summary.task, summary.split, data_dir, max_examples=limit, problems=problems, say=say)
+        found = [example for example in found if example.id in ids]
+        if len(found) == len(ids):
+            break
+    if len(found) < len(ids):
+        raise PtmoeError(f"{len(ids) - len(found):,} of its {len(ids):,} examples are not in the data any more")
+    return found

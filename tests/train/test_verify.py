@@ -1,0 +1,96 @@
+"""`ptmoe verify` repeats what a run folder records: nothing that was changed in one passes, and what was not does."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ptmoe.train import TrainOptions, train
+
+TINY = {"max_steps": 2, "per_device_train_batch_size": 4, "max_examples": 8, "eval_examples": 6, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify") / "run"
+    method = {"name": "pt-moe", "num_virtual_tokens": 4, "num_experts": 2, "rank": 2}
+    train(TrainOptions(task="nano/mixed", method=method, output_dir=str(folder), **TINY), say=lambda _: None)
+    return folder
+
+
+def rewritten(pattern, change):
+    def rewrite(folder):
+        (path,) = folder.glob(pattern)
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        first = json.loads(lines[0])
+        change(first)
+        path.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+
+    return rewrite
+
+
+def another_adapter(folder):
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["B"] += torch.ones_like(tensors["B"])
+    save_file(tensors, path)
+
+
+CHANGES = {
+    "accuracy": rewritten("eval/*.json", lambda record: record["metrics"].update(accuracy=99.5)),
+    "equal completion": rewritten("predictions/*.jsonl", lambda line: line.update(completion="something else")),
+    "equal scores": rewritten("predictions/*.jsonl", lambda line: line.update(scores={"accuracy": 0.25})),
+    "training data": rewritten("environment.json", lambda record: record.update(data="0123456789abcdef")),
+    "nano/mixed: adapter": another_adapter,
+    "nano/mixed: data": rewritten("eval/*.json", lambda record: record["settings"].update(data="0123456789abcdef")),
+    "trained on another base": rewritten(
+        "adapter/adapter_config.json", lambda config: config["embedding_fingerprint"].update(values=[0.5] * 64)
+    ),
+    "1 of its 6 examples": rewritten("predictions/*.jsonl", lambda line: line.update(id="another")),
+}
+
+
+def test_an_untouched_run_is_as_recorded_and_stays_so(trained, run):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    status, printed, error = run("verify", trained)
+    assert (status, error) == (0, "")
+    assert f"{trained} is as recorded" in printed
+    assert "differs" not in printed
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_was_changed_is_named(what, trained, tmp_path, run):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    CHANGES[what](folder)
+    status, printed, _ = run("verify", folder)
+    assert status == 1
+    (line,) = [line for line in printed.splitlines() if what in line]
+    assert "differs" in line
+
+
+def test_other_versions_are_told_and_decide_nothing(trained, tmp_path, run):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    rewritten("environment.json", lambda record: record["versions"].update(torch="0.1"))(folder)
+    status, printed, _ = run("verify", folder)
+    assert status == 0
+    (line,) = [line for line in printed.splitlines() if "version of torch" in line]
+    assert "differs, which decides nothing" in line
+
+
+def test_each_cell_of_a_comparison_is_verified(tmp_path, run):
+    options = ["--max-steps", "2", "--max-examples", "8", "--eval-examples", "6", "--jobs", "1", "--seeds", "1"]
+    methods = ["--method", "base", "--method", "pt:num_virtual_tokens=4"]
+    status, _, error = run("compare", "--task", "nano/mixed", *methods, *options, "--output-dir", tmp_path / "both")
+    assert status == 0, error
+    status, printed, _ = run("verify", tmp_path / "both")
+    assert status == 0
+    assert "2 of 2 cells are as recorded" in printed
+    (cell,) = (tmp_path / "both").glob("cells/pt/*/*")
+    CHANGES["accuracy"](cell)
+    status, printed, _ = run("verify", tmp_path / "both")
+    assert status == 1
+    assert f"{cell} differs" in printed
+    assert "1 of 2 cells are as recorded" in printed
