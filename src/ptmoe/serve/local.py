@@ -244,9 +244,9 @@ class LocalEngine:
     def _choose(self, rows: list[_Row], logits: Tensor) -> None:
         """Append a token to each of the rows, from logits `(rows, V)`; those that end with it leave."""
         best, tokens = logits.topk(2, 1)
-        leads, chosen = (best[:, 0] - best[:, 1]).tolist(), tokens[:, 0].tolist()
-        for index, (row, token, lead) in enumerate(zip(rows, chosen, leads, strict=True)):
-            scores = logits[index]
+        leads = (best[:, 0] - best[:, 1]).tolist()
+        for index, (row, lead) in enumerate(zip(rows, leads, strict=True)):
+            scores, token = logits[index], int(tokens[index, 0])
             if not lead >= 0:  # NaN
                 self._leave(row)
                 self._end(row, EngineError("the model's output is not a number"))

@@ -156,6 +156,23 @@ class Registry:
 
     # -- composing ---------------------------------------------------------------------------------------------------
 
+    @property
+    def embedding(self) -> Tensor:
+        """`(V, H)`."""
+        return cast("Tensor", self.adapters.embedding.weight)
+
+    def trained_on_chat(self, name: str) -> bool | None:
+        """Whether the adapter was trained on prompts in the chat template; None where that is unknown.
+
+        Raises:
+            UnknownModelError: as `compose`.
+        """
+        entry = self.entry(name)
+        if entry is not None and entry.key is None:
+            self._load(name, entry)
+            entry = self.entry(name)
+        return None if entry is None else entry.chat
+
     @torch.no_grad()
     def compose(self, name: str, token_ids: list[int]) -> Composed:
         """The row of these tokens behind the prompt of an adapter, or behind none for the base.
@@ -163,7 +180,7 @@ class Registry:
         Raises:
             UnknownModelError: no such adapter, or one that turns out to be broken when it is read.
         """
-        ids = torch.tensor([token_ids], device=cast("Tensor", self.adapters.embedding.weight).device)
+        ids = torch.tensor([token_ids], device=self.embedding.device)
         while True:
             entry = self.entry(name)
             if entry is not None and entry.key is None:

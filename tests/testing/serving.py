@@ -1,0 +1,52 @@
+"""A server in this process, on the embedded base."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+from ptmoe.methods import METHODS
+from ptmoe.models.bases import load_base
+from ptmoe.serve.start import local_service
+from testing.bases import prompted
+
+ADAPTERS = {
+    "routed": METHODS["pt-moe"](num_virtual_tokens=6, num_experts=3, rank=4, recipe="paper"),
+    "fixed": METHODS["pt"](num_virtual_tokens=5),
+}
+
+
+def save_adapters(folder, adapters=ADAPTERS, seed=1):
+    """Adapter folders with every number drawn; returns the model that holds the last one."""
+    base, _ = load_base("nano")
+    model = base
+    for index, (name, config) in enumerate(adapters.items()):
+        model = prompted(model, config, seed=seed + index, name=name)
+        model.save_pretrained(folder / name, name)
+    return model.eval()
+
+
+def service_of(folder, **options):
+    return local_service(folder, model="nano", device="cpu", **options)
+
+
+@contextmanager
+def running(service, **options):
+    """A server's address while it runs."""
+    import uvicorn
+
+    from ptmoe.serve.app import create_app
+
+    config = uvicorn.Config(create_app(service, **options), port=0, log_level="error", access_log=False)
+    server, listening = uvicorn.Server(config), config.bind_socket()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listening.close()
+        assert not thread.is_alive()
