@@ -30,23 +30,28 @@ def service_of(folder, **options):
 
 
 @contextmanager
-def running(service, **options):
-    """A server's address while it runs."""
+def listening(app):
+    """The address of an application while it runs."""
     import uvicorn
 
-    from ptmoe.serve.app import create_app
-
-    config = uvicorn.Config(create_app(service, **options), port=0, log_level="error", access_log=False)
-    server, listening = uvicorn.Server(config), config.bind_socket()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    config = uvicorn.Config(app, port=0, log_level="error", access_log=False)
+    server, socket = uvicorn.Server(config), config.bind_socket()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)
-        listening.close()
+        socket.close()
         assert not thread.is_alive()
+
+
+def running(service, **options):
+    """The address of a server while it runs."""
+    from ptmoe.serve.app import create_app
+
+    return listening(create_app(service, **options))

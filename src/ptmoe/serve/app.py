@@ -107,7 +107,7 @@ def create_app(
         """The base and the adapters."""
         return ModelList(data=[_info(service, name) for name in service.registry.names()])
 
-    @app.get("/v1/models/{model}", dependencies=[Depends(client)], responses=errors)
+    @app.get("/v1/models/{model:path}", dependencies=[Depends(client)], responses=errors)
     async def model(model: str) -> ModelInfo:
         await service.in_thread(service.registry.entry, model)
         return _info(service, model)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 GATHER = 0.003  # seconds that the first row of a batch waits for others
 READ_AT_ONCE = 8192  # positions of one pass over inputs, padding included
 KEPT = 256 * 2**20  # bytes of fixed prompts' keys and values
+LEAST = -9999.0  # a log-probability of minus infinity, which JSON cannot hold
 FAULTS = 2  # failed steps that a row may take part in
 
 log = logging.getLogger(__name__)
@@ -351,7 +352,8 @@ def described(token: int, logits: Tensor, logprobs: int | None) -> Token:
         return Token(token)
     scores = logits.float().log_softmax(0)
     values, ids = scores.topk(min(logprobs, len(scores)))
-    return Token(token, float(scores[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    top = ((other, max(value, LEAST)) for other, value in zip(ids.tolist(), values.tolist(), strict=True))
+    return Token(token, max(float(scores[token]), LEAST), tuple(top))
 
 
 def _fault(error: Exception) -> EngineError:

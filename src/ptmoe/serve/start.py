@@ -40,6 +40,11 @@ def base_of(adapters: Path | None) -> tuple[str, str | None]:
     raise PtmoeError(f"no adapter in {adapters} names its base: give --model")
 
 
+def public_name(model: str) -> str:
+    """What clients call the base: of a folder its name, as its path is not their business."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
 def local_service(
     adapters: Path | None,
     *,
@@ -73,7 +78,7 @@ def local_service(
     base, tokenizer = load_base(model, revision=revision, **options)
     prompted = PromptedCausalLM(base.eval()).eval()
     engine = LocalEngine(prompted, max_batch=limits.max_batch)
-    registry = Registry(prompted.adapters, adapters, base=Path(model).name, memory=memory)
+    registry = Registry(prompted.adapters, adapters, base=public_name(model), memory=memory)
     metrics = Metrics(registry)
     engine.on_step = metrics.batch.observe
     return Service(registry, engine, tokenizer, frozenset(end_tokens(prompted, tokenizer)), limits, metrics)
@@ -115,6 +120,6 @@ def gateway_service(
     engine = GatewayEngine(urls, embedding, positions=positions, api_key=api_key)
     for url, fault in asyncio.run(engine.check()).items():
         log.warning("%s: %s; /health follows it", url, fault)
-    registry = Registry(AdapterSet(embedding), adapters, base=Path(model).name, memory=memory)
+    registry = Registry(AdapterSet(embedding), adapters, base=public_name(model), memory=memory)
     all_ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     return Service(registry, engine, tokenizer, frozenset(all_ends), limits or Limits(), Metrics(registry))
