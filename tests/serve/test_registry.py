@@ -113,9 +113,9 @@ def test_an_adapter_is_withdrawn_and_added_by_name(base, folder):
 
 def test_the_least_recently_used_make_room(base, folder):
     size = sum(value.numel() * 4 for value in prompted(base, CONFIGS["PT-MoE selective"]).encoder.state_dict().values())
-    registry = registry_of(base, folder, memory=2 * size)
+    registry = registry_of(base, folder, memory=int(2.9 * size))
     registry.fill()
-    assert registry.bytes_in_memory == 2 * size
+    assert size <= registry.bytes_in_memory <= 2 * size
     expected = {name: registry.compose(name, IDS).row.embeds for name in ("a.b", "c", "keys")}
     for name in ("c", "a.b", "keys", "c", "keys"):
         assert torch.equal(registry.compose(name, IDS).row.embeds, expected[name])

@@ -297,7 +297,9 @@ def _problem(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 def _invalid(error: RequestValidationError) -> tuple[str, str | None]:
     """A message and the parameter it is about, from the first of what is wrong with a body."""
-    first = error.errors()[0]
+    found = [one for one in error.errors() if one["loc"][:2] == error.errors()[0]["loc"][:2]]
+    # Of the forms that a parameter may have, the one that was meant is the one whose type fits.
+    first = next((one for one in found if not one["type"].endswith("_type")), found[0])
     places = [str(part) for part in first["loc"][1:]]
     param = first.get("ctx", {}).get("param") or (places[0] if places else None)
     if first["type"] == "not_honoured":
