@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from contextlib import suppress
 
 import httpx
@@ -13,7 +12,7 @@ from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
 from ptmoe.serve.engine import EngineError
 from ptmoe.serve.limits import Limits
-from testing.serving import running, save_adapters, service_of
+from testing.serving import running, save_adapters, service_of, until
 
 openai = pytest.importorskip("openai")
 PROMPT = "the baker of the harbor is"
@@ -134,7 +133,7 @@ def test_many_clients_each_get_their_own_answer(client, model, service):
     for thread in threads:
         thread.join()
     assert got == want
-    assert service.in_flight == 0
+    until(lambda: service.in_flight == 0)
 
 
 BAD = {
@@ -269,13 +268,6 @@ def with_engine(model, engine, **limits):
     service = service_of(model.folder, limits=Limits(**limits))
     service.engine = engine
     return service
-
-
-def until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(model):

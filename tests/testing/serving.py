@@ -55,3 +55,10 @@ def running(service, **options):
     from ptmoe.serve.app import create_app
 
     return listening(create_app(service, **options))
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
