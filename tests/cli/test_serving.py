@@ -3,34 +3,26 @@
 import io
 
 import pytest
-import torch
 
-from ptmoe.models.greedy import GREEDY
-from testing.serving import save_adapters, service_of
+from testing.serving import alone, save, service_of
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    model = save_adapters(folder)
-    model.folder = folder
-    return model
+    return save(tmp_path_factory.mktemp("served"))
 
 
 @pytest.mark.parametrize("name", ["routed", "fixed"])
 def test_chat_answers_each_line_and_names_the_expert(run, model, monkeypatch, name):
-    service = service_of(model.folder)
+    service = service_of(model)
     messages, answers = [], []
     for line in ("hello", "and then?"):
         messages.append({"role": "user", "content": line})
-        ids = torch.tensor([service._encode(messages, None)])
-        options = {"max_new_tokens": 9, "eos_token_id": sorted(service.ends), **GREEDY}
-        made = model.generate(ids, adapter_names=[name], **options)
-        answers.append(service._decode(made[0, ids.shape[1] :].tolist()))
+        answers.append(alone(model, service, name, messages, 9))
         messages.append({"role": "assistant", "content": answers[-1]})
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand then?\n\nnot read"))
-    options = ("--model", "nano", "--device", "cpu", "--max-new-tokens", "9")
-    status, out, err = run("chat", model.folder / name, *options)
+    options = ("--model", model.folder / "base", "--device", "cpu", "--max-new-tokens", "9")
+    status, out, err = run("chat", model.folder / "adapters" / name, *options)
     assert status == 0, err
     assert out == "".join(f"{answer}\n" for answer in answers)
     assert err.count("expert ") == (2 if name == "routed" else 0)

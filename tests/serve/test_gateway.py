@@ -23,7 +23,7 @@ from ptmoe.serve.engine import EngineError, Input, Sampling, UnavailableError
 from ptmoe.serve.gateway import GatewayEngine, encoded
 from ptmoe.serve.matrix import read_embedding
 from ptmoe.serve.start import gateway_service
-from testing.serving import listening, running, save_adapters
+from testing.serving import listening, running, save
 
 MATRIX = read_embedding("nano")
 
@@ -190,9 +190,9 @@ def test_the_matrix_is_the_bases_own_and_nothing_else_is_read(tmp_path):
 
 
 def test_the_whole_server_answers_through_it(tmp_path):
-    save_adapters(tmp_path)
+    save(tmp_path)
     app = spoken()
-    with listening(app) as url, running(gateway_service(tmp_path, [url], model="nano")) as address:
+    with listening(app) as url, running(gateway_service(tmp_path / "adapters", [url], model="nano")) as address:
         body = {"model": "routed", "prompt": "the baker", "max_tokens": 3, "ptmoe": True}
         got = httpx.post(f"{address}/v1/completions", json=body).json()
         assert got["usage"]["completion_tokens"] == 3
@@ -213,6 +213,7 @@ print([name for name in ("vllm", "ptmoe.serve.local", "transformers.modeling_uti
 
 
 def test_it_needs_neither_an_engine_nor_a_model_in_its_process(tmp_path):
-    save_adapters(tmp_path)
-    made = subprocess.run([sys.executable, "-c", SMALL, tmp_path], capture_output=True, text=True, check=True)
+    save(tmp_path)
+    command = [sys.executable, "-c", SMALL, tmp_path / "adapters"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
     assert made.stdout.strip() == "[]", made.stderr

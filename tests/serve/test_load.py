@@ -12,11 +12,9 @@ import time
 
 import httpx
 import pytest
-import torch
 
 from ptmoe.models.adapter_set import BASE
-from ptmoe.models.greedy import GREEDY
-from testing.serving import save_adapters, service_of
+from testing.serving import alone, save, service_of
 
 CLIENTS = 64
 NEW = 24
@@ -26,26 +24,25 @@ PROMPTS = [f"the {word} of the harbor is" for word in ("baker", "king", "old shi
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Adapters, and `answers.json`: what each says to each prompt alone."""
-    folder = tmp_path_factory.mktemp("load")
-    model = save_adapters(folder / "adapters")
-    service, answers = service_of(folder / "adapters"), {}
-    for name in ("routed", "fixed", BASE):
-        for prompt in PROMPTS:
-            ids = torch.tensor([service._encode(prompt, None)])
-            options = {"max_new_tokens": NEW, "eos_token_id": sorted(service.ends), **GREEDY}
-            made = model.generate(ids, adapter_names=[name], **options)
-            answers[f"{service.registry.base if name == BASE else name}\n{prompt}"] = service._decode(
-                made[0, ids.shape[1] :].tolist()
-            )
-    (folder / "answers.json").write_text(json.dumps(answers))
-    return folder
+    model = save(tmp_path_factory.mktemp("load"))
+    service = service_of(model)
+    answers = {
+        f"{name}\n{prompt}": alone(model, service, BASE if name == "base" else name, prompt, NEW)
+        for name in ("routed", "fixed", "base")
+        for prompt in PROMPTS
+    }
+    assert len({*answers.values()}) > len(PROMPTS)
+    (model.folder / "answers.json").write_text(json.dumps(answers))
+    return model.folder
 
 
 def started(folder):
     """The command in a process of its own, and its address."""
-    command = [sys.executable, "-m", "ptmoe", "serve", folder / "adapters", "--model", "nano", "--device", "cpu"]
+    command = [sys.executable, "-m", "ptmoe", "serve", folder / "adapters", "--model", folder / "base"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*command, "--device", "cpu", "--port", "0"], stdout=subprocess.PIPE, text=True, env=environment
+    )
     address = process.stdout.readline().split()[-1]
     end = time.monotonic() + 60
     while time.monotonic() < end:
@@ -63,7 +60,7 @@ async def client(number, address, answers, stop, counts, begun):
     async with httpx.AsyncClient(timeout=120) as http:
         while not stop.is_set():
             name, prompt = chance.choice(list(answers)).split("\n")
-            asked = f"{name}-copy" if name != "nano" and chance.random() < 0.2 else name
+            asked = f"{name}-copy" if name != "base" and chance.random() < 0.2 else name
             body = {"model": asked, "prompt": prompt, "max_tokens": NEW, "temperature": 0, "stream": True}
             leaves, text, whole = chance.random() < 0.2, "", False
             mark = (number, chance.random())
@@ -128,5 +125,5 @@ def test_no_answer_is_lost_wrong_or_for_another_client(folder, seconds):
         assert process.wait(60) in (0, -signal.SIGTERM)
     finally:
         process.kill()
-    assert counts["right"] > CLIENTS
+    assert counts["right"] > 5 * seconds
     assert counts["left"]

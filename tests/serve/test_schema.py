@@ -9,7 +9,7 @@ import pytest
 
 from ptmoe.serve.limits import Limits
 from ptmoe.serve.service import PREPARED_AT_ONCE
-from testing.serving import running, save_adapters, service_of, until
+from testing.serving import running, save, service_of, until
 
 schemathesis = pytest.importorskip("schemathesis")
 
@@ -26,9 +26,8 @@ CHECKS = [not_a_server_error, content_type_conformance, response_schema_conforma
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    save_adapters(folder)
-    service = service_of(folder, limits=Limits(max_tokens=16, max_choices=4))
+    model = save(tmp_path_factory.mktemp("served"))
+    service = service_of(model, limits=Limits(max_tokens=16, max_choices=4))
     with running(service) as address:
         yield service, address
 

@@ -12,7 +12,7 @@ from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
 from ptmoe.serve.engine import EngineError
 from ptmoe.serve.limits import Limits
-from testing.serving import running, save_adapters, service_of, until
+from testing.serving import alone, running, save, service_of, until
 
 openai = pytest.importorskip("openai")
 PROMPT = "the baker of the harbor is"
@@ -21,15 +21,12 @@ GREEDILY = {"temperature": 0.0, "max_tokens": 12}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    model = save_adapters(folder)
-    model.folder = folder
-    return model
+    return save(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
 def service(model):
-    return service_of(model.folder)
+    return service_of(model)
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +46,16 @@ def post(address, body, **options):
 
 
 def expected(model, service, name, prompt=PROMPT, new=12):
-    """What `generate` says alone."""
-    ids = torch.tensor([service._encode(prompt, None)])
-    made = model.generate(ids, adapter_names=[name], max_new_tokens=new, eos_token_id=sorted(service.ends), **GREEDY)
-    return service._decode(made[0, ids.shape[1] :].tolist())
+    return alone(model, service, BASE if name == "base" else name, prompt, new)
 
 
-@pytest.mark.parametrize("name", ["routed", "fixed", "nano"])
+@pytest.mark.parametrize("name", ["routed", "fixed", "base"])
 def test_a_completion_is_what_generate_says(client, model, service, name):
-    whole = expected(model, service, BASE if name == "nano" else name)
+    whole = expected(model, service, name)
     made = client.completions.create(model=name, prompt=PROMPT, extra_body={"ptmoe": True}, **GREEDILY)
     assert made.choices[0].text == whole
     assert made.choices[0].finish_reason in ("stop", "length")
-    virtual = {"routed": 6, "fixed": 5, "nano": 0}[name]
+    virtual = {"routed": 6, "fixed": 5, "base": 0}[name]
     assert made.usage.prompt_tokens == len(service._encode(PROMPT, None))
     assert made.usage.prompt_tokens_details.virtual_tokens == virtual
     assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
@@ -117,15 +111,26 @@ def test_answers_are_counted_stopped_and_drawn_as_asked(client, model, service):
     )
 
 
+def test_an_end_token_ends_an_answer_and_is_counted(client, model, service, monkeypatch):
+    ids = torch.tensor([service._encode(PROMPT, None)])
+    made = model.generate(ids, adapter_names=["routed"], max_new_tokens=12, **GREEDY)[0, ids.shape[1] :].tolist()
+    monkeypatch.setattr(service, "ends", frozenset(made[6:7]))
+    place = made.index(made[6])
+    answer = client.completions.create(model="routed", prompt=PROMPT, **GREEDILY)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text == service._decode(made[:place])
+    assert answer.usage.completion_tokens == place + 1
+
+
 def test_many_clients_each_get_their_own_answer(client, model, service):
     prompts = [f"{PROMPT} {'very ' * index}" for index in range(12)]
-    names = ["routed", "fixed", BASE]
+    names = ["routed", "fixed", "base"]
     want = [expected(model, service, names[index % 3], prompt) for index, prompt in enumerate(prompts)]
     got = [None] * len(prompts)
 
     def ask(index):
-        name = ["routed", "fixed", "nano"][index % 3]
-        got[index] = client.completions.create(model=name, prompt=prompts[index], **GREEDILY).choices[0].text
+        made = client.completions.create(model=names[index % 3], prompt=prompts[index], **GREEDILY)
+        got[index] = made.choices[0].text
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
     for thread in threads:
@@ -208,7 +213,7 @@ def test_other_paths_and_verbs_are_errors_in_the_same_form(address):
 
 
 def test_models_health_and_metrics(client, address):
-    assert [model.id for model in client.models.list()] == ["nano", "fixed", "routed"]
+    assert [model.id for model in client.models.list()] == ["base", "fixed", "routed"]
     assert client.models.retrieve("fixed").id == "fixed"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("fxed")
@@ -219,13 +224,13 @@ def test_models_health_and_metrics(client, address):
         assert name in page
 
 
-def test_keys_are_needed_where_there_are_any(service, address):
+def test_keys_are_needed_where_there_are_any(model, address):
     def headers(key):
         return {"authorization": f"Bearer {key}"}
 
     assert httpx.get(f"{address}/v1/adapters").status_code == 401
     assert httpx.get(f"{address}/v1/adapters", headers=headers("secret")).json()["fixed"]["served"]
-    with running(service_of(service.registry.folder), api_keys=["one", "twö"]) as other:
+    with running(service_of(model), api_keys=["one", "twö"]) as other:
         assert httpx.get(f"{other}/v1/models").status_code == 401
         assert httpx.get(f"{other}/metrics").status_code == 401
         assert httpx.get(f"{other}/v1/models", headers=headers("three")).status_code == 401
@@ -265,7 +270,7 @@ class Slow:
 
 
 def with_engine(model, engine, **limits):
-    service = service_of(model.folder, limits=Limits(**limits))
+    service = service_of(model, limits=Limits(**limits))
     service.engine = engine
     return service
 
@@ -273,7 +278,7 @@ def with_engine(model, engine, **limits):
 def test_a_full_queue_refuses_and_says_when_to_come_back(model):
     engine = Slow(0.05)
     with running(with_engine(model, engine, max_batch=1, queue=1)) as address:
-        body = {"model": "nano", "prompt": "a", "max_tokens": 20}
+        body = {"model": "base", "prompt": "a", "max_tokens": 20}
         threads = [threading.Thread(target=post, args=(address, body)) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -292,7 +297,7 @@ def test_a_client_that_goes_away_ends_its_answer(model, stream):
     engine = Slow(0.02)
     service = with_engine(model, engine)
     with running(service) as address:
-        body = {"model": "nano", "prompt": "a", "max_tokens": 4000, "stream": stream}
+        body = {"model": "base", "prompt": "a", "max_tokens": 4000, "stream": stream}
         with (
             suppress(httpx.TimeoutException),
             httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=0.4) as got,
@@ -307,7 +312,7 @@ def test_a_client_that_goes_away_ends_its_answer(model, stream):
 def test_a_deadline_ends_an_answer(model, stream):
     engine = Slow(0.05)
     with running(with_engine(model, engine, deadline=0.3)) as address:
-        got = post(address, {"model": "nano", "prompt": "a", "max_tokens": 4000, "stream": stream})
+        got = post(address, {"model": "base", "prompt": "a", "max_tokens": 4000, "stream": stream})
         assert got.status_code == (200 if stream else 504)
         assert "longer than 0.3 s" in got.text
         assert not stream or got.text.endswith("data: [DONE]\n\n")
@@ -321,16 +326,16 @@ def test_a_fault_of_the_engine_is_one_requests_error(model, client, service):
             yield
 
     with running(with_engine(model, Failing(0))) as address:
-        got = post(address, {"model": "nano", "prompt": "a"})
+        got = post(address, {"model": "base", "prompt": "a"})
         assert (got.status_code, got.json()["error"]["message"]) == (500, "it broke")
-        streamed = post(address, {"model": "nano", "prompt": "a", "stream": True}).text
+        streamed = post(address, {"model": "base", "prompt": "a", "stream": True}).text
         assert "it broke" in streamed
 
 
 def test_accepted_requests_finish_when_the_server_is_told_to_stop(model):
     engine, got = Slow(0.05), []
     with running(with_engine(model, engine)) as address:
-        body = {"model": "nano", "prompt": "a", "max_tokens": 20}
+        body = {"model": "base", "prompt": "a", "max_tokens": 20}
         thread = threading.Thread(target=lambda: got.append(post(address, body)))
         thread.start()
         until(lambda: engine.open == 1)

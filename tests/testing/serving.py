@@ -4,8 +4,11 @@ import threading
 import time
 from contextlib import contextmanager
 
+import torch
+
 from ptmoe.methods import METHODS
 from ptmoe.models.bases import load_base
+from ptmoe.models.greedy import GREEDY
 from ptmoe.serve.start import local_service
 from testing.bases import prompted
 
@@ -15,18 +18,29 @@ ADAPTERS = {
 }
 
 
-def save_adapters(folder, adapters=ADAPTERS, seed=1):
-    """Adapter folders with every number drawn; returns the model that holds the last one."""
-    base, _ = load_base("nano")
-    model = base
-    for index, (name, config) in enumerate(adapters.items()):
-        model = prompted(model, config, seed=seed + index, name=name)
-        model.save_pretrained(folder / name, name)
+def save(folder):
+    """A base that talks on and on, in `folder/base`, drawn adapters in `folder/adapters`; the model with them all."""
+    base, tokenizer = load_base("nano")
+    tokenizer.eos_token = base.config.eos_token_id = base.generation_config.eos_token_id = None
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model, tokenizer = load_base(str(folder / "base"))
+    for index, (name, config) in enumerate(ADAPTERS.items()):
+        model = prompted(model, config, seed=index, name=name)
+        model.save_pretrained(folder / "adapters" / name, name)
+    model.folder = folder
     return model.eval()
 
 
-def service_of(folder, **options):
-    return local_service(folder, model="nano", device="cpu", **options)
+def service_of(model, **options):
+    return local_service(model.folder / "adapters", model=str(model.folder / "base"), device="cpu", **options)
+
+
+def alone(model, service, name, prompt, new):
+    """What `generate` says to a prompt by itself."""
+    ids = torch.tensor([service._encode(prompt, None)])
+    made = model.generate(ids, adapter_names=[name], max_new_tokens=new, **GREEDY)
+    return service._decode(made[0, ids.shape[1] :].tolist())
 
 
 @contextmanager

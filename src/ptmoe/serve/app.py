@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -98,7 +98,7 @@ def create_app(
         }
         return JSONResponse(about, 200 if engine["ok"] else 503)
 
-    @app.get("/metrics", dependencies=[Depends(client)], responses=errors)
+    @app.get("/metrics", dependencies=[Depends(client)], responses=errors, response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
@@ -112,7 +112,12 @@ def create_app(
         await service.in_thread(service.registry.entry, model)
         return _info(service, model)
 
-    completion: dict[str, Any] = {"response_model": Completion, "responses": errors, "dependencies": [Depends(client)]}
+    streamed = {200: {"content": {"text/event-stream": {}}}}
+    completion: dict[str, Any] = {
+        "response_model": Completion,
+        "responses": errors | streamed,
+        "dependencies": [Depends(client)],
+    }
 
     @app.post("/v1/completions", **completion)
     async def completions(body: CompletionBody, request: Request) -> Response:

@@ -149,11 +149,12 @@ class Service:
             PtmoeError: an unknown model, a prompt that cannot be encoded or is too long, or more than the limits allow.
         """
         count, limits = len(prompts) * copies, self.limits
-        if count > limits.max_choices:
-            raise PtmoeError(f"{count} answers to one request: this server gives at most {limits.max_choices}")
+        room = limits.max_batch + limits.queue
+        most = min(limits.max_choices, room)
+        if count > most:
+            raise PtmoeError(f"{count} answers to one request: this server gives at most {most}")
         if max_tokens is not None and max_tokens > limits.max_tokens:
             raise PtmoeError(f"max_tokens={max_tokens}: this server gives at most {limits.max_tokens}")
-        room = limits.max_batch + limits.queue
         if self.in_flight + count > room:
             waiting = max(self.in_flight - limits.max_batch, 0) + count
             raise BusyError(max(1, math.ceil(waiting * self._mean_seconds / limits.max_batch)))
