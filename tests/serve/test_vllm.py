@@ -33,6 +33,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     tokenizer, _ = load_tokenizer("nano")
     base = tiny("llama", vocab_size=len(tokenizer), **SIZES)
+    tokenizer.eos_token = None
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     base.name_or_path = str(folder / "base")

@@ -112,7 +112,7 @@ def create_app(
         await service.in_thread(service.registry.entry, model)
         return _info(service, model)
 
-    streamed = {200: {"content": {"text/event-stream": {}}}}
+    streamed: dict[int | str, Any] = {200: {"content": {"text/event-stream": {}}}}
     completion: dict[str, Any] = {
         "response_model": Completion,
         "responses": errors | streamed,
