@@ -35,6 +35,8 @@ def test_chat_answers_each_line_and_names_the_expert(run, model, monkeypatch, na
         (("nowhere",), "no folder nowhere"),
         (("--model", "nano", "--engine", "ftp://x"), "unknown engine"),
         (("--model", "nano", "--queue", "-1"), "queue"),
+        (("--model", "nano", "--api-key", " "), "API key is empty"),
+        (("--model", "nano", "--admin-key", ""), "API key is empty"),
         (("--model", "nano", "--engine", "http://127.0.0.1:9", "--dtype", "float32"), "options of `vllm serve`"),
     ],
 )

@@ -1,6 +1,7 @@
 """The server, asked by OpenAI's own client and by clients that do not behave."""
 
 import json
+import socket
 import threading
 from contextlib import suppress
 
@@ -306,6 +307,23 @@ def test_a_client_that_goes_away_ends_its_answer(model, stream):
         until(lambda: engine.open == 0)
         assert engine.ended == 0
         until(lambda: service.in_flight == 0)
+
+
+@pytest.mark.slow
+def test_a_client_that_stops_reading_is_cut_off(model, monkeypatch):
+    monkeypatch.setattr("ptmoe.serve.app.GRACE", 0.5)
+    service = with_engine(model, Slow(0), deadline=4.0)
+    with running(service) as address, socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+        body = json.dumps({"model": "base", "prompt": "a", "max_tokens": 4000, "n": 16, "stream": True})
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        )
+        silent.sendall(f"{head}\r\n\r\n{body}".encode())
+        until(lambda: 'ptmoe_requests_total{status="timeout"} 1.0' in service.metrics.page().decode(), 15)
+        until(lambda: service.in_flight == 0)
+        assert httpx.get(f"{address}/health").status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

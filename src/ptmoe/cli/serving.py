@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ptmoe.cli.console import printable
 from ptmoe.cli.options import Adapter, AdapterBase, Device, given
 from ptmoe.errors import PtmoeError
 
@@ -58,6 +59,8 @@ def serve(
     from ptmoe.serve.limits import Limits
 
     limits = Limits(**context.obj)
+    if any(not key.strip() for key in (*(api_key or ()), *(() if admin_key is None else (admin_key,)))):
+        raise PtmoeError("an API key is empty: it would let everyone in; give a long random one, or leave it out")
     quiet()
     import uvicorn
 
@@ -126,9 +129,9 @@ async def _talk(service: Service, name: str, max_new_tokens: int, temperature: f
                 run = await service.run(name, [messages], sampling, max_tokens=max_new_tokens)
                 async for _, piece in run.pieces():
                     said += piece.text
-                    print(piece.text, end="", flush=True)
+                    print(printable(piece.text), end="", flush=True)
             except (PtmoeError, EngineError) as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {printable(str(error))}", file=sys.stderr)
                 messages.pop()
                 continue
             print(flush=True)
