@@ -17,6 +17,7 @@ ROWS = [
     {"adapters"},
     {"models"},
     {"evaluate"},
+    {"serve"},
     {"train"},
     {"compare"},
     {"report"},

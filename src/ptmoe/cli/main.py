@@ -15,6 +15,7 @@ from ptmoe.cli.console import printable
 from ptmoe.cli.evaluation import evaluate, score
 from ptmoe.cli.inference import convert, generate, inspect
 from ptmoe.cli.options import HELP, command_of
+from ptmoe.cli.serving import chat, serve
 from ptmoe.cli.tables import params, tasks, tasks_show
 from ptmoe.cli.training import train
 from ptmoe.cli.verification import verify
@@ -51,6 +52,8 @@ def ptmoe(
 app.command()(quickstart)
 app.command(cls=command_of(TRAIN_OPTIONS, methods=True))(train)
 app.command(cls=base_options)(generate)
+app.command(cls=command_of("ptmoe.serve.limits:Limits"))(serve)
+app.command()(chat)
 app.command("eval", cls=base_options)(evaluate)
 app.command()(score)
 app.command()(verify)

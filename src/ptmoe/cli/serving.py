@@ -1,0 +1,163 @@
+"""`ptmoe serve` and `chat`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ptmoe.cli.console import printable
+from ptmoe.cli.options import Adapter, AdapterBase, Device, given
+from ptmoe.errors import PtmoeError
+
+if TYPE_CHECKING:
+    from ptmoe.serve.service import Service
+
+Dtype = Annotated[str | None, typer.Option(help="of the base: float32, bfloat16, float16; by default as saved")]
+Quantization = Annotated[str | None, typer.Option(help="of the base: 8bit or 4bit")]
+Revision = Annotated[str | None, typer.Option(help="of the base on the Hub")]
+
+
+def serve(
+    context: typer.Context,
+    adapters: Annotated[
+        Path | None, typer.Argument(help="folder of adapter or run folders, or one of them; none serves the base alone")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="the base; by default the one that the first adapter names")] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="local, or the addresses of servers started with `vllm serve --enable-prompt-embeds`: URL,…"),
+    ] = "local",
+    engine_key: Annotated[
+        str | None, typer.Option(help="API key of those servers", envvar="PTMOE_ENGINE_KEY", show_envvar=True)
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 for all")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="a client's key; repeatable", envvar="PTMOE_API_KEY", show_envvar=True)
+    ] = None,
+    admin_key: Annotated[
+        str | None, typer.Option(help="opens /v1/adapters", envvar="PTMOE_ADMIN_KEY", show_envvar=True)
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="origin of a page that may call this server; repeatable")
+    ] = None,
+    adapter_memory: Annotated[
+        int | None, typer.Option(min=1, help="MB of adapters in memory; the least recently used make room")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    revision: Revision = None,
+) -> None:
+    """Serve adapters on their base, with OpenAI's API."""
+    _require_extra()
+    from ptmoe.models.bases import quiet
+    from ptmoe.serve.limits import Limits
+
+    limits = Limits(**context.obj)
+    if any(not key.strip() for key in (*(api_key or ()), *(() if admin_key is None else (admin_key,)))):
+        raise PtmoeError("an API key is empty: it would let everyone in; give a long random one, or leave it out")
+    quiet()
+    import uvicorn
+
+    from ptmoe.serve.app import create_app
+    from ptmoe.serve.start import gateway_service, local_service
+
+    memory = None if adapter_memory is None else adapter_memory * 10**6
+    ours: dict[str, Any] = {"model": model, "memory": memory, "limits": limits, "revision": revision}
+    of_base = given(device=device, dtype=dtype, quantization=quantization)
+    if engine == "local":
+        service = local_service(adapters, **ours, **{"device": None, **of_base})
+    elif engine.startswith(("http://", "https://")):
+        if of_base:
+            raise PtmoeError(f"{', '.join(of_base)}: the base runs in the engine; these are options of `vllm serve`")
+        service = gateway_service(adapters, engine.split(","), api_key=engine_key, **ours)
+    else:
+        raise PtmoeError(f"unknown engine {engine!r}: needs 'local', or http://HOST:PORT of a vLLM server")
+    app = create_app(service, api_keys=api_key or (), admin_key=admin_key, origins=cors_origin or ())
+    drain = int(limits.deadline) + 1
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain
+    )
+    listening = config.bind_socket()
+    count = len(service.registry.names()) - 1
+    print(f"{service.registry.base} and {count:,} adapters at http://{host}:{listening.getsockname()[1]}", flush=True)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def chat(
+    adapter: Adapter,
+    model: AdapterBase = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    revision: Revision = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy")] = 0.0,
+) -> None:
+    """Talk to an adapter: a line is a message, and each answer is followed by the expert that it was given.
+
+    An adapter that was trained on plain prompts gets each line by itself. An empty line ends.
+    """
+    _require_extra()
+    from ptmoe.models.bases import quiet
+
+    quiet()
+    from ptmoe.serve.start import local_service
+
+    options = given(dtype=dtype, quantization=quantization, revision=revision)
+    service = local_service(adapter, model=model, device=device, **options)
+    asyncio.run(_talk(service, adapter.resolve().name, max_new_tokens, temperature))
+
+
+async def _talk(service: Service, name: str, max_new_tokens: int, temperature: float) -> None:
+    from ptmoe.serve.engine import EngineError, Sampling
+
+    await service.engine.start()
+    messages: list[dict[str, str]] = []
+    try:
+        keeps = service.tokenizer.chat_template and service.registry.trained_on_chat(name) is not False
+        while line := await asyncio.to_thread(_line):
+            messages = [*(messages if keeps else []), {"role": "user", "content": line}]
+            said = ""
+            try:
+                sampling = Sampling(0, temperature)
+                run = await service.run(name, [messages], sampling, max_tokens=max_new_tokens)
+                async for _, piece in run.pieces():
+                    said += piece.text
+                    print(printable(piece.text), end="", flush=True)
+            except (PtmoeError, EngineError) as error:
+                print(f"error: {printable(str(error))}", file=sys.stderr)
+                messages.pop()
+                continue
+            print(flush=True)
+            messages.append({"role": "assistant", "content": said})
+            gate = run.rows[0].gate
+            if gate is not None:
+                shown = ", ".join(f"{value:.3f}" for value in gate)
+                print(f"expert {run.rows[0].expert}, gate [{shown}]", file=sys.stderr, flush=True)
+    finally:
+        await service.engine.stop()
+
+
+def _line() -> str:
+    """The next message; `""` at the end."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
+def _require_extra() -> None:
+    """
+    Raises:
+        PtmoeError: what a server needs is not installed.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise PtmoeError(f"serving needs {', '.join(missing)}: pip install 'ptmoe[serve]'")

@@ -1,0 +1,277 @@
+"""The engine that is somewhere else: a `vllm serve --enable-prompt-embeds`, or several, which know nothing of adapters.
+
+Each row goes to `/v1/completions` as embeddings, and comes back as a stream of token ids. Of the base this side holds
+the embedding matrix alone (`ptmoe.serve.matrix`).
+
+An upstream is tried out when it is first reached: the same few tokens are sent as ids and as embeddings, and what it
+expects next must be the same. That finds another base, embeddings that it treats in another way, and a missing flag.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import torch
+from torch import Tensor, nn
+
+from ptmoe.errors import PtmoeError
+from ptmoe.serve.engine import EngineError, Input, Sampling, Token, UnavailableError, check_room
+
+CONNECT = 5.0  # seconds
+POLL = 5.0  # seconds between looks at the upstreams
+PROBED = 8  # tokens
+AGREEMENT = 0.1  # nats between the two ways of asking, in half precision
+NEEDED = "start it as `vllm serve MODEL --enable-prompt-embeds`"
+
+log = logging.getLogger(__name__)
+
+
+class MisfitError(PtmoeError):
+    """An upstream that answers, and cannot be used."""
+
+
+@dataclass
+class Upstream:
+    """An inference engine.
+
+    Attributes:
+        url: without `/v1`.
+        fault: why it is not used; None where it is.
+        tried: whether it was found to fit.
+        model: its own name of the base.
+        rows: that it is answering.
+    """
+
+    url: str
+    fault: str | None = "not reached yet"
+    tried: bool = False
+    model: str = ""
+    rows: int = 0
+
+
+class GatewayEngine:
+    """
+    Args:
+        urls: of the upstreams, which serve one base.
+        embedding: of that base, `(B, L)` ids to `(B, L, H)`.
+        positions: of the base, as its config has it; an upstream may have fewer.
+        timeout: seconds without a token after which an upstream is given up.
+        api_key: of the upstreams.
+    """
+
+    name = "gateway"
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        embedding: nn.Module,
+        *,
+        positions: int | None = None,
+        timeout: float = 60.0,
+        api_key: str | None = None,
+    ) -> None:
+        self.upstreams = [Upstream(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self.positions = positions
+        self._embedding, self._timeout = embedding, timeout
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._client = self._open()
+        await self._look()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._client.aclose()
+
+    async def health(self) -> dict[str, Any]:
+        about = {upstream.url: upstream.fault or "ok" for upstream in self.upstreams}
+        return {"ok": any(fault == "ok" for fault in about.values()), "upstreams": about}
+
+    async def check(self) -> dict[str, str]:
+        """Try the upstreams out before anything is served; the faults of those that cannot be reached.
+
+        Raises:
+            PtmoeError: one can be reached and cannot be used.
+        """
+        async with self._open() as self._client:
+            faults = {}
+            for upstream in self.upstreams:
+                try:
+                    await self._try(upstream)
+                except httpx.HTTPError as error:
+                    faults[upstream.url] = _down(error)
+        return faults
+
+    async def generate(self, row: Input, sampling: Sampling) -> AsyncGenerator[Token, None]:
+        """As `Engine.generate`. An upstream that fails before its first token is replaced by another."""
+        check_room(row, sampling.max_tokens, self.positions)
+        body = self._body(sampling) | {"prompt_embeds": encoded(row.embeds)}
+        left = sorted((one for one in self.upstreams if one.fault is None), key=lambda one: one.rows)
+        while left:
+            upstream, started = left.pop(0), False
+            upstream.rows += 1
+            try:
+                async with aclosing(self._stream(upstream, body)) as tokens:
+                    async for token in tokens:
+                        started = True
+                        yield token
+                return
+            except (httpx.HTTPError, UnavailableError) as error:
+                reason = error.message if isinstance(error, UnavailableError) else _down(error)
+                log.warning("%s: %s", upstream.url, reason)
+                if isinstance(error, httpx.TransportError) and not isinstance(error, httpx.TimeoutException):
+                    upstream.fault = reason  # until the next look at it
+                if started:
+                    raise EngineError("the inference engine failed in the middle of the answer") from None
+            finally:
+                upstream.rows -= 1
+        raise UnavailableError("no inference engine can be reached: /health says why")
+
+    # -- upstreams ---------------------------------------------------------------------------------------------------
+
+    def _open(self) -> httpx.AsyncClient:
+        timeout = httpx.Timeout(self._timeout, connect=CONNECT, pool=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        return httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(POLL)
+            await self._look()
+
+    async def _look(self) -> None:
+        for upstream in self.upstreams:
+            before = upstream.fault
+            try:
+                if upstream.tried and before is None:
+                    (await self._client.get(f"{upstream.url}/health", timeout=CONNECT)).raise_for_status()
+                else:  # it may be another one by now
+                    await self._try(upstream)
+                upstream.fault = None
+            except MisfitError as error:
+                upstream.fault = str(error)
+            except httpx.HTTPError as error:
+                upstream.fault = _down(error)
+            if upstream.fault != before:
+                log.warning("%s: %s", upstream.url, upstream.fault or "ok")
+
+    async def _try(self, upstream: Upstream) -> None:
+        """
+        Raises:
+            MisfitError: it is no vLLM with prompt embeddings, or has another base.
+            httpx.HTTPError: it cannot be reached.
+        """
+        upstream.tried = False
+        listed = await self._client.get(f"{upstream.url}/v1/models", timeout=CONNECT)
+        try:
+            listed.raise_for_status()
+            about = listed.json()["data"][0]
+            upstream.model, positions = str(about["id"]), about.get("max_model_len")
+        except (httpx.HTTPStatusError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise MisfitError(f"{upstream.url} lists no model ({type(error).__name__}): {NEEDED}") from None
+        vocabulary = len(self._embedding.weight)  # type: ignore[arg-type]
+        ids = torch.arange(1, PROBED + 1) * (vocabulary // (PROBED + 2))
+        with torch.no_grad():
+            embeds = self._embedding(ids[None])[0]
+        sampling = self._body(Sampling(1, logprobs=5))
+        expected: list[Token] = []
+        for way, prompt in (("ids", {"prompt": ids.tolist()}), ("embeddings", {"prompt_embeds": encoded(embeds)})):
+            try:
+                async with aclosing(self._stream(upstream, sampling | prompt)) as tokens:
+                    expected += [token async for token in tokens][:1]
+            except UnavailableError as error:
+                raise httpx.ReadError(error.message) from None
+            except EngineError as error:
+                raise MisfitError(f"{upstream.url} does not take {way} ({error!s:.300}): {NEEDED}") from None
+        own, ours = (dict(token.top) for token in expected) if len(expected) == 2 else ({}, {})
+        best = max(own, key=own.__getitem__, default=-1)
+        if not (best in ours and abs(own[best] - ours[best]) <= AGREEMENT):
+            raise MisfitError(
+                f"{upstream.url} ({upstream.model}) does not answer embeddings as it answers the tokens that they "
+                "stand for: it serves another base than the adapters', or treats embeddings in another way"
+            )
+        if isinstance(positions, int):
+            self.positions = positions if self.positions is None else min(self.positions, positions)
+        upstream.tried = True
+
+    # -- one row -----------------------------------------------------------------------------------------------------
+
+    def _body(self, sampling: Sampling) -> dict[str, Any]:
+        """Everything is said, because the engine's defaults come from the base's generation config."""
+        return {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "ignore_eos": True,
+            "stop_token_ids": sorted(sampling.ends),
+            "stream": True,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            **({} if sampling.seed is None else {"seed": sampling.seed % 2**63}),
+            **({} if sampling.logprobs is None else {"logprobs": sampling.logprobs}),
+        }
+
+    async def _stream(self, upstream: Upstream, body: dict[str, Any]) -> AsyncGenerator[Token, None]:
+        url = f"{upstream.url}/v1/completions"
+        async with self._client.stream("POST", url, json=body | {"model": upstream.model}) as answer:
+            if answer.status_code != 200:
+                said = " ".join((await answer.aread()).decode(errors="replace").split())[:300]
+                kind = UnavailableError if answer.status_code in (429, 502, 503, 504) else EngineError
+                raise kind(f"the inference engine refuses the request ({answer.status_code}: {said})")
+            async for line in answer.aiter_lines():
+                data = line.removeprefix("data:").strip()
+                if not line.startswith("data:") or data == "[DONE]":
+                    continue
+                try:
+                    for token in _tokens(json.loads(data), body.get("logprobs")):
+                        yield token
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    raise EngineError(
+                        f"the inference engine does not send token ids ({type(error).__name__}): is it a recent vLLM?"
+                    ) from None
+
+
+def _tokens(event: dict[str, Any], logprobs: int | None) -> list[Token]:
+    """The tokens of one event of a stream."""
+    if "error" in event:
+        raise EngineError(f"the inference engine failed ({event['error']!s:.200})")
+    if not event["choices"]:
+        return []  # the usage
+    choice = event["choices"][0]
+    ids = [int(token) for token in choice["token_ids"] or []]
+    if logprobs is None:
+        return [Token(token) for token in ids]
+    about = choice["logprobs"] or {}
+    tokens = []
+    for token, own, others in zip(ids, about["token_logprobs"], about["top_logprobs"], strict=True):
+        named = [(int(name.removeprefix("token_id:")), float(value)) for name, value in (others or {}).items()]
+        tokens.append(Token(token, float(own), tuple(sorted(named, key=lambda pair: -pair[1])[:logprobs])))
+    return tokens
+
+
+def encoded(embeds: Tensor) -> str:
+    """`(L, H)` as vLLM takes it: base64 of `torch.save`."""
+    file = io.BytesIO()
+    torch.save(embeds.detach().cpu().clone(), file)  # a view would be saved with everything it is a view of
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _down(error: Exception) -> str:
+    return f"it cannot be reached ({type(error).__name__})"

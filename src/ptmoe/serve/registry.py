@@ -1,0 +1,351 @@
+"""The adapters that are served: found in a folder, by name, and in memory as far as a bound in bytes allows.
+
+    adapters/
+        qa/        adapter folder, or run folder that holds one     served as "qa"
+        sql/
+        broken/    listed with the reason, and not served
+
+The folder is polled. What a request gets is composed once, when it begins, so replacing or removing an adapter touches
+no running request.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from ptmoe.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, local_folder
+from ptmoe.errors import PtmoeError
+from ptmoe.models.adapter_set import BASE
+from ptmoe.serve.engine import Input
+from ptmoe.settings import read_yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ptmoe.models.adapter_set import AdapterSet
+
+POLL = 2.0  # seconds between looks at the folder, at least
+SHARE = 20  # and at least this many times as long as a look takes
+NEAR_NAMES = 3
+LONGEST_NAME = 256
+
+log = logging.getLogger(__name__)
+
+
+class UnknownModelError(PtmoeError):
+    """No adapter of this name is served."""
+
+
+@dataclass
+class Entry:
+    """An adapter in the folder.
+
+    Attributes:
+        folder: where it was found.
+        stamp: the times and sizes of its files: another stamp is another adapter.
+        key: its name in the `AdapterSet`; None while it is not in memory.
+        size: bytes, once it has been read.
+        fixed: whether an expert's prompt is the same for each input.
+        chat: whether it was trained on prompts in the chat template; None where its folder does not say.
+        error: why it is not served; None otherwise.
+    """
+
+    folder: Path
+    stamp: tuple[int, ...]
+    key: str | None = None
+    size: int = 0
+    fixed: bool = False
+    chat: bool | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A row for an engine, and how it was routed: the gate `(N,)`, None for a method that does not route."""
+
+    row: Input
+    gate: list[float] | None
+
+    @property
+    def expert(self) -> int | None:
+        """The expert with the highest gate."""
+        return None if self.gate is None else max(range(len(self.gate)), key=self.gate.__getitem__)
+
+
+class Registry:
+    """Adapters by name. All methods may be called from any thread.
+
+    Args:
+        adapters: of the base, holding none; it is the registry's from now on.
+        folder: of adapter folders, or one adapter or run folder, which is then served under its own name.
+        base: the name under which the base itself is served.
+        memory: bytes of adapters to hold at most, the least recently used ones make room; None without a bound.
+    """
+
+    def __init__(self, adapters: AdapterSet, folder: str | Path | None, *, base: str, memory: int | None = None):
+        self.adapters = adapters
+        self.base = base
+        self.memory = memory
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and not self.folder.is_dir():
+            raise PtmoeError(f"no folder {folder}: give a folder that holds adapter folders, or one of them")
+        self._entries: dict[str, Entry] = {}
+        self._in_memory: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
+        self.bytes_in_memory = 0
+        self._withdrawn: set[str] = set()
+        self._seen: dict[str, tuple[int, ...]] = {}
+        self._keys = count()
+        self._lock = threading.RLock()
+        self._stopping = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self.scan(settled=True)
+
+    # -- names -------------------------------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """The base and the adapters that are served."""
+        with self._lock:
+            served = (name for name, entry in self._entries.items() if entry.error is None)
+            return [self.base, *sorted(set(served) - self._withdrawn)]
+
+    def listing(self) -> dict[str, dict[str, Any]]:
+        """Every adapter that was found, with what is known of it."""
+        with self._lock:
+            return {
+                name: {
+                    "served": entry.error is None and name not in self._withdrawn,
+                    "in_memory": entry.key is not None,
+                    "bytes": entry.size,
+                    **({} if entry.error is None else {"error": entry.error}),
+                }
+                for name, entry in sorted(self._entries.items())
+            }
+
+    def created(self, name: str) -> int:
+        """When the adapter was written, in seconds since 1970; 0 for the base."""
+        with self._lock:
+            return self._entries[name].stamp[0] // 10**9 if name in self._entries else 0
+
+    def entry(self, name: str) -> Entry | None:
+        """The adapter of this name; None for the base.
+
+        Raises:
+            UnknownModelError: neither is served under it.
+        """
+        if name == self.base:
+            return None
+        with self._lock:
+            entry = self._entries.get(name)
+        if entry is None or name in self._withdrawn:
+            close = difflib.get_close_matches(name[:LONGEST_NAME], self.names(), n=NEAR_NAMES)
+            known = f"did you mean {', '.join(map(repr, close))}?" if close else "GET /v1/models lists what is served"
+            raise UnknownModelError(f"no model {name[:LONGEST_NAME]!r}: {known}")
+        if entry.error is not None:
+            raise UnknownModelError(f"the adapter {name!r} cannot be served: {entry.error}")
+        return entry
+
+    # -- composing ---------------------------------------------------------------------------------------------------
+
+    @property
+    def embedding(self) -> Tensor:
+        """`(V, H)`."""
+        return cast("Tensor", self.adapters.embedding.weight)
+
+    def trained_on_chat(self, name: str) -> bool | None:
+        """Whether the adapter was trained on prompts in the chat template; None where that is unknown.
+
+        Raises:
+            UnknownModelError: as `compose`.
+        """
+        entry = self.entry(name)
+        if entry is not None and entry.key is None:
+            self._load(name, entry)
+            entry = self.entry(name)
+        return None if entry is None else entry.chat
+
+    @torch.no_grad()
+    def compose(self, name: str, token_ids: list[int]) -> Composed:
+        """The row of these tokens behind the prompt of an adapter, or behind none for the base.
+
+        Raises:
+            UnknownModelError: no such adapter, or one that turns out to be broken when it is read.
+        """
+        ids = torch.tensor([token_ids], device=self.embedding.device)
+        while True:
+            entry = self.entry(name)
+            if entry is not None and entry.key is None:
+                self._load(name, entry)
+            with self._lock:
+                key = None if entry is None else entry.key
+                if entry is not None and key is None:
+                    continue  # broken, or replaced or evicted in the meantime
+                if entry is not None:
+                    self._in_memory.move_to_end(name)
+                spliced, prompts = self.adapters.compose(ids, adapter_names=[key or BASE])
+            routing = prompts.routing
+            gate = None if routing is None else routing.gate[0].tolist()
+            composed = Composed(Input(spliced.embeds[0], token_ids), gate)
+            if entry is None or not entry.fixed:
+                return composed
+            return Composed(Input(spliced.embeds[0], token_ids, prefix=(key, composed.expert)), gate)
+
+    def _load(self, name: str, entry: Entry) -> None:
+        key = f"adapter{next(self._keys)}"
+        try:
+            self.adapters.load(entry.folder, key)
+            run = entry.folder / "config.yaml"
+            chat = read_yaml(run).get("chat") if run.is_file() else None
+        except (PtmoeError, OSError) as error:
+            with self._lock:
+                # The reason may name files, which are not the clients' business.
+                entry.error = str(error).replace(str(entry.folder), name)
+                if key in self.adapters.encoders:
+                    self.adapters.remove(key)
+            log.warning("adapter %r is skipped: %s", name, entry.error)
+            return
+        encoder = self.adapters[key]
+        with self._lock:
+            if entry.key is not None or self._entries.get(name) is not entry:
+                self.adapters.remove(key)  # another thread was faster, or it has been replaced
+                return
+            entry.size = sum(tensor.numel() * tensor.element_size() for tensor in encoder.state_dict().values())
+            entry.chat = chat if isinstance(chat, bool) else None
+            entry.fixed = encoder.fixed_prompts() is not None
+            entry.key = key
+            self._in_memory[name] = entry
+            self.bytes_in_memory += entry.size
+            while self.memory is not None and self.bytes_in_memory > self.memory and len(self._in_memory) > 1:
+                self._forget(next(iter(self._in_memory)))
+
+    def _forget(self, name: str) -> None:
+        entry = self._in_memory.pop(name, None)
+        if entry is not None and entry.key is not None:
+            self.adapters.remove(entry.key)
+            self.bytes_in_memory -= entry.size
+            entry.key = None
+
+    # -- the folder --------------------------------------------------------------------------------------------------
+
+    def scan(self, *, settled: bool = False) -> None:
+        """Look at the folder. A change counts once it is found twice, when nobody is writing any more.
+
+        Args:
+            settled: believe it at once.
+        """
+        found = self._find()
+        with self._lock:
+            for name in self._entries.keys() - found.keys():
+                self._forget(name)
+                del self._entries[name]
+            for name, (folder, stamp) in found.items():
+                known = self._entries.get(name)
+                if known is not None and known.stamp == stamp:
+                    continue
+                if settled or self._seen.get(name) == stamp:
+                    self._forget(name)
+                    self._entries[name] = Entry(folder, stamp, error=self._unfit(name))
+            self._seen = {name: stamp for name, (_, stamp) in found.items()}
+
+    def _unfit(self, name: str) -> str | None:
+        if name == self.base:
+            return "it has the name of the base: rename its folder"
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            return f"its name is not printable, or longer than {LONGEST_NAME} characters: rename its folder"
+        return None
+
+    def _find(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
+        if self.folder is None:
+            return {}
+        own = _stamp(self.folder)
+        if own is not None:
+            return {self.folder.resolve().name: (self.folder, own)}
+        found = {}
+        try:
+            for path in self.folder.iterdir():
+                stamp = None if path.name.startswith(".") else _stamp(path)
+                if stamp is not None:
+                    found[path.name] = (path, stamp)
+        except OSError as error:
+            log.warning("the adapters' folder cannot be read: %s", error)
+            return {name: (entry.folder, entry.stamp) for name, entry in self._entries.items()}
+        return found
+
+    def fill(self) -> None:
+        """Read the adapters that have not been read, as far as the memory allows."""
+        for name, entry in list(self._entries.items()):
+            size = entry.stamp[-1]
+            if self._stopping.is_set() or (self.memory is not None and self.bytes_in_memory + size > self.memory):
+                return
+            if entry.key is None and entry.error is None and not entry.size:
+                started = time.monotonic()
+                self._load(name, entry)
+                self._stopping.wait(time.monotonic() - started)  # requests come first
+
+    def add(self, name: str) -> None:
+        """Serve what is now in the folder under this name, at once.
+
+        Raises:
+            UnknownModelError: there is nothing of that name, or it is broken.
+        """
+        self._withdrawn.discard(name)
+        self.scan(settled=True)
+        entry = self.entry(name)
+        if entry is not None and entry.key is None:
+            self._load(name, entry)
+            self.entry(name)
+
+    def withdraw(self, name: str) -> None:
+        """Serve this adapter no more, until `add`; its folder stays as it is.
+
+        Raises:
+            PtmoeError: it is the base, or no such adapter is served.
+        """
+        if name == self.base:
+            raise PtmoeError(f"{name!r} is the base: it stays as long as the server")
+        with self._lock:
+            if name not in self._entries:
+                self.entry(name)
+            self._withdrawn.add(name)
+            self._forget(name)
+
+    def watch(self) -> None:
+        """Poll the folder in a thread of its own, until `stop`."""
+
+        def poll() -> None:
+            self.fill()
+            pause = POLL
+            while not self._stopping.wait(pause):
+                started = time.monotonic()
+                self.scan()
+                self.fill()
+                pause = max(POLL, SHARE * (time.monotonic() - started))
+
+        self._watcher = threading.Thread(target=poll, name="ptmoe-adapters", daemon=True)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._watcher is not None:
+            self._watcher.join()
+
+
+def _stamp(folder: Path) -> tuple[int, ...] | None:
+    """When an adapter's files were changed, and how large they are; None where there is none of them."""
+    files: list[tuple[int, ...]] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            about = (local_folder(folder) / name).stat()
+            files.append((about.st_mtime_ns, about.st_ino, about.st_size))
+        except (OSError, PtmoeError):
+            files.append((0, 0, 0))
+    return (*files[0], *files[1]) if any(map(any, files)) else None

@@ -1,0 +1,46 @@
+"""`ptmoe serve` and `chat`, as a user starts them."""
+
+import io
+
+import pytest
+
+from testing.serving import alone, save, service_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("served"))
+
+
+@pytest.mark.parametrize("name", ["routed", "fixed"])
+def test_chat_answers_each_line_and_names_the_expert(run, model, monkeypatch, name):
+    service = service_of(model)
+    messages, answers = [], []
+    for line in ("hello", "and then?"):
+        messages.append({"role": "user", "content": line})
+        answers.append(alone(model, service, name, messages, 9))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand then?\n\nnot read"))
+    options = ("--model", model.folder / "base", "--device", "cpu", "--max-new-tokens", "9")
+    status, out, err = run("chat", model.folder / "adapters" / name, *options)
+    assert status == 0, err
+    assert out == "".join(f"{answer}\n" for answer in answers)
+    assert err.count("expert ") == (2 if name == "routed" else 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing to serve"),
+        (("nowhere",), "no folder nowhere"),
+        (("--model", "nano", "--engine", "ftp://x"), "unknown engine"),
+        (("--model", "nano", "--queue", "-1"), "queue"),
+        (("--model", "nano", "--api-key", " "), "API key is empty"),
+        (("--model", "nano", "--admin-key", ""), "API key is empty"),
+        (("--model", "nano", "--engine", "http://127.0.0.1:9", "--dtype", "float32"), "options of `vllm serve`"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_words(run, arguments, message):
+    status, _, err = run("serve", *arguments)
+    assert status == 2
+    assert message in err

@@ -1,0 +1,219 @@
+"""The gateway's half of the protocol: engines that are down, slow, of another base, or fail.
+
+What a real engine answers is for `test_vllm.py`.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import subprocess
+import sys
+
+import httpx
+import pytest
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+import ptmoe
+from ptmoe.models.bases import load_base
+from ptmoe.serve import gateway
+from ptmoe.serve.engine import EngineError, Input, Sampling, UnavailableError
+from ptmoe.serve.gateway import GatewayEngine, encoded
+from ptmoe.serve.matrix import read_embedding
+from ptmoe.serve.start import gateway_service
+from testing.serving import listening, running, save
+
+MATRIX = read_embedding("nano")
+
+
+def spoken(mode="fine", **options):
+    """An engine that speaks vLLM's protocol and continues any input with its token ids, backwards."""
+    app = FastAPI()
+    app.state.asked = []
+
+    @app.get("/health")
+    async def health():
+        return {}
+
+    @app.get("/v1/models")
+    async def models():
+        return {"data": [{"id": "somewhere/nano", "max_model_len": 2048}]} if mode != "no vllm" else ["?"]
+
+    @app.post("/v1/completions")
+    async def completions(request: Request):
+        body = await request.json()
+        app.state.asked.append(body)
+        ids = body.get("prompt")
+        if ids is None:
+            if mode == "no embeds":
+                return JSONResponse({"error": {"message": "You must set --enable-prompt-embeds"}}, 400)
+            embeds = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+            ids = torch.cdist(embeds.float(), MATRIX.weight.float()).argmin(1).tolist()
+            if mode == "other base":
+                ids = [token + 1 for token in ids]
+        answer = [*reversed(ids), *ids * 10][: body["max_tokens"]]
+        if options.get("busy") and len(app.state.asked) > 2:
+            return JSONResponse({"error": "busy"}, 503)
+
+        async def events():
+            for index, token in enumerate(answer):
+                if len(app.state.asked) > 2:
+                    await asyncio.sleep(options.get("pause", 0))
+                    if index == options.get("breaks"):
+                        raise RuntimeError("gone")
+                choice = {"index": 0, "text": "?", "token_ids": [token], "finish_reason": None}
+                if body.get("logprobs") is not None:
+                    top = {f"token_id:{token}": -0.1, "token_id:0": -2.5}
+                    choice["logprobs"] = {"tokens": ["?"], "token_logprobs": [-0.1], "top_logprobs": [top]}
+                if mode == "no ids":
+                    del choice["token_ids"]
+                yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+                if token in body["stop_token_ids"]:
+                    break
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    return app
+
+
+def row(length=5):
+    ids = list(range(3, 3 + length))
+    return Input(MATRIX(torch.tensor(ids)).detach(), ids)
+
+
+def asked(engine, *requests):
+    async def one(sampling):
+        return [token async for token in engine.generate(row(), sampling)]
+
+    async def run():
+        await engine.start()
+        try:
+            return await asyncio.gather(*map(one, requests), return_exceptions=True), await engine.health()
+        finally:
+            await engine.stop()
+
+    return asyncio.run(run())
+
+
+def test_tokens_come_back_with_their_log_probabilities():
+    app = spoken()
+    with listening(app) as url:
+        engine = GatewayEngine([url + "/v1"], MATRIX)
+        (tokens, ended), health = asked(engine, Sampling(4, logprobs=1), Sampling(9, 0.7, seed=-1, ends=frozenset({6})))
+    assert [token.id for token in tokens] == [7, 6, 5, 4]
+    assert tokens[0].logprob == -0.1
+    assert tokens[0].top == ((7, -0.1),)
+    assert [token.id for token in ended] == [7, 6]
+    assert health == {"ok": True, "upstreams": {url: "ok"}}
+    assert engine.positions == 2048
+    body = next(body for body in app.state.asked if body["temperature"] == 0.7)
+    assert body["model"] == "somewhere/nano"
+    assert body["stop_token_ids"] == [6]
+    assert body["seed"] >= 0
+    assert (body["repetition_penalty"], body["presence_penalty"], body["frequency_penalty"]) == (1, 0, 0)
+
+
+def test_a_view_is_sent_without_what_it_is_a_view_of():
+    embeds = torch.zeros(10_000, 64)[5:8]
+    assert len(encoded(embeds)) < 10_000
+    assert torch.load(io.BytesIO(base64.b64decode(encoded(embeds))), weights_only=True).shape == (3, 64)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("no embeds", "--enable-prompt-embeds"),
+        ("other base", "another base"),
+        ("no vllm", "lists no model"),
+        ("no ids", "does not send token ids"),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_refused_in_words(mode, message):
+    with listening(spoken(mode)) as url:
+        engine = GatewayEngine([url], MATRIX)
+        with pytest.raises(ptmoe.PtmoeError, match=message):
+            asyncio.run(engine.check())
+        (refused,), health = asked(GatewayEngine([url], MATRIX), Sampling(4))
+    assert isinstance(refused, UnavailableError)
+    assert not health["ok"]
+    assert message in health["upstreams"][url]
+
+
+def test_one_that_is_down_is_passed_over_and_found_when_it_comes(monkeypatch):
+    monkeypatch.setattr(gateway, "POLL", 0.05)
+    nowhere = "http://127.0.0.1:9"
+    assert list(asyncio.run(GatewayEngine([nowhere], MATRIX).check())) == [nowhere]
+    with listening(spoken()) as url:
+        (tokens,), health = asked(GatewayEngine([nowhere, url], MATRIX), Sampling(3))
+        assert [token.id for token in tokens] == [7, 6, 5]
+        assert "cannot be reached" in health["upstreams"][nowhere]
+
+        async def later():
+            engine = GatewayEngine([nowhere], MATRIX)
+            await engine.start()
+            assert not (await engine.health())["ok"]
+            engine.upstreams[0].url = url
+            while not (await engine.health())["ok"]:
+                await asyncio.sleep(0.02)
+            await engine.stop()
+
+        asyncio.run(asyncio.wait_for(later(), 20))
+
+
+def test_a_busy_or_silent_one_is_replaced_before_its_first_token_and_not_after():
+    with listening(spoken(busy=True)) as busy, listening(spoken()) as fine:
+        (tokens,), _ = asked(GatewayEngine([busy, fine], MATRIX), Sampling(3))
+        assert [token.id for token in tokens] == [7, 6, 5]
+        (refused,), _ = asked(GatewayEngine([busy], MATRIX), Sampling(3))
+        assert isinstance(refused, UnavailableError)
+    with listening(spoken(pause=1.5)) as slow, listening(spoken()) as fine:
+        (tokens,), _ = asked(GatewayEngine([slow, fine], MATRIX, timeout=0.5), Sampling(3))
+        assert [token.id for token in tokens] == [7, 6, 5]
+    with listening(spoken(breaks=2)) as broken, listening(spoken()) as fine:
+        (failed,), _ = asked(GatewayEngine([broken, fine], MATRIX), Sampling(4))
+        assert isinstance(failed, EngineError)
+        assert "middle" in str(failed)
+
+
+def test_the_matrix_is_the_bases_own_and_nothing_else_is_read(tmp_path):
+    base, _ = load_base("nano")
+    assert torch.equal(MATRIX.weight, base.get_input_embeddings().weight)
+    base.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert torch.equal(read_embedding(str(tmp_path / "sharded")).weight, MATRIX.weight)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ptmoe.PtmoeError, match=r"no model\.safetensors"):
+        read_embedding(str(tmp_path / "empty"))
+
+
+def test_the_whole_server_answers_through_it(tmp_path):
+    save(tmp_path)
+    app = spoken()
+    with listening(app) as url, running(gateway_service(tmp_path / "adapters", [url], model="nano")) as address:
+        body = {"model": "routed", "prompt": "the baker", "max_tokens": 3, "ptmoe": True}
+        got = httpx.post(f"{address}/v1/completions", json=body).json()
+        assert got["usage"]["completion_tokens"] == 3
+        assert got["choices"][0]["ptmoe"]["gate"]
+        assert httpx.get(f"{address}/health").json()["engine"]["upstreams"] == {url: "ok"}
+    embeds = torch.load(io.BytesIO(base64.b64decode(app.state.asked[-1]["prompt_embeds"])), weights_only=True)
+    assert len(embeds) == got["usage"]["prompt_tokens"] + 6
+
+
+SMALL = """
+import sys
+from pathlib import Path
+from ptmoe.serve.start import gateway_service
+gateway_service(Path(sys.argv[1]), ["http://127.0.0.1:9"], model="nano")
+import ptmoe.serve.app
+print([name for name in ("vllm", "ptmoe.serve.local", "transformers.modeling_utils") if name in sys.modules])
+"""
+
+
+def test_it_needs_neither_an_engine_nor_a_model_in_its_process(tmp_path):
+    save(tmp_path)
+    command = [sys.executable, "-c", SMALL, tmp_path / "adapters"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == "[]", made.stderr

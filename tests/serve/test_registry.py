@@ -1,0 +1,179 @@
+"""Adapters come, change and go while the server runs."""
+
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ptmoe.methods import METHODS
+from ptmoe.models.adapter_set import AdapterSet
+from ptmoe.serve.registry import Registry, UnknownModelError
+from testing.bases import CONFIGS, prompted, tiny, tokens
+
+IDS = tokens(6).tolist()
+
+
+@pytest.fixture
+def base():
+    return tiny("llama")
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    for index, name in enumerate(("a.b", "keys", "c")):
+        prompted(tiny("llama"), CONFIGS["PT-MoE selective probationary"], seed=index).save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def registry_of(base, folder, **options):
+    return Registry(AdapterSet(base.get_input_embeddings()), folder, base="tiny", **options)
+
+
+def test_names_are_those_of_the_folders_and_nothing_else(base, folder):
+    registry = registry_of(base, folder)
+    assert registry.names() == ["tiny", "a.b", "c", "keys"]
+    for name in ("a.b/", "./c", "../" + folder.name, str(folder / "c"), "", "C", "__base__", "adapter0"):
+        with pytest.raises(UnknownModelError, match="no model"):
+            registry.compose(name, IDS)
+    with pytest.raises(UnknownModelError, match="did you mean 'keys'"):
+        registry.compose("keys2", IDS)
+
+
+def test_a_row_is_the_adapters_own(base, folder):
+    registry = registry_of(base, folder)
+    model = prompted(base, CONFIGS["PT-MoE selective probationary"], seed=2)
+    spliced, prompts = model.compose(torch.tensor([IDS]))
+    composed = registry.compose("c", IDS)
+    assert torch.equal(composed.row.embeds, spliced.embeds[0])
+    assert composed.gate == prompts.routing.gate[0].tolist()
+    assert composed.row.virtual == 6
+    assert composed.row.prefix is None
+    assert torch.equal(registry.compose("tiny", IDS).row.embeds, model.adapters.embedding(torch.tensor(IDS)))
+
+
+def test_a_broken_adapter_is_listed_and_the_rest_served(base, folder):
+    shutil.copytree(folder / "c", folder / "cut")
+    (folder / "cut" / "adapter_model.safetensors").write_bytes(b"123")
+    shutil.copytree(folder / "c", folder / "gone")
+    (folder / "gone" / "adapter_model.safetensors").unlink()
+    prompted(tiny("llama", seed=9), CONFIGS["PT"]).save_pretrained(folder / "foreign")
+    prompted(tiny("llama"), METHODS["lora"](rank=2)).save_pretrained(folder / "lora")
+    prompted(tiny("llama"), CONFIGS["PT"]).save_pretrained(folder / "tiny")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("no adapter")
+    registry = registry_of(base, folder)
+    registry.fill()
+    assert registry.names() == ["tiny", "a.b", "c", "keys"]
+    errors = {name: about["error"] for name, about in registry.listing().items() if "error" in about}
+    assert errors.keys() == {"cut", "gone", "foreign", "lora", "tiny"}
+    assert "trained on another base" in errors["foreign"]
+    assert "needs its base model's layers" in errors["lora"]
+    assert "name of the base" in errors["tiny"]
+    assert not any(str(folder) in error for error in errors.values())
+    with pytest.raises(UnknownModelError, match="cannot be served"):
+        registry.compose("cut", IDS)
+
+
+def test_the_folder_is_followed(base, folder):
+    registry = registry_of(base, folder)
+    before = registry.compose("c", IDS).row.embeds
+    prompted(tiny("llama"), CONFIGS["PT"], seed=3).save_pretrained(folder / "new")
+    shutil.rmtree(folder / "keys")
+    shutil.rmtree(folder / "c")
+    prompted(tiny("llama"), CONFIGS["PT"], seed=4).save_pretrained(folder / "c")
+    registry.scan()  # it may be half written
+    assert registry.names() == ["tiny", "a.b", "c"]
+    assert torch.equal(registry.compose("c", IDS).row.embeds, before)
+    registry.scan()
+    assert registry.names() == ["tiny", "a.b", "c", "new"]
+    after = registry.compose("c", IDS)
+    assert after.row.virtual == 5
+    assert after.row.prefix != registry.compose("new", IDS).row.prefix
+    assert len(registry.adapters.encoders) == 2
+
+
+def test_an_adapter_is_withdrawn_and_added_by_name(base, folder):
+    registry = registry_of(base, folder)
+    registry.withdraw("c")
+    with pytest.raises(UnknownModelError):
+        registry.compose("c", IDS)
+    registry.scan(settled=True)
+    assert registry.names() == ["tiny", "a.b", "keys"]
+    registry.add("c")
+    assert registry.compose("c", IDS).expert is not None
+    with pytest.raises(UnknownModelError):
+        registry.add("nothing")
+    prompted(tiny("llama"), CONFIGS["PT"], seed=3).save_pretrained(folder / "new")
+    registry.add("new")
+    assert "new" in registry.names()
+
+
+def test_the_least_recently_used_make_room(base, folder):
+    size = sum(value.numel() * 4 for value in prompted(base, CONFIGS["PT-MoE selective"]).encoder.state_dict().values())
+    registry = registry_of(base, folder, memory=int(2.9 * size))
+    registry.fill()
+    assert size <= registry.bytes_in_memory <= 2 * size
+    expected = {name: registry.compose(name, IDS).row.embeds for name in ("a.b", "c", "keys")}
+    for name in ("c", "a.b", "keys", "c", "keys"):
+        assert torch.equal(registry.compose(name, IDS).row.embeds, expected[name])
+        assert registry.bytes_in_memory == 2 * size
+    held = {name for name, about in registry.listing().items() if about["in_memory"]}
+    assert held == {"c", "keys"}
+
+
+def test_one_adapter_or_run_folder_is_served_under_its_name(base, folder):
+    assert registry_of(base, folder / "c").names() == ["tiny", "c"]
+    shutil.move(folder / "c", folder / "run" / "adapter")
+    (folder / "run" / "config.yaml").write_text("chat: true\n")
+    registry = registry_of(base, folder / "run")
+    assert registry.names() == ["tiny", "run"]
+    assert registry.trained_on_chat("run") is True
+
+
+def test_the_watcher_reads_and_follows(base, folder, monkeypatch):
+    monkeypatch.setattr("ptmoe.serve.registry.POLL", 0.05)
+    registry = registry_of(base, folder)
+    registry.watch()
+    prompted(tiny("llama"), CONFIGS["PT"], seed=3).save_pretrained(folder / "new")
+    end = time.monotonic() + 10
+    while not registry.listing().get("new", {}).get("in_memory"):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    registry.stop()
+
+
+MEMORY = """
+import sys
+import psutil
+import torch
+from torch import nn
+from ptmoe.models.adapter_set import AdapterSet
+from ptmoe.serve.registry import Registry
+matrix = torch.load(sys.argv[2])
+registry = Registry(AdapterSet(nn.Embedding.from_pretrained(matrix)), None, base="base")
+registry.folder = __import__("pathlib").Path(sys.argv[1])
+registry.scan(settled=True)
+registry.compose("0", [1, 2, 3])
+process, before = psutil.Process(), registry.bytes_in_memory
+resident = process.memory_info().rss
+registry.fill()
+print((process.memory_info().rss - resident) / (registry.bytes_in_memory - before))
+"""
+
+
+@pytest.mark.slow
+def test_adapters_take_little_more_than_their_bytes(tmp_path):
+    base = tiny("llama", hidden_size=2048, num_attention_heads=4)
+    config = METHODS["pt-moe"](num_virtual_tokens=40, num_experts=2, rank=36)
+    prompted(base, config).save_pretrained(tmp_path / "adapters" / "0")
+    for index in range(1, 1500):
+        shutil.copytree(tmp_path / "adapters" / "0", tmp_path / "adapters" / str(index))
+    torch.save(base.get_input_embeddings().weight.detach().clone(), tmp_path / "matrix")
+    made = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path / "adapters", tmp_path / "matrix"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(made.stdout) <= 1.1

@@ -1,0 +1,78 @@
+"""A server in this process, on the embedded base."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import torch
+
+from ptmoe.methods import METHODS
+from ptmoe.models.bases import load_base
+from ptmoe.models.greedy import GREEDY
+from ptmoe.serve.start import local_service
+from testing.bases import prompted
+
+ADAPTERS = {
+    "routed": METHODS["pt-moe"](num_virtual_tokens=6, num_experts=3, rank=4, recipe="paper"),
+    "fixed": METHODS["pt"](num_virtual_tokens=5),
+}
+
+
+def save(folder):
+    """A base that talks on and on, in `folder/base`, drawn adapters in `folder/adapters`; the model with them all."""
+    base, tokenizer = load_base("nano")
+    tokenizer.eos_token = base.config.eos_token_id = base.generation_config.eos_token_id = None
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model, tokenizer = load_base(str(folder / "base"))
+    for index, (name, config) in enumerate(ADAPTERS.items()):
+        model = prompted(model, config, seed=index, name=name)
+        model.save_pretrained(folder / "adapters" / name, name)
+    model.folder = folder
+    return model.eval()
+
+
+def service_of(model, **options):
+    return local_service(model.folder / "adapters", model=str(model.folder / "base"), device="cpu", **options)
+
+
+def alone(model, service, name, prompt, new):
+    """What `generate` says to a prompt by itself."""
+    ids = torch.tensor([service._encode(prompt, None)])
+    made = model.generate(ids, adapter_names=[name], max_new_tokens=new, **GREEDY)
+    return service._decode(made[0, ids.shape[1] :].tolist())
+
+
+@contextmanager
+def listening(app):
+    """The address of an application while it runs."""
+    import uvicorn
+
+    config = uvicorn.Config(app, port=0, log_level="error", access_log=False)
+    server, socket = uvicorn.Server(config), config.bind_socket()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        socket.close()
+        assert not thread.is_alive()
+
+
+def running(service, **options):
+    """The address of a server while it runs."""
+    from ptmoe.serve.app import create_app
+
+    return listening(create_app(service, **options))
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
