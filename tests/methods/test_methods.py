@@ -276,10 +276,11 @@ def test_a_random_start_has_the_scale_of_the_embeddings(base):
 
 
 def test_distinct_experts_start_apart_and_those_of_the_paper_alike():
-    distinct = attach(tiny_llama(), PTMoEConfig(**SIZES)).encoder.A
+    distinct = attach(tiny_llama(), PTMoEConfig(**SIZES, distinct_experts=True)).encoder.A
     assert not torch.equal(distinct[0], distinct[1])
-    alike = attach(tiny_llama(), PTMoEConfig(**SIZES, recipe="paper")).encoder.A
-    assert torch.equal(alike[0], alike[1])
+    for fields in ({}, {"recipe": "paper"}):
+        alike = attach(tiny_llama(), PTMoEConfig(**SIZES, **fields)).encoder.A
+        assert torch.equal(alike[0], alike[1])
 
 
 @pytest.mark.parametrize("init", ["vocabulary", "random"])
@@ -288,10 +289,10 @@ def test_a_seed_decides_every_start_value_and_leaves_the_global_state_alone(meth
     sizes = {"rank": 20} if "rank" in METHODS[method].model_fields else {}
     config = METHODS[method](num_virtual_tokens=20, init=init, **sizes)
     before = torch.get_rng_state()
-    first = attach(tiny_llama(), config, seed=7).encoder.state_dict()
+    first = attach(tiny_llama(), config, seed=7).encoder.tensors()
     torch.randn(3)
-    again = attach(tiny_llama(), config, seed=7).encoder.state_dict()
-    other = attach(tiny_llama(), config, seed=8).encoder.state_dict()
+    again = attach(tiny_llama(), config, seed=7).encoder.tensors()
+    other = attach(tiny_llama(), config, seed=8).encoder.tensors()
     torch.set_rng_state(before)
     attach(tiny_llama(), config, seed=7)
     assert torch.equal(torch.get_rng_state(), before)

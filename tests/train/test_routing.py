@@ -295,7 +295,7 @@ def hardnesses(confidence, steps=100):
     seen = []
     for step in range(steps):
         state = TrainerState(global_step=step, max_steps=steps)
-        RoutingCallback().on_step_begin(None, state, TrainerControl(), model)
+        RoutingCallback().on_step_begin(arguments("runs", 100), state, TrainerControl(), model)
         seen.append(model.encoder.hardness)
     return seen
 

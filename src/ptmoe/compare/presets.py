@@ -119,8 +119,10 @@ def _presets(
         ),
         "ablate-init": forms(
             {
-                "vocabulary, each expert its own": {},
-                "vocabulary, all experts alike": {"distinct_experts": False},
+                "vocabulary, all experts alike": {},
+                "vocabulary, each expert its own": {"distinct_experts": True},
+                "no shared factor": {"shared_factor": False},
+                "experts split after 0.4": {"split_after": 0.4},
                 "one text": {"init": "text", "init_text": " ".join(texts)},
                 "a text for each expert": {"init": "text", "init_text": texts},
                 "random": {"init": "random"},

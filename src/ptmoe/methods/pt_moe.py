@@ -22,7 +22,6 @@ PAPER_RECIPE = {
     "router_init": "random",
     "router_standardize": False,
     "routing_anneal": False,
-    "distinct_experts": False,
     "shared_factor": False,
 }
 
@@ -36,13 +35,13 @@ class PTMoEConfig(RoutedConfig):
         selective: keep the most probable expert only.
         probationary: multiply the kept expert by its router probability.
         distinct_experts: start every expert from its own part of one joint SVD, over different tokens of the
-            vocabulary; off, all start the same.
+            vocabulary; by default all start the same.
         shared_factor: train each expert as `A_i = S + D_i`, whose `S (T, R)` learns from every input; folded into `A`
             when training ends.
         init_text: one text, from which all experts start the same, as in the paper; or one for each expert, and a
             joint SVD.
 
-    The router's options are those of `RoutedConfig`, all on; `recipe="paper"` turns off what the paper does not have.
+    The router's options are those of `RoutedConfig`, on but for `split_after`; `recipe="paper"` turns off what the paper does not have.
     """
 
     method = "pt-moe"
@@ -62,8 +61,8 @@ class PTMoEConfig(RoutedConfig):
     router_init: Literal["gradient", "random"] = "gradient"
     router_standardize: bool = True
     routing_anneal: bool = True
-    distinct_experts: bool = True
-    shared_factor: bool = False
+    distinct_experts: bool = False
+    shared_factor: bool = True
     init_text: str | list[str] | None = None  # type: ignore[assignment]
 
     @model_validator(mode="before")
@@ -135,7 +134,9 @@ class PTMoE(RoutedEncoder):
             a = a.expand(experts, -1, -1)
         self.A.copy_(a.reshape(experts, tokens, rank))
         self.B.copy_(b)
-        self.S = nn.Parameter(torch.zeros_like(self.A[0])) if self.config.shared_factor else None
+        if self.config.shared_factor:
+            self.S = nn.Parameter(torch.zeros_like(self.A[0]))
+            self.S.passing = True  # type: ignore[attr-defined]
         self.router.initialise(source.generator)
 
     def expert_prompts(self) -> Tensor:

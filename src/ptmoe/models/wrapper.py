@@ -234,7 +234,9 @@ class ModelWrapper(nn.Module):
     gradient_checkpointing_disable = activation_checkpointing_disable
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Without what only helps to train and is no part of the adapter (`PTMoE.S`)."""
         excluded = {id(p) for p in self.get_input_embeddings().parameters()} if exclude_embeddings else set()
+        excluded |= {id(p) for p in self.parameters() if getattr(p, "passing", False)}
         return sum(
             _size(p) for p in self.parameters() if (p.requires_grad or not only_trainable) and id(p) not in excluded
         )
