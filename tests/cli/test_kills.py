@@ -13,7 +13,7 @@ from ptmoe.runs.folders import CELL_FILE, read_run
 from ptmoe.runs.predictions import read_predictions
 from testing.commands import started
 
-EVAL = ["eval", "--model", "nano", "--task", "nano/mixed", "--examples", "24", "--batch-size", "4"]
+EVAL = ["eval", "--model", "nano", "--task", "nano/mixed", "--examples", "24", "--batch-size", "2"]
 QUICK = (1, 7)  # writes
 SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in range(1, 21) if number not in QUICK]
 
