@@ -41,7 +41,8 @@ class PTMoEConfig(RoutedConfig):
         init_text: one text, from which all experts start the same, as in the paper; or one for each expert, and a
             joint SVD.
 
-    The router's options are those of `RoutedConfig`, on but for `split_after`; `recipe="paper"` turns off what the paper does not have.
+    The router's options are those of `RoutedConfig`, on but for `split_after`; `recipe="paper"` turns off what the
+    paper does not have.
     """
 
     method = "pt-moe"
