@@ -48,6 +48,7 @@ def serve(
     adapter_memory: Annotated[
         int | None, typer.Option(min=1, help="MB of adapters in memory; the least recently used make room")
     ] = None,
+    playground: Annotated[bool, typer.Option(help="a page at / to try adapters in a browser")] = True,
     device: Device = None,
     dtype: Dtype = None,
     quantization: Quantization = None,
@@ -78,7 +79,13 @@ def serve(
         service = gateway_service(adapters, engine.split(","), api_key=engine_key, **ours)
     else:
         raise PtmoeError(f"unknown engine {engine!r}: needs 'local', or http://HOST:PORT of a vLLM server")
-    app = create_app(service, api_keys=api_key or (), admin_key=admin_key, origins=cors_origin or ())
+    app = create_app(
+        service,
+        api_keys=api_key or (),
+        admin_key=admin_key,
+        origins=cors_origin or (),
+        with_playground=playground,
+    )
     drain = int(limits.deadline) + 1
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain

@@ -25,6 +25,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.serve.answers import ChatShape, Shape, TextShape
 from ptmoe.serve.api import ChatBody, Completion, CompletionBody, ErrorBody, ModelInfo, ModelList, Parameters
 from ptmoe.serve.engine import EngineError, Sampling, UnavailableError
+from ptmoe.serve.playground import playground
 from ptmoe.serve.registry import UnknownModelError
 from ptmoe.serve.service import BusyError, DeadlineError, Prompt, Run, Service
 
@@ -45,7 +46,12 @@ class GoneError(RuntimeError):
 
 
 def create_app(
-    service: Service, *, api_keys: Sequence[str] = (), admin_key: str | None = None, origins: Sequence[str] = ()
+    service: Service,
+    *,
+    api_keys: Sequence[str] = (),
+    admin_key: str | None = None,
+    origins: Sequence[str] = (),
+    with_playground: bool = True,
 ) -> FastAPI:
     """The server's application.
 
@@ -54,6 +60,7 @@ def create_app(
         api_keys: one of which every request under `/v1`, and `/metrics`, has to carry; none are needed by default.
         admin_key: what `/v1/adapters` needs; without one it is closed.
         origins: of browsers' pages that may use the server (CORS).
+        with_playground: serve a page at `/` that asks this API; the page itself needs no key.
     """
 
     @asynccontextmanager
@@ -82,6 +89,13 @@ def create_app(
         return schema
 
     app.openapi = described  # type: ignore[method-assign]
+
+    if with_playground:
+        page, headers = playground()
+
+        @app.get("/", include_in_schema=False)
+        async def root() -> Response:
+            return Response(page, media_type="text/html", headers=headers)
 
     @app.get("/health", responses={503: {}})
     async def health() -> Response:
