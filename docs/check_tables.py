@@ -9,9 +9,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 sys.path.insert(0, str(ROOT))
 
-from seeds import finished, table  # noqa: E402
-
 from benchmarks.real.table import table as real_table  # noqa: E402
+from seeds import finished, table  # noqa: E402
 
 
 def main() -> None:
