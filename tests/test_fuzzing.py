@@ -4,6 +4,7 @@ The long form's numbers are those of docs/reliability.md; `PTMOE_FUZZ` multiplie
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +53,20 @@ def test_as_they_are_the_files_are_read(name):
                 target.read(place, content)
         else:
             target.read(place, content)
+
+
+SIZES = "rank r num_virtual_tokens num_experts num_sources bottleneck encoder_hidden_size hidden_size".split()
+
+
+@pytest.mark.parametrize("size", [300_000, 10**18])
+def test_a_size_that_the_tensors_do_not_have_is_refused_before_it_is_built(size):
+    target, tried = TARGETS["adapters"](), set()
+    for place, content in target.originals.items():
+        config = json.loads(content) if place.endswith(".json") else {}
+        for name in [name for name in SIZES if isinstance(config.get(name), int)]:
+            assert not target.survives(place, json.dumps(config | {name: size}).encode())
+            tried.add(name)
+    assert tried == set(SIZES)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -64,19 +64,22 @@ class Target:
     originals: dict[str, bytes]
     read: Callable[[str, bytes], None]
 
-    def survives(self, place: str, content: bytes) -> None:
-        """
+    def survives(self, place: str, content: bytes) -> bool:
+        """Whether a file is read, and not refused.
+
         Raises:
             AssertionError: reading takes more than 5 s of the processor or 1 GB.
             Exception: any but `PtmoeError`.
         """
-        started, before = time.process_time(), _peak()
+        started, before, refused = time.process_time(), _peak(), True
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             with contextlib.suppress(ptmoe.PtmoeError):
                 self.read(place, content)
+                refused = False
         assert time.process_time() - started < MOST_SECONDS
         assert _peak() - before < MOST_BYTES
+        return not refused
 
 
 def _peak() -> int:
