@@ -234,9 +234,7 @@ class ModelWrapper(nn.Module):
     gradient_checkpointing_disable = activation_checkpointing_disable
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Without what only helps to train and is no part of the adapter (`PTMoE.S`)."""
         excluded = {id(p) for p in self.get_input_embeddings().parameters()} if exclude_embeddings else set()
-        excluded |= {id(p) for p in self.parameters() if getattr(p, "passing", False)}
         return sum(
             _size(p) for p in self.parameters() if (p.requires_grad or not only_trainable) and id(p) not in excluded
         )
@@ -296,6 +294,6 @@ class ModelWrapper(nn.Module):
 
 
 def _size(parameter: nn.Parameter) -> int:
-    """How many numbers it holds: `bitsandbytes` packs two of 4 bits into a byte."""
+    """Numbers that are kept: none of what only helps to train (`PTMoE.S`); `bitsandbytes` packs two into a byte."""
     packed = getattr(parameter, "quant_state", None)
-    return parameter.numel() if packed is None else math.prod(packed.shape)
+    return parameter.numel() * (not hasattr(parameter, "passing")) if packed is None else math.prod(packed.shape)
