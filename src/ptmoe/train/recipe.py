@@ -139,6 +139,7 @@ def _train(
     rows = fit(examples, tokenizer, length, options.truncation, chat=chat, **shown)
     held_out = askable(held_out, tokenizer, options, chat, say)
     data = rows.fingerprint()
+    processes.agree(data=data)
     if resume:
         different |= check_data(folder, data, options, force)
     size = options.per_device_train_batch_size
@@ -163,7 +164,6 @@ def _train(
         model.can_pack()  # or says why not, before anything is written
     compile_failure = compile_layers(model.base_model) if options.torch_compile else None
     trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress), *callbacks])
-    processes.agree(data=data)
     trainer.changed = bool(different)
     first = trainer.is_world_process_zero()
     if first:
