@@ -97,7 +97,7 @@ class Member:
             "config": self.config.model_dump(),
             "learning_rate": self.rate,
             "seed": self.seed,
-            "parameters": sum(parameter.numel() for name, parameter in self.encoder.named_parameters() if name != "S"),
+            "parameters": sum(tensor.numel() for tensor in self.encoder.tensors().values()),
         }
 
 

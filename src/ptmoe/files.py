@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ptmoe.errors import PtmoeError
 
@@ -114,9 +115,12 @@ def names_repository(name: str) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, read in parts."""
-    digest = hashlib.sha256()
+    return hexdigest(path, hashlib.sha256())
+
+
+def hexdigest(path: Path, digest: Any) -> str:
+    """A file's hash, read in parts, by a `digest` of `hashlib` that is new."""
     with path.open("rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)
-    return digest.hexdigest()
+    return str(digest.hexdigest())

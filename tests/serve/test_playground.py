@@ -1,6 +1,5 @@
 """The playground, in a browser."""
 
-import asyncio
 import base64
 import hashlib
 import re
@@ -10,8 +9,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from ptmoe.serve.engine import EngineError, Token
-from testing.serving import running, save, service_of, until
+from testing.serving import Paced, running, save, service_of, until
 
 api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -103,41 +101,12 @@ def asked_for(address, name, prompt=PROMPT, tokens=12):
     return httpx.post(f"{address}/v1/chat/completions", json={**body, "messages": prompt}).json()["choices"][0]
 
 
-class Spelling:
-    """An engine that spells a text at a pace, a token a character; adapters of five virtual tokens may have a fault."""
-
-    name, positions = "spelling", None
-
-    def __init__(self, text, pause=0.0, fault=None):
-        self.text, self.pause, self.fault = text, pause, fault
-        self.open = self.ended = 0
-
-    async def start(self): ...
-
-    async def stop(self): ...
-
-    async def health(self):
-        return {"ok": True}
-
-    async def generate(self, row, sampling):
-        self.open += 1
-        try:
-            for index in range(min(len(self.text), sampling.max_tokens)):
-                await asyncio.sleep(self.pause)
-                if self.fault and row.virtual == 5 and index == 3:
-                    raise EngineError(self.fault)
-                yield Token(index)
-            self.ended += 1
-        finally:
-            self.open -= 1
-
-
 @contextmanager
 def spelling(model, text, monkeypatch, api_keys=(), chat=True, **options):
     service = service_of(model)
     if not chat:
         service.tokenizer.chat_template = None
-    service.engine = Spelling(text, **options)
+    service.engine = Paced(range(len(text)), **options)  # a token a character
     service.ends = frozenset()
     monkeypatch.setattr(service, "_decode", lambda ids: "".join(text[index] for index in ids))
     with running(service, api_keys=api_keys) as address:

@@ -1,5 +1,6 @@
 """The server, asked by OpenAI's own client and by clients that do not behave."""
 
+import itertools
 import json
 import socket
 import threading
@@ -13,7 +14,7 @@ from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
 from ptmoe.serve.engine import EngineError
 from ptmoe.serve.limits import Limits
-from testing.serving import alone, running, save, service_of, until
+from testing.serving import Paced, alone, running, save, service_of, until
 
 openai = pytest.importorskip("openai")
 PROMPT = "the baker of the harbor is"
@@ -240,34 +241,8 @@ def test_keys_are_needed_where_there_are_any(model, address):
         assert httpx.get(f"{other}/health").status_code == 200
 
 
-class Slow:
-    """An engine that says a token now and then."""
-
-    name, positions = "slow", None
-
-    def __init__(self, pause):
-        self.pause, self.open, self.ended = pause, 0, 0
-
-    async def start(self): ...
-
-    async def stop(self): ...
-
-    async def health(self):
-        return {"ok": True}
-
-    async def generate(self, row, sampling):
-        import asyncio
-
-        from ptmoe.serve.engine import Token
-
-        self.open += 1
-        try:
-            for _ in range(sampling.max_tokens):
-                await asyncio.sleep(self.pause)
-                yield Token(65)
-            self.ended += 1
-        finally:
-            self.open -= 1
+def slow(pause):
+    return Paced(itertools.repeat(65), pause)
 
 
 def with_engine(model, engine, **limits):
@@ -277,7 +252,7 @@ def with_engine(model, engine, **limits):
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(model):
-    engine = Slow(0.05)
+    engine = slow(0.05)
     with running(with_engine(model, engine, max_batch=1, queue=1)) as address:
         body = {"model": "base", "prompt": "a", "max_tokens": 20}
         threads = [threading.Thread(target=post, args=(address, body)) for _ in range(2)]
@@ -295,7 +270,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(model):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_ends_its_answer(model, stream):
-    engine = Slow(0.02)
+    engine = slow(0.02)
     service = with_engine(model, engine)
     with running(service) as address:
         body = {"model": "base", "prompt": "a", "max_tokens": 4000, "stream": stream}
@@ -312,7 +287,7 @@ def test_a_client_that_goes_away_ends_its_answer(model, stream):
 @pytest.mark.slow
 def test_a_client_that_stops_reading_is_cut_off(model, monkeypatch):
     monkeypatch.setattr("ptmoe.serve.app.GRACE", 0.5)
-    service = with_engine(model, Slow(0), deadline=4.0)
+    service = with_engine(model, slow(0), deadline=4.0)
     with running(service) as address, socket.socket() as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         silent.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
@@ -328,7 +303,7 @@ def test_a_client_that_stops_reading_is_cut_off(model, monkeypatch):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_deadline_ends_an_answer(model, stream):
-    engine = Slow(0.05)
+    engine = slow(0.05)
     with running(with_engine(model, engine, deadline=0.3)) as address:
         got = post(address, {"model": "base", "prompt": "a", "max_tokens": 4000, "stream": stream})
         assert got.status_code == (200 if stream else 504)
@@ -338,12 +313,12 @@ def test_a_deadline_ends_an_answer(model, stream):
 
 
 def test_a_fault_of_the_engine_is_one_requests_error(model, client, service):
-    class Failing(Slow):
+    class Failing(Paced):
         async def generate(self, row, sampling):
             raise EngineError("it broke")
             yield
 
-    with running(with_engine(model, Failing(0))) as address:
+    with running(with_engine(model, Failing([]))) as address:
         got = post(address, {"model": "base", "prompt": "a"})
         assert (got.status_code, got.json()["error"]["message"]) == (500, "it broke")
         streamed = post(address, {"model": "base", "prompt": "a", "stream": True}).text
@@ -351,7 +326,7 @@ def test_a_fault_of_the_engine_is_one_requests_error(model, client, service):
 
 
 def test_accepted_requests_finish_when_the_server_is_told_to_stop(model):
-    engine, got = Slow(0.05), []
+    engine, got = slow(0.05), []
     with running(with_engine(model, engine)) as address:
         body = {"model": "base", "prompt": "a", "max_tokens": 20}
         thread = threading.Thread(target=lambda: got.append(post(address, body)))

@@ -1,14 +1,17 @@
 """A server in this process, on the embedded base."""
 
+import asyncio
 import threading
 import time
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 
 from ptmoe.methods import METHODS
 from ptmoe.models.bases import load_base
 from ptmoe.models.greedy import GREEDY
+from ptmoe.serve.engine import EngineError, Token
 from ptmoe.serve.start import local_service
 from testing.bases import prompted
 
@@ -30,6 +33,40 @@ def save(folder):
         model.save_pretrained(folder / "adapters" / name, name)
     model.folder = folder
     return model.eval()
+
+
+class Paced:
+    """An engine that says these tokens at a pace. Rows of five virtual tokens may have a fault.
+
+    Attributes:
+        open: rows that it is answering.
+        ended: rows that it has answered to the end.
+    """
+
+    name, positions = "paced", None
+
+    def __init__(self, ids, pause=0.0, fault=None):
+        self.ids, self.pause, self.fault = ids, pause, fault
+        self.open = self.ended = 0
+
+    async def start(self): ...
+
+    async def stop(self): ...
+
+    async def health(self):
+        return {"ok": True}
+
+    async def generate(self, row, sampling):
+        self.open += 1
+        try:
+            for index, token in enumerate(islice(self.ids, sampling.max_tokens)):
+                await asyncio.sleep(self.pause)
+                if self.fault and row.virtual == 5 and index == 3:
+                    raise EngineError(self.fault)
+                yield Token(token)
+            self.ended += 1
+        finally:
+            self.open -= 1
 
 
 def service_of(model, **options):

@@ -118,7 +118,7 @@ def _here(task: Task, data_dir: str | None) -> str:
     found = []
     for name, split in task.splits.items():
         try:
-            path = sources.in_folder(task, name, Path(data_dir)) if data_dir else sources.local(task, name)
+            path = sources.in_folder(task, name, Path(data_dir)) if data_dir else sources.present(task, name)
         except PtmoeError:
             path = None
         if path is not None or (split.hub and not data_dir and sources.on_hub_disk(task)):

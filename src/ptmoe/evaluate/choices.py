@@ -23,8 +23,7 @@ import torch
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import NEAR_TIE, Completion, nearly_tied, rounded_gate
 from ptmoe.evaluate.routing import route
-from ptmoe.fast.attention import without_plans
-from ptmoe.fast.linear import use_onednn
+from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.decoding import padded, rotates_by_length
 from ptmoe.tasks import TASKS, check_labels
 from ptmoe.tasks.tokens import encode_completion
@@ -135,7 +134,7 @@ def _log_probabilities(model: PromptedCausalLM, rows: Sequence[Row]) -> list[tor
     options: dict[str, Any] = {"use_cache": False, "return_dict": True}
     if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
         options["logits_to_keep"] = most
-    with model.lock, use_onednn(base), without_plans(base):
+    with model.lock, fast_kernels(base):
         inputs = model.decoder_inputs(ids, mask, 1, readable)
         logits = base(**inputs, **options).logits
     return [

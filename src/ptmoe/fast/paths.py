@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ptmoe.fast.attention import attention_obstacle
+from ptmoe.fast.attention import attention_obstacle, without_plans
 from ptmoe.fast.compiled import compilation_obstacle
 from ptmoe.fast.last_layer import last_layer_at, last_layer_in_use, last_layer_obstacle
 from ptmoe.fast.linear import onednn_obstacle, use_onednn
@@ -18,6 +19,13 @@ from ptmoe.fast.packing import pack, packed_attention, packing_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@contextmanager
+def fast_kernels(base: PreTrainedModel) -> Iterator[None]:
+    """Within it `base` runs on the kernels that are faster here: oneDNN's on a CPU, on a GPU those without plans."""
+    with use_onednn(base), without_plans(base):
+        yield
 
 
 class FastPaths:

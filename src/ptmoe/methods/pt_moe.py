@@ -144,7 +144,9 @@ class PTMoE(RoutedEncoder):
         return self.factors() @ self.B
 
     def tensors(self) -> dict[str, Tensor]:
-        return super().tensors() | {"A": self.factors().detach()}
+        published = super().tensors() | {"A": self.factors().detach()}
+        published.pop("S", None)
+        return published
 
     @torch.no_grad()
     def finish_training(self) -> None:

@@ -26,7 +26,7 @@ SPREAD = 1 / 3
 CONFIDENCE_PACE = 0.05  # of the running mean of the largest probability, per training step
 # What `state_dict()` holds while training lasts, beside the tensors of the published form.
 PROGRESS = ("hardness", "confidence")
-TRAINING_STATE = (*PROGRESS, "router.mean", "router.scale", "S")
+TRAINING_STATE = (*PROGRESS, "router.mean", "router.scale")
 
 
 class Router(nn.Module):

@@ -20,8 +20,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ptmoe.fast.attention import without_plans
-from ptmoe.fast.linear import use_onednn
+from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.greedy import GREEDY, stepping_obstacle
 
@@ -89,7 +88,7 @@ class Decoder:
         Raises:
             PtmoeError: a row too long for the base's positions.
         """
-        with self.model.lock, use_onednn(self.base), without_plans(self.base):
+        with self.model.lock, fast_kernels(self.base):
             if self.steps:
                 return self._decode(prompts, experts, max_new_tokens, ended, margin)
             return self._generate(prompts, max_new_tokens, ended, margin if len(prompts) > 1 else 0.0)

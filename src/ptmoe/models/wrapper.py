@@ -295,5 +295,5 @@ class ModelWrapper(nn.Module):
 
 def _size(parameter: nn.Parameter) -> int:
     """Numbers that are kept: none of what only helps to train (`PTMoE.S`); `bitsandbytes` packs two into a byte."""
-    packed = getattr(parameter, "quant_state", None)
-    return parameter.numel() * (not hasattr(parameter, "passing")) if packed is None else math.prod(packed.shape)
+    held = getattr(parameter, "quant_state", None) or parameter
+    return 0 if hasattr(parameter, "passing") else math.prod(held.shape)

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import NEAR_TIE
-from ptmoe.fast.linear import use_onednn
+from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.decoding import rotates_by_length
 from ptmoe.models.greedy import stepping_obstacle
 from ptmoe.serve.engine import EngineError, Input, Sampling, Token, check_room
@@ -154,7 +154,7 @@ class LocalEngine:
             arrived, stopping = self._arrivals(stopping)
             everyone = [*self._running, *arrived]
             try:
-                with self.model.lock, use_onednn(self.base):
+                with self.model.lock, fast_kernels(self.base):
                     for row in [row for row in self._running if row.cancelled]:
                         self._leave(row)
                     while arrived:

@@ -20,12 +20,14 @@ from ptmoe.serve.service import Service
 log = logging.getLogger(__name__)
 
 
-def base_of(adapters: Path | None) -> tuple[str, str | None]:
-    """The base, and its revision, that the first adapter in a folder, or the only one, names.
+def base_of(adapters: Path | None, model: str | None, revision: str | None) -> tuple[str, str | None]:
+    """The base that was given, and its revision; else those that the first adapter in a folder, or the only one, names.
 
     Raises:
         PtmoeError: none names one.
     """
+    if model is not None:
+        return model, revision
     if adapters is None:
         raise PtmoeError("nothing to serve: give a folder of adapters, or --model for the base alone")
     if not adapters.is_dir():
@@ -36,7 +38,7 @@ def base_of(adapters: Path | None) -> tuple[str, str | None]:
         except (PtmoeError, OSError):
             continue
         if isinstance(name := written.get("base_model_name_or_path"), str) and name:
-            return name, written.get("revision")
+            return name, revision or written.get("revision")
     raise PtmoeError(f"no adapter in {adapters} names its base: give --model")
 
 
@@ -72,9 +74,7 @@ def local_service(
     from ptmoe.serve.local import LocalEngine
 
     limits = limits or Limits()
-    if model is None:
-        model, named = base_of(adapters)
-        revision = revision or named
+    model, revision = base_of(adapters, model, revision)
     base, tokenizer = load_base(model, revision=revision, **options)
     prompted = PromptedCausalLM(base.eval()).eval()
     engine = LocalEngine(prompted, max_batch=limits.max_batch)
@@ -108,9 +108,7 @@ def gateway_service(
     from ptmoe.serve.gateway import GatewayEngine
     from ptmoe.serve.matrix import read_embedding
 
-    if model is None:
-        model, named = base_of(adapters)
-        revision = revision or named
+    model, revision = base_of(adapters, model, revision)
     tokenizer, positions = load_tokenizer(model, revision=revision)
     embedding = read_embedding(model, revision)
     try:

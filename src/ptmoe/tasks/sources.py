@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from ptmoe.errors import PtmoeError
-from ptmoe.files import cache_folder, replaced
+from ptmoe.files import cache_folder, hexdigest, replaced
 from ptmoe.tasks.base import Split, Task
 from ptmoe.tasks.records import Record
 
@@ -50,12 +50,20 @@ def locate(task: Task, split: str, data_dir: str | Path | None, say: Callable[[s
 
 
 def local(task: Task, split: str) -> Path | None:
+    """As `present`, unless a download has been changed since."""
+    path, wanted = present(task, split), task.splits[split]
+    if path is not None and wanted.url and path == cached(wanted):
+        return path if hexdigest(path, hashlib.md5(usedforsecurity=False)) == wanted.md5 else None
+    return path
+
+
+def present(task: Task, split: str) -> Path | None:
     """The file on this machine, in `$PTMOE_DATA_DIR` or from an earlier download; None if there is none."""
     if folder := os.environ.get("PTMOE_DATA_DIR"):
         with suppress(PtmoeError):
             return in_folder(task, split, Path(folder))
     wanted = task.splits[split]
-    return cached(wanted) if wanted.url and _is_release(cached(wanted), wanted) else None
+    return cached(wanted) if wanted.url and cached(wanted).is_file() else None
 
 
 def in_folder(task: Task, split: str, place: Path) -> Path:
@@ -85,17 +93,6 @@ def in_folder(task: Task, split: str, place: Path) -> Path:
 def cached(split: Split) -> Path:
     """Where a released file is kept after its download."""
     return cache_folder() / f"{split.md5}.jsonl.gz"
-
-
-def _is_release(path: Path, split: Split) -> bool:
-    """Whether a file is there and is the released one: what was downloaded once may have been changed since."""
-    if not path.is_file():
-        return False
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest() == split.md5
 
 
 def fetch(split: Split, say: Callable[[str], None]) -> Path:
