@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.cases import PARTS, QUICK_SHAPE, cases
 from benchmarks.interleave import ROOT, measure
 from benchmarks.report import DEVICES, read, render
+from benchmarks.serving import section
 from benchmarks.shapes import SHAPES
 
 
@@ -50,6 +51,7 @@ def main() -> None:
         if not chosen.render:
             run(chosen, output.parent / "results")
         page = render({device: read(output.parent / "results" / f"{device}.jsonl") for device in DEVICES})
+        page += section(output.parent / "results" / "serving.jsonl")
         output.write_text(page)
         if chosen.quick:
             print(page)

@@ -12,6 +12,7 @@ import torch
 
 from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
+from ptmoe.serve.app import bind
 from ptmoe.serve.engine import EngineError
 from ptmoe.serve.limits import Limits
 from testing.serving import Paced, alone, running, save, service_of, until
@@ -45,6 +46,15 @@ def client(address):
 def post(address, body, **options):
     content = {"json": body} if isinstance(body, dict) else {"content": body}
     return httpx.post(f"{address}/v1/completions", **content, **options)
+
+
+def test_an_answer_does_not_wait_for_the_client_to_acknowledge_its_headers():
+    import uvicorn
+
+    with bind(uvicorn.Config(None, port=0, log_level="error")) as listening:
+        listening.listen()
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def expected(model, service, name, prompt=PROMPT, new=12):

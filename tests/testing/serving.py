@@ -85,19 +85,21 @@ def listening(app):
     """The address of an application while it runs."""
     import uvicorn
 
+    from ptmoe.serve.app import bind
+
     config = uvicorn.Config(app, port=0, log_level="error", access_log=False)
-    server, socket = uvicorn.Server(config), config.bind_socket()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+    server, bound = uvicorn.Server(config), bind(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)
-        socket.close()
+        bound.close()
         assert not thread.is_alive()
 
 

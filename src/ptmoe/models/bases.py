@@ -139,9 +139,19 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> tuple[PreTraine
     Raises:
         PtmoeError: no such model.
     """
-    positions = max_positions(load_config(name, revision=revision))
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
     with _located(name) as where:
-        return _tokenizer(where, revision), positions
+        written = PreTrainedConfig.get_config_dict(where, revision=revision)[0]
+        kind, positions = written.get("model_type"), written.get("max_position_embeddings")
+        named = get_tokenizer_config(where, revision=revision).get("tokenizer_class")
+        if None in (kind, positions, named):
+            return _tokenizer(where, revision), max_positions(load_config(name, revision=revision))
+        # The architecture's own config class imports much of transformers and torch, a quarter of a gateway's memory;
+        # a tokenizer whose class is named needs the architecture's name alone.
+        config = PreTrainedConfig(model_type=kind, name_or_path=where)
+        return _tokenizer(where, revision, config=config), positions
 
 
 def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
@@ -175,10 +185,12 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _tokenizer(where: str, revision: str | None, trusted: bool = False) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    where: str, revision: str | None, trusted: bool = False, **options: PretrainedConfig
+) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trusted)
+    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trusted, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast("PreTrainedTokenizerBase", tokenizer)
