@@ -17,12 +17,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 import ptmoe
-from ptmoe.models.bases import load_base
+from ptmoe.models.bases import load_base, load_tokenizer, max_positions
 from ptmoe.serve import gateway
 from ptmoe.serve.engine import EngineError, Input, Sampling, UnavailableError
 from ptmoe.serve.gateway import GatewayEngine, encoded
 from ptmoe.serve.matrix import read_embedding
 from ptmoe.serve.start import gateway_service
+from testing.bases import ARCHITECTURES, tiny
 from testing.serving import listening, running, save
 
 MATRIX = read_embedding("nano")
@@ -208,7 +209,8 @@ from pathlib import Path
 from ptmoe.serve.start import gateway_service
 gateway_service(Path(sys.argv[1]), ["http://127.0.0.1:9"], model="nano")
 import ptmoe.serve.app
-print([name for name in ("vllm", "ptmoe.serve.local", "transformers.modeling_utils") if name in sys.modules])
+heavy = ("vllm", "ptmoe.serve.local", "transformers.modeling_utils", "transformers.models.llama", "torch._dynamo")
+print([name for name in heavy if name in sys.modules])
 """
 
 
@@ -217,3 +219,19 @@ def test_it_needs_neither_an_engine_nor_a_model_in_its_process(tmp_path):
     command = [sys.executable, "-c", SMALL, tmp_path / "adapters"]
     made = subprocess.run(command, capture_output=True, text=True, check=True)
     assert made.stdout.strip() == "[]", made.stderr
+
+
+@pytest.mark.parametrize(("architecture", "named"), [*((name, True) for name in ARCHITECTURES), ("llama", False)])
+def test_the_tokenizer_that_is_loaded_alone_is_the_one_that_comes_with_the_base(architecture, named, tmp_path):
+    tiny(architecture, vocab_size=512).save_pretrained(tmp_path)
+    load_tokenizer("nano")[0].save_pretrained(tmp_path)
+    if not named:  # as in repositories whose tokenizer is the architecture's own
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "tokenizer_class"}))
+    base, tokenizer = load_base(str(tmp_path))
+    alone, positions = load_tokenizer(str(tmp_path))
+    assert positions == max_positions(base.config)
+    assert type(alone) is type(tokenizer)
+    assert alone.special_tokens_map == tokenizer.special_tokens_map
+    for text in ("the baker of the harbor is", "2 and 3 =>", " Ünïcode\n"):
+        assert alone(text)["input_ids"] == tokenizer(text)["input_ids"]
