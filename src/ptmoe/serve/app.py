@@ -65,7 +65,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.engine.start()
+        await service.start()
         service.registry.watch()
         yield
         service.registry.stop()
