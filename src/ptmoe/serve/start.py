@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +140,6 @@ def vllm_service(
             revision=base.revision,
             dtype=dtype if dtype not in (None, "auto") else str(matrix.dtype).removeprefix("torch."),
             max_num_seqs=base.limits.max_batch,
-            shutdown_timeout=math.ceil(base.limits.deadline),  # a signal to the process group reaches vLLM as well
         )
         return VllmEngine(arguments, base.embedding)
 

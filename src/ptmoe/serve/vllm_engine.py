@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from ptmoe.errors import PtmoeError
@@ -27,15 +26,15 @@ if TYPE_CHECKING:
     from vllm import RequestOutput
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-OLDEST = "0.32"  # that was tried
-INSTALL = "pip install vllm, and then pip install --no-deps ptmoe, in an environment of its own"
+OLDEST = (0, 32)  # that was tried
+NEEDED = f"vLLM {'.'.join(map(str, OLDEST))} or newer"
+INSTALL = "`pip install vllm`, then `pip install --no-deps ptmoe`, in an environment of its own"
 # Arguments that are not the user's, and the option that sets them where there is one.
 OURS = {
     "model": "--model",
     "revision": "--revision",
     "dtype": "--dtype",
     "max_num_seqs": "--max-batch",
-    "shutdown_timeout": "--deadline",
     "enable_prompt_embeds": "",
     "skip_tokenizer_init": "",
     "tokenizer": "",
@@ -191,17 +190,13 @@ def engine_arguments(options: Sequence[str], **ours: Any) -> AsyncEngineArgs:
         PtmoeError: no vLLM, one that is too old, or an option that it does not have.
     """
     if find_spec("vllm") is None:
-        raise PtmoeError(f"--engine vllm needs vLLM {OLDEST} or newer in this environment: {INSTALL}")
+        raise PtmoeError(f"--engine vllm needs {NEEDED} in this environment: {INSTALL}")
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     import vllm
 
-    try:
-        too_old = Version(vllm.__version__) < Version(OLDEST)
-    except InvalidVersion:  # built from a checkout
-        too_old = False
-    if too_old:
-        raise PtmoeError(f"--engine vllm needs vLLM {OLDEST} or newer, and this is {vllm.__version__}: update it")
+    if vllm.__version__ != "dev" and vllm.__version_tuple__[:2] < OLDEST:
+        raise PtmoeError(f"--engine vllm needs {NEEDED}, and this is {vllm.__version__}: update it")
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
