@@ -235,7 +235,8 @@ def test_a_client_that_goes_away_takes_its_rows_out_of_vllm(endless):
     long = {"prompt": [9, 10, 11], "model": "base", "max_tokens": 500, "temperature": 1.9, "n": 16, "stream": True}
     with httpx.stream("POST", f"{endless.address}/v1/completions", json=long, timeout=60) as answer:
         assert answer.status_code == 200
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # which closes the answer when it is collected
+        next(lines)
         assert in_company()
     until(lambda: httpx.get(f"{endless.address}/health").json()["engine"]["rows"] == 0)
     assert not in_company()
