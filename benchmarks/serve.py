@@ -44,7 +44,7 @@ VIRTUAL, EXPERTS, RANK = 40, 2, 36  # the paper's
 ADAPTERS, REQUESTS, CLIENTS = 1_000, 192, 32
 PAPER_HIDDEN, PAPER_ADAPTERS = 2_048, 10_000
 PATIENCE = 600.0  # seconds until a server answers
-BOTH_VLLM = {"enforce_eager": "true", "max_model_len": "1024", "max_num_seqs": str(CLIENTS)}
+POSITIONS = 1_024  # of a row in vLLM
 
 
 @dataclass
@@ -101,16 +101,17 @@ class Bench:
     @contextmanager
     def in_process(self) -> Iterator[Server]:
         """The same with vLLM in its process."""
-        options = [part for name, value in BOTH_VLLM.items() for part in ("--engine-option", f"{name}={value}")]
-        with self.served("vllm", "--dtype", "float32", *options, python=str(self.vllm)) as server:
+        options = ["--engine-option", "enforce_eager=true", "--engine-option", f"max_model_len={POSITIONS}"]
+        options += ["--dtype", "float32", "--max-batch", str(CLIENTS)]
+        with self.served("vllm", *options, python=str(self.vllm)) as server:
             yield server
 
     @contextmanager
     def stock(self, *options: str) -> Iterator[Server]:
         """vLLM's own server on the base alone."""
         command = [str(self.vllm), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.base)]
-        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", BOTH_VLLM["max_model_len"]]
-        with started([*command, "--max-num-seqs", BOTH_VLLM["max_num_seqs"], *options], str(self.base)) as server:
+        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(POSITIONS)]
+        with started([*command, "--max-num-seqs", str(CLIENTS), *options], str(self.base)) as server:
             yield server
 
     def prompts(self, count: int, length: int = PROMPT) -> list[list[int]]:
@@ -179,8 +180,9 @@ def http(bench: Bench) -> Iterator[Measurement]:
 async def _http_rounds(service: Service, bench: Bench) -> Rounds:
     import uvicorn
 
-    from ptmoe.serve.app import bind, create_app
+    from ptmoe.serve.app import create_app
     from ptmoe.serve.engine import Sampling
+    from ptmoe.serve.start import bind
 
     config = uvicorn.Config(create_app(service), port=0, log_level="error", access_log=False)
     server, listening = uvicorn.Server(config), bind(config)

@@ -1,6 +1,7 @@
 """`ptmoe serve` and `chat`, as a user starts them."""
 
 import io
+from importlib.util import find_spec
 
 import pytest
 
@@ -37,6 +38,8 @@ def test_chat_answers_each_line_and_names_the_expert(run, model, monkeypatch, na
         (("--model", "nano", "--queue", "-1"), "queue"),
         (("--model", "nano", "--api-key", " "), "API key is empty"),
         (("--model", "nano", "--admin-key", ""), "API key is empty"),
+        (("--model", "nano", "--engine-option", "max_model_len=64"), "--engine-option is for --engine vllm"),
+        (("--model", "nano", "--engine", "vllm", "--device", "cpu", "--quantization", "4bit"), "--device, --quant"),
         (("--model", "nano", "--engine", "http://127.0.0.1:9", "--dtype", "float32"), "options of `vllm serve`"),
     ],
 )
@@ -44,3 +47,10 @@ def test_what_cannot_be_served_is_refused_in_words(run, arguments, message):
     status, _, err = run("serve", *arguments)
     assert status == 2
     assert message in err
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_its_engine_is_refused_with_what_to_install(run):
+    status, _, err = run("serve", "--model", "nano", "--engine", "vllm")
+    assert status == 2
+    assert "pip install vllm" in err

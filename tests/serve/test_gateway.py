@@ -19,10 +19,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 import ptmoe
 from ptmoe.models.bases import load_base, load_tokenizer, max_positions
 from ptmoe.serve import gateway
-from ptmoe.serve.engine import EngineError, Input, Sampling, UnavailableError
+from ptmoe.serve.engine import EngineError, Input, Sampling, Token, UnavailableError
 from ptmoe.serve.gateway import GatewayEngine, encoded
 from ptmoe.serve.matrix import read_embedding
 from ptmoe.serve.start import gateway_service
+from ptmoe.serve.vllm_request import agree
 from testing.bases import ARCHITECTURES, tiny
 from testing.serving import listening, running, save
 
@@ -185,6 +186,9 @@ def test_the_matrix_is_the_bases_own_and_nothing_else_is_read(tmp_path):
     base.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     assert torch.equal(read_embedding(str(tmp_path / "sharded")).weight, MATRIX.weight)
+    (tmp_path / "sharded" / "config.json").write_text('{"model_type": "falcon_h1"}')
+    with pytest.raises(ptmoe.PtmoeError, match=r"falcon_h1.*--engine local"):
+        read_embedding(str(tmp_path / "sharded"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ptmoe.PtmoeError, match=r"no model\.safetensors"):
         read_embedding(str(tmp_path / "empty"))
@@ -207,6 +211,7 @@ SMALL = """
 import sys
 from pathlib import Path
 from ptmoe.serve.start import gateway_service
+from ptmoe.serve.vllm_request import agree
 gateway_service(Path(sys.argv[1]), ["http://127.0.0.1:9"], model="nano")
 import ptmoe.serve.app
 heavy = ("vllm", "ptmoe.serve.local", "transformers.modeling_utils", "transformers.models.llama", "torch._dynamo")
@@ -235,3 +240,19 @@ def test_the_tokenizer_that_is_loaded_alone_is_the_one_that_comes_with_the_base(
     assert alone.special_tokens_map == tokenizer.special_tokens_map
     for text in ("the baker of the harbor is", "2 and 3 =>", " Ünïcode\n"):
         assert alone(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("own", "ours", "same"),
+    [
+        ({1: -0.1, 2: -3.0, 3: -4.0}, {1: -0.15, 2: -3.2, 3: -4.0}, True),  # rounding in half precision
+        ({1: -0.1, 2: -3.0, 3: -4.0}, {1: -0.6, 2: -2.0, 3: -3.0}, False),
+        ({1: -4.40, 2: -4.42, 3: -4.44}, {1: -4.37, 2: -4.39, 3: -4.41}, False),  # almost alike, and yet another input
+        ({1: -4.40, 2: -4.42, 3: -4.44}, {1: -4.4001, 3: -4.4399, 2: -4.42}, True),
+        ({1: -4.40, 2: -4.42, 3: -4.44}, {1: -4.40, 5: -4.42, 6: -4.44}, False),
+    ],
+)
+def test_embeddings_must_be_answered_as_the_tokens_they_stand_for(own, ours, same):
+    said = ([Token(next(iter(top)), top=tuple(top.items()))] for top in (own, ours))
+    assert agree(*said) is same
+    assert not agree([], [])

@@ -12,9 +12,9 @@ import torch
 
 from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
-from ptmoe.serve.app import bind
 from ptmoe.serve.engine import EngineError
 from ptmoe.serve.limits import Limits
+from ptmoe.serve.start import bind
 from testing.serving import Paced, alone, running, save, service_of, until
 
 openai = pytest.importorskip("openai")

@@ -85,7 +85,7 @@ def listening(app):
     """The address of an application while it runs."""
     import uvicorn
 
-    from ptmoe.serve.app import bind
+    from ptmoe.serve.start import bind
 
     config = uvicorn.Config(app, port=0, log_level="error", access_log=False)
     server, bound = uvicorn.Server(config), bind(config)

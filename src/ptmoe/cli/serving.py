@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,8 +29,14 @@ def serve(
     model: Annotated[str | None, typer.Option(help="the base; by default the one that the first adapter names")] = None,
     engine: Annotated[
         str,
-        typer.Option(help="local, or the addresses of servers started with `vllm serve --enable-prompt-embeds`: URL,…"),
+        typer.Option(
+            help="local, vllm (in this process), or URL,… of servers that run `vllm serve --enable-prompt-embeds`"
+        ),
     ] = "local",
+    engine_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="of vllm: tensor_parallel_size=2, max_model_len=4096, …; repeatable"),
+    ] = None,
     engine_key: Annotated[
         str | None, typer.Option(help="API key of those servers", envvar="PTMOE_ENGINE_KEY", show_envvar=True)
     ] = None,
@@ -65,22 +69,29 @@ def serve(
     if any(not key.strip() for key in (*(api_key or ()), *(() if admin_key is None else (admin_key,)))):
         raise PtmoeError("an API key is empty: it would let everyone in; give a long random one, or leave it out")
     quiet()
-    import uvicorn
-
-    from ptmoe.serve.app import bind, create_app
-    from ptmoe.serve.start import gateway_service, local_service
+    from ptmoe.serve.app import create_app
+    from ptmoe.serve.start import gateway_service, listen, local_service, vllm_service
 
     memory = None if adapter_memory is None else adapter_memory * 10**6
     ours: dict[str, Any] = {"model": model, "memory": memory, "limits": limits, "revision": revision}
     of_base = given(device=device, dtype=dtype, quantization=quantization)
+    if engine_option and engine != "vllm":
+        raise PtmoeError("--engine-option is for --engine vllm")
     if engine == "local":
         service = local_service(adapters, **ours, **{"device": None, **of_base})
+    elif engine == "vllm":
+        if refused := of_base.keys() - {"dtype"}:
+            raise PtmoeError(
+                f"--{', --'.join(sorted(refused))}: vLLM has its own ways: CUDA_VISIBLE_DEVICES chooses the GPU, "
+                "--engine-option quantization=… what it does with the weights"
+            )
+        service = vllm_service(adapters, options=engine_option or (), **of_base, **ours)
     elif engine.startswith(("http://", "https://")):
         if of_base:
             raise PtmoeError(f"{', '.join(of_base)}: the base runs in the engine; these are options of `vllm serve`")
         service = gateway_service(adapters, engine.split(","), api_key=engine_key, **ours)
     else:
-        raise PtmoeError(f"unknown engine {engine!r}: needs 'local', or http://HOST:PORT of a vLLM server")
+        raise PtmoeError(f"unknown engine {engine!r}: needs 'local', 'vllm', or http://HOST:PORT of a vLLM server")
     app = create_app(
         service,
         api_keys=api_key or (),
@@ -88,15 +99,7 @@ def serve(
         origins=cors_origin or (),
         with_playground=playground,
     )
-    _return_memory()
-    drain = int(limits.deadline) + 1
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain
-    )
-    listening = bind(config)
-    count = len(service.registry.names()) - 1
-    print(f"{service.registry.base} and {count:,} adapters at http://{host}:{listening.getsockname()[1]}", flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    listen(service, app, host, port)
 
 
 def chat(
@@ -159,12 +162,6 @@ def _line() -> str:
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip()
-
-
-def _return_memory() -> None:
-    """Give back to the system what starting up needed and the C library keeps: some 30 MB for a tokenizer."""
-    with suppress(OSError, AttributeError):  # glibc's
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _require_extra() -> None:

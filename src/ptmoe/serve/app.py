@@ -6,7 +6,6 @@ import asyncio
 import hmac
 import json
 import logging
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import takewhile
@@ -31,7 +30,6 @@ from ptmoe.serve.registry import UnknownModelError
 from ptmoe.serve.service import BusyError, DeadlineError, Prompt, Run, Service
 
 if TYPE_CHECKING:
-    import uvicorn
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it
@@ -67,7 +65,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.engine.start()
+        await service.start()
         service.registry.watch()
         yield
         service.registry.stop()
@@ -168,17 +166,6 @@ def create_app(
         return JSONResponse(service.registry.listing()[name])
 
     return app
-
-
-def bind(config: uvicorn.Config) -> socket.socket:
-    """The socket to serve from, which has a port before the server runs.
-
-    `asyncio` turns Nagle's algorithm off only where a socket's protocol is named, which uvicorn's is not: each answer
-    would wait 40 ms for the client to acknowledge its headers. Accepted connections inherit the option.
-    """
-    listening = config.bind_socket()
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
 
 
 def _info(service: Service, name: str) -> ModelInfo:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ptmoe.errors import PtmoeError
 
+LEAST = -9999.0  # a log-probability of minus infinity, which JSON cannot hold
+
 
 class EngineError(RuntimeError):
     """A fault inside an engine, which ends one request.

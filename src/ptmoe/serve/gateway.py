@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
 from ptmoe.serve.engine import EngineError, Input, Sampling, Token, UnavailableError, check_room
+from ptmoe.serve.vllm_request import TRIED, agree, parameters, probe
 
 CONNECT = 5.0  # seconds
 POLL = 5.0  # seconds between looks at the upstreams
-PROBED = 8  # tokens
-AGREEMENT = 0.1  # nats between the two ways of asking, in half precision
+STREAMED = {"stream": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
 NEEDED = "start it as `vllm serve MODEL --enable-prompt-embeds`"
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class GatewayEngine:
     async def generate(self, row: Input, sampling: Sampling) -> AsyncGenerator[Token, None]:
         """As `Engine.generate`. An upstream that fails before its first token is replaced by another."""
         check_room(row, sampling.max_tokens, self.positions)
-        body = self._body(sampling) | {"prompt_embeds": encoded(row.embeds)}
+        body = parameters(sampling) | {"prompt_embeds": encoded(row.embeds)}
         left = sorted((one for one in self.upstreams if one.fault is None), key=lambda one: one.rows)
         while left:
             upstream, started = left.pop(0), False
@@ -181,23 +181,17 @@ class GatewayEngine:
             upstream.model, positions = str(about["id"]), about.get("max_model_len")
         except (httpx.HTTPStatusError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise MisfitError(f"{upstream.url} lists no model ({type(error).__name__}): {NEEDED}") from None
-        vocabulary = len(self._embedding.weight)  # type: ignore[arg-type]
-        ids = torch.arange(1, PROBED + 1) * (vocabulary // (PROBED + 2))
-        with torch.no_grad():
-            embeds = self._embedding(ids[None])[0]
-        sampling = self._body(Sampling(1, logprobs=5))
-        expected: list[Token] = []
-        for way, prompt in (("ids", {"prompt": ids.tolist()}), ("embeddings", {"prompt_embeds": encoded(embeds)})):
+        ids, embeds = probe(self._embedding)
+        answers = []
+        for way, prompt in (("ids", {"prompt": ids}), ("embeddings", {"prompt_embeds": encoded(embeds)})):
             try:
-                async with aclosing(self._stream(upstream, sampling | prompt)) as tokens:
-                    expected += [token async for token in tokens][:1]
+                async with aclosing(self._stream(upstream, parameters(TRIED) | prompt)) as tokens:
+                    answers.append([token async for token in tokens])
             except UnavailableError as error:
                 raise httpx.ReadError(error.message) from None
             except EngineError as error:
                 raise MisfitError(f"{upstream.url} does not take {way} ({error!s:.300}): {NEEDED}") from None
-        own, ours = (dict(token.top) for token in expected) if len(expected) == 2 else ({}, {})
-        best = max(own, key=own.__getitem__, default=-1)
-        if not (best in ours and abs(own[best] - ours[best]) <= AGREEMENT):
+        if not agree(*answers):
             raise MisfitError(
                 f"{upstream.url} ({upstream.model}) does not answer embeddings as it answers the tokens that they "
                 "stand for: it serves another base than the adapters', or treats embeddings in another way"
@@ -208,29 +202,9 @@ class GatewayEngine:
 
     # -- one row -----------------------------------------------------------------------------------------------------
 
-    def _body(self, sampling: Sampling) -> dict[str, Any]:
-        """Everything is said, because the engine's defaults come from the base's generation config."""
-        return {
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "ignore_eos": True,
-            "stop_token_ids": sorted(sampling.ends),
-            "stream": True,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-            **({} if sampling.seed is None else {"seed": sampling.seed % 2**63}),
-            **({} if sampling.logprobs is None else {"logprobs": sampling.logprobs}),
-        }
-
     async def _stream(self, upstream: Upstream, body: dict[str, Any]) -> AsyncGenerator[Token, None]:
         url = f"{upstream.url}/v1/completions"
-        async with self._client.stream("POST", url, json=body | {"model": upstream.model}) as answer:
+        async with self._client.stream("POST", url, json=body | STREAMED | {"model": upstream.model}) as answer:
             if answer.status_code != 200:
                 said = " ".join((await answer.aread()).decode(errors="replace").split())[:300]
                 kind = UnavailableError if answer.status_code in (429, 502, 503, 504) else EngineError

@@ -30,7 +30,7 @@ from ptmoe.evaluate.generation import NEAR_TIE
 from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.decoding import rotates_by_length
 from ptmoe.models.greedy import stepping_obstacle
-from ptmoe.serve.engine import EngineError, Input, Sampling, Token, check_room
+from ptmoe.serve.engine import LEAST, EngineError, Input, Sampling, Token, check_room
 from ptmoe.serve.rows import Rows
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 GATHER = 0.003  # seconds that the first row of a batch waits for others
 READ_AT_ONCE = 8192  # positions of one pass over inputs, padding included
 KEPT = 256 * 2**20  # bytes of fixed prompts' keys and values
-LEAST = -9999.0  # a log-probability of minus infinity, which JSON cannot hold
 FAULTS = 2  # failed steps that a row may take part in
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,13 @@ from safetensors import safe_open
 from torch import nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.models.bases import locate
+from ptmoe.models.bases import load_config, locate
 
 # What the matrix is called in the architectures of `transformers`.
 ENDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
+# They multiply what they look up, and not the embeddings that they are given: `ptmoe.models.input_path` measures by how
+# much, on a base that is here.
+MULTIPLIED = ("falcon_h1",)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -25,7 +28,7 @@ def read_embedding(name: str, revision: str | None = None) -> nn.Embedding:
         revision: of a Hub repository.
 
     Raises:
-        PtmoeError: no safetensors, or none of the known names in them.
+        PtmoeError: no safetensors, none of the known names in them, or a base that needs more than its matrix.
     """
     where = locate(name)
     path = _file(where, INDEX, revision)
@@ -43,6 +46,8 @@ def read_embedding(name: str, revision: str | None = None) -> nn.Embedding:
             f"{name!r} has {len(found)} tensors that may be its input embedding ({', '.join(found)}): "
             f"the gateway needs one that ends in {', '.join(ENDINGS)}"
         )
+    if (kind := load_config(name, revision=revision).model_type) in MULTIPLIED:
+        raise PtmoeError(f"{name!r} is a {kind}, whose embeddings are not its matrix alone: use --engine local")
     path = _file(where, files[found[0]], revision)
     assert path is not None
     with safe_open(path, "pt") as weights:

@@ -20,7 +20,7 @@ class Metrics:
         self._collected = own = CollectorRegistry()
         self.requests = Counter("ptmoe_requests", "requests by HTTP status", ["status"], registry=own)
         self.waiting = Gauge("ptmoe_answers_in_progress", "answers waiting or being generated", registry=own)
-        self.batch = Histogram("ptmoe_batch_rows", "rows of a step of the local engine", registry=own, buckets=ROWS)
+        self.batch = Histogram("ptmoe_batch_rows", "rows of a step in this process", registry=own, buckets=ROWS)
         self.tokens = Counter("ptmoe_tokens", "tokens: prompt, virtual or completion", ["kind"], registry=own)
         self.first = Histogram("ptmoe_first_token_seconds", "until the first token", registry=own, buckets=SECONDS)
         self.whole = Histogram("ptmoe_answer_seconds", "until the end of an answer", registry=own, buckets=SECONDS)

@@ -115,10 +115,21 @@ class Service:
 
     def __post_init__(self) -> None:
         self.in_flight = 0
+        self._started = False
         self._mean_seconds = 1.0
         self._threads = ThreadPoolExecutor(PREPARED_AT_ONCE, thread_name_prefix="ptmoe-prepare")
         # Some tokenizers come with truncation or padding on, which the first call turns off, before threads share it.
         self.tokenizer("a", add_special_tokens=False)
+
+    async def start(self) -> None:
+        """Start the engine, in the event loop of the server; a second call does nothing.
+
+        Raises:
+            PtmoeError: it cannot serve this base.
+        """
+        if not self._started:
+            await self.engine.start()
+            self._started = True
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run what takes longer than the event loop should wait."""

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
 
 from ptmoe.adapters.folder import local_folder, read_config_file
 from ptmoe.errors import PtmoeError
 from ptmoe.models.adapter_set import AdapterSet
 from ptmoe.models.bases import load_base, load_tokenizer, locate
+from ptmoe.serve.engine import Engine
 from ptmoe.serve.limits import Limits
 from ptmoe.serve.metrics import Metrics
 from ptmoe.serve.registry import Registry
 from ptmoe.serve.service import Service
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
 
 log = logging.getLogger(__name__)
 
@@ -84,30 +95,95 @@ def local_service(
     return Service(registry, engine, tokenizer, frozenset(end_tokens(prompted, tokenizer)), limits, metrics)
 
 
-def gateway_service(
+def gateway_service(adapters: Path | None, urls: Sequence[str], *, api_key: str | None = None, **ours: Any) -> Service:
+    """A service in front of inference engines; of the base only the embedding matrix is read.
+
+    Args:
+        adapters: as of `local_service`.
+        urls: of the engines.
+        api_key: of the engines.
+        **ours: `model`, `revision`, `memory` and `limits`, as of `local_service`.
+
+    Raises:
+        PtmoeError: no such folder or base, or an engine that can be reached and does not serve it.
+    """
+    from ptmoe.serve.gateway import GatewayEngine
+
+    def engine(base: Base) -> GatewayEngine:
+        made = GatewayEngine(urls, base.embedding, positions=base.positions, api_key=api_key)
+        for url, fault in asyncio.run(made.check()).items():
+            log.warning("%s: %s; /health follows it", url, fault)
+        return made
+
+    return _service(adapters, engine, **ours)
+
+
+def vllm_service(
+    adapters: Path | None, *, dtype: str | None = None, options: Sequence[str] = (), **ours: Any
+) -> Service:
+    """A service on vLLM in this process; of the base this side reads the embedding matrix alone.
+
+    Args:
+        adapters: as of `local_service`.
+        dtype: of the base; None is as its embedding matrix is saved.
+        options: `KEY=VALUE`, vLLM's own.
+        **ours: `model`, `revision`, `memory` and `limits`, as of `local_service`.
+
+    Raises:
+        PtmoeError: no such folder or base, no vLLM, or one that refuses an option or the base.
+    """
+    from ptmoe.serve.vllm_engine import VllmEngine, engine_arguments
+
+    def engine(base: Base) -> VllmEngine:
+        matrix = cast(Tensor, base.embedding.weight)
+        arguments = engine_arguments(
+            options,
+            model=locate(base.name),
+            revision=base.revision,
+            dtype=dtype if dtype not in (None, "auto") else str(matrix.dtype).removeprefix("torch."),
+            max_num_seqs=base.limits.max_batch,
+        )
+        return VllmEngine(arguments, base.embedding)
+
+    service = _service(adapters, engine, **ours)
+    cast(VllmEngine, service.engine).on_step = service.metrics.batch.observe
+    return service
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of a base that runs elsewhere.
+
+    Attributes:
+        name: as `load_base` takes it.
+        revision: of a Hub repository.
+        embedding: `(B, L)` ids to `(B, L, H)`.
+        positions: how many its config gives it.
+        limits: of requests to it.
+    """
+
+    name: str
+    revision: str | None
+    embedding: nn.Module
+    positions: int | None
+    limits: Limits
+
+
+def _service(
     adapters: Path | None,
-    urls: Sequence[str],
+    engine: Callable[[Base], Engine],
     *,
     model: str | None = None,
     revision: str | None = None,
     memory: int | None = None,
     limits: Limits | None = None,
-    api_key: str | None = None,
 ) -> Service:
-    """A service in front of inference engines; of the base only the embedding matrix is read.
-
-    Args:
-        urls: of the engines.
-        api_key: of the engines; the others as of `local_service`.
-
-    Raises:
-        PtmoeError: no such folder or base, or an engine that can be reached and does not serve it.
-    """
+    """A service on an engine that loads the base itself."""
     from transformers import GenerationConfig
 
-    from ptmoe.serve.gateway import GatewayEngine
     from ptmoe.serve.matrix import read_embedding
 
+    limits = limits or Limits()
     model, revision = base_of(adapters, model, revision)
     tokenizer, positions = load_tokenizer(model, revision=revision)
     embedding = read_embedding(model, revision)
@@ -115,9 +191,49 @@ def gateway_service(
         ends = GenerationConfig.from_pretrained(locate(model), revision=revision).eos_token_id
     except OSError:  # not every base has one
         ends = None
-    engine = GatewayEngine(urls, embedding, positions=positions, api_key=api_key)
-    for url, fault in asyncio.run(engine.check()).items():
-        log.warning("%s: %s; /health follows it", url, fault)
-    registry = Registry(AdapterSet(embedding), adapters, base=public_name(model), memory=memory)
     all_ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    return Service(registry, engine, tokenizer, frozenset(all_ends), limits or Limits(), Metrics(registry))
+    made = engine(Base(model, revision, embedding, positions, limits))
+    registry = Registry(AdapterSet(embedding), adapters, base=public_name(model), memory=memory)
+    return Service(registry, made, tokenizer, frozenset(all_ends), limits, Metrics(registry))
+
+
+def listen(service: Service, app: FastAPI, host: str, port: int) -> None:
+    """Serve until a signal comes, then finish what has been accepted.
+
+    Raises:
+        PtmoeError: the engine cannot serve this base.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await service.start()  # here, because from the application's own start an error comes as a traceback
+            count = len(service.registry.names()) - 1
+            print(f"{service.registry.base} and {count:,} adapters at http://{host}:{bound}", flush=True)
+            _return_memory()
+            await super().startup(sockets)
+
+    drain = int(service.limits.deadline) + 1
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain
+    )
+    listening = bind(config)
+    bound = listening.getsockname()[1]
+    Server(config).run(sockets=[listening])
+
+
+def bind(config: uvicorn.Config) -> socket.socket:
+    """The socket to serve from, which has a port before the server runs.
+
+    `asyncio` turns Nagle's algorithm off only where a socket's protocol is named, which uvicorn's is not: each answer
+    would wait 40 ms for the client to acknowledge its headers. Accepted connections inherit the option.
+    """
+    listening = config.bind_socket()
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+def _return_memory() -> None:
+    """Give back to the system what starting up needed and the C library keeps: some 30 MB for a tokenizer."""
+    with suppress(OSError, AttributeError):  # glibc's
+        ctypes.CDLL(None).malloc_trim(0)
