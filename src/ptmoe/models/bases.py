@@ -142,8 +142,8 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> tuple[PreTraine
     from transformers import PreTrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    written = written_config(name, revision=revision)
     with _located(name) as where:
-        written = PreTrainedConfig.get_config_dict(where, revision=revision)[0]
         kind, positions = written.get("model_type"), written.get("max_position_embeddings")
         named = get_tokenizer_config(where, revision=revision).get("tokenizer_class")
         if None in (kind, positions, named):
@@ -152,6 +152,19 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> tuple[PreTraine
         # a tokenizer whose class is named needs the architecture's name alone.
         config = PreTrainedConfig(model_type=kind, name_or_path=where)
         return _tokenizer(where, revision, config=config), positions
+
+
+def written_config(name: str, *, revision: str | None = None) -> dict[str, Any]:
+    """A base's config.json as it is, without the import of its architecture's class.
+
+    Raises:
+        PtmoeError: no such model.
+    """
+    from transformers import PreTrainedConfig
+
+    with _located(name) as where:
+        written: dict[str, Any] = PreTrainedConfig.get_config_dict(where, revision=revision)[0]
+        return written
 
 
 def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:

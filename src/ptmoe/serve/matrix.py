@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.models.bases import load_config, locate
+from ptmoe.models.bases import locate, written_config
 
 # What the matrix is called in the architectures of `transformers`.
 ENDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
@@ -46,7 +46,7 @@ def read_embedding(name: str, revision: str | None = None) -> nn.Embedding:
             f"{name!r} has {len(found)} tensors that may be its input embedding ({', '.join(found)}): "
             f"the gateway needs one that ends in {', '.join(ENDINGS)}"
         )
-    if (kind := load_config(name, revision=revision).model_type) in MULTIPLIED:
+    if (kind := written_config(name, revision=revision).get("model_type")) in MULTIPLIED:
         raise PtmoeError(f"{name!r} is a {kind}, whose embeddings are not its matrix alone: use --engine local")
     path = _file(where, files[found[0]], revision)
     assert path is not None
