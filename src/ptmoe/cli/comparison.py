@@ -167,5 +167,12 @@ def _show(comparison: Comparison, console: Console) -> None:
         console.print(f"left out: {left_out}")
     console.print(
         f"{len(comparison.cells)} cells (seeds {', '.join(map(str, plan.seeds))}), {len(unfinished)} to run, "
-        f"{comparison.jobs} at once, in {comparison.folder.path}",
+        f"{_at_once(comparison)}, in {comparison.folder.path}",
     )
+
+
+def _at_once(comparison: Comparison) -> str:
+    jobs, on = comparison.plan.jobs, comparison.plan.on
+    if on == "processes":
+        return f"{comparison.jobs} at once"
+    return f"{f'at most {jobs}' if jobs else 'as many as there is room for'} at once on {on}"

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 from typing_extensions import Self
 
 from ptmoe.compare.presets import PRESETS
@@ -110,7 +110,13 @@ class ComparePlan(SharedOptions):
     `learning_rate` and a `budget` (None for none); a `label` names it in tables and folders.
     """
 
-    unwritten: ClassVar[set[str]] = {"output_dir", "strict", "jobs"}  # how the command works, not what is compared
+    unwritten: ClassVar[set[str]] = {
+        "output_dir",
+        "strict",
+        "on",
+        "jobs",
+        "gpus_per_cell",
+    }  # how the command works, not what is compared
 
     preset: str | None = None
     """quickstart, paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init or -noise; with --model nano on
@@ -150,7 +156,20 @@ class ComparePlan(SharedOptions):
     strict: bool = False
     """stop at what cannot be run, instead of leaving it out"""
     jobs: Count | None = None
-    """cells at once, each in a process with its share of the cores; by default 1, on nano as many as there are cores"""
+    """cells at once, each in a process with its share of the cores; by default 1, on nano as many as there are cores;
+    on a cluster as many as it has room for"""
+    on: str = "processes"
+    """where cells run: processes; ray, which starts Ray on this machine; ray://auto, the Ray cluster that this machine
+    belongs to; ray://HOST:PORT, one by its client server"""
+    gpus_per_cell: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    """on Ray; 0.25 lets four cells share a GPU; by default 1 where there are any"""
+
+    @field_validator("gpus_per_cell")
+    @classmethod
+    def _whole_gpus(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and value != round(value):
+            raise ValueError(f"gpus_per_cell={value}: needs a fraction of one GPU, or whole ones")
+        return value
 
     def differences(self, other: Self) -> list[str]:
         """What a run that continues this plan may not change, each as a sentence."""
