@@ -35,6 +35,6 @@ def run_cell(options, progress, say):
 
 
 class Quick(CellActor):
-    def ready(self, version, folder):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         workers.run_cell = run_cell
-        return super().ready(version, folder)

@@ -100,19 +100,18 @@ def session(on: str, usual: int, jobs: int | None, gpus: float | None) -> Iterat
         PtmoeError: Ray is not installed, the address does not answer, or no machine has room for a cell.
     """
     check_place(on)
-    os.environ.update(SILENT)
+    before = dict(os.environ)
+    os.environ.update(SILENT | (LOOPBACK if on == LOCAL else {}))  # read when Ray is imported
     import ray
 
     if ray.is_initialized():
         yield room(ray, on, usual, jobs, gpus)
         return
     local = Path(tempfile.mkdtemp(prefix="ptmoe-ray-")) if on == LOCAL else None
-    before = dict(os.environ)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if local is not None:
         threads = str(max(1, (os.cpu_count() or 1) // usual))
-        os.environ.update(LOOPBACK, TMPDIR=str(local), OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
-        os.environ["RAY_AUTH_TOKEN"] = TOKEN
+        os.environ.update(TMPDIR=str(local), OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, RAY_AUTH_TOKEN=TOKEN)
         options |= {"include_dashboard": False, "num_cpus": max(usual, os.cpu_count() or 1), "_temp_dir": str(local)}
     try:
         with _signals_kept():
@@ -123,8 +122,8 @@ def session(on: str, usual: int, jobs: int | None, gpus: float | None) -> Iterat
             ray.shutdown()
         if local is not None:
             shutil.rmtree(local, ignore_errors=True)
-            os.environ.clear()
-            os.environ.update(before)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _connect(ray: Any, on: str, options: dict[str, Any]) -> None:
@@ -194,18 +193,18 @@ def room(ray: Any, on: str, usual: int, jobs: int | None, gpus: float | None) ->
 class CellActor:
     """Runs one cell after the other; the second of its threads answers `news`."""
 
-    def __init__(self, actor: str) -> None:
-        self.folder = Path(tempfile.gettempdir(), f"ptmoe-{actor}")  # the next process of this actor finds it
+    def __init__(self, name: str, folder: str) -> None:
+        self.folder = Path(tempfile.gettempdir(), f"ptmoe-{name}")  # the process that takes over finds it
         self.reports: list[tuple[Any, ...]] = []
         self.steps: dict[int, tuple[Any, ...]] = {}
         self.lock = threading.Lock()
+        if Path(folder).is_dir():
+            os.chdir(folder)  # where the names of files in a plan start
 
-    def ready(self, version: str, folder: str) -> str | None:
+    def ready(self, version: str) -> str | None:
         """Prepare to run cells; what makes that impossible, or None."""
         if version != __version__:
             return f"ptmoe is {__version__} on {socket.gethostname()} and {version} here: install one version on both"
-        if Path(folder).is_dir():
-            os.chdir(folder)  # where the names of files in a plan start
         import ptmoe.train.recipe  # noqa: F401  takes seconds, like what it imports
 
         return None
@@ -271,8 +270,8 @@ def run_cells(room: Room, cells: Sequence[Cell], folder: ComparisonFolder, watch
     made = ray.remote(CellActor).options(
         num_cpus=1, num_gpus=room.gpus, max_restarts=-1, max_task_retries=RETRIES, max_concurrency=2
     )
-    actors = [made.remote(secrets.token_hex(8)) for _ in range(min(room.jobs, len(cells)))]
-    starting = {actor.ready.remote(__version__, os.getcwd()): actor for actor in actors}
+    actors = [made.remote(secrets.token_hex(8), os.getcwd()) for _ in range(min(room.jobs, len(cells)))]
+    starting = {actor.ready.remote(__version__): actor for actor in actors}
     running: dict[Any, tuple[Any, int]] = {}
     asked: dict[Any, Any] = {}
     waiting, begun, patience = deque(range(len(cells))), set[int](), QUIET_SECONDS
