@@ -48,7 +48,9 @@ def operators(found: list[tuple[str, float, int]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profiling", description=__doc__)
-    parser.add_argument("part", choices=[part for part in PARTS if part not in ("adapters", "linear", "startup")])
+    parser.add_argument(
+        "part", choices=[part for part in PARTS if part not in ("adapters", "linear", "startup", "study")]
+    )
     parser.add_argument("system", help="as in RESULTS.md")
     parser.add_argument("--name", help="of the case within its part; by default the first")
     parser.add_argument("--shape", choices=SHAPES, default="sketch")
