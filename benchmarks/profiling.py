@@ -46,6 +46,9 @@ def operators(found: list[tuple[str, float, int]]) -> list[str]:
     return table(["operator", "seconds", "share", "calls"], [*rows, ["all", f"{total:.3g}", "", ""]])
 
 
+UNFIT = ("adapters", "linear", "startup", "study")  # no base, or other processes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profiling", description=__doc__)
     parser.add_argument(

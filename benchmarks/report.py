@@ -283,7 +283,7 @@ _PARTS = {
     ),
     "study": (
         "A study",
-        "`ptmoe compare` as a command, from its start to the end of its report: seeds of `pt`, as many cells at once as "
-        "there are cores, in processes and on Ray (`--on ray`), which each command starts and ends.",
+        "`ptmoe compare` as a command, from its start to the end of its report: seeds of `pt`, as many cells at once "
+        "as there are cores, in processes and on Ray (`--on ray`), which each command starts and ends.",
     ),
 }
