@@ -377,7 +377,8 @@ MISTAKES = {
     ("--task", "nano/mixed", "--max-steps", "0"): "max_steps=0",
     ("--task", "nano/mixed", "--eval-task", "svamp", "--data-dir", "."): "holds no test split of svamp",
     ("--task", "nano/mixed", "--on", "spark"): "on 'spark': needs processes, ray, ray://auto for the cluster",
-    ("--task", "nano/mixed", "--gpus-per-cell", "1.5"): "gpus_per_cell=1.5: needs a fraction of one GPU, or whole ones",
+    ("--task", "nano/mixed", "--gpus-per-cell", "1.5"): "1.5 GPUs: needs a fraction of one, or whole ones",
+    ("--task", "nano/mixed", "--gpus-per-cell", "0.5"): "gpus_per_cell=0.5 is for --on ray: processes share the GPU",
     ("--task", "math_problems"): "no cell is left: math_problems: math_problems has no train split",
     ("--task", "nano/mixed", "--budget", "100"): "pt: budget 100 is below pt's smallest size (num_virtual_tokens=1)",
     (

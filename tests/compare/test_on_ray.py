@@ -1,8 +1,11 @@
 """Cells on Ray: the same files as in this process, each once, whatever dies; and a Ray that cannot be had."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -236,6 +239,20 @@ def test_forty_real_cells_with_a_killed_worker_give_the_files_of_this_process(tm
     assert [name for name in one if one[name] != other[name]] == []
     printed = capfd.readouterr()
     assert "raylet" not in printed.out + printed.err
+
+
+@pytest.mark.slow
+def test_a_machine_of_a_cluster_that_goes_takes_no_cell_with_it(tmp_path):
+    command = [sys.executable, "-m", "testing.ray_nodes", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RAY_USAGE_STATS_ENABLED": "0"}
+    for name in ("RAY_AUTH_TOKEN", "TMPDIR"):  # of this process's Ray
+        environment.pop(name, None)
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert made.returncode == 0, made.stderr
+    found = json.loads(made.stdout.splitlines()[-1])
+    assert found["failed"] == []
+    assert sorted(found["ended"]) == [[seed, 7] for seed in range(40)]
+    assert len(list((tmp_path / "c").rglob("cell.json"))) == 40
 
 
 @pytest.mark.slow

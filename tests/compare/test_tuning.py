@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from ptmoe.compare import on_ray, tuning
-from ptmoe.compare.tuning import TunePlan, best_of, count_examples, drawn, read_plan, resolved, tune
+from ptmoe.compare.search import TunePlan, drawn, read_plan, resolved
+from ptmoe.compare.tuning import best_of, count_examples, tune
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.records import TrialRecord
 from ptmoe.train.options import TrainOptions

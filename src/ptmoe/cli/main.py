@@ -72,7 +72,7 @@ def harness(context: typer.Context) -> None:
 
 
 app.command(cls=command_of("ptmoe.compare.plan:ComparePlan"))(compare)
-app.command(cls=command_of("ptmoe.compare.tuning:TunePlan", methods=True))(tune)
+app.command(cls=command_of("ptmoe.compare.search:TunePlan", methods=True))(tune)
 app.command(cls=base_options)(inspect)
 app.command(cls=command_of(TRAIN_OPTIONS, "revision"))(params)
 tasks_app = typer.Typer(help="List the tasks, or show one task's examples.", invoke_without_command=True)

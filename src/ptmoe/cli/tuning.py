@@ -23,30 +23,32 @@ def tune(
     The training is what `ptmoe train` would do with the same options; the best settings become best.yaml, which
     `ptmoe train` takes. The same command continues a search that was interrupted.
     """
-    from ptmoe.compare import tuning
+    from ptmoe.compare.search import TunePlan, read_plan, resolved
     from ptmoe.train.options import method_entry
 
-    options = {name: value for name, value in context.obj.items() if name in tuning.TunePlan.model_fields}
+    options = {name: value for name, value in context.obj.items() if name in TunePlan.model_fields}
     fields = {name: value for name, value in context.obj.items() if name not in options}
     if "method" in options or fields:
         options["method"] = {**method_entry(options.get("method", {})), **fields}
-    asked = tuning.resolved(tuning.read_plan(plan, options))
+    asked = resolved(read_plan(plan, options))
     folder = Path(asked.output_dir or Path("runs") / f"tune-{datetime.now().strftime('%Y%m%d-%H%M%S')}")
 
     from ptmoe.models.bases import quiet
 
     quiet()
     # The report's libraries are optional: a missing one should show before the trials, not after.
+    from ptmoe.compare.tuning import best_of
+    from ptmoe.compare.tuning import tune as search
     from ptmoe.report import write_tuning_report
 
     console = Console(highlight=False)
     for field, values in asked.search.items():
         console.print(f"{field}: {values if isinstance(values, str) else ', '.join(map(str, values))}")
     with ends_with_a_signal(f"ptmoe tune {folder}", console):
-        records = tuning.tune(asked, folder, say=lambda line: console.print(line, markup=False))
+        records = search(asked, folder, say=lambda line: console.print(line, markup=False))
     failed = [record for record in records if record.state == "failed"]
     if page := write_tuning_report(folder):
-        best = tuning.best_of([record for record in records if record.state != "failed"])
+        best = best_of([record for record in records if record.state != "failed"])
         console.print(f"best: trial {best.number}, {best.scores[-1][1]:.1f} % on the validation examples")
         console.print(f"train with it: ptmoe train {folder / 'best.yaml'}")
         console.print(f"report: {page}")

@@ -51,6 +51,7 @@ SILENT = {
 # Ray on this machine alone listens on the loopback interface alone, in spite of the variable's name.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
+OF_WORKERS = ("TMPDIR", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAY_AUTH_TOKEN")
 TOKEN = secrets.token_hex(32)  # of this process's own Ray, so that other users of this machine cannot use it
 
 
@@ -100,8 +101,9 @@ def session(on: str, usual: int, jobs: int | None, gpus: float | None) -> Iterat
         PtmoeError: Ray is not installed, the address does not answer, or no machine has room for a cell.
     """
     check_place(on)
-    before = dict(os.environ)
-    os.environ.update(SILENT | (LOOPBACK if on == LOCAL else {}))  # read when Ray is imported
+    variables = SILENT | (LOOPBACK if on == LOCAL else {})
+    before = {name: os.environ.get(name) for name in (*variables, *OF_WORKERS)}
+    os.environ.update(variables)  # read when Ray is imported
     import ray
 
     if ray.is_initialized():
@@ -111,7 +113,7 @@ def session(on: str, usual: int, jobs: int | None, gpus: float | None) -> Iterat
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if local is not None:
         threads = str(max(1, (os.cpu_count() or 1) // usual))
-        os.environ.update(TMPDIR=str(local), OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, RAY_AUTH_TOKEN=TOKEN)
+        os.environ.update(zip(OF_WORKERS, (str(local), threads, threads, TOKEN), strict=True))
         options |= {"include_dashboard": False, "num_cpus": max(usual, os.cpu_count() or 1), "_temp_dir": str(local)}
     try:
         with _signals_kept():
@@ -122,8 +124,9 @@ def session(on: str, usual: int, jobs: int | None, gpus: float | None) -> Iterat
             ray.shutdown()
         if local is not None:
             shutil.rmtree(local, ignore_errors=True)
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
 
 
 def _connect(ray: Any, on: str, options: dict[str, Any]) -> None:
@@ -335,10 +338,13 @@ def _started(ray: Any, ref: Any) -> str | None:
 
 def _received(ray: Any, ref: Any, folder: ComparisonFolder, cell: Cell) -> int | str:
     """Write what a cell has made, whole or not at all."""
+    from ptmoe.compare.workers import error_message
     from ptmoe.runs.folders import LOG_FILE
 
     try:
         outcome, files, printed = ray.get(ref)
+    except ray.exceptions.RayTaskError as error:  # not of the cell: a full disk, no memory for its files
+        return error_message(error.cause)
     except ray.exceptions.RayError as error:
         return f"its process or its machine died {1 + RETRIES} times ({' '.join(str(error).split())[:200]})"
     if printed:

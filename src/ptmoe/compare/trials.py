@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ptmoe.compare.tuning import TunePlan
+from ptmoe.compare.search import TunePlan
 from ptmoe.compare.workers import error_message
 from ptmoe.evaluate import evaluate
 from ptmoe.models.bases import load_tokenizer, quiet

@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ptmoe.compare.tuning import TunePlan, best_of
+from ptmoe.compare.search import TunePlan
+from ptmoe.compare.tuning import best_of
 from ptmoe.report.figures import FAINT, HIGH, INK, WIDTH
 from ptmoe.report.gallery import Gallery, Section
 from ptmoe.report.page import write_page

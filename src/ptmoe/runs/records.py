@@ -14,7 +14,7 @@ COMPARISON/comparison.yaml            `ptmoe.compare.plan.ComparePlan`; below `c
 COMPARISON/cells/LABEL/TASK/seed-N/   a run folder, and cell.json: CellRecord, written last
 COMPARISON/failed.jsonl               Failure, one for each cell that failed when it was last run
 
-SEARCH/tune.yaml                      `ptmoe.compare.tuning.TunePlan`
+SEARCH/tune.yaml                      `ptmoe.compare.search.TunePlan`
 SEARCH/trials.jsonl                   TrialRecord, one for each trial that ended
 SEARCH/best.yaml                      the best trial's `TrainOptions`
 
