@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -17,6 +18,13 @@ from ptmoe.settings import Flag
 from ptmoe.train.options import Count, TrainOptions, method_config, scalar
 
 RANGE = re.compile(r"([\d.eE+-]+?)\.\.([\d.eE+-]+)")
+
+
+def _number(text: str) -> int | float | None:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return None
 
 
 def _search(value: Any) -> Any:
@@ -32,8 +40,8 @@ def _search(value: Any) -> Any:
     found: dict[str, Any] = {}
     for field, text in value.items():
         if isinstance(text, str) and (ends := RANGE.fullmatch(text.strip())):
-            low, high = (scalar(end) for end in ends.groups())
-            if not all(isinstance(end, int | float) for end in (low, high)) or not low < high:
+            low, high = map(_number, ends.groups())
+            if low is None or high is None or not low < high:
                 raise ValueError(f"search {field}={text}: needs two numbers, the lower one first")
             found[str(field)] = text.strip()
         else:
@@ -140,7 +148,9 @@ def _draw(chance: random.Random, values: str | list[Any]) -> Any:
         return chance.choice(values)
     ends = RANGE.fullmatch(values)
     assert ends is not None
-    low, high = (scalar(end) for end in ends.groups())
+    low, high = map(_number, ends.groups())
+    assert low is not None
+    assert high is not None
     if low > 0 and high >= 10 * low:
         value = math.exp(chance.uniform(math.log(low), math.log(high)))
     else:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ray.tune import Callback
 from transformers import TrainerCallback
 
+from ptmoe.compare.on_ray import RETRIES
 from ptmoe.compare.search import TunePlan
 from ptmoe.compare.workers import error_message
 from ptmoe.evaluate import evaluate
@@ -75,6 +77,37 @@ class Validation(TrainerCallback):
             chat=self.chat,
         )
         self.report(step, evaluation.metrics[self.task.metric], last)
+
+
+class Results(Callback):
+    """Collects, where the search runs, what its trials report.
+
+    Args:
+        ended: called with each trial that ends: its number, its scores by step, whether it trained to its end, and what
+            went wrong.
+    """
+
+    def __init__(self, ended: Callable[[int, list[tuple[int, float]], bool, str | None], None]) -> None:
+        self.ended = ended
+        self.results: dict[int, list[dict[str, Any]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:  # Tune writes its callbacks to a file, which nobody reads
+        return Results, (print,)
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self.results[trial.config["number"]] = []  # of one whose machine died, what it had reported
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
+        self.results.setdefault(trial.config["number"], []).append(result)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        results = self.results.get(trial.config["number"], [])
+        scores = [(result["step"], result["score"]) for result in results if "step" in result]
+        error = next((result["error"] for result in results if "error" in result), None)
+        self.ended(trial.config["number"], scores, any(result.get("last") for result in results), error)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self.ended(trial.config["number"], [], False, f"its process or its machine died {1 + RETRIES} times")
 
 
 def trial(

@@ -65,8 +65,6 @@ def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) ->
     Raises:
         PtmoeError: the folder holds another search, Ray cannot be had, or the data cannot.
     """
-    from ptmoe.compare.trials import trial
-
     if (folder / TUNE_FILE).is_file():
         before = TunePlan.read(folder / TUNE_FILE)
         names = [name for name in TunePlan.model_fields if name not in plan.unwritten]
@@ -83,7 +81,7 @@ def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) ->
             known = {number: record for number, record in known.items() if number not in todo}
             with session(plan.on, plan.jobs or 1, plan.jobs, plan.gpus_per_trial) as room:
                 plan.write(folder / TUNE_FILE)
-                _fit(room, plan, folder, trial, examples, settings, known, say)
+                _fit(room, plan, folder, examples, settings, known, say)
         records = [known[number] for number in sorted(known)]
         scored = [record for record in records if record.state != "failed"]
         if scored:
@@ -104,7 +102,6 @@ def _fit(
     room: Any,
     plan: TunePlan,
     folder: Path,
-    trial: Callable[..., None],
     examples: int,
     settings: list[dict[str, Any]],
     known: dict[int, TrialRecord],
@@ -115,43 +112,17 @@ def _fit(
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
 
-    class Records(ray_tune.Callback):
-        def __init__(self) -> None:
-            self.scores: dict[int, list[tuple[int, float]]] = {}
-            self.errors: dict[int, str] = {}
-            self.whole: set[int] = set()  # that trained to their end
+    from ptmoe.compare.trials import Results, trial
 
-        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-            self.scores[trial.config["number"]] = []  # or one whose machine died is there twice
-
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any) -> None:
-            number = trial.config["number"]
-            if "error" in result:
-                self.errors[number] = result["error"]
-            elif "step" in result:
-                self.scores.setdefault(number, []).append((result["step"], result["score"]))
-                self.whole |= {number} if result["last"] else set()
-
-        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-            self.ended(trial.config["number"])
-
-        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-            number = trial.config["number"]
-            self.errors.setdefault(number, f"its process or its machine died {1 + RETRIES} times")
-            self.ended(number)
-
-        def ended(self, number: int) -> None:
-            if number in known:
-                return
-            scores, error = self.scores.get(number, []), self.errors.get(number)
-            state: State = "failed" if error or not scores else "finished" if number in self.whole else "stopped"
-            known[number] = TrialRecord(
-                number=number, settings=settings[number], scores=scores, state=state, error=error
-            )
-            write_lines(folder / TRIALS_FILE, [known[each] for each in sorted(known)])
-            values = ", ".join(f"{name}={value}" for name, value in settings[number].items()) or "as given"
-            last = f"{scores[-1][1]:.1f} % at step {scores[-1][0]:,}" if scores else ""
-            say(f"trial {number} ({values}): {state}{', ' if error or last else ''}{error or last}")
+    def ended(number: int, scores: list[tuple[int, float]], whole: bool, error: str | None) -> None:
+        if number in known:
+            return
+        state: State = "failed" if error or not scores else "finished" if whole else "stopped"
+        known[number] = TrialRecord(number=number, settings=settings[number], scores=scores, state=state, error=error)
+        write_lines(folder / TRIALS_FILE, [known[each] for each in sorted(known)])
+        values = ", ".join(f"{name}={value}" for name, value in settings[number].items()) or "as given"
+        last = f"{scores[-1][1]:.1f} % at step {scores[-1][0]:,}" if scores else "no score"
+        say(f"trial {number} ({values}): {state}, {error or last}")
 
     shutil.rmtree(folder / STORAGE, ignore_errors=True)
     told = {number: record.scores for number, record in known.items()}
@@ -172,7 +143,7 @@ def _fit(
                 name="tune",
                 storage_path=str((folder / STORAGE).resolve()),
                 failure_config=ray_tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[Records()],
+                callbacks=[Results(ended)],
                 verbose=0,
             ),
         ).fit()
