@@ -274,27 +274,31 @@ def run_cells(room: Room, cells: Sequence[Cell], folder: ComparisonFolder, watch
         num_cpus=1, num_gpus=room.gpus, max_restarts=-1, max_task_retries=RETRIES, max_concurrency=2
     )
     actors = [made.remote(secrets.token_hex(8), os.getcwd()) for _ in range(min(room.jobs, len(cells)))]
-    starting = {actor.ready.remote(__version__): actor for actor in actors}
-    running: dict[Any, tuple[Any, int]] = {}
-    asked: dict[Any, Any] = {}
-    waiting, begun, patience = deque(range(len(cells))), set[int](), QUIET_SECONDS
+    starting = {actor.ready.remote(__version__): place for place, actor in enumerate(actors)}
+    running: dict[Any, tuple[int, int]] = {}  # the actor's place in the list, and the cell's
+    asked: dict[Any, int] = {}
+    waiting, begun, idle, patience = deque(range(len(cells))), set[int](), set[int](), QUIET_SECONDS
 
-    def give(actor: Any) -> None:
-        if waiting:
-            number = waiting.popleft()
-            watcher.started(cells[number])
-            place = str(folder.run_folder(cells[number]))
-            running[actor.run.remote(number, cells[number].options.model_dump(), place)] = actor, number
+    def give(place: int) -> None:
+        if not waiting:
+            idle.add(place)
+            return
+        number = waiting.popleft()
+        watcher.started(cells[number])
+        options, name = cells[number].options.model_dump(), str(folder.run_folder(cells[number]))
+        running[actors[place].run.remote(number, options, name)] = place, number
 
-    def tell(kind: str, number: int, *what: Any) -> None:
-        if kind == "message":
-            watcher.message(cells[number], *what)
-        elif number in (other for _, other in running.values()):  # or it has ended
-            if kind == "step":
-                watcher.step(cells[number], *what)
-            elif number in begun:
-                watcher.message(cells[number], "started again: its process or its machine died")
-            begun.add(number)
+    def tell(ref: Any) -> None:
+        with suppress(ray.exceptions.RayError):  # its process died, and another one takes over
+            for kind, number, *what in ray.get(ref):
+                if kind == "message":
+                    watcher.message(cells[number], *what)
+                elif number in (other for _, other in running.values()):  # or it has ended
+                    if kind == "step":
+                        watcher.step(cells[number], *what)
+                    elif number in begun:
+                        watcher.message(cells[number], "started again: its process or its machine died")
+                    begun.add(number)
 
     try:
         while waiting or running:
@@ -304,22 +308,25 @@ def run_cells(room: Room, cells: Sequence[Cell], folder: ComparisonFolder, watch
                 patience = 10 * QUIET_SECONDS
             for ref in done:
                 if ref in starting:
-                    actor = starting.pop(ref)
+                    place = starting.pop(ref)
                     if problem := _started(ray, ref):
                         raise PtmoeError(problem)
-                    give(actor)
-                    asked[actor.news.remote()] = actor
+                    give(place)
+                    asked[actors[place].news.remote()] = place
                 elif ref in asked:
-                    actor = asked.pop(ref)
-                    with suppress(ray.exceptions.RayError):  # it died once too often, and starts again
-                        for report in ray.get(ref):
-                            tell(*report)
-                    asked[actor.news.remote()] = actor
+                    place = asked.pop(ref)
+                    tell(ref)
+                    if place in idle:  # a cell whose machine is gone may need its room
+                        ray.kill(actors[place])
+                    else:
+                        asked[actors[place].news.remote()] = place
                 else:
-                    actor, number = running.pop(ref)
+                    place, number = running.pop(ref)
                     outcome = _received(ray, ref, folder, cells[number])
-                    give(actor)  # before the caller has the outcome, so that none is idle meanwhile
+                    give(place)  # before the caller has the outcome, so that it does not idle meanwhile
                     yield cells[number], outcome
+        for ref in ray.wait([*asked], num_returns=len(asked), timeout=4 * NEWS_SECONDS)[0] if asked else ():
+            tell(ref)
     finally:
         for actor in actors:
             with suppress(Exception):  # the connection may be gone, and the actors with it

@@ -67,7 +67,7 @@ def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) ->
     """
     if (folder / TUNE_FILE).is_file():
         before = TunePlan.read(folder / TUNE_FILE)
-        names = [name for name in TunePlan.model_fields if name not in plan.unwritten]
+        names = [name for name in TunePlan.model_fields if name not in plan.unwritten | {"trials"}]
         if other := [name for name in names if getattr(before, name) != getattr(plan, name)]:
             raise PtmoeError(f"{folder} holds another search ({', '.join(other)}): choose another --output-dir")
     elif folder.exists() and any(folder.glob("[!.]*")):
