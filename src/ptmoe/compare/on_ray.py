@@ -47,6 +47,7 @@ SILENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    "RAY_BACKEND_LOG_LEVEL": "error",
 }
 # Ray on this machine alone listens on the loopback interface alone, in spite of the variable's name.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -102,6 +103,10 @@ def session(on: str, usual: int, jobs: int | None, gpus: float | None) -> Iterat
     """
     check_place(on)
     variables = SILENT | (LOOPBACK if on == LOCAL else {})
+    if on != LOCAL and ("RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().exists()):
+        variables |= {
+            "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")
+        }  # as the clusters that Ray starts have it
     before = {name: os.environ.get(name) for name in (*variables, *OF_WORKERS)}
     os.environ.update(variables)  # read when Ray is imported
     import ray
