@@ -104,10 +104,8 @@ def session(on: str, usual: int, jobs: int | None, gpus: float | None) -> Iterat
     check_place(on)
     variables = SILENT | (LOOPBACK if on == LOCAL else {})
     if on != LOCAL and ("RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().exists()):
-        variables |= {
-            "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")
-        }  # as the clusters that Ray starts have it
-    before = {name: os.environ.get(name) for name in (*variables, *OF_WORKERS)}
+        variables["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE", "token")  # what `ray start` has by default
+    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", *variables, *OF_WORKERS)}
     os.environ.update(variables)  # read when Ray is imported
     import ray
 

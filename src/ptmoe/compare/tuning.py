@@ -138,6 +138,7 @@ def _fit(
                 mode="max",
                 scheduler=ASHAScheduler(max_t=plan.evaluations, grace_period=1, reduction_factor=REDUCTION),
                 max_concurrent_trials=room.jobs,
+                reuse_actors=True,  # and with them the libraries; a stopped trial ends in its next report
             ),
             run_config=ray_tune.RunConfig(
                 name="tune",
