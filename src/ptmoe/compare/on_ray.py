@@ -21,7 +21,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
@@ -203,7 +203,7 @@ class CellActor:
         self.folder = Path(tempfile.gettempdir(), f"ptmoe-{name}")  # the process that takes over finds it
         self.reports: list[tuple[Any, ...]] = []
         self.steps: dict[int, tuple[Any, ...]] = {}
-        self.lock = threading.Lock()
+        self.lock, self.turn = threading.Lock(), threading.Lock()
         if Path(folder).is_dir():
             os.chdir(folder)  # where the names of files in a plan start
 
@@ -226,6 +226,10 @@ class CellActor:
         Returns:
             The number of trainable parameters or what went wrong; the bytes of each file; what was printed.
         """
+        with self.turn:  # where the connection alone was lost, the cell that was given up still runs
+            return self._run(number, options, place)
+
+    def _run(self, number: int, options: dict[str, Any], place: str) -> tuple[int | str, dict[str, Any], str]:
         import numpy as np
 
         from ptmoe.compare import workers
@@ -234,7 +238,6 @@ class CellActor:
         shutil.rmtree(self.folder, ignore_errors=True)
         run = self.folder / "run"
         printed = io.StringIO()
-        self._report("started", number)
         outcome: int | str
         with redirect_stderr(printed):
             try:
@@ -274,20 +277,23 @@ def run_cells(room: Room, cells: Sequence[Cell], folder: ComparisonFolder, watch
     """
     ray = room.ray
     made = ray.remote(CellActor).options(
-        num_cpus=1, num_gpus=room.gpus, max_restarts=-1, max_task_retries=RETRIES, max_concurrency=2
+        num_cpus=1, num_gpus=room.gpus, max_restarts=-1, max_task_retries=0, max_concurrency=2
     )
     actors = [made.remote(secrets.token_hex(8), os.getcwd()) for _ in range(min(room.jobs, len(cells)))]
     starting = {actor.ready.remote(__version__): place for place, actor in enumerate(actors)}
     running: dict[Any, tuple[int, int]] = {}  # the actor's place in the list, and the cell's
     asked: dict[Any, int] = {}
-    waiting, begun, idle, patience = deque(range(len(cells))), set[int](), set[int](), QUIET_SECONDS
+    waiting, idle, patience = deque(range(len(cells))), set[int](), QUIET_SECONDS
+    gone: dict[int, float] = {}  # since when an actor does not answer
+    deaths: Counter[int] = Counter()  # of processes, by the cell that they ran; Ray itself would count what is no death
 
     def give(place: int) -> None:
         if not waiting:
             idle.add(place)
             return
         number = waiting.popleft()
-        watcher.started(cells[number])
+        if not deaths[number]:
+            watcher.started(cells[number])
         options, name = cells[number].options.model_dump(), str(folder.run_folder(cells[number]))
         running[actors[place].run.remote(number, options, name)] = place, number
 
@@ -297,11 +303,7 @@ def run_cells(room: Room, cells: Sequence[Cell], folder: ComparisonFolder, watch
                 if kind == "message":
                     watcher.message(cells[number], *what)
                 elif number in (other for _, other in running.values()):  # or it has ended
-                    if kind == "step":
-                        watcher.step(cells[number], *what)
-                    elif number in begun:
-                        watcher.message(cells[number], "started again: its process or its machine died")
-                    begun.add(number)
+                    watcher.step(cells[number], *what)
 
     try:
         while waiting or running:
@@ -312,21 +314,41 @@ def run_cells(room: Room, cells: Sequence[Cell], folder: ComparisonFolder, watch
             for ref in done:
                 if ref in starting:
                     place = starting.pop(ref)
-                    if problem := _started(ray, ref):
-                        raise PtmoeError(problem)
-                    give(place)
-                    asked[actors[place].news.remote()] = place
+                    try:
+                        if problem := ray.get(ref):
+                            raise PtmoeError(problem)
+                    except ray.exceptions.ActorUnavailableError as error:  # it died meanwhile, and starts again
+                        if time.monotonic() - gone.setdefault(place, time.monotonic()) > 2 * QUIET_SECONDS:
+                            raise PtmoeError(_why_not(error)) from None
+                        time.sleep(NEWS_SECONDS)
+                        starting[actors[place].ready.remote(__version__)] = place
+                    except ray.exceptions.RayError as error:
+                        raise PtmoeError(_why_not(error)) from None
+                    else:
+                        gone.pop(place, None)
+                        give(place)
+                        if place not in asked.values():
+                            asked[actors[place].news.remote()] = place
                 elif ref in asked:
                     place = asked.pop(ref)
                     tell(ref)
-                    if place in idle:  # a cell whose machine is gone may need its room
-                        ray.kill(actors[place])
-                    else:
+                    if place in (other for other, _ in running.values()):
                         asked[actors[place].news.remote()] = place
+                    elif place in idle:  # a cell whose machine is gone may need its room
+                        ray.kill(actors[place])
                 else:
                     place, number = running.pop(ref)
                     outcome = _received(ray, ref, folder, cells[number])
-                    give(place)  # before the caller has the outcome, so that it does not idle meanwhile
+                    if outcome is None:
+                        deaths[number] += 1
+                        starting[actors[place].ready.remote(__version__)] = place
+                        if deaths[number] <= RETRIES:
+                            watcher.message(cells[number], "starts again: its process or its machine died")
+                            waiting.appendleft(number)
+                            continue
+                        outcome = f"its process or its machine died {deaths[number]} times"
+                    else:
+                        give(place)  # before the caller has the outcome, so that it does not idle meanwhile
                     yield cells[number], outcome
         for ref in ray.wait([*asked], num_returns=len(asked), timeout=4 * NEWS_SECONDS)[0] if asked else ():
             tell(ref)
@@ -336,18 +358,14 @@ def run_cells(room: Room, cells: Sequence[Cell], folder: ComparisonFolder, watch
                 ray.kill(actor)
 
 
-def _started(ray: Any, ref: Any) -> str | None:
-    try:
-        problem: str | None = ray.get(ref)
-        return problem
-    except ray.exceptions.RayError as error:
-        missing = re.search(r"No module named '([\w.]+)'", str(error))
-        what = f"{missing[1]} is not installed there" if missing else " ".join(str(error).split())[:300]
-        return f"a Ray worker could not start: {what}; every machine needs the same ptmoe, Ray and Python"
+def _why_not(error: Exception) -> str:
+    missing = re.search(r"No module named '([\w.]+)'", str(error))
+    what = f"{missing[1]} is not installed there" if missing else " ".join(str(error).split())[:300]
+    return f"a Ray worker could not start: {what}; every machine needs the same ptmoe, Ray and Python"
 
 
-def _received(ray: Any, ref: Any, folder: ComparisonFolder, cell: Cell) -> int | str:
-    """Write what a cell has made, whole or not at all."""
+def _received(ray: Any, ref: Any, folder: ComparisonFolder, cell: Cell) -> int | str | None:
+    """Write what a cell has made, whole or not at all; None where its process died."""
     from ptmoe.compare.workers import error_message
     from ptmoe.runs.folders import LOG_FILE
 
@@ -355,8 +373,8 @@ def _received(ray: Any, ref: Any, folder: ComparisonFolder, cell: Cell) -> int |
         outcome, files, printed = ray.get(ref)
     except ray.exceptions.RayTaskError as error:  # not of the cell: a full disk, no memory for its files
         return error_message(error.cause)
-    except ray.exceptions.RayError as error:
-        return f"its process or its machine died {1 + RETRIES} times ({' '.join(str(error).split())[:200]})"
+    except ray.exceptions.RayError:
+        return None
     if printed:
         append(folder.path / LOG_FILE, printed.encode())
     place = folder.run_folder(cell)
