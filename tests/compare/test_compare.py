@@ -14,10 +14,10 @@ from transformers import LlamaConfig
 
 from ptmoe.compare import ComparePlan, fit_budget, parse_budget, prepare, read_plan
 from ptmoe.compare import workers as workers_module
-from ptmoe.compare.executors import Watcher
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.presets import NANO_BUDGET, PRESETS
 from ptmoe.compare.run import compare
+from ptmoe.compare.watcher import Watcher
 from ptmoe.compare.workers import Workers
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, PTMoEConfig

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import pytest
 
 from ptmoe.compare import on_ray, prepare, read_plan
-from ptmoe.compare.executors import Watcher
 from ptmoe.compare.on_ray import RETRIES, room, session
 from ptmoe.compare.run import compare
+from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import PtmoeError
 from testing import ray_cells
 from testing.commands import alive, children, descendants, started

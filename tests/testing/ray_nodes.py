@@ -11,8 +11,8 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 
 from ptmoe.compare import on_ray, prepare, read_plan
-from ptmoe.compare.executors import Watcher
 from ptmoe.compare.run import compare
+from ptmoe.compare.watcher import Watcher
 from testing.ray_cells import ATTEMPTS, Quick
 
 

@@ -7,7 +7,7 @@ went wrong. By then the cell's run folder is as the cell left it, all but `cell.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
@@ -17,23 +17,9 @@ from ptmoe.compare import workers
 from ptmoe.compare.cells import Cell
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.plan import ComparePlan
+from ptmoe.compare.watcher import Outcomes, Watcher
 from ptmoe.runs.folders import LOG_FILE
 
-
-class Watcher:
-    """Called with what happens, cell by cell, and does nothing with it. Calls may come from several threads."""
-
-    def started(self, cell: Cell) -> None: ...
-
-    def step(self, cell: Cell, done: int, steps: int, loss: float | None) -> None: ...
-
-    def message(self, cell: Cell, text: str) -> None: ...
-
-    def ended(self, cell: Cell, outcome: int | str) -> None:
-        """With its number of trainable parameters, or what went wrong."""
-
-
-Outcomes: TypeAlias = Generator[tuple[Cell, int | str], None, None]
 Executor: TypeAlias = Callable[[Sequence[Cell], ComparisonFolder, Watcher], Outcomes]
 
 

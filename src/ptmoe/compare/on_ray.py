@@ -34,8 +34,8 @@ from ptmoe.files import append, naming
 
 if TYPE_CHECKING:
     from ptmoe.compare.cells import Cell
-    from ptmoe.compare.executors import Outcomes, Watcher
     from ptmoe.compare.folder import ComparisonFolder
+    from ptmoe.compare.watcher import Outcomes, Watcher
 
 LOCAL, NEAREST = "ray", "ray://auto"
 RETRIES = 3  # of a cell whose process or machine dies

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from ptmoe import nano
 from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, trainable_tasks, variants
-from ptmoe.compare.executors import Executor, Watcher, executor, inline
+from ptmoe.compare.executors import Executor, executor, inline
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.on_ray import check_place
 from ptmoe.compare.plan import ComparePlan
+from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import check_quantization, commit_of, load_config
 from ptmoe.runs.folders import PLAN_FILE
