@@ -47,7 +47,6 @@ SILENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-    "RAY_BACKEND_LOG_LEVEL": "error",
 }
 # Ray on this machine alone listens on the loopback interface alone, in spite of the variable's name.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
