@@ -9,7 +9,7 @@ from typing import Any, Literal
 from benchmarks.lengths import Lengths, sample
 from benchmarks.shapes import SHAPES
 
-PARTS = ("step", "epoch", "generate", "adapters", "curves", "linear", "startup")
+PARTS = ("step", "epoch", "generate", "adapters", "curves", "linear", "startup", "study")
 VIRTUAL = 40
 PT_MOE = {"name": "pt-moe", "num_virtual_tokens": VIRTUAL, "num_experts": 2, "rank": 36}
 PT = {"name": "pt", "num_virtual_tokens": VIRTUAL}
@@ -110,6 +110,9 @@ def cases(
     for part in parts:
         if part == "startup":
             yield _startup(repeats=1 if quick else 5)
+            continue
+        if part == "study":
+            yield _study(cells=2 if quick else 40, steps=2 if quick else 100)
             continue
         if part == "linear" and device != "cpu":
             continue
@@ -233,6 +236,14 @@ def _startup(repeats: int) -> Case:
     return Case("startup", "a new process", "", "", systems, reference="python alone")
 
 
+def _study(cells: int, steps: int) -> Case:
+    systems = {
+        place: {"run": "study.compare", "on": place, "cells": cells, "steps": steps} for place in ("processes", "ray")
+    }
+    name = f"{cells} cells of {steps} steps on nano"
+    return Case("study", name, "", "", systems, reference="processes", warm_up="none")
+
+
 _MAKE = {
     "step": _step,
     "epoch": _epoch,
@@ -290,4 +301,5 @@ GOALS = (
     Goal("256 experts instead of 2 cost less than 2 % of a step", "curves", "256", "2", at_most=1.02, name="experts"),
     Goal("ptmoe --help takes less than 0.5 s", "startup", "ptmoe --help", at_most=0.5),
     Goal("import ptmoe takes less than 0.3 s", "startup", "import ptmoe", at_most=0.3),
+    Goal("a study on Ray takes at most 5 % longer than in processes", "study", "ray", "processes", at_most=1.05),
 )  # fmt: skip

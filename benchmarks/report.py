@@ -281,4 +281,9 @@ _PARTS = {
         "Start-up",
         "A new interpreter, from its start to its end, the files in memory: the median of five in each round.",
     ),
+    "study": (
+        "A study",
+        "`ptmoe compare` as a command, from its start to the end of its report: seeds of `pt`, as many cells at once "
+        "as there are cores, in processes and on Ray (`--on ray`), which each command starts and ends.",
+    ),
 }

@@ -22,7 +22,8 @@ from benchmarks.parts import generate, step  # noqa: E402
 from benchmarks.report import Figure, is_met, measured, read, render  # noqa: E402
 from benchmarks.worker import built  # noqa: E402
 
-QUICK_CASES = [case for case in cases(PARTS, [QUICK_SHAPE], None, "cpu", quick=True) if case.part != "startup"]
+COMMANDS = {"startup", "study"}  # parts that measure whole commands
+QUICK_CASES = [case for case in cases(PARTS, [QUICK_SHAPE], None, "cpu", quick=True) if case.part not in COMMANDS]
 SYSTEMS = {
     f"{case.part}, {case.name}, {name}": {"shape": case.shape, "dtype": case.dtype, **options}
     for case in QUICK_CASES

@@ -26,7 +26,16 @@ ACCEPTED = {
         "LLVM-exception",
     ),
     *("MIT", "MIT-0", "MIT-CMU", "MPL-2.0", "PSF-2.0", "Python-2.0", "Unlicense", "Zlib"),
-    *("Apache Software License", "Apache 2.0 License", "BSD", "BSD License", "ISC License (ISCL)", "MIT License"),
+    *(
+        "Apache Software License",
+        "Apache 2.0 License",
+        "Apache 2.0",
+        "BSD",
+        "BSD License",
+        "3-Clause BSD License",
+        "ISC License (ISCL)",
+        "MIT License",
+    ),
     *("Mozilla Public License 2.0 (MPL 2.0)", "Python Software Foundation License", "The Unlicense (Unlicense)"),
 }
 # What is used unmodified, is not handed on with this project, and why it is there.

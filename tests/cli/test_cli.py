@@ -12,6 +12,7 @@ import yaml
 import ptmoe
 from ptmoe.cli.options import described_fields
 from ptmoe.compare import ComparePlan
+from ptmoe.compare.search import TunePlan
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.train import TrainOptions
@@ -71,7 +72,9 @@ def test_importing_the_package_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "-h"], ["compare", "-h"], ["eval", "-h"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "-h"], ["compare", "-h"], ["tune", "-h"], ["eval", "-h"]], ids=" ".join
+)
 def test_help_imports_nothing_heavy(arguments):
     code = (
         f"import sys; sys.argv = ['ptmoe', *{arguments}]\n"
@@ -84,7 +87,7 @@ def test_help_imports_nothing_heavy(arguments):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-COMMANDS = "quickstart train generate eval score compare inspect params tasks convert".split()
+COMMANDS = "quickstart train generate eval score compare tune inspect params tasks convert".split()
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -119,6 +122,7 @@ def shown_options(run, *arguments):
     [
         ("train", TrainOptions, {}, {"trainer"}),
         ("compare", ComparePlan, {"methods": "--method", "tasks": "--task", "eval_tasks": "--eval-task"}, {"train"}),
+        ("tune", TunePlan, {}, {"trainer"}),
     ],
 )
 def test_every_field_is_an_option_with_its_description(run, command, settings, renamed, unoffered):
@@ -144,7 +148,7 @@ def test_a_methods_help_shows_the_fields_of_its_config_and_no_others(run, method
 
 def test_no_method_has_a_field_of_the_runs_own_options():
     fields = {name for config in METHODS.values() for name in (*config.model_fields, *config.shorthands)}
-    assert not fields & TrainOptions.model_fields.keys()
+    assert not fields & TunePlan.model_fields.keys(), "which are those of TrainOptions, and a search's own"
 
 
 def test_choices_are_shown_in_the_help_and_in_the_error(run):

@@ -16,7 +16,8 @@ from ptmoe.compare import ComparePlan, fit_budget, parse_budget, prepare, read_p
 from ptmoe.compare import workers as workers_module
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.presets import NANO_BUDGET, PRESETS
-from ptmoe.compare.run import Watcher, compare
+from ptmoe.compare.run import compare
+from ptmoe.compare.watcher import Watcher
 from ptmoe.compare.workers import Workers
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, PTMoEConfig
@@ -375,6 +376,9 @@ MISTAKES = {
     ): "unknown model 'nowhere': needs nano, smollm2, a folder, a GGUF file, or",
     ("--task", "nano/mixed", "--max-steps", "0"): "max_steps=0",
     ("--task", "nano/mixed", "--eval-task", "svamp", "--data-dir", "."): "holds no test split of svamp",
+    ("--task", "nano/mixed", "--on", "spark"): "on 'spark': needs processes, ray, ray://auto for the cluster",
+    ("--task", "nano/mixed", "--gpus-per-cell", "1.5"): "1.5 GPUs: needs a fraction of one, or whole ones",
+    ("--task", "nano/mixed", "--gpus-per-cell", "0.5"): "gpus_per_cell=0.5 is for --on ray: processes share the GPU",
     ("--task", "math_problems"): "no cell is left: math_problems: math_problems has no train split",
     ("--task", "nano/mixed", "--budget", "100"): "pt: budget 100 is below pt's smallest size (num_virtual_tokens=1)",
     (

@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 
 
-def started(folder, jobs):
-    """The process and its children, once a cell is being trained."""
-    command = [sys.executable, "-m", "ptmoe", "compare", "--model", "nano", "--task", "nano/mixed", "--method", "pt"]
-    command += ["--seeds", "2", "--max-steps", "40", "--eval-examples", "8", "--jobs", jobs, "--output-dir", folder]
+def started(folder, jobs, *options, command="compare", sign="metrics.jsonl"):
+    """The process and its children, once a cell is being trained, or a file of another name is there."""
+    own = ["--seeds", "2", "--eval-examples", "8"] if command == "compare" else []
+    command = [sys.executable, "-m", "ptmoe", command, "--model", "nano", "--task", "nano/mixed", "--method", "pt"]
+    command += [*own, "--max-steps", "40", "--jobs", jobs, "--output-dir", folder, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not list(folder.rglob("metrics.jsonl")):
+    while process.poll() is None and not list(folder.rglob(sign)):
         time.sleep(0.1)
     assert process.poll() is None, process.stderr.read()
     return process, children(process.pid)
@@ -29,6 +30,10 @@ def children(parent):
         if int(fields[1]) == parent:
             found.append(int(path.parent.name))
     return found
+
+
+def descendants(parent):
+    return [pid for child in children(parent) for pid in (child, *descendants(child))]
 
 
 def alive(pid):

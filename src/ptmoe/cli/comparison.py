@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -13,6 +11,7 @@ from rich.table import Table
 
 from ptmoe import nano
 from ptmoe.cli.console import Console
+from ptmoe.cli.interruption import ends_with_a_signal
 from ptmoe.cli.options import given
 from ptmoe.errors import PtmoeError, near
 
@@ -101,22 +100,8 @@ def _compare(
     # The report's libraries are optional: a missing one should show before the training, not after.
     from ptmoe.report import comparison_summary, write_report
 
-    ended_by = signal.SIGINT
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        nonlocal ended_by
-        ended_by = signal.SIGTERM
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)  # its workers end with it, as with Ctrl-C
-    try:
-        with progress_bar(console) as progress:
-            failed = run.compare(comparison, ComparisonBars(comparison, progress))
-    except KeyboardInterrupt as stopped:
-        console.print(f"stopped; continue with: ptmoe compare {folder}")
-        raise SystemExit(getattr(stopped.__cause__, "status", 128 + ended_by)) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with ends_with_a_signal(f"ptmoe compare {folder}", console), progress_bar(console) as progress:
+        failed = run.compare(comparison, ComparisonBars(comparison, progress))
     if len(comparison.unfinished) < len(comparison.cells):
         console.print(comparison_summary(folder))
         console.print(f"report: {write_report(folder, command)}")
@@ -167,5 +152,12 @@ def _show(comparison: Comparison, console: Console) -> None:
         console.print(f"left out: {left_out}")
     console.print(
         f"{len(comparison.cells)} cells (seeds {', '.join(map(str, plan.seeds))}), {len(unfinished)} to run, "
-        f"{comparison.jobs} at once, in {comparison.folder.path}",
+        f"{_at_once(comparison)}, in {comparison.folder.path}",
     )
+
+
+def _at_once(comparison: Comparison) -> str:
+    jobs, on = comparison.plan.jobs, comparison.plan.on
+    if on == "processes":
+        return f"{comparison.jobs} at once"
+    return f"{f'at most {jobs}' if jobs else 'as many as there is room for'} at once on {on}"

@@ -18,6 +18,7 @@ from ptmoe.cli.options import HELP, command_of
 from ptmoe.cli.serving import chat, serve
 from ptmoe.cli.tables import params, tasks, tasks_show
 from ptmoe.cli.training import train
+from ptmoe.cli.tuning import tune
 from ptmoe.cli.verification import verify
 from ptmoe.errors import PtmoeError, system_error
 
@@ -71,6 +72,7 @@ def harness(context: typer.Context) -> None:
 
 
 app.command(cls=command_of("ptmoe.compare.plan:ComparePlan"))(compare)
+app.command(cls=command_of("ptmoe.compare.search:TunePlan", methods=True))(tune)
 app.command(cls=base_options)(inspect)
 app.command(cls=command_of(TRAIN_OPTIONS, "revision"))(params)
 tasks_app = typer.Typer(help="List the tasks, or show one task's examples.", invoke_without_command=True)

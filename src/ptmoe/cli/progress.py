@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ptmoe.compare.run import Comparison, Watcher
+from ptmoe.compare.run import Comparison
+from ptmoe.compare.watcher import Watcher
 from ptmoe.runs.folders import read_run
 
 if TYPE_CHECKING:

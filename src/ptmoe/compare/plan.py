@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from ptmoe.compare.presets import PRESETS
@@ -103,6 +103,15 @@ def budgets(value: Any) -> list[int]:
     return [parse_budget(budget) for budget in _listed(value) or []]
 
 
+def _whole_gpus(value: float) -> float:
+    if value > 1 and value != round(value):
+        raise ValueError(f"{value:g} GPUs: needs a fraction of one, or whole ones")
+    return value
+
+
+Gpus = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_whole_gpus)]
+
+
 class ComparePlan(SharedOptions):
     """A comparison. Each field is an option of `ptmoe compare`, except `train`, which only a YAML file can set.
 
@@ -110,7 +119,13 @@ class ComparePlan(SharedOptions):
     `learning_rate` and a `budget` (None for none); a `label` names it in tables and folders.
     """
 
-    unwritten: ClassVar[set[str]] = {"output_dir", "strict", "jobs"}  # how the command works, not what is compared
+    unwritten: ClassVar[set[str]] = {
+        "output_dir",
+        "strict",
+        "on",
+        "jobs",
+        "gpus_per_cell",
+    }  # how the command works, not what is compared
 
     preset: str | None = None
     """quickstart, paper-qa, paper-math, ablate-length, -experts, -size, -routing, -init or -noise; with --model nano on
@@ -150,7 +165,19 @@ class ComparePlan(SharedOptions):
     strict: bool = False
     """stop at what cannot be run, instead of leaving it out"""
     jobs: Count | None = None
-    """cells at once, each in a process with its share of the cores; by default 1, on nano as many as there are cores"""
+    """cells at once, each in a process with its share of the cores; by default 1, on nano as many as there are cores;
+    on a cluster as many as it has room for"""
+    on: str = "processes"
+    """where cells run: processes; ray, which starts Ray on this machine; ray://auto, the Ray cluster that this machine
+    belongs to; ray://HOST:PORT, one by its client server"""
+    gpus_per_cell: Gpus | None = None
+    """on Ray; 0.25 lets four cells share a GPU; by default 1 where there are any"""
+
+    @model_validator(mode="after")
+    def _gpus_of_ray(self) -> Self:
+        if self.gpus_per_cell is not None and self.on == "processes":
+            raise ValueError(f"gpus_per_cell={self.gpus_per_cell:g} is for --on ray: processes share the GPU")
+        return self
 
     def differences(self, other: Self) -> list[str]:
         """What a run that continues this plan may not change, each as a sentence."""

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, redirect_stderr
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from ptmoe import nano
-from ptmoe.compare import workers
 from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, trainable_tasks, variants
+from ptmoe.compare.executors import Executor, executor, inline
 from ptmoe.compare.folder import ComparisonFolder
+from ptmoe.compare.on_ray import check_place
 from ptmoe.compare.plan import ComparePlan
+from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import check_quantization, commit_of, load_config
-from ptmoe.runs.folders import LOG_FILE, PLAN_FILE
+from ptmoe.runs.folders import PLAN_FILE
 from ptmoe.runs.records import Failure
 
 MOST_JOBS = 8  # by default; each loads the base once more
-
-
-class Watcher:
-    """Called with what happens, cell by cell, and does nothing with it. Calls may come from several threads."""
-
-    def started(self, cell: Cell) -> None: ...
-
-    def step(self, cell: Cell, done: int, steps: int, loss: float | None) -> None: ...
-
-    def message(self, cell: Cell, text: str) -> None: ...
-
-    def ended(self, cell: Cell, outcome: int | str) -> None:
-        """With its number of trainable parameters, or what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +41,7 @@ class Comparison:
 
     @property
     def jobs(self) -> int:
-        """How many cells run at once."""
+        """How many cells run at once on this machine, unless it has GPUs and Ray gives each cell its own."""
         usual = min(os.cpu_count() or 1, MOST_JOBS) if self.plan.model == nano.NAME else 1
         return min(self.plan.jobs or usual, max(1, len(self.unfinished)))
 
@@ -69,8 +56,9 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
 
     Raises:
         PtmoeError: an unknown model, method, task or option; no data; a folder of another comparison; no cell that can
-            be run, or with `strict` one that cannot.
+            be run, or with `strict` one that cannot; Ray, where it is asked for and not installed.
     """
+    check_place(plan.on)
     check_quantization(plan.quantization)
     plan = plan.replace(revision=commit_of(plan.model, plan.revision))
     config = load_config(plan.model, revision=plan.revision)
@@ -130,48 +118,18 @@ def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[Fail
         The cells of the plan that failed.
 
     Raises:
-        PtmoeError: another command is using the folder.
+        PtmoeError: another command is using the folder, or Ray cannot be had as the plan asks.
     """
     watcher = watcher or Watcher()
     folder = comparison.folder
     with folder.held():
-        comparison.whole.write(folder.path / PLAN_FILE)
-        with closing(_outcomes(comparison, watcher)) as outcomes:
-            for cell, outcome in outcomes:
-                folder.finish(cell, outcome)
-                watcher.ended(cell, outcome)
+        cells = comparison.unfinished
+        chosen = executor(comparison.plan, comparison.jobs) if cells else nullcontext[Executor](inline)
+        with chosen as run:
+            comparison.whole.write(folder.path / PLAN_FILE)
+            with closing(run(cells, folder, watcher)) as outcomes:
+                for cell, outcome in outcomes:
+                    folder.finish(cell, outcome)
+                    watcher.ended(cell, outcome)
         planned = {cell.key for cell in comparison.cells}
         return [failure for failure in folder.failures() if failure.cell in planned]
-
-
-def _outcomes(comparison: Comparison, watcher: Watcher) -> Generator[tuple[Cell, int | str], None, None]:
-    """Each unfinished cell with its number of trainable parameters, or what went wrong."""
-    folder, log, cells = comparison.folder, comparison.folder.path / LOG_FILE, comparison.unfinished
-
-    def attempt(cell: Cell, run: Callable[..., int]) -> int | str:
-        shutil.rmtree(folder.run_folder(cell), ignore_errors=True)  # what an interrupted run has left
-        watcher.started(cell)
-        try:
-            return run(
-                cell.options.replace(output_dir=str(folder.run_folder(cell))),
-                lambda done, steps, loss: watcher.step(cell, done, steps, loss),
-                lambda text: watcher.message(cell, text),
-            )
-        except Exception as error:
-            return workers.error_message(error)
-
-    if comparison.jobs == 1:
-        for cell in cells:
-            with log.open("a") as printed, redirect_stderr(printed):
-                outcome = attempt(cell, workers.run_cell)
-            yield cell, outcome
-        return
-    processes = workers.Workers(comparison.jobs, log)
-    pool = ThreadPoolExecutor(comparison.jobs)
-    try:
-        waiting = {pool.submit(attempt, cell, processes.run): cell for cell in cells}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        processes.stop()

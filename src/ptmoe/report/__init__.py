@@ -11,6 +11,7 @@ _HOMES = {
     "routing_figures": "figures",
     "write_report": "page",
     "write_run_report": "page",
+    "write_tuning_report": "tuning",
 }
 
 __all__ = list(_HOMES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import yaml
 from ptmoe.files import write_whole
 from ptmoe.report.comparison import AVERAGE, Comparison, counted_states, read_comparison, single_run
 from ptmoe.report.figures import styles
-from ptmoe.report.gallery import Gallery
+from ptmoe.report.gallery import Gallery, Section
 from ptmoe.report.results import ALPHA, Board, Score, boards
 from ptmoe.report.sections import p_text, sections, trained_text
 from ptmoe.report.table import file_name, metric_name
@@ -48,10 +48,40 @@ def write_report(folder: str | Path, command: str | None = None) -> Path:
 
 
 def _write(comparison: Comparison, command: str | None = None) -> Path:
-    from jinja2 import Environment, StrictUndefined  # `figures` says how to install it
-
     folder, first, found = comparison.folder, comparison.cells[0], boards(comparison)
     shown = list(sections(comparison, found, Gallery(folder / "figures", styles(comparison.methods))))
+    verb, file, title = "compare", folder / PLAN_FILE, f"Comparison {folder.resolve().name}"
+    if comparison.single:
+        verb, file, title = "train", folder / CONFIG_FILE, f"{first.label} on {first.task}"
+    if command is None:
+        trained = any(cell.trainable_parameters for cell in comparison.cells)
+        command = f"ptmoe {verb} {shlex.quote(file.as_posix())}" if trained else ""
+    return write_page(
+        folder,
+        shown,
+        title=str(comparison.plan.get("title") or title),
+        subtitle=_extent(comparison),
+        summary=[_in_words(comparison, board) for board in found if board.ranks] or ["Nothing was evaluated."],
+        warnings=list(_warnings(comparison)),
+        documents=list(_documents(comparison, file)),
+        command=command,
+    )
+
+
+def write_page(
+    folder: Path,
+    shown: list[Section],
+    *,
+    title: str,
+    subtitle: str,
+    summary: list[str],
+    documents: list[tuple[str, str]],
+    command: str,
+    warnings: Sequence[tuple[str, list[str]]] = (),
+) -> Path:
+    """`report.html`, and `tables/*` of its sections."""
+    from jinja2 import Environment, StrictUndefined  # `figures` says how to install it
+
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     used: set[str] = set()
     for table in (table for section in shown for table in section.tables):
@@ -59,23 +89,17 @@ def _write(comparison: Comparison, command: str | None = None) -> Path:
         used.add(table.name)
         for name, (_, text, _) in table.files().items():
             write_whole(folder / "tables" / name, text)
-    verb, file, title = "compare", folder / PLAN_FILE, f"Comparison {folder.resolve().name}"
-    if comparison.single:
-        verb, file, title = "train", folder / CONFIG_FILE, f"{first.label} on {first.task}"
-    if command is None:
-        trained = any(cell.trainable_parameters for cell in comparison.cells)
-        command = f"ptmoe {verb} {shlex.quote(file.as_posix())}" if trained else ""
     text = files("ptmoe.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(text).render(
         parts=lambda name: re.findall(rf"[^\W_]{{1,{LONGEST_PART}}}[\W_]*|[\W_]+", name),
         file_name=file_name,
-        title=str(comparison.plan.get("title") or title),
-        subtitle=_extent(comparison),
-        summary=[_in_words(comparison, board) for board in found if board.ranks] or ["Nothing was evaluated."],
-        warnings=list(_warnings(comparison)),
+        title=title,
+        subtitle=subtitle,
+        summary=summary,
+        warnings=warnings,
         sections=shown,
-        documents=list(_documents(comparison, file)),
+        documents=documents,
         command=command,
     )
     path = folder / "report.html"

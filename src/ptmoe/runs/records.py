@@ -14,6 +14,10 @@ COMPARISON/comparison.yaml            `ptmoe.compare.plan.ComparePlan`; below `c
 COMPARISON/cells/LABEL/TASK/seed-N/   a run folder, and cell.json: CellRecord, written last
 COMPARISON/failed.jsonl               Failure, one for each cell that failed when it was last run
 
+SEARCH/tune.yaml                      `ptmoe.compare.search.TunePlan`
+SEARCH/trials.jsonl                   TrialRecord, one for each trial that ended
+SEARCH/best.yaml                      the best trial's `TrainOptions`
+
 A key that a folder written earlier lacks gets its default, and a key that is not known is ignored.
 """
 
@@ -23,7 +27,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
@@ -32,6 +36,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.files import append, write_whole
 
 COLLAPSED_SHARE = 0.95  # of the inputs on one expert
+State: TypeAlias = Literal["finished", "stopped", "failed"]
 OLD_FOLDER = "if an earlier version of ptmoe wrote it, evaluate or train again with this one"
 
 
@@ -317,6 +322,24 @@ class Failure(Record):
     @property
     def cell(self) -> tuple[str, str, int | None]:
         return self.label, self.task, self.seed
+
+
+class TrialRecord(Record):
+    """A trial of a search that ended.
+
+    Attributes:
+        number: in the order in which they are drawn.
+        settings: that differ from the search's own.
+        scores: the steps after which it was validated, and the scores, in percent.
+        state: whether it trained to its end, was stopped before because others did better, or failed.
+        error: why it failed.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    scores: list[tuple[int, float]]
+    state: State
+    error: str | None = None
 
 
 @dataclass(frozen=True)

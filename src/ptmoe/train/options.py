@@ -221,7 +221,7 @@ class TrainOptions(SharedOptions):
         return self
 
     @classmethod
-    def read(cls, path: str | Path, **changes: Any) -> TrainOptions:
+    def read(cls, path: str | Path, **changes: Any) -> Self:
         """From a YAML file; `changes` take precedence, for `method` field by field.
 
         Raises:

@@ -1,0 +1,155 @@
+"""Looking for settings: trials of one training with different values, those that fall behind stopped early (ASHA).
+
+    ptmoe tune --task gsm8k --trials 20 --search learning_rate=0.001..0.1 --search rank=8,16,36
+
+A trial's score is that of examples of the training split which no trial trains on; the test split stays unseen. The
+trials follow from the seed, and what each scored is kept in `trials.jsonl`: the same command finishes what was broken
+off. Ray keeps its own records in pickles, which are deleted with its folder and never read.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ptmoe.compare.on_ray import RETRIES, session
+from ptmoe.compare.search import TunePlan, drawn
+from ptmoe.errors import PtmoeError
+from ptmoe.runs.folders import BEST_FILE, TRIALS_FILE, TUNE_FILE, writing
+from ptmoe.runs.records import State, TrialRecord, write_lines
+from ptmoe.tasks import Problems
+
+REDUCTION = 3  # of the trials that come so far, ASHA lets one in three go on
+STORAGE = ".ray"
+
+
+def count_examples(plan: TunePlan, say: Callable[[str], None]) -> int:
+    """How many examples there are to train and to validate on.
+
+    Raises:
+        PtmoeError: missing or bad data, or no more than half of them would be left to train on.
+    """
+    from ptmoe.train.examples import training_examples
+
+    limit = None if plan.max_examples is None else plan.max_examples + plan.validation_examples
+    options = plan.trial({}, max_examples=None)
+    problems = Problems(skip=plan.skip_bad, at_once=plan.data is None)
+    count = sum(1 for _ in islice(training_examples(options, problems, say), limit))
+    if count < 2 * plan.validation_examples:
+        raise PtmoeError(
+            f"{count:,} examples, and {plan.validation_examples:,} of them are to validate on: lower "
+            f"--validation-examples to {count // 2:,} or less"
+            if count > 1
+            else "one example: a search needs some to train and others to validate on"
+        )
+    return count
+
+
+def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) -> list[TrialRecord]:
+    """Run the trials that are not finished, and write the best settings to `best.yaml`, which `ptmoe train` takes.
+
+    Args:
+        plan: from `resolved`.
+        folder: of the search; `plan`'s, or a new one.
+        say: gets a line for each trial that ends.
+
+    Returns:
+        All trials in their order.
+
+    Raises:
+        PtmoeError: the folder holds another search, Ray cannot be had, or the data cannot.
+    """
+    if (folder / TUNE_FILE).is_file():
+        before = TunePlan.read(folder / TUNE_FILE)
+        names = [name for name in TunePlan.model_fields if name not in plan.unwritten | {"trials"}]
+        if other := [name for name in names if getattr(before, name) != getattr(plan, name)]:
+            raise PtmoeError(f"{folder} holds another search ({', '.join(other)}): choose another --output-dir")
+    elif folder.exists() and any(folder.glob("[!.]*")):
+        raise PtmoeError(f"{folder} holds something other than a search: choose another --output-dir")
+    examples, settings = count_examples(plan, say), drawn(plan)
+    with writing(folder, "another ptmoe tune is running in"):
+        path = folder / TRIALS_FILE
+        known = {record.number: record for record in (TrialRecord.read_lines(path) if path.exists() else [])}
+        todo = [number for number in range(plan.trials) if number not in known or known[number].state == "failed"]
+        if todo:
+            known = {number: record for number, record in known.items() if number not in todo}
+            with session(plan.on, plan.jobs or 1, plan.jobs, plan.gpus_per_trial) as room:
+                plan.write(folder / TUNE_FILE)
+                _fit(room, plan, folder, examples, settings, known, say)
+        records = [known[number] for number in sorted(known)]
+        scored = [record for record in records if record.state != "failed"]
+        if scored:
+            best = plan.trial(best_of(scored).settings)
+            best.write(folder / BEST_FILE)
+    return records
+
+
+def best_of(records: Sequence[TrialRecord]) -> TrialRecord:
+    """The trial with the highest last score among those that came furthest; the first of equal ones."""
+    furthest = max(len(record.scores) for record in records)
+    return max(
+        (record for record in records if len(record.scores) == furthest), key=lambda record: record.scores[-1][1]
+    )
+
+
+def _fit(
+    room: Any,
+    plan: TunePlan,
+    folder: Path,
+    examples: int,
+    settings: list[dict[str, Any]],
+    known: dict[int, TrialRecord],
+    say: Callable[[str], None],
+) -> None:
+    """Run the trials that `known` lacks, and add them to it; the known ones tell ASHA again what they scored."""
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    from ray import tune as ray_tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    from ptmoe.compare.trials import Results, trial
+
+    def ended(number: int, scores: list[tuple[int, float]], whole: bool, error: str | None) -> None:
+        if number in known:
+            return
+        state: State = "failed" if error or not scores else "finished" if whole else "stopped"
+        known[number] = TrialRecord(number=number, settings=settings[number], scores=scores, state=state, error=error)
+        write_lines(folder / TRIALS_FILE, [known[each] for each in sorted(known)])
+        values = ", ".join(f"{name}={value}" for name, value in settings[number].items()) or "as given"
+        last = f"{scores[-1][1]:.1f} % at step {scores[-1][0]:,}" if scores else "no score"
+        say(f"trial {number} ({values}): {state}, {error or last}")
+
+    shutil.rmtree(folder / STORAGE, ignore_errors=True)
+    told = {number: record.scores for number, record in known.items()}
+    plain = {**plan.model_dump(), "output_dir": None}
+    trainable = ray_tune.with_parameters(trial, plan=plain, examples=examples, settings=settings, known=told)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray_tune.Tuner(
+            ray_tune.with_resources(trainable, {"cpu": 1, "gpu": room.gpus}),
+            param_space={"number": ray_tune.grid_search(list(range(plan.trials)))},
+            tune_config=ray_tune.TuneConfig(
+                metric="score",
+                mode="max",
+                scheduler=ASHAScheduler(max_t=plan.evaluations, grace_period=1, reduction_factor=REDUCTION),
+                max_concurrent_trials=room.jobs,
+                reuse_actors=True,  # and with them the libraries; a stopped trial ends in its next report
+            ),
+            run_config=ray_tune.RunConfig(
+                name="tune",
+                storage_path=str((folder / STORAGE).resolve()),
+                failure_config=ray_tune.FailureConfig(max_failures=RETRIES),
+                callbacks=[Results(ended)],
+                verbose=0,
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(folder / STORAGE, ignore_errors=True)
+        with suppress(ValueError):  # not the main thread, where there are none
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

@@ -1,0 +1,177 @@
+"""Searches: what is drawn, what a trial trains on and is scored on, and that a broken-off one goes on."""
+
+import signal
+import time
+from importlib.util import find_spec
+
+import pytest
+import yaml
+
+from ptmoe.compare import on_ray, tuning
+from ptmoe.compare.search import TunePlan, drawn, read_plan, resolved
+from ptmoe.compare.tuning import best_of, count_examples, tune
+from ptmoe.errors import PtmoeError
+from ptmoe.runs.records import TrialRecord
+from ptmoe.train.options import TrainOptions
+from testing.commands import alive, descendants, started
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'ptmoe[ray]'")
+SMALL = {
+    "task": "nano/mixed",
+    "method": "pt:num_virtual_tokens=4",
+    "max_steps": 6,
+    "max_examples": 24,
+    "validation_examples": 8,
+    "per_device_train_batch_size": 4,
+    "evaluations": 3,
+    "trials": 4,
+    "jobs": 2,
+}
+
+
+def plan(**changes):
+    return TunePlan(**{**SMALL, **changes})
+
+
+@pytest.fixture
+def with_ray(monkeypatch):
+    monkeypatch.setattr(on_ray.importlib.util, "find_spec", lambda name: object())
+
+
+def test_the_first_trial_is_the_training_as_given_and_the_others_follow_from_the_seed(with_ray):
+    asked = resolved(plan(method="pt-moe:rank=8,num_virtual_tokens=10", trials=60))
+    assert asked.search.keys() == {"learning_rate", "router_noise", "rank"}
+    settings = drawn(asked)
+    assert settings[0] == {}
+    assert settings == drawn(asked) != drawn(asked.replace(seed=1))
+    usual = asked.learning_rate
+    rates = [each["learning_rate"] for each in settings[1:]]
+    assert all(usual / 10.1 <= rate <= usual * 10.1 for rate in rates)
+    assert sum(rate < usual for rate in rates) > 15, "by the logarithm"
+    assert {each["rank"] for each in settings[1:]} == {2, 4, 8}
+    assert drawn(asked)[:5] == drawn(asked.replace(trials=5)), "more trials add to those that there are"
+    options = asked.trial(settings[7])
+    assert type(options) is TrainOptions
+    assert options.learning_rate == settings[7]["learning_rate"]
+    assert options.method["rank"] == settings[7]["rank"]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("rank=4,8", [4, 8]),
+        ("rank=2..5", "2..5"),
+        ("learning_rate=1e-3..0.1", "1e-3..0.1"),
+        ("warmup_steps=5", [5]),
+    ],
+)
+def test_a_search_is_read_as_people_write_it(text, values):
+    field = text.partition("=")[0]
+    assert plan(search=[text]).search == plan(search={field: values}).search == {field: values}
+
+
+def test_whole_ends_give_whole_numbers_and_every_one_of_them(with_ray):
+    asked = resolved(plan(method="dpt:rank=3,num_virtual_tokens=9", search=["rank=2..5"], trials=80))
+    assert {each.get("rank") for each in drawn(asked)} == {None, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search": ["rank"]}, "search 'rank': needs FIELD=LOW..HIGH or FIELD=VALUE,VALUE"),
+        ({"search": ["rank=5..2"]}, "search rank=5..2: needs two numbers, the lower one first"),
+        ({"search": ["rank=1,2"]}, "search: pt has no 'rank' to vary"),
+        ({"search": ["task=a,b"]}, "search: pt has no 'task' to vary"),
+        ({"search": ["learning_rate=-1,2"]}, "learning_rate=-1"),
+        ({"on": "ray://head:10001"}, "a search runs on ray, or with ray://auto"),
+        ({"on": "processes"}, "a search runs on ray, or with ray://auto"),
+    ],
+)
+def test_a_mistake_is_refused_before_a_trial(changes, message, with_ray):
+    with pytest.raises(PtmoeError, match=message.replace(".", r"\.")):
+        resolved(plan(**changes))
+
+
+def test_a_search_without_ray_is_refused_with_what_to_install(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(on_ray.importlib.util, "find_spec", lambda name: None)
+    status, _, err = run("tune", "--task", "nano/mixed", "--output-dir", tmp_path / "t")
+    assert status == 2
+    assert "--on ray needs Ray, which is not installed: pip install 'ptmoe[ray]'" in err
+    assert not (tmp_path / "t").exists()
+
+
+def test_trials_are_scored_on_training_examples_that_none_trains_on():
+    assert count_examples(plan(), print) == 32
+    assert count_examples(plan(max_examples=8, validation_examples=8), print) == 16
+    with pytest.raises(PtmoeError, match="12 examples, and 8 of them are to validate on: lower --validation-examples"):
+        count_examples(plan(max_examples=4), print)
+
+
+def test_the_best_came_furthest_and_then_scores_highest():
+    def record(number, *scores):
+        return TrialRecord(number=number, settings={}, scores=list(enumerate(scores)), state="stopped")
+
+    assert best_of([record(0, 90), record(1, 10, 20), record(2, 10, 30), record(3, 5, 30)]).number == 2
+
+
+@needs_ray
+def test_a_search_stops_what_falls_behind_reports_and_is_not_run_twice(run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "search"
+    written = {**SMALL, "search": {"learning_rate": [1e-9, 0.03]}, "max_steps": 30, "max_examples": 200}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(written))
+    status, out, err = run("tune", tmp_path / "plan.yaml", "--output-dir", folder)
+    assert status == 0, err
+    records = TrialRecord.read_lines(folder / "trials.jsonl")
+    assert [record.number for record in records] == [0, 1, 2, 3]
+    assert all(record.state in ("finished", "stopped") for record in records)
+    assert any(record.state == "finished" for record in records)
+    whole = [[step for step, _ in record.scores] for record in records if record.state == "finished"]
+    assert whole == [[10, 20, 30]] * len(whole)
+    best = TrainOptions.read(folder / "best.yaml")
+    assert best.max_examples == 200
+    assert (best.learning_rate, best.method["num_virtual_tokens"]) == (0.03, 4)
+    page = (folder / "report.html").read_text()
+    assert "Every trial" in page
+    assert (folder / "figures" / "score-by-step.png").exists()
+    assert f"ptmoe train {folder / 'best.yaml'}" in out
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [
+        "best.yaml",
+        "figures",
+        "report.html",
+        "tables",
+        "trials.jsonl",
+        "tune.yaml",
+    ]
+    assert not (folder / ".ray").exists(), "Ray's pickles"
+    before = (folder / "trials.jsonl").read_bytes()
+    monkeypatch.setattr(tuning, "session", None)
+    assert run("tune", folder)[0] == 0
+    assert (folder / "trials.jsonl").read_bytes() == before
+    with pytest.raises(PtmoeError, match=r"holds another search \(max_steps\): choose another --output-dir"):
+        tune(resolved(read_plan(folder, {"max_steps": 7})), folder)
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_that_is_stopped_leaves_no_process_and_goes_on(tmp_path, number, run):
+    folder = tmp_path / "search"
+    options = ["--trials", "3", "--validation-examples", "8", "--max-examples", "64", "--evaluations", "2"]
+    process, _ = started(folder, 1, *options, command="tune", sign="trials.jsonl")
+    own = descendants(process.pid)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert b"continue with" in out
+    deadline = time.monotonic() + 30
+    while any(map(alive, own)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not list(filter(alive, own))
+    finished = TrialRecord.read_lines(folder / "trials.jsonl")
+    assert len(finished) < 3
+    status, _, err = run("tune", folder)
+    assert status == 0, err
+    records = TrialRecord.read_lines(folder / "trials.jsonl")
+    assert len(records) == 3
+    assert all(record in records for record in finished), "what was finished is as it was"
