@@ -75,7 +75,8 @@ WITH_NUMBERS = [
     CALLING.replace("CALL", '{"function": {"name": "f", "arguments": {"x": [NUMBER]}}}').replace("TOOLS", ""),
     CALLING.replace("CALL", '{"function": {"name": "f"}}').replace("TOOLS", ', "tools": [{"x": {"y": NUMBER}}]'),
 ]
-KEEPS, LOSES = ["7", "0.10", "1e3", "12345678901234567891"], ["NaN", "-Infinity", "1e400", "0.12345678901234567890123"]
+KEEPS = ["7", "0.10", "1e3", "12345678901234567891"]
+LOSES = ["NaN", "-Infinity", "1e400", f"1e-{10**20}", "0.12345678901234567890123"]
 
 
 @pytest.mark.parametrize("number", KEEPS + LOSES)

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +174,15 @@ def _check_numbers(key: str, value: Any) -> None:
     if isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
             _check_numbers(key, part)
-    elif isinstance(value, float) and (
-        not math.isfinite(value) or Decimal(str(value)) != Decimal(float.__repr__(value))
-    ):
+    elif isinstance(value, float) and not _exact(value):
         raise BadRecordError(f"{key!r} holds the number {value}, which a chat template cannot write: give it as text")
+
+
+def _exact(value: float) -> bool:
+    try:
+        return math.isfinite(value) and Decimal(str(value)) == Decimal(float.__repr__(value))
+    except InvalidOperation:  # an exponent of twenty digits
+        return False
 
 
 def _for_the_template(record: dict[str, Any]) -> dict[str, Any]:
