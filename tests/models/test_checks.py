@@ -143,6 +143,7 @@ def test_a_tuner_fits_a_class_or_is_refused_when_it_is_attached(kind, tmp_path):
         except PtmoeError:
             assert kind not in ("llama", "gpt2")
             continue
+        assert not any(module.training for module in model.base_model.modules()), method
         model(**examples).loss.backward()
         weights = [parameter for parameter in model.encoder.parameters() if parameter.grad is not None]
         torch.optim.SGD(weights, 0.01).step()

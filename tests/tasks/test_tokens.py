@@ -320,7 +320,7 @@ def test_a_template_that_leaves_out_a_text_is_refused():
 @pytest.mark.parametrize("left_out", ["user", "assistant", "system", "tool", "calls"])
 def test_a_template_that_leaves_out_an_earlier_turn_is_refused(left_out):
     tokenizer = load_tokenizer("nano")[0]
-    whole = "{{ m.role }}: {{ m.content }}{{ (m.tool_calls or [{}])[0].function.name }}\n"
+    whole = "{{ m.role }}: {{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}\n"
     if left_out == "calls":
         whole = "{{ m.role }}: {{ m.content }}\n"
     earlier = "loop.last or m.tool_calls or m.role != " + repr(left_out)

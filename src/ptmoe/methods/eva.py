@@ -33,6 +33,7 @@ class EVAConfig(LoRAFamilyConfig):
     def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> Injected:
         if batches is None:  # to count its parameters
             return super().encoder_for(base)
+        was_training = base.training
         require_inputs(base, self.target_names(base), next(iter(batches)))
         encoder = super().encoder_for(base)
         from peft import initialize_lora_eva_weights
@@ -50,5 +51,7 @@ class EVAConfig(LoRAFamilyConfig):
         except PtmoeError:
             encoder.remove()
             raise
+        finally:
+            base.train(was_training)  # peft's own wrapper is in training mode
         peft_config.target_modules = targets  # peft has listed every module by its full name
         return encoder
