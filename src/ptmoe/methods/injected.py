@@ -94,6 +94,7 @@ class Injected(WeightEncoder):
         except PtmoeError:
             self.remove()
             raise
+        base.train(base.training)  # with what is new in it
         trainable = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
         for name in list(trainable):
             if config.frozen is not None and config.frozen in name:
