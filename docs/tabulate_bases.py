@@ -6,6 +6,8 @@ python docs/tabulate_bases.py [--write]     prints the table, or writes it into 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -147,17 +149,20 @@ def tried(model_type: str) -> tuple[str, str]:
     return "works" if path.left_padding else "works, row by row", "; ".join(filter(None, carried))
 
 
-def rows() -> list[tuple[str, str, str, str]]:
-    """Model type, class, verdict and remark of each."""
-    named = {kind: name for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if kind in CONFIG_MAPPING}
-    return [(kind, name, *tried(kind)) for kind, name in named.items()]
+def model_types() -> list[str]:
+    """All that have a config of their own, in the order of `transformers`."""
+    return [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING]
+
+
+def row(model_type: str) -> str:
+    with contextlib.redirect_stdout(sys.stderr):  # some classes print
+        verdict, remark = tried(model_type)
+    cells = (model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], verdict, remark.replace("|", ""))
+    return f"| {' | '.join(cells)} |"
 
 
 def main(write: bool) -> None:
-    table = rows()
-    lines = ["| model type | class | | |", "|---|---|---|---|"]
-    lines += [f"| {kind} | {name} | {verdict} | {remark.replace('|', '')} |" for kind, name, verdict, remark in table]
-    text = "\n".join(lines)
+    text = "\n".join(["| model type | class | | |", "|---|---|---|---|", *map(row, model_types())])
     if not write:
         print(text)
         return

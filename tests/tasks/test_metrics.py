@@ -359,7 +359,7 @@ UNSPACED = (
 MINUS = (
     *("The answer is - {}", "The answer is negative {}.", "#### - {}", "= - {}", "x = - {}", "- {}", "minus {}"),
     *(r"\boxed{{- {}}}", "The answer is -{}", "(- {})", "Answer: - ${}", "It is minus {} degrees", "It is \u2011 {}"),
-    "Negative {}",
+    *("Negative {}", "答案是负{}。", "答えはマイナス{}です", "정답은 영하 {}도", "$- {}$", "$ - {}"),
 )
 
 
@@ -374,6 +374,35 @@ def test_numbers_beside_letters_and_signs_that_stand_apart_are_read():
         completion = rng.choice(MINUS).format(written)
         assert accuracy(completion, str(-value)) == 1.0, completion
         assert accuracy(completion, str(value)) == 0.0, completion
+
+
+FACTORS = ("π", " π", r"\pi", " pi", "*pi", "pi", "√2", r"\sqrt{2}", " sqrt(3)", "*sqrt(3)", "θ", "α", "i", r"\pi r^2")
+UNITS = (" µm", "μm", " Ω", "m", " km", "%", "个", "元", " inches", " i.e. all", "!")
+
+
+def test_a_factor_of_an_expression_is_not_the_number_and_a_unit_is_none():
+    for number in (2, 7, 31, 1200):
+        for factor in FACTORS:
+            for setting in ("{}", "The answer is {}.", "So it is {}", r"\boxed{{{}}}", "${}$"):
+                completion = setting.format(f"{number}{factor}")
+                for other in (number, 2, 3):
+                    assert accuracy(completion, str(other)) == 0.0, (completion, other)
+        for unit in UNITS:
+            assert accuracy(f"The answer is {number}{unit}", str(number)) == 1.0, unit
+        for completion in (f"±{number}", f"x = ± {number}", rf"\boxed{{\pm {number}}}", rf"\boxed{{{number}!}}"):
+            assert accuracy(completion, str(number)) == 0.0, completion
+
+
+def test_numbers_in_tens_of_thousands_and_parts_are_read_by_value():
+    for number in (1, 3, 12, 250):
+        for sign, power in (("万", 4), ("萬", 4), ("만", 4), ("億", 8), ("亿", 8)):
+            value = number * 10**power
+            assert accuracy(f"答案是{number}{sign}", str(value)) == accuracy(f"{number}.5{sign}人", f"{value:,}") + 1
+            assert accuracy(f"一共{number}{sign}元", str(number)) == 0.0
+            assert accuracy(f"{number}{sign}5", "5") == accuracy(f"{number}{sign}5", str(number)) == 0.0
+        for between in ("分之", "分の", "분의 "):
+            assert accuracy(f"答え: {number + 1}{between}1", f"1/{number + 1}") == 1.0
+            assert accuracy(f"答え: {number + 1}{between}1", "1") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -419,6 +448,9 @@ EXPRESSIONS = {  # gold: (right, wrong)
     ),
     "9^{9^{9^9}}": ([r"\boxed{9^{ 9^{9^9}}}"], ["9", r"\boxed{9^{9^9}}"]),  # too large: only as it is written
     "2^{10}": ([r"\boxed{1024}", r"\boxed{4^5}"], ["2", "10", "20"]),
+    r"\frac{\pi}{7}": (["pi/7", "π/7"], ["pi", "7", "1/7"]),
+    r"4\sqrt{5}": (["4*sqrt(5)", "4 sqrt(5)"], ["4", "5", "sqrt(5)"]),
+    r"\{3,8\}": ([r"\boxed{\{8, 3\}}"], ["3", "8", r"\boxed{\{3,5\}}"]),
 }
 
 
@@ -441,6 +473,8 @@ def test_an_expression_is_met_by_an_equal_one_and_by_no_part_of_it(gold):
         (r"\boxed{5x}", "5", 0),
         (r"\boxed{\sqrt{4}}", "2", 1),
         (r"\boxed{x = 5}", "5", 1),
+        (r"\boxed{5^2}", "25", 1),
+        (r"\boxed{5^2}", "5", 0),
         (r"\boxed{\frac{\frac{1}{2}}{3}}", "1/6", 1),
         (r"\boxed{36\text{ cm}^2}", "36", 1),
         (r"\boxed{90^\circ}", "90", 1),

@@ -13,7 +13,8 @@ import ptmoe
 from ptmoe.tasks import Problems, load_task
 from ptmoe.tasks.local import load, other_form
 from ptmoe.tasks.problems import BadRecordError
-from ptmoe.tasks.records import Written, number_text, text_of
+from ptmoe.tasks.records import number_text, text_of
+from ptmoe.tasks.written import Written
 
 
 @pytest.fixture
@@ -68,6 +69,46 @@ def test_what_is_no_number_is_a_bad_record(constant, written):
         load_task("math_problems", data_dir=written(f'[{{"question": "a?", "answer": {constant}}}]', name="m.json"))
 
 
+CALLING = """{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]},
+ {"role": "assistant", "content": "b"}]TOOLS}""".replace("\n", "")
+WITH_NUMBERS = [
+    CALLING.replace("CALL", '{"function": {"name": "f", "arguments": {"x": [NUMBER]}}}').replace("TOOLS", ""),
+    CALLING.replace("CALL", '{"function": {"name": "f"}}').replace("TOOLS", ', "tools": [{"x": {"y": NUMBER}}]'),
+]
+KEEPS = ["7", "0.10", "1e3", "12345678901234567891"]
+LOSES = ["NaN", "-Infinity", "1e400", f"1e-{10**20}", "0.12345678901234567890123"]
+
+
+@pytest.mark.parametrize("number", KEEPS + LOSES)
+@pytest.mark.parametrize("line", WITH_NUMBERS)
+def test_a_number_that_no_template_writes_as_it_stands_is_a_bad_record(number, line, written):
+    path = written('{"prompt": "a", "completion": "b"}', line.replace("NUMBER", number))
+    if number in KEEPS:
+        assert len(load(path)) == 2
+        return
+    with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:2: '\w+' holds the number .* cannot write"):
+        load(path)
+    assert len(load(path, problems=Problems(skip=True))) == 1
+
+
+@pytest.mark.parametrize(
+    "twice",
+    ['{"prompt": "a", "completion": "b", "prompt": "c"}', '{"question": "a", "answer": 1, "answer": 2}',
+     '{"messages": [{"role": "user", "content": "a", "content": "c"}, {"role": "assistant", "content": "b"}]}'],
+)  # fmt: skip
+def test_a_key_that_stands_twice_is_a_bad_record_and_the_next_is_read(twice, written):
+    good = '{"prompt": "a", "completion": "b"}'
+    path = written(good, twice, '{"prompt": "broken', good)
+    with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:2: has the key '\w+' twice\n.*d\.jsonl:3: not JSON"):
+        load(path)
+    assert len(load(path, problems=Problems(skip=True))) == 2
+    row = '{"question": "a", "answer": 1}'
+    path = written(f"[{row},\n{twice},\n{row}]", name="m.json")
+    with pytest.raises(ptmoe.PtmoeError, match=r"m\.json:2: has the key '\w+' twice"):
+        load_task("math_problems", data_dir=path)
+    assert len(load_task("math_problems", data_dir=path, problems=Problems(skip=True))) == 2
+
+
 def test_an_integer_longer_than_python_reads_is_a_bad_record(written):
     path = written({"prompt": "a", "completion": "b"}, f'{{"prompt": "a", "completion": {"9" * 5000}}}')
     with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:2: not JSON that can be read \(Exceeds the limit"):
@@ -93,8 +134,10 @@ def test_ids_are_kept_as_they_are_and_a_list_is_none(written):
     ids = [7, "7a", 12345678901234567891, 1.50]
     path = written(*(f'{{"id": {json.dumps(one)}, "prompt": "a", "completion": "b"}}' for one in ids[:3]))
     assert [example.id for example in load(path)] == ["7", "7a", "12345678901234567891"]
-    with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:1: 'id' is list, needs text or a number"):
-        load(written({"id": [1], "prompt": "a", "completion": "b"}))
+    for key, value in (("id", [1]), ("id", True), ("domain", False)):
+        kind = type(value).__name__
+        with pytest.raises(ptmoe.PtmoeError, match=rf"d\.jsonl:1: '{key}' is {kind}, needs text or a number"):
+            load(written({key: value, "prompt": "a", "completion": "b"}))
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

@@ -178,6 +178,11 @@ TOOL = {
 REASONING = {"reasoning_content": "four and three"}
 
 
+CALLED = {"type": "function", "function": {"name": "adder", "arguments": {}}}
+CALL = {"role": "assistant", "content": None, "tool_calls": [CALLED]}
+SAID = {"role": "tool", "content": '{"sum": "7"}', "name": "adder"}
+
+
 def with_template(name):
     tokenizer = load_tokenizer("nano")[0]
     tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text()
@@ -210,6 +215,7 @@ CONVERSATIONS = {
     "with a system turn": example("", "Seven.", messages=(SYSTEM, *TURNS)),
     "with reasoning": example("", "Seven.", messages=TURNS, reply=REASONING),
     "with tools": example("", "Seven.", messages=TURNS, template={"tools": [TOOL]}),
+    "with a tool's answer": example("", "Seven.", messages=(*TURNS, CALL, SAID), template={"tools": [TOOL]}),
     "two in a row": example("", "Seven.", messages=(TURNS[0], *TURNS)),
 }
 
@@ -234,9 +240,11 @@ def test_a_conversation_is_what_its_template_writes_or_is_refused(name, monkeypa
         written = rendered(tokenizer, [*item.messages, answer], **options)
         assert whole in [text.removesuffix(tokenizer.eos_token) for text in written]
         said = decoded(tokenizer, ids[0] + ids[1])
-        for part in [turn["content"] for turn in item.messages] + list(item.reply.values()) + [item.target]:
+        texts = [turn["content"] for turn in item.messages if turn["content"] and turn["role"] != "tool"]
+        for part in texts + list(item.reply.values()) + [item.target]:
             assert part in said, (kind, part)
-        assert ("adder" in said) is (kind == "with tools")
+        assert ("adder" in said) is ("tool" in kind)
+        assert SAID not in item.messages or SAID["content"] in said.replace('\\"', '"')
         outcomes[kind] = said
     assert "Seven." in outcomes["short"] or "differently with and without its last answer" in outcomes["short"]
     assert all(outcome for outcome in outcomes.values())
@@ -307,6 +315,21 @@ def test_a_template_that_leaves_out_a_text_is_refused():
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.text }}\n{% endfor %}"
     with pytest.raises(BadRecordError, match="the chat template leaves out what a message says"):
         encode_prompt(CONVERSATIONS["short"], tokenizer)
+
+
+@pytest.mark.parametrize("left_out", ["user", "assistant", "system", "tool", "calls"])
+def test_a_template_that_leaves_out_an_earlier_turn_is_refused(left_out):
+    tokenizer = load_tokenizer("nano")[0]
+    whole = "{{ m.role }}: {{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}\n"
+    if left_out == "calls":
+        whole = "{{ m.role }}: {{ m.content }}\n"
+    earlier = "loop.last or m.tool_calls or m.role != " + repr(left_out)
+    tokenizer.chat_template = f"{{% for m in messages %}}{{% if {earlier} %}}{whole}{{% endif %}}{{% endfor %}}"
+    item = example("", "Seven.", messages=(SYSTEM, *TURNS, CALL, SAID, TURNS[0]))
+    with pytest.raises(BadRecordError, match="the chat template leaves out what a message says"):
+        encode_prompt(item, tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace(earlier, "true").replace("}}\n", "}}{{ m.tool_calls }}\n")
+    assert "adder" in decoded(tokenizer, encode_prompt(item, tokenizer).ids)
 
 
 REFUSING = (

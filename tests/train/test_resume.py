@@ -154,6 +154,8 @@ def test_the_folder_alone_is_enough_and_the_run_ends_as_if_it_had_not_stopped(ru
     assert "method was 'pt-moe', is 'pt'" in err
     status, _, err = run("train", "--resume", "--output-dir", tmp_path / "none")
     assert (status, "holds no run to resume" in err) == (2, True)
+    status, _, err = run("train", "--resume")
+    assert (status, "name it with --output-dir" in err) == (2, True)
 
 
 NOT_FORCED = ("method", "rank", "model", "the data as well", "chat")  # what nano and this data cannot do

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ptmoe.cli.console import Console
+from ptmoe.errors import PtmoeError
 
 
 def train(
@@ -35,6 +36,8 @@ def train(
     options["method"] = {**method_entry(options.get("method", {})), **fields}
     folder = Path(options.get("output_dir", ""))
     given = config is not None or {"task", "data"} & options.keys()
+    if resume and not given and "output_dir" not in options:
+        raise PtmoeError("--resume needs the folder of the run: name it with --output-dir")
     if resume and "output_dir" in options and (not given or (config is None and (folder / CONFIG_FILE).exists())):
         training = recorded(folder, **options)
     else:

@@ -8,7 +8,7 @@ y = (W' + s B A) x = (W + s (B A - B₀ A₀)) x                           A: (R
 from typing import Any
 
 from ptmoe.methods.base import Batches, PreTrainedModel, quantization_of
-from ptmoe.methods.injected import Injected, PeftConfig, model_inputs, peft_errors
+from ptmoe.methods.injected import Injected, PeftConfig, model_inputs, peft_errors, require_inputs
 from ptmoe.methods.pissa import PiSSAConfig
 
 
@@ -29,6 +29,7 @@ class CorDAConfig(PiSSAConfig):
         config, common = self.resolved(base)
         if batches is None:  # to count its parameters
             return self.encoder_class(config, base, self.lora_config(**common))
+        require_inputs(base, common["target_modules"], next(iter(batches)))
         from peft.tuners.lora.corda import preprocess_corda
 
         peft_config = self.initial_peft_config(**common)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches, PreTrainedModel
-from ptmoe.methods.injected import ADAPTER, Injected, PeftConfig, model_inputs, peft_errors
+from ptmoe.methods.injected import ADAPTER, Injected, PeftConfig, model_inputs, peft_errors, require_inputs
 from ptmoe.methods.lora import LoRAFamilyConfig
 
 
@@ -31,9 +31,11 @@ class EVAConfig(LoRAFamilyConfig):
         return self.lora_config(**common)
 
     def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> Injected:
-        encoder = super().encoder_for(base)
         if batches is None:  # to count its parameters
-            return encoder
+            return super().encoder_for(base)
+        was_training = base.training
+        require_inputs(base, self.target_names(base), next(iter(batches)))
+        encoder = super().encoder_for(base)
         from peft import initialize_lora_eva_weights
 
         peft_config = encoder.peft_model.peft_config[ADAPTER]
@@ -49,5 +51,7 @@ class EVAConfig(LoRAFamilyConfig):
         except PtmoeError:
             encoder.remove()
             raise
+        finally:
+            base.train(was_training)  # peft's own wrapper is in training mode
         peft_config.target_modules = targets  # peft has listed every module by its full name
         return encoder

@@ -38,6 +38,30 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": batch.get("attention_mask", torch.ones_like(ids))}
 
 
+def require_inputs(base: PreTrainedModel, names: list[str], batch: dict[str, Tensor]) -> None:
+    """
+    Raises:
+        PtmoeError: a module of these names gets no input from a training batch, so nothing can start from it.
+    """
+    modules = modules_named(base, names)
+    reached: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: reached.add(name)) for name, module in modules.items()
+    ]
+    try:
+        with torch.no_grad():
+            base(**{name: value.to(base.device) for name, value in model_inputs(batch).items()}, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle := [name for name in modules if name not in reached]:
+        raise PtmoeError(
+            f"{len(idle)} of the {len(modules)} modules named {', '.join(names)} in {type(base).__name__} get no input "
+            f"from text ({idle[0]}), and a start from inputs needs some: name the others alone in target_modules, by "
+            "more of their names"
+        )
+
+
 class Injected(WeightEncoder):
     """The modules that `peft` has put into the base. The trainable parameters are its own, in float32."""
 
@@ -56,6 +80,12 @@ class Injected(WeightEncoder):
         self.modules_before = list(modules.values())
         self.weights_before: list[Tensor] = []
         if self.rewrites_weights:
+            weights = [id(module.weight) for module in self.modules_before]
+            if len(set(weights)) < len(weights):
+                raise PtmoeError(
+                    f"{config.method} replaces the weight of each module, and in {type(base).__name__} several of "
+                    f"{', '.join(config.target_modules or [])} share one: take lora, or other target_modules"
+                )
             self.weights_before = [module.weight.detach().clone() for module in self.modules_before]  # type: ignore[operator]
         try:
             with peft_errors(f"{config.method} on {type(base).__name__}"), warnings.catch_warnings():
@@ -64,6 +94,7 @@ class Injected(WeightEncoder):
         except PtmoeError:
             self.remove()
             raise
+        base.train(base.training)  # with what is new in it
         trainable = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
         for name in list(trainable):
             if config.frozen is not None and config.frozen in name:

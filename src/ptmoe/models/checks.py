@@ -92,9 +92,12 @@ def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
     obstacle = None
     try:
         with model.lock, evaluating(model), torch.enable_grad():
-            logits = model(input_ids=probe_ids(base), adapter_names=[name]).logits
-            if config.changes_layers and not logits.requires_grad:
+            rows = list(probe_ids(base, sum(LENGTHS))[0].split(LENGTHS))
+            one, other = (model(input_ids=row[None], adapter_names=[name]).logits[0] for row in rows)
+            if config.changes_layers and not one.requires_grad:
                 obstacle = "none of the modules that it changes computes text: name others in target_modules"
+            if config.fills_cache and max(_off(model, rows, [one, other, other], [name] * 3)):
+                obstacle = "the base counts padding as positions, so a row would depend on its batch; use pt or pt-moe"
     except Exception as error:  # whatever a forward raises
         obstacle = f"the base does not run with it ({reason(error)})"
     if obstacle is not None:
@@ -139,13 +142,15 @@ def _obstacle(model: GeneratingModel) -> str | None:
     return obstacle
 
 
-def _off(model: GeneratingModel, rows: list[Tensor], expected: list[Tensor]) -> list[float]:
+def _off(
+    model: GeneratingModel, rows: list[Tensor], expected: list[Tensor], names: list[str] | None = None
+) -> list[float]:
     """How far our logits are off, alone, behind and before padding."""
     longest, padding = rows[0], rows[0][: LENGTHS[0] - LENGTHS[1]]
     ids = torch.stack([longest, torch.cat([padding, rows[1]]), torch.cat([rows[1], padding])])
     mask = torch.ones_like(ids)
     mask[1, : len(padding)] = mask[2, len(rows[1]) :] = 0
-    logits = model(input_ids=ids, attention_mask=mask).logits
+    logits = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
     return [
         _off_by(model.base_model, wanted, given[real])
         for wanted, given, real in zip(expected, logits, mask.bool(), strict=True)

@@ -144,6 +144,9 @@ class GeneratingModel(ModelWrapper):
         room = None if limit is None else limit - virtual - int(spliced.attention_mask.sum(1).max())
         options, new = self._with_new_tokens(options, input_ids.shape[1], room)
         self.check_length(spliced, prompts, new)
+        if not self.path.left_padding and not bool(spliced.attention_mask.all()):
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            return self._row_by_row(input_ids, mask, input_mask, adapter_names, options)
         base_inputs = self.base_inputs(spliced, prompts, self._copies(options) if virtual else 1)
         if virtual:  # transformers takes the cached positions off what it is given
             padding = spliced.embeds.new_zeros(len(spliced.embeds), virtual, spliced.embeds.shape[2])
@@ -156,24 +159,33 @@ class GeneratingModel(ModelWrapper):
             raise PtmoeError("use_cache=False reads the input again at each token, without its prompt: leave it out")
         if own.get("use_cache") is False:
             options["use_cache"] = True
-        rows = [slice(None)]
-        if not self.path.left_padding and not bool(spliced.attention_mask.all()):
-            rows = [slice(row, row + 1) for row in range(len(input_ids))]
-            if virtual or self._setting(options, "return_dict_in_generate", False):
-                raise PtmoeError(
-                    f"{type(self.base_model).__name__} does not mask padding, so rows of different lengths are "
-                    "generated one after another, as token ids alone: give it one row at a time"
-                )
-        per_layer, made = base_inputs.pop(PER_LAYER, None), []
-        for row in rows:
-            given = base_inputs
-            if len(rows) > 1:
-                real = spliced.attention_mask[row][0].bool()
-                given = {name: value[row, real] for name, value in base_inputs.items()}
-            with self.lock, without_plans(self.base_model), taking_embeddings(self.base_model, per_layer):
-                made.append(self.base_model.generate(input_ids[row], **given, **options))
-        if len(made) == 1:
-            return made[0]
+        per_layer = base_inputs.pop(PER_LAYER, None)
+        with self.lock, without_plans(self.base_model), taking_embeddings(self.base_model, per_layer):
+            return self.base_model.generate(input_ids, **base_inputs, **options)
+
+    def _row_by_row(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        input_mask: Tensor | None,
+        adapter_names: Sequence[str] | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """As `generate`, of each row without its padding."""
+        if self._setting(options, "return_dict_in_generate", False):
+            raise PtmoeError(
+                f"{type(self.base_model).__name__} does not mask padding, so rows of different lengths are "
+                "generated one after another, as token ids alone: give it one row at a time"
+            )
+        made = []
+        for row, real in enumerate(attention_mask.bool()):
+            new = self.generate(
+                input_ids[row, real][None],
+                input_mask=None if input_mask is None else input_mask[row, real][None],
+                adapter_names=None if adapter_names is None else [adapter_names[row]],
+                **options,
+            )[:, int(real.sum()) :]
+            made.append(torch.cat([input_ids[row].expand(len(new), -1), new], 1))
         pad, longest = self._setting(options, "pad_token_id", 0), max(part.shape[1] for part in made)
         return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in made])
 

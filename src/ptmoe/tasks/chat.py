@@ -5,6 +5,7 @@ Whatever the template refuses is a bad record, and so is one whose text, reasoni
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Iterator
 from datetime import datetime
@@ -69,18 +70,27 @@ def render(
             refusals.append(f"refuses it: {' '.join(str(error).split())[:300] or type(error).__name__}")
             continue
         folded = "".join(text.split())  # a template may strip texts, and set reasoning in lines of its own
-        if all("".join(said.split()) in folded for said in _must_be_there(messages)):
+        if all(any("".join(form.split()) in folded for form in _forms(said)) for said in _must_be_there(messages)):
             return cast(str, text)
         refusals.append("leaves out what a message says")
     raise BadRecordError(f"the chat template {refusals[0]}")
 
 
 def _must_be_there(messages: list[dict[str, Any]]) -> Iterator[str]:
-    """What the user says, and the answer. Of earlier answers templates leave out the reasoning."""
+    """What each message says. Of earlier answers templates leave out the reasoning, and the words beside tool calls."""
     for message in messages:
-        answer = message is messages[-1] and message["role"] == "assistant"
-        if (answer or message["role"] == "user") and isinstance(message.get("content"), str):
-            yield message["content"]
+        earlier = message["role"] == "assistant" and message is not messages[-1]
+        content, calls = message.get("content"), message.get("tool_calls") or []
+        if isinstance(content, str) and not (earlier and calls):
+            yield content.rpartition("</think>")[2] if earlier else content
+        if earlier:
+            yield from (str(call.get("function", call).get("name", "")) for call in calls)
+
+
+def _forms(said: str) -> Iterator[str]:
+    """A text, and as templates write what a tool says."""
+    yield said
+    yield json.dumps(said, ensure_ascii=False)[1:-1]
 
 
 def fixed_date(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> dict[str, Any]:

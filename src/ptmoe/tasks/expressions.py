@@ -26,7 +26,8 @@ _LAYOUT = re.compile(
 _NESTED = re.compile(r"frac\s*\{[^{}]*(?:\}\s*\{[^{}]*)?\{")  # a fraction in a fraction, a root in a fraction
 _SCIENTIFIC = re.compile(r"(?<=\d)[eE](?=[-+]?\d)")  # 1e3: no variable
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|[√π∞]")
-_UNIT = r"\s*(?:[A-Zmgshltdcpw]|\^\{?\d\}?|[²³/])+"  # metres, grams, …; capitals: litres, amperes, kelvins, …
+# Metres, grams, …; capitals: litres, amperes, kelvins, …
+_UNIT = r"\s*[A-Zmgshltdcpw/](?:[A-Zmgshltdcpw\s]|\^\{?\d\}?|[²³/])*"
 _QUANTITY = re.compile(rf"[-+$£€¥\d.,/\s]*\d{_UNIT}\s*")
 _TIME = re.compile(r"\d\s*[ap]\.?\s?m\b", re.IGNORECASE)
 _HEAVY = re.compile(
@@ -36,7 +37,8 @@ _POWER = re.compile(r"\^\s*\{?\s*-?\s*(\d+)")
 _UNICODE = (
     (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*(\d+|[A-Za-z])"), r"\\sqrt{\1}"),
-    (re.compile("π"), r"\\pi "),
+    (re.compile(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"π|(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile("∞"), r"\\infty "),
     (re.compile("[−–－]"), "-"),
 )
@@ -75,7 +77,7 @@ def is_expression(text: str, *, in_mathematics: bool = True) -> bool:
         return False
     if commands or _NESTED.search(text) or not in_mathematics:
         return bool(commands or _NESTED.search(text))
-    if re.fullmatch(r"[(\[].*,.*[)\]]", bare) or re.search(r"\d\s*[\^_]", bare):
+    if re.fullmatch(r"(?:[(\[]|\\\{).*,.*(?:[)\]]|\\\})", bare) or re.search(r"\d\s*[\^_!]", bare):
         return not _QUANTITY.fullmatch(bare)
     has_variable = bool(letters) and re.search(r"[\d^+*/=<>-]", bare) is not None
     return has_variable and not _QUANTITY.fullmatch(bare) and not _TIME.search(bare)

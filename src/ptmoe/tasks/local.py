@@ -11,10 +11,12 @@ A line with `messages` may have `tools`, `documents` and `chat_template_kwargs`,
 message reach the chat template. The last message is the answer; earlier ones are part of the prompt.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,8 @@ def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> 
     if keys.prompt is not None and keys.completion is not None:
         prompt, completion = text_of(record, keys.prompt) + keys.separator, text_of(record, keys.completion)
     elif "messages" in record:
+        for key in ("messages", *FOR_THE_TEMPLATE):
+            _check_numbers(key, record.get(key))
         messages, completion, reply = _conversation(record["messages"])
         prompt = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
         template = _for_the_template(record)
@@ -163,6 +167,22 @@ def _conversation(value: Any) -> tuple[tuple[dict[str, Any], ...], str, dict[str
         raise BadRecordError("the assistant's answer needs a text as its 'content': it is what is graded")
     reply = {key: part for key, part in answer.items() if key not in ("role", "content") and part is not None}
     return tuple(before), answer["content"], reply
+
+
+def _check_numbers(key: str, value: Any) -> None:
+    """A template writes numbers as JSON does: with 17 digits, and NaN as a word."""
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_numbers(key, part)
+    elif isinstance(value, float) and not _exact(value):
+        raise BadRecordError(f"{key!r} holds the number {value}, which a chat template cannot write: give it as text")
+
+
+def _exact(value: float) -> bool:
+    try:
+        return math.isfinite(value) and Decimal(str(value)) == Decimal(float.__repr__(value))
+    except InvalidOperation:  # an exponent of twenty digits
+        return False
 
 
 def _for_the_template(record: dict[str, Any]) -> dict[str, Any]:

@@ -35,14 +35,16 @@ _UNSPACED = "\u0e00-\u0e4f\u0e5a-\u0ecf\u0eda-\u0eff\u1000-\u103f\u1780-\u17df" 
     "\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 )
 _WORD = rf"[^\W_{_UNSPACED}]"
-_SYMBOL = r"[√π]|\\(?:sqrt|pi)(?![A-Za-z])"  # behind a number: it is a factor
+# Behind a number it is a factor; µ and Ω are units.
+_SYMBOL = r"[√α-λν-ωΓΔΘΛΞΠΣΦΨ]|(?<=\d)i(?!\w)|(?:pi|sqrt)(?![A-Za-z])|\\(?:sqrt|pi)(?![A-Za-z])"
 # Every repetition below is bounded or over one class of characters, so matching takes linear time at most.
 _GROUPED = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d+)"  # 12,34,567 too
 _DECIMAL = rf"(?:{_GROUPED}(?:\.\d+)?|(?<!\.)\.\d+)"
 _NUMBER = re.compile(
     rf"""
     (?<!{_WORD}) (?<!\^) (?<!\^\{{)                             # not inside a word (m2), not an exponent (m^2)
-    (?<!\\sqrt) (?<!\\sqrt\{{) (?<!√) (?<!\}}\{{)                # nor in √5, \sqrt{{5}} or \frac{{…}}{{5}}
+    (?<!\\sqrt) (?<!sqrt[{{(]) (?<!√) (?<!√\() (?<!\}}\{{)        # nor in √5, \sqrt{{5}} or \frac{{…}}{{5}}
+    (?<![±∓]) (?<![±∓][ ])                                     # two numbers
     (?P<sign> (?: (?<![)\]}}%]) - )?                            # and the - of 10-3, (2)-3, 5%-3 is not a sign
               (?: (?: US\$ | [$£€¥₹] | [Rr]s\.? | USD | EUR | GBP | INR ) [ \u00a0]? -? )? )
     (?P<number> {_DECIMAL} )
@@ -50,9 +52,9 @@ _NUMBER = re.compile(
       | [ \u00a0] (?P<top>\d+) / (?P<bottom>\d+) (?! [.,/:]?\d ) # 3 1/2
       | [eE] (?P<e> [-+]?\d+ ) (?! {_WORD} )                     # 1e3
       | [ ]? [x×*·] [ ]? 10\^\{{? (?P<ten> [-+]?\d+ ) \}}?      # 3.2 × 10^4
-      | (?P<other> (?: (?: [.,/:] | [ ]:[ ] ) \d+ )+ | \^\{{? -?\d+ \}}? )  # none: 9:7, 10:30, 24/12/2014, 3,5, 5^2
+      | (?P<other> (?: (?: [.,/:万萬만億亿억] | [ ]:[ ] ) \d+ )+ | \^\{{? -?\d+ \}}? )  # none: 9:7, 3,5, 5^2, 3万5
     )?
-    (?P<symbol> [ ]? (?: {_SYMBOL} ) )?                         # nor is 3π
+    (?P<symbol> [ ]? (?: [*·] [ ]? )? (?: {_SYMBOL} ) )?       # nor is 3π
     """,
     re.VERBOSE,
 )
@@ -64,13 +66,16 @@ _LATEX_SPACE = re.compile(r"\\[,;:! ]|\\[()\[\]]")
 _SIGNED_BRACKET = re.compile(r"(?<![^\W_)])-\(([\d.,/]{1,80})\)")  # ASDiv's -(1/3)
 _VULGAR = re.compile(r"(\d?)[ ]?([¼-¾⅐-⅞])")
 _RAISED = re.compile("[⁻⁰¹²³⁴-⁹]+")
+_PARTS_OF = re.compile(r"(\d+)\s?(?:分之|分の|분의)\s?(\d+)")  # denominator first
+_MYRIADS = re.compile(r"(?<=\d)(?:([万萬만])|[億亿억])(?!\d)")
 _FROM_RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _TO_ASCII = str.maketrans("−–－‐‑﹣，．：／％＄￥٬٫∶⁄", "------,.:/%$¥,.:/")
 # A minus that stands apart, where no number is before it: of a lone answer, after a mark, `=` or a bracket. At the
 # start of one of several lines it is a bullet.
 _APART = r"(?:negative|minus|-)[ \t\u00a0]{1,3}(?=[$£€¥₹]?\.?\d)"
 _MINUS = re.compile(
-    rf"(?:(?<![^\W_])negative[ \t\u00a0]{{1,3}}(?=[$£€¥₹]?\.?\d)|\A\s*{_APART}(?=[^\n]*\Z)"
+    r"(?:(?<![担擔胜勝自背肩承抱])[负負]|マイナス|마이너스|영하)\s{0,3}(?=[$£€¥₹]?\.?\d)"
+    rf"|(?:(?<![^\W_])negative[ \t\u00a0]{{1,3}}(?=[$£€¥₹]?\.?\d)|\A\s*\$?\s{{0,3}}{_APART}(?=[^\n]*\Z)"
     rf"|((?:[=:(\[{{#]|(?<![^\W_])(?:is|are|was|be|equals))\s{{0,3}}[$£€¥₹]?){_APART})",
     re.IGNORECASE,
 )
@@ -81,6 +86,7 @@ def _plain(text: str) -> str:
     if not text.isascii():
         text = text.translate(_TO_ASCII)
         text = _VULGAR.sub(lambda m: f"{m[1]} {unicodedata.normalize('NFKC', m[2])}".replace("⁄", "/").lstrip(), text)
+        text = _MYRIADS.sub(lambda m: "e4" if m[1] else "e8", _PARTS_OF.sub(r"\2/\1", text))
         text = _RAISED.sub(lambda m: "^" + m[0].translate(_FROM_RAISED), text)
     if "\\" in text:
         text = text.replace("\\$", "$").replace("\\%", "%").replace("\\times", "×")

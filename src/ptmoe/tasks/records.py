@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 from xml.etree import ElementTree
 
-from typing_extensions import Self
-
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks.problems import BadRecordError, Problems
+from ptmoe.tasks.written import Decoder
 
 _HEAD = 1 << 16  # bytes from which a file's format is recognised
 _CHUNK = 1 << 20
@@ -35,26 +34,6 @@ _DAMAGED = (EOFError, OSError, zlib.error)  # what `gzip` raises
 
 Record = tuple[str, Any]  # its location, "FILE:LINE", and its contents
 T = TypeVar("T")
-
-
-class Written(float):
-    """A decimal number of a JSON file, whose text is as it stands there: a float keeps 17 digits at most."""
-
-    def __new__(cls, text: str) -> Self:
-        number = super().__new__(cls, text)
-        number.text = text
-        return number
-
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Written, (self.text,)
-
-
-_DECODER = json.JSONDecoder(parse_float=Written)
 
 
 def unique(records: Iterable[tuple[str, str, T]], problems: Problems) -> dict[str, T]:
@@ -166,16 +145,20 @@ def _reading(path: Path, problems: Problems) -> Iterator[_Reading]:
 
 def json_lines(path: Path, problems: Problems) -> Iterator[Record]:
     """Each line's object."""
+    decoder = Decoder()
     with _reading(path, problems) as reading:
         for line in reading:
             if line.strip():
                 with problems.at(reading.place):
-                    yield reading.place, object_of(_parsed(line.rstrip().removeprefix(b"\xef\xbb\xbf")))
+                    record = _parsed(decoder, line.rstrip().removeprefix(b"\xef\xbb\xbf"))
+                    yield reading.place, object_of(record)
 
 
-def _parsed(line: bytes) -> Any:
+def _parsed(decoder: Decoder, line: bytes) -> Any:
     try:
-        return _DECODER.decode(line.decode())
+        return decoder.decode(line.decode())
+    except BadRecordError:
+        raise
     except UnicodeDecodeError:
         raise BadRecordError("not UTF-8 text") from None
     except json.JSONDecodeError as error:
@@ -192,7 +175,7 @@ def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Ite
     (`ijson` streams JSON as well, but does not know the line, and drops the records of a chunk before damage in it.)
     """
     before = re.compile((r"\s*" if key is None else rf'.*?"{key}"\s*:\s*') + r"(\[\s*\]?)\s*", re.DOTALL)
-    decode = _DECODER.raw_decode
+    decoder = Decoder()
     with _reading(path, problems) as reading:
         file = io.TextIOWrapper(reading.file, encoding="utf-8-sig")
         text, start = "", 0  # a part of the file, and where the next record in it starts, or the comma before
@@ -207,7 +190,7 @@ def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Ite
                 elif not mark[1]:
                     raise json.JSONDecodeError("no comma between two records", text, mark.end())
                 else:
-                    record, end = decode(text, mark.end())
+                    record, end = decoder.raw_decode(text, mark.end())
             except json.JSONDecodeError as error:
                 where = error.pos
                 damage = f"not JSON ({'the array is truncated' if where == end else error.msg})"
@@ -225,7 +208,7 @@ def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Ite
                 raise BadRecordError(damage)
             place = f"{path}:{reading.line + text.count(chr(10), start, mark.end())}"
             with problems.at(place):
-                yield place, object_of(record)
+                yield place, object_of(decoder.checked(record))
             reading.line += text.count("\n", start, end)
             start, before = end, _SEPARATOR
 
@@ -360,7 +343,7 @@ def name_of(record: dict[str, Any], key: str, default: str) -> str:
     value = record.get(key)
     if value is None or value == "" or value != value:
         return default
-    if not isinstance(value, (str, int, float)):
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
         raise BadRecordError(f"{key!r} is {type(value).__name__}, needs text or a number")
     return str(value)
 
