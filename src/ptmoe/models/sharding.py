@@ -1,0 +1,139 @@
+"""A base of which every process of a launch holds a part, for one that does not fit on a device.
+
+The weights of a layer are gathered while it is computed, forward and backward, and given up after it. Two libraries do
+that, each set up as its users know it: torch's FSDP2, which `transformers` applies while it loads (a process reads its
+own part of each file), and DeepSpeed's ZeRO-3. They are given the frozen base alone: an adapter stays whole in every
+process, and its gradients are averaged as those of any other model are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ptmoe.errors import PtmoeError
+from ptmoe.runs.environment import world_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ptmoe.methods.base import MethodConfig
+
+FSDP, ZERO3 = "fsdp", "zero3"
+BY_ACCELERATE = {FSDP: "ACCELERATE_USE_FSDP", ZERO3: "ACCELERATE_USE_DEEPSPEED"}  # what `accelerate launch` sets
+
+
+def sharding_asked_for(fsdp: bool = False) -> str | None:
+    """`"fsdp"` or `"zero3"`, as an option or the configuration of `accelerate launch` asks for it, else None.
+
+    Raises:
+        PtmoeError: there is one process, or the configuration asks for what a frozen base has no use for.
+    """
+    asked = [name for name, variable in BY_ACCELERATE.items() if _true(variable) or (fsdp and name == FSDP)]
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise PtmoeError("fsdp within a DeepSpeed launch: leave one of the two out")
+    if world_size() == 1:
+        raise PtmoeError(f"{asked[0]} shares the base among several processes, and this is one: start more")
+    if _true("FSDP_OFFLOAD_PARAMS"):
+        raise PtmoeError("fsdp_offload_params: true is not supported: set it to false, or take more processes")
+    if _true("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise PtmoeError("fsdp_activation_checkpointing: true: use --gradient-checkpointing instead")
+    return asked[0]
+
+
+def check_sharding(engine: str, config: MethodConfig, *, torch_compile: bool) -> None:
+    """
+    Raises:
+        PtmoeError: a method that changes the base's layers, or compiled layers.
+    """
+    if config.changes_layers:
+        raise PtmoeError(
+            f"{config.method} changes the base's layers, which {engine} shares among the processes: use a method of "
+            "prompts, or leave the sharding out"
+        )
+    if torch_compile:
+        raise PtmoeError(f"{engine} gathers a layer's weights in hooks, which a compiled layer leaves out: choose one")
+
+
+def _true(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")
+
+
+@contextmanager
+def loading_shards(engine: str | None, dtype: str) -> Iterator[dict[str, Any]]:
+    """Within it `from_pretrained` loads this process's part of a model; gives options for it.
+
+    Args:
+        engine: as from `sharding_asked_for`.
+        dtype: of the base, `"float32"`, ….
+    """
+    if engine == FSDP:
+        from transformers.distributed import DistributedConfig
+
+        yield {"distributed_config": DistributedConfig(fsdp_size=world_size())}
+    elif engine == ZERO3:
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        kept = HfDeepSpeedConfig(_zero3_config(dtype))  # `transformers` looks for it while it lives
+        yield {}
+        del kept
+    else:
+        yield {}
+
+
+def finish_sharding(base: PreTrainedModel, engine: str) -> None:
+    """Make a base that was loaded in shards gather its weights wherever it is called."""
+    import torch
+
+    base.requires_grad_(False).eval()
+    if engine == ZERO3:
+        import deepspeed  # type: ignore[import-untyped]
+
+        vars(base)["ptmoe_engine"], *_ = deepspeed.initialize(model=base, config=_zero3_config(_name(base.dtype)))
+        # Prompts are made from the input embedding, and much reads its shape: it is gathered for good.
+        weight = base.get_input_embeddings().weight
+        weight.all_gather()
+        weight.ds_persist = True
+        base.eval()
+    # FSDP takes the first module that is called for the outermost, and later that is the embedding.
+    with torch.no_grad():
+        base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
+
+
+def leave_accelerate_out() -> None:
+    """`accelerate` would shard the adapter as well: it is left to train what is whole."""
+    for variable in BY_ACCELERATE.values():
+        os.environ.pop(variable, None)
+
+
+def _zero3_config(dtype: str) -> dict[str, Any]:
+    """What `accelerate` makes of its own configuration, as far as it is about the parameters.
+
+    Raises:
+        PtmoeError: another stage than 3, or parameters that are offloaded.
+    """
+    from accelerate import DeepSpeedPlugin
+
+    zero: dict[str, Any] = dict(DeepSpeedPlugin().deepspeed_config["zero_optimization"])
+    if zero.get("stage") != 3:
+        raise PtmoeError(
+            f"zero_stage: {zero.get('stage')} shards gradients and the optimizer's state, of which an adapter has next "
+            "to nothing: set it to 3, which shards the base, or leave DeepSpeed out"
+        )
+    if ((zero.pop("offload_param", None) or {}).get("device") or "none") != "none":
+        raise PtmoeError("offload_param_device is not supported: set it to none, or take more processes")
+    zero.pop("offload_optimizer", None)
+    half = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {key: value for key, value in zero.items() if value != "auto"},
+        **({half: {"enabled": True}} if half else {}),
+    }
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
