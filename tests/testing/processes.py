@@ -23,7 +23,7 @@ def torchrun(count: int = 2) -> list[str]:
 def launched(*command: str) -> str:
     """What a command prints on its standard output."""
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:2000] + done.stderr[-3000:]
     return done.stdout
 
 

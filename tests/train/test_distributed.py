@@ -7,15 +7,27 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from typing_extensions import Self
 
 from ptmoe import PtmoeError, load_task, nano
 from ptmoe.evaluate import evaluate
@@ -23,12 +35,12 @@ from ptmoe.fast.loss import IGNORED
 from ptmoe.methods import PTMoEConfig
 from ptmoe.models.bases import load_base
 from ptmoe.train import TrainOptions
-from ptmoe.train.batches import TokenBatches
+from ptmoe.train.batches import Blank, TokenBatches
 from ptmoe.train.data import collate
 from ptmoe.train.processes import differences
 from ptmoe.train.recipe import run_folder
 from ptmoe.train.trainer import PromptTrainer
-from testing.bases import CONFIGS, prompted, tiny_llama, tokens
+from testing.bases import ARCHITECTURES, CONFIGS, batch, prompted, tiny, tiny_llama, tokens
 from testing.processes import ENVIRONMENT, Launched, launched, needs_proc, state, torchrun
 
 LENGTHS = [5, 9, 14, 7, 20, 11, 6, 18, 8]  # in twos, a batch of one is left
@@ -57,11 +69,10 @@ def train(
         rows.append({"input_ids": ids, "labels": labels})
     seen: list[list[int]] = []
 
-    def watched(batch: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-        made = collate(batch)
-        if bool((made["labels"] != IGNORED).any()):
-            seen.append([len(row["input_ids"]) for row in batch])
-        return made
+    def watched(rows_of: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+        if not isinstance(rows_of[0], Blank):
+            seen.append([len(row["input_ids"]) for row in rows_of])
+        return collate(rows_of)
 
     base = tiny_llama() if sharding is None else load_base(str(folder.parent / "base"), sharding=sharding)[0]
     trainer = PromptTrainer(
@@ -106,9 +117,90 @@ def evaluated(folder: Path) -> None:
     evaluate(model, tokenizer, examples, batch_size=2, max_new_tokens=4, folder=folder, together=together)
 
 
-def save_base(folder: Path) -> None:
-    """`tiny_llama`, as `load_base` takes it."""
-    tiny_llama().save_pretrained(folder)
+class Memory(threading.Thread):
+    """The most memory of its own, in bytes, that this process takes within the context beyond what it had before."""
+
+    def __enter__(self) -> Self:
+        self.before, self.most, self.ended = self.own(), 0, threading.Event()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.0005):
+            self.most = max(self.most, self.own() - self.before)
+
+    @staticmethod
+    def own() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def memory(folder: Path, sharding: str) -> None:
+    """What loading a base and a training step on it hold of the base, by process."""
+    load_base("nano", sharding=sharding)  # what the library itself takes
+    own = Memory().__enter__()
+    base, _ = load_base(str(folder.parent / "base"), sharding=sharding)
+    rank, parts, most = os.environ["RANK"], 0, 0
+    for parameter in base.parameters():
+        part = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
+        parts += part.nbytes
+
+    def see(*_: object) -> None:
+        nonlocal most
+        whole = [one for one in base.parameters() if not hasattr(one, "to_local")]
+        most = max(most, parts + sum(one.nbytes for one in whole))
+
+    for module in base.modules():
+        if not list(module.children()):
+            module.register_forward_hook(see)
+            module.register_full_backward_pre_hook(see)
+    model = prompted(base, CONFIGS["PT"]).train()
+    ids = tokens(12)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    own.__exit__()
+    size = 4 * sum(prod(getattr(one, "ds_shape", one.shape)) for one in base.parameters())
+    held = {"base": size, "parts": parts, "most at once": most, "own": own.most}
+    (folder / f"held-{rank}").write_text(json.dumps(held))
+
+
+def gradients(folder: Path, sharding: str, architectures: list[str]) -> None:
+    """Of adapters on bases of several architectures, whole and sharded: they must be equal."""
+    for name in architectures:
+        architecture, _, tied = name.partition(" ")
+        whole = tiny(architecture, vocab_size=512, tie_word_embeddings=bool(tied))
+        if os.environ["RANK"] == "0":
+            save_base(folder / name, whole)
+        torch.distributed.barrier()
+        base, _ = load_base(str(folder / name), sharding=sharding)
+        made = []
+        for one in (whole, base):
+            model = prompted(one, METHODS["PT-MoE"])  # in evaluation mode: some drop out
+            rows = [tokens(length, int(os.environ["RANK"])) for length in (9, 5)]
+            ids, mask = batch(rows, [0, 2])
+            labels = ids.masked_fill(mask.cumsum(1) < 4, IGNORED).masked_fill(mask == 0, IGNORED)
+            for _ in range(2):
+                loss = model(input_ids=ids, attention_mask=mask, labels=labels, skip_logits=True).loss
+                loss.backward()
+            parts = [part for part in model.encoder.parameters() if part.grad is not None]
+            made.append([loss.detach(), *(part.grad for part in parts)])
+        for expected, given in zip(*made, strict=True):
+            assert torch.allclose(given, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())), name
+        held = [one for _, one in layers(base) for one in one.parameters()]
+        assert held
+        assert all(hasattr(one, "to_local") or one.numel() == 0 or one.ds_persist for one in held), name
+
+
+def layers(base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    return [(name, one) for name, one in base.named_modules() if isinstance(one, GradientCheckpointingLayer)]
+
+
+def save_base(folder: Path, base: PreTrainedModel) -> None:
+    """As `load_base` takes it."""
+    base.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(nano.FOLDER)).save_pretrained(folder)
 
 
@@ -150,7 +242,7 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
     options: dict[str, object] = {"by_tokens": False, "per_device_train_batch_size": 2}
     for name in ("one", "sharded", "answers"):
         (tmp_path / name).mkdir()
-    save_base(tmp_path / "base")
+    save_base(tmp_path / "base", tiny_llama())
     alone = train(tmp_path / "one", "PT-MoE", gradient_accumulation_steps=2, **options)
     evaluated(tmp_path / "answers")
     whole, kept = tmp_path / "answers", tmp_path / "resumed" / "predictions"
@@ -163,6 +255,7 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
         tmp_path,
         ("two", "PT-MoE", options),
         ("sharded", "PT-MoE", options | {"sharding": "fsdp"}),
+        ("gradients", "gradients", {"sharding": "fsdp", "architectures": ["llama tied", "gpt2 tied"]}),
         ("shared", "evaluate", {}),
         ("resumed", "evaluate", {}),
     )
@@ -171,6 +264,36 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
         assert sorted(seen[0][index] + seen[1][index]) == sorted(alone)
     check_same_answers(whole, tmp_path / "shared")
     check_same_answers(whole, tmp_path / "resumed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
+def test_a_sharded_base_of_any_architecture_gives_the_same_gradients(tmp_path: Path, sharding: str) -> None:
+    if sharding == "zero3":
+        pytest.importorskip("deepspeed")
+    every = [f"{name}{tied}" for name in ARCHITECTURES for tied in ("", " tied")]
+    in_processes(2, tmp_path, ("all", "gradients", {"sharding": sharding, "architectures": every}))
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
+def test_no_process_ever_holds_a_whole_sharded_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: str
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back to the system
+    if sharding == "zero3":
+        pytest.importorskip("deepspeed")
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 512}
+    save_base(tmp_path / "base", tiny_llama(**sizes))
+    in_processes(2, tmp_path, ("memory", "memory", {"sharding": sharding}))
+    for rank in range(2):
+        held = json.loads((tmp_path / "memory" / f"held-{rank}").read_text())
+        assert held["parts"] < 0.55 * held["base"]
+        assert (
+            held["parts"] < held["most at once"] < 0.75 * held["base"]
+        )  # within a step: the parts, and what is gathered
+        assert held["own"] < 0.9 * held["base"]  # memory of the process, files that are mapped left out
 
 
 @pytest.mark.slow
@@ -322,14 +445,16 @@ def test_differences_are_named() -> None:
     assert differences(first, other) == ["option method rank is 3, not 2", "more is 1, not None"]
 
 
+OTHERS: dict[str, Callable[..., None]] = {"evaluate": evaluated, "memory": memory, "gradients": gradients}
+
 if __name__ == "__main__":
     place, calls = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     batches = []
     for folder_name, what, given in calls:
-        if what == "evaluate":
-            evaluated(Path(place, folder_name))
+        if what in OTHERS:
+            OTHERS[what](Path(place, folder_name), **given)
         else:
             batches.append(train(Path(place, folder_name), what, **given))
     Path(place, f"seen-{os.environ['RANK']}").write_text(json.dumps(batches))

@@ -163,6 +163,7 @@ def evaluate(
 
     with progress_bar(console) as progress:
         summaries = [answer(name) for name in tasks]
+    processes.part()
     console.print(evaluation_table(summaries))
     console.print(f"results: {folder / 'eval'}, predictions: {folder / 'predictions'}")
     if rank() == 0:

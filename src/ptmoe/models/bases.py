@@ -68,11 +68,10 @@ def load_base(
         options["quantization_config"] = _quantization_config(quantization)
         options.setdefault("device_map", {"": target})  # quantized weights are made where they stay
     revision = commit_of(name, revision)  # one for all of its files, whatever is pushed in the meantime
-    with _located(name) as where:
+    config = load_config(name, revision=revision) if sharding else None
+    with loading_shards(sharding, config, dtype) as shards, _located(name) as where:
         tokenizer = _tokenizer(where, revision, trusted=options.setdefault("trust_remote_code", False))
-        saved = str(load_config(name, revision=revision).dtype or "").removeprefix("torch.") if sharding else ""
-        with loading_shards(sharding, saved if dtype == "auto" else dtype) as shards:
-            model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options, **shards)
+        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options, **shards)
     if quantization is not None and model.hf_quantizer.pre_quantized:
         raise PtmoeError(f"{name!r} is saved in {quantization_of(model)} already: leave {quantization} out")
     _prepare_4bit(model)

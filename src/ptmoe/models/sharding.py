@@ -9,6 +9,7 @@ process, and its gradients are averaged as those of any other model are.
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from ptmoe.errors import PtmoeError
 from ptmoe.runs.environment import world_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from ptmoe.methods.base import MethodConfig
 
@@ -64,25 +66,46 @@ def _true(variable: str) -> bool:
 
 
 @contextmanager
-def loading_shards(engine: str | None, dtype: str) -> Iterator[dict[str, Any]]:
+def loading_shards(engine: str | None, config: PretrainedConfig | None, dtype: str) -> Iterator[dict[str, Any]]:
     """Within it `from_pretrained` loads this process's part of a model; gives options for it.
 
     Args:
         engine: as from `sharding_asked_for`.
-        dtype: of the base, `"float32"`, ….
+        config: of the base; None where it is loaded whole.
+        dtype: of the base, `"auto"` as saved.
+
+    Raises:
+        PtmoeError: a base without repeated layers.
     """
-    if engine == FSDP:
+    if config is None:
+        yield {}
+    elif engine == FSDP:
         from transformers.distributed import DistributedConfig
 
-        yield {"distributed_config": DistributedConfig(fsdp_size=world_size())}
-    elif engine == ZERO3:
+        yield {"distributed_config": DistributedConfig(fsdp_size=world_size(), fsdp_plan=_plan(config))}
+    else:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-        kept = HfDeepSpeedConfig(_zero3_config(dtype))  # `transformers` looks for it while it lives
+        saved = _name(config.dtype or "float32")
+        kept = HfDeepSpeedConfig(_zero3_config(saved if dtype == "auto" else dtype))  # looked for while it lives
         yield {}
         del kept
-    else:
-        yield {}
+
+
+def _plan(config: PretrainedConfig) -> dict[str, str]:
+    """What is gathered at a time: a layer, the embedding, the head. `transformers`' own plan goes by Llama's names."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = {module: name for name, module in model.named_modules()}
+    layers = {f"{names[one].rpartition('.')[0]}.*" for one in names if isinstance(one, GradientCheckpointingLayer)}
+    if not layers:
+        raise PtmoeError(f"{type(model).__name__} has no repeated layers to share among processes: use zero_stage: 3")
+    first, last = names[model.get_input_embeddings()], names[model.get_output_embeddings()]
+    return dict.fromkeys([*sorted(layers), first], "free_full_weight") | {last: "keep_full_weight"}
 
 
 def finish_sharding(base: PreTrainedModel, engine: str) -> None:
@@ -94,14 +117,27 @@ def finish_sharding(base: PreTrainedModel, engine: str) -> None:
         import deepspeed  # type: ignore[import-untyped]
 
         vars(base)["ptmoe_engine"], *_ = deepspeed.initialize(model=base, config=_zero3_config(_name(base.dtype)))
-        # Prompts are made from the input embedding, and much reads its shape: it is gathered for good.
-        weight = base.get_input_embeddings().weight
-        weight.all_gather()
-        weight.ds_persist = True
+        whole = _whole_embedding(base.get_input_embeddings())
+        vars(base)["get_input_embeddings"] = lambda: whole
         base.eval()
-    # FSDP takes the first module that is called for the outermost, and later that is the embedding.
-    with torch.no_grad():
-        base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
+    else:  # FSDP takes the first module that is called for the outermost, and later that is the embedding
+        with torch.no_grad():
+            base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
+
+
+def _whole_embedding(embedding: Any) -> nn.Module:
+    """A copy of an input embedding that DeepSpeed does not know of: prompts are made from it, and much reads its shape,
+    which a parameter does not have while its parts are with all processes."""
+    import deepspeed
+    from torch import nn
+
+    with deepspeed.zero.GatheredParameters([embedding.weight]):
+        weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    copied: nn.Module = object.__new__(type(embedding))
+    vars(copied).update(vars(embedding), _parameters={"weight": weight})
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        vars(copied)[hooks] = OrderedDict()
+    return copied
 
 
 def leave_accelerate_out() -> None:
@@ -118,7 +154,8 @@ def _zero3_config(dtype: str) -> dict[str, Any]:
     """
     from accelerate import DeepSpeedPlugin
 
-    zero: dict[str, Any] = dict(DeepSpeedPlugin().deepspeed_config["zero_optimization"])
+    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3"))
+    zero: dict[str, Any] = dict(DeepSpeedPlugin(zero_stage=stage).deepspeed_config["zero_optimization"])
     if zero.get("stage") != 3:
         raise PtmoeError(
             f"zero_stage: {zero.get('stage')} shards gradients and the optimizer's state, of which an adapter has next "

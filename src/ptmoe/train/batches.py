@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
 from ptmoe.errors import PtmoeError
@@ -92,12 +93,12 @@ class EvenBatches(BatchSampler):
         yield from [[~0]] * (-len(self.batches) % self.processes)
 
 
-class WithBlanks(Dataset[Any]):
-    """A data set in which the index `~i`, which is negative, gives example `i` without a supervised token.
+class Blank(dict[str, Any]):
+    """An example that counts for nothing."""
 
-    Args:
-        data: whose examples have `labels`.
-    """
+
+class WithBlanks(Dataset[Any]):
+    """A data set in which the index `~i`, which is negative, gives example `i` as a blank."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -106,7 +107,17 @@ class WithBlanks(Dataset[Any]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Any:
-        if index >= 0:
-            return self.data[index]
-        example = dict(self.data[~index])
-        return example | {"labels": np.full(len(example["labels"]), IGNORED)}
+        return self.data[index] if index >= 0 else Blank(self.data[~index])
+
+
+class Blanking:
+    """A collator of batches with labels; a batch of a blank has no supervised token."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: list[Any]) -> Any:
+        batch = self.collate(examples)
+        if isinstance(examples[0], Blank):
+            batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        return batch

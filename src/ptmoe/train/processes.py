@@ -89,7 +89,8 @@ class Processes:
         state = PartialState(cpu=not torch.accelerator.is_available(), **options)
         if state.num_processes != self.count:
             raise PtmoeError(ALONE.format(self.count))
-        return state.device
+        device: torch.device = state.device
+        return device
 
     def agree(self, **facts: Any) -> None:
         """Wait for the other processes and compare what they say; the first time also versions and options.
@@ -117,6 +118,15 @@ class Processes:
                     f"process {other} of {self.count} differs from process 0 ({', '.join(differing)}): start all with "
                     "the same packages, options and data"
                 )
+
+    def part(self) -> None:
+        """Wait for the others, and end the process group."""
+        if self.count > 1:
+            import torch
+
+            torch.distributed.barrier()
+            self.leave()
+            torch.distributed.destroy_process_group()
 
     def leave(self) -> None:
         """Others may end from now on, and this process is no longer missed once all have left."""

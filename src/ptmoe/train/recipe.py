@@ -196,9 +196,7 @@ def _train(
         examples_left_out=rows.left_out,
     )
     evaluations = _finish(folder, result, model, tokenizer, held_out, options)
-    trainer.accelerator.wait_for_everyone()
-    processes.leave()
-    trainer.accelerator.state.destroy_process_group()
+    processes.part()
     return Trained(folder, result, model, tokenizer, evaluations)
 
 

@@ -34,7 +34,7 @@ from ptmoe.files import naming
 from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import LogLine, append_line, write_lines
-from ptmoe.train.batches import EvenBatches, TokenBatches, WithBlanks
+from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
 from ptmoe.train.checkpoints import PARTIAL, publish, seal
 
 TRAINING_STATE = "training_state.safetensors"
@@ -113,11 +113,12 @@ class PromptTrainer(Trainer):
             batches = BatchSampler(
                 self._get_train_sampler(data), self.args.train_batch_size, self.args.dataloader_drop_last
             )
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         if len(batches) % self.args.world_size:
-            batches, data = EvenBatches(batches, self.args.world_size), WithBlanks(data)
+            batches, data, collate = EvenBatches(batches, self.args.world_size), WithBlanks(data), Blanking(collate)
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
-        loader = DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator, **options)
+        loader = DataLoader(data, batch_sampler=batches, collate_fn=collate, **options)
         return cast("DataLoader[Any]", self.accelerator.prepare(loader))
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
