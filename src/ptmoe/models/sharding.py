@@ -8,6 +8,7 @@ process, and its gradients are averaged as those of any other model are.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ def sharding_asked_for(fsdp: bool = False) -> str | None:
         raise PtmoeError("fsdp within a DeepSpeed launch: leave one of the two out")
     if world_size() == 1:
         raise PtmoeError(f"{asked[0]} shares the base among several processes, and this is one: start more")
+    if asked[0] == ZERO3 and importlib.util.find_spec("deepspeed") is None:
+        raise PtmoeError("zero3 needs DeepSpeed: pip install deepspeed")
     if _true("FSDP_OFFLOAD_PARAMS"):
         raise PtmoeError("fsdp_offload_params: true is not supported: set it to false, or take more processes")
     if _true("FSDP_ACTIVATION_CHECKPOINTING"):
@@ -114,7 +117,7 @@ def finish_sharding(base: PreTrainedModel, engine: str) -> None:
 
     base.requires_grad_(False).eval()
     if engine == ZERO3:
-        import deepspeed  # type: ignore[import-untyped]
+        import deepspeed
 
         vars(base)["ptmoe_engine"], *_ = deepspeed.initialize(model=base, config=_zero3_config(_name(base.dtype)))
         whole = _whole_embedding(base.get_input_embeddings())

@@ -96,7 +96,6 @@ class PromptTrainer(Trainer):
             # Each process has another part of a tensor: DDP must not make them equal.
             parts = [f"base_model.{name}" for name, _ in base.named_parameters()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, parts)
-        self.accelerator.even_batches = False  # `accelerate` would repeat examples, and count them again
         self.batches = batches
         if batches is not None:
             self.add_callback(_Epochs(batches))
@@ -119,7 +118,11 @@ class PromptTrainer(Trainer):
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
         loader = DataLoader(data, batch_sampler=batches, collate_fn=collate, **options)
-        return cast("DataLoader[Any]", self.accelerator.prepare(loader))
+        before, self.accelerator.even_batches = self.accelerator.even_batches, False  # True would count examples twice
+        try:
+            return cast("DataLoader[Any]", self.accelerator.prepare(loader))
+        finally:
+            self.accelerator.even_batches = before
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:
