@@ -282,6 +282,11 @@ def test_no_process_ever_holds_a_whole_sharded_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: str
 ) -> None:
     monkeypatch.setitem(ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back to the system
+    ahead = {
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 4_000_000}
+    }
+    (tmp_path / "zero3.json").write_text(json.dumps(ahead))  # by default 5 · 10⁷ parameters, more than this base has
+    monkeypatch.setitem(ENVIRONMENT, "ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero3.json"))
     if sharding == "zero3":
         pytest.importorskip("deepspeed")
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 512}

@@ -167,6 +167,7 @@ def _zero3_config(dtype: str) -> dict[str, Any]:
     if ((zero.pop("offload_param", None) or {}).get("device") or "none") != "none":
         raise PtmoeError("offload_param_device is not supported: set it to none, or take more processes")
     zero.pop("offload_optimizer", None)
+    zero.setdefault("stage3_max_reuse_distance", 0)  # DeepSpeed would keep 10⁹ parameters for the backward pass
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
     return {
         "train_micro_batch_size_per_gpu": 1,
