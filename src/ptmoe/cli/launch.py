@@ -11,7 +11,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ptmoe.errors import PtmoeError
-from ptmoe.runs.environment import world_size
 
 OPTION = "--launch"
 Launch = Annotated[
@@ -36,6 +35,8 @@ def launch(count: int, *more: str) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from ptmoe.runs.environment import world_size
 
     if world_size() > 1:
         raise PtmoeError(f"{OPTION} {count}: a launcher has started {world_size()} processes already: leave one out")
