@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ptmoe import PtmoeError
 from ptmoe.fast.loss import IGNORED
 from ptmoe.train import TrainOptions, train
-from ptmoe.train.batches import TokenBatches
+from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
 from ptmoe.train.data import collate
 from ptmoe.train.recipe import Trained
 from ptmoe.train.trainer import PromptTrainer
@@ -43,13 +43,21 @@ def test_each_example_once_within_the_budget_and_no_batch_needlessly_small(
 
 @given(LENGTHS, st.integers(1, 4))
 def test_an_epoch_has_the_batches_of_the_others_and_every_process_as_many(lengths: list[int], processes: int) -> None:
-    sampler = TokenBatches(lengths, 100, seed=1, processes=processes)
-    assert len(sampler) % processes == 0
+    sampler = TokenBatches(lengths, 100, seed=1)
     first = list(sampler)
+    shared = EvenBatches(sampler, processes)
+    every, data = list(shared), WithBlanks([{"labels": index} for index in range(len(lengths))])
+    collated = Blanking(lambda examples: {"labels": torch.tensor([example["labels"] for example in examples])})
+    assert len(every) == len(shared) == -(-len(first) // processes) * processes
+    assert every[: len(first)] == first
+    for batch in every:
+        labels = collated([data[index] for index in batch])["labels"].tolist()
+        assert labels == (batch if min(batch) >= 0 else [IGNORED])
+    assert all(min(batch) < 0 for batch in every[len(first) :])
     assert list(sampler) == first
     sampler.set_epoch(1)
     assert sorted(sampler) == sorted(first)
-    again = TokenBatches(lengths, 100, seed=1, processes=processes)
+    again = TokenBatches(lengths, 100, seed=1)
     again.set_epoch(1)
     assert list(again) == list(sampler)
 

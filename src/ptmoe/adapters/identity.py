@@ -93,7 +93,8 @@ def fingerprint(embedding: Tensor, vocabulary: int | None = None) -> dict[str, A
     hidden = embedding.shape[1]
     rows = [i * (vocabulary - 1) // (FINGERPRINT_SIZE - 1) for i in range(FINGERPRINT_SIZE)]
     columns = [(i * 7919) % hidden for i in range(FINGERPRINT_SIZE)]
-    values = embedding.detach()[rows, columns].float().cpu()
+    whole = embedding.full_tensor() if hasattr(embedding, "full_tensor") else embedding  # gathered from the processes
+    values = whole.detach()[rows, columns].float().cpu()
     return {"vocabulary": vocabulary, "values": [float(f"{value:.6g}") for value in values.tolist()]}
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from ptmoe.cli.console import Console
+from ptmoe.cli.launch import Launch
 from ptmoe.cli.options import AdapterBase, DataDir, Device, Examples, Ids, NamedSplit, SkipBad
 from ptmoe.errors import PtmoeError
 from ptmoe.files import check_name
@@ -68,10 +69,15 @@ def evaluate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="start over instead of resuming an interrupted evaluation")
     ] = False,
+    launch: Launch = None,
 ) -> None:
     """Answer tasks greedily and grade the answers. An interrupted evaluation is resumed."""
+    from contextlib import nullcontext
+
+    from ptmoe.runs.environment import rank, world_size
     from ptmoe.runs.folders import distinct_tasks, writing
     from ptmoe.tasks import check_labels, listed_names
+    from ptmoe.train.processes import Processes
 
     if not task:
         raise PtmoeError("nothing to answer: give a task with --task (`ptmoe tasks` lists them)")
@@ -95,8 +101,17 @@ def evaluate(
     check_name(folder)
     if not folder.is_dir() and output_dir is None:
         raise PtmoeError(f"{run} is not a local folder: name a folder for the results with --output-dir")
-    console = Console()
-    context.with_resource(writing(folder))
+    if launch is not None:
+        from ptmoe.cli.launch import launch as run_in_processes
+
+        run_in_processes(launch)
+    console = Console(quiet=rank() > 0)  # of several processes only the first prints
+    if device is not None and world_size() > 1:
+        raise PtmoeError(f"--device {device} with {world_size()} processes: each takes its own, so leave it out")
+    context.with_resource(writing(folder) if rank() == 0 else nullcontext())
+    places = {"run", "data_dir", "ids", "output_dir"}  # may differ between machines: what they hold may not
+    decided = {name: value for name, value in (context.obj | context.params).items() if name not in places}
+    processes = context.with_resource(Processes(decided))
     data = {"data_dir": data_dir, "ids": ids, "max_examples": examples}
     loaded = {name: _load(name, split, console, skip_bad, **data) for name in tasks}
 
@@ -109,6 +124,7 @@ def evaluate(
     from ptmoe.tasks.tokens import usable, uses_chat
 
     quiet()
+    device = str(processes.join()) if world_size() > 1 else device
     if run is not None:
         prompted = load_run(run, model=model, device=device, **context.obj)
         answering, tokenizer = prompted.model, prompted.tokenizer
@@ -141,14 +157,17 @@ def evaluate(
             chat=chats[name],
             folder=folder,
             overwrite=overwrite,
+            together=world_size() > 1,
             progress=lambda done, _: progress.update(bar, completed=done),
         ).summary()
 
     with progress_bar(console) as progress:
         summaries = [answer(name) for name in tasks]
+    processes.part()
     console.print(evaluation_table(summaries))
     console.print(f"results: {folder / 'eval'}, predictions: {folder / 'predictions'}")
-    report_run(folder, console)
+    if rank() == 0:
+        report_run(folder, console)
 
 
 def report_run(folder: Path, console: Console) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ptmoe.cli.console import Console
+from ptmoe.cli.launch import Launch
 from ptmoe.errors import PtmoeError
 
 
@@ -20,6 +21,7 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="resume although the base, the data or options differ; both are recorded")
     ] = False,
+    launch: Launch = None,
 ) -> None:
     """Train an adapter and write its run folder.
 
@@ -43,6 +45,12 @@ def train(
     else:
         training = TrainOptions.read(config, **options) if config else TrainOptions(**options)
     method_config(training.method)  # a misspelt method is reported before torch and the data are loaded
+    if launch is not None:
+        from ptmoe.cli.launch import launch as run_in_processes
+        from ptmoe.train.recipe import run_folder
+
+        place = run_folder(training, resume)
+        run_in_processes(launch, *([] if training.output_dir else ["--output-dir", str(place)]))
 
     from ptmoe.models.bases import quiet
 

@@ -16,8 +16,10 @@ from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.choices import choose, labels_by_task
 from ptmoe.evaluate.generation import Completion, complete
 from ptmoe.evaluate.routing import expert_similarity, summarise_routing
+from ptmoe.evaluate.together import from_first, gathered
 from ptmoe.methods.base import quantization_of
 from ptmoe.models.decoding import Decoder
+from ptmoe.runs.environment import rank, world_size
 from ptmoe.runs.folders import evaluation_file, predictions_file
 from ptmoe.runs.predictions import PredictionsFile
 from ptmoe.runs.records import EvaluationSummary, Prediction
@@ -101,6 +103,7 @@ def evaluate(
     chat: bool = False,
     folder: Path | None = None,
     overwrite: bool = False,
+    together: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Answers to `examples`, graded as the task's own evaluator grades.
@@ -123,6 +126,8 @@ def evaluate(
         folder: a run folder, for `predictions/TASK.jsonl`, appended to after each batch and resumed if it exists, and
             `eval/TASK.json`; by default nothing is written.
         overwrite: start over.
+        together: the processes of this launch, which all call this, take the batches in turns; each returns all
+            predictions, and the first writes what it would write alone.
         progress: called with the examples done and all of them, after each batch.
 
     Raises:
@@ -164,25 +169,31 @@ def evaluate(
         "chat": chat,
         **({"score": score} if labels else {}),
     }
+    count, own = (world_size(), rank()) if together else (1, 0)
+    if count > 1 and any(other != settings for other in gathered(settings)):
+        raise PtmoeError(f"the {count} processes were given different models or data: start all with the same")
     similarity, soft = None, False
     if model.uses_adapter:
         similarity, soft = expert_similarity(model.encoder), model.method_config.soft_gate
     file, done = None, list[Prediction]()
     if folder is not None:
         path = predictions_file(folder, task.name, split)
-        file = PredictionsFile(path, settings, [example.id for example, _ in rows], overwrite=overwrite)
-        done = file.resume()
+        ids = [example.id for example, _ in rows]
+        file = PredictionsFile(path, settings, ids, overwrite=overwrite and own == 0)
+        done = file.resume() if count == 1 else from_first(file.resume)
     progress = progress or (lambda done, total: None)
     progress(len(done), len(rows))
     was_training = model.training
     model.eval()
     try:
         decoder, end = None if labels else Decoder(model), 0
-        for batch in batches:
-            start, end = end, end + len(batch)
+        for first in range(0, len(batches), count):
+            turn = batches[first : first + count]
+            start, end = end, end + sum(map(len, turn))
             if end <= len(done):
                 continue
-            # An interrupted batch is computed whole: its rows are batched as they would have been.
+            # An interrupted turn is computed whole: its rows are batched as they would have been.
+            batch = turn[own] if own < len(turn) else []
             fitting = [(example, prompt.ids) for example, prompt in batch if prompt is not None]
             prompts = [ids for _, ids in fitting]
             completions = []
@@ -191,15 +202,17 @@ def evaluate(
             elif fitting:
                 options: dict[str, Any] = {"max_new_tokens": new, "until": task.until, "decoder": decoder}
                 completions = complete(model, tokenizer, prompts, **options)
-            fresh = _predictions(tokenizer, task, batch, completions, chat)[max(0, len(done) - start) :]
-            if file is not None:
+            answered = _predictions(tokenizer, task, batch, completions, chat)
+            fresh = answered if count == 1 else [each for part in gathered(answered) for each in part]
+            fresh = fresh[max(0, len(done) - start) :]
+            if file is not None and own == 0:
                 file.append(fresh)
             done += fresh
             progress(len(done), len(rows))
     finally:
         model.train(was_training)
     evaluation = Evaluation(task, split, done, time.monotonic() - started, settings, similarity, soft)
-    if folder is not None:
+    if folder is not None and own == 0:
         evaluation.write(folder)
     return evaluation
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptmoe.fast.attention import attention_obstacle, without_plans
 from ptmoe.fast.compiled import compilation_obstacle
@@ -26,6 +26,18 @@ def fast_kernels(base: PreTrainedModel) -> Iterator[None]:
     """Within it `base` runs on the kernels that are faster here: oneDNN's on a CPU, on a GPU those without plans."""
     with use_onednn(base), without_plans(base):
         yield
+
+
+def is_sharded(base: nn.Module) -> bool:
+    """Whether each process holds a part of the base, by DeepSpeed or FSDP, so that a pass takes all of them."""
+    return hasattr(base, "unshard") or any(hasattr(parameter, "ds_id") for parameter in base.parameters())
+
+
+def parts_obstacle(base: PreTrainedModel) -> str | None:
+    """Why many logits are not computed in parts; None where they are."""
+    if is_sharded(base):  # in each process another number of times
+        return "each part would gather the weights of the head from all processes"
+    return None
 
 
 class FastPaths:
@@ -64,6 +76,7 @@ class FastPaths:
             "onednn": onednn_obstacle(self.base),
             "without_cudnn_attention": attention_obstacle(self.base),
             "compiled_layers": compilation_obstacle(self.base),
+            "loss_in_parts": parts_obstacle(self.base),
         }
 
     def loss(
@@ -101,7 +114,8 @@ class FastPaths:
             if at_some:
                 paths.enter_context(last_layer_at(base, rows, columns))
                 rows, columns = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
-            if len(targets) > size and not any(parameter.requires_grad for parameter in head.parameters()):
+            in_parts = len(targets) > size and parts_obstacle(base) is None
+            if in_parts and not any(parameter.requires_grad for parameter in head.parameters()):
                 hidden = Hidden(base)
                 with hidden.at(rows, columns):
                     out = base(**inputs, **options)

@@ -15,6 +15,7 @@ from ptmoe.errors import PtmoeError, near
 from ptmoe.files import names_repository
 from ptmoe.methods.base import QUANTIZATIONS, quantization_of
 from ptmoe.models.gguf import dequantized, gguf_in_package, gguf_of
+from ptmoe.models.sharding import finish_sharding, loading_shards
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ def load_base(
     dtype: str = "auto",
     quantization: str | None = None,
     device: str | torch.device | None = "cpu",
+    sharding: str | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, which gets a padding token where it has none.
@@ -47,6 +49,8 @@ def load_base(
             Embeddings, head and norms stay in `dtype`. None is as saved.
         device: where the model is put: `"cpu"`, as `transformers` has it, another name, or None for the accelerator,
             where there is one.
+        sharding: `"fsdp"` or `"zero3"`: each process of the launch, which all call this, keeps a part of the base on
+            its own device (`ptmoe.models.sharding`).
         **options: go to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -58,17 +62,22 @@ def load_base(
     if dtype not in DTYPES:
         raise PtmoeError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
     target = place(device)
+    if sharding is not None and quantization is not None:
+        raise PtmoeError(f"{quantization} weights cannot be sharded here: leave out --quantization or {sharding}")
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization)
         options.setdefault("device_map", {"": target})  # quantized weights are made where they stay
     revision = commit_of(name, revision)  # one for all of its files, whatever is pushed in the meantime
-    with _located(name) as where:
+    config = load_config(name, revision=revision) if sharding else None
+    with loading_shards(sharding, config, dtype) as shards, _located(name) as where:
         tokenizer = _tokenizer(where, revision, trusted=options.setdefault("trust_remote_code", False))
-        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options, **shards)
     if quantization is not None and model.hf_quantizer.pre_quantized:
         raise PtmoeError(f"{name!r} is saved in {quantization_of(model)} already: leave {quantization} out")
     _prepare_4bit(model)
-    if quantization is None and "device_map" not in options:
+    if sharding is not None:
+        finish_sharding(model, sharding)
+    elif quantization is None and "device_map" not in options:
         model.to(target)
     if not Path(where).is_dir():
         model.config._commit_hash = revision  # what an adapter's folder names

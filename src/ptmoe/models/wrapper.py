@@ -296,4 +296,4 @@ class ModelWrapper(nn.Module):
 def _size(parameter: nn.Parameter) -> int:
     """Numbers that are kept: none of what only helps to train (`PTMoE.S`); `bitsandbytes` packs two into a byte."""
     held = getattr(parameter, "quant_state", None) or parameter
-    return 0 if hasattr(parameter, "passing") else math.prod(held.shape)
+    return 0 if hasattr(parameter, "passing") else math.prod(getattr(held, "ds_shape", held.shape))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
+from ptmoe.runs.folders import ADAPTER_FOLDER, CHECKPOINTS_FOLDER
+
+if TYPE_CHECKING:
+    from ptmoe.train.trainer import PromptTrainer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -59,3 +64,29 @@ class Interruption(TrainerCallback):
         if self.number:
             control.should_save = control.should_training_stop = True
         return control
+
+
+def fit_until_interrupted(trainer: PromptTrainer, folder: Path, checkpoint: Path | None) -> None:
+    """Train in a run's folder, and save the adapter, even if the loss diverged and there is an earlier one to save."""
+    from ptmoe.train.trainer import DivergedError
+
+    try:
+        with Interruption() as interruption:
+            trainer.add_callback(interruption)
+            if checkpoint is None or not trainer.load_finished(checkpoint):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if interruption.number:
+            name, step = signal.Signals(interruption.number).name, trainer.state.global_step
+            raise InterruptedRunError(
+                f"{name} ended training at step {step}, saved in {folder / CHECKPOINTS_FOLDER}: continue it with "
+                f"`ptmoe train --resume --output-dir {folder}`",
+                interruption.number,
+            )
+    except DivergedError as error:
+        if error.restored is not None:
+            trainer.model.save_pretrained(folder / ADAPTER_FOLDER)
+            error.args = (f"{error}; saved in {folder / ADAPTER_FOLDER}",)
+        raise
+    trainer.model.eval()
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(folder / ADAPTER_FOLDER)

@@ -194,6 +194,8 @@ class TrainOptions(SharedOptions):
     """rows end to end, without padding; by default where that is exact, and --packing fails where it is not"""
     gradient_checkpointing: bool = False
     """compute the layers again in the backward pass: less memory, a third slower"""
+    fsdp: bool = False
+    """each process holds a part of the base, where it does not fit on one device (docs/scale.md)"""
     torch_compile: bool = False
     """compile the base's layers, which takes minutes at the start; falls back where it fails
     (docs/performance.md)"""

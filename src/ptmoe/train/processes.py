@@ -14,38 +14,54 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.environment import rank, versions, world_size
-from ptmoe.train.options import TrainOptions
 
-TIMEOUT = 60.0  # seconds without a sign of another process; `ddp_timeout` of a run's `trainer` replaces it
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT = 60.0  # `ddp_timeout` of a run's `trainer` replaces it
 START = 5  # times as long, for one that has given none yet
-PLACES = {"data", "data_dir", "eval_data_dir"}  # may differ between machines: what they hold may not
+ALONE = (
+    "{} processes were started, but each would run alone: start them with torchrun, accelerate launch or --launch, and "
+    "leave use_cpu as it is"
+)
 RESUME = "when it can run again, continue with --resume"
 
 
 class Processes:
-    """The processes that train together. With one process nothing is done.
+    """The processes that train, or evaluate, together. With one process nothing is done.
 
     Args:
-        options: of the run, in this process.
+        option: what decides the run, in this process: the same in all.
+        timeout: seconds without a sign of another process.
+
+    Raises:
+        PtmoeError: a launcher was asked for several processes, and this is the only one.
     """
 
-    def __init__(self, options: TrainOptions) -> None:
-        self.options = options
-        self.timeout = float(options.trainer.get("ddp_timeout", TIMEOUT))
+    def __init__(self, option: dict[str, Any], timeout: float = TIMEOUT) -> None:
+        self.option, self.timeout = option, timeout
         self.rank, self.count = rank(), world_size()
+        if self.count == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            raise PtmoeError(
+                "accelerate launch was asked for several processes and started one, as it does without --multi_gpu on "
+                "a machine that it knows no accelerator of: add --multi_gpu, which works on CPUs as well, or use "
+                "torchrun or --launch"
+            )
         self._store: Any = None
         self._questions = 0
         self._stopped = threading.Event()
 
     def __enter__(self) -> Self:
-        # The store of torchrun and accelerate is there already; another launcher's comes with the process group.
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if self.count > 1:
+            # The store of torchrun and accelerate is there already; another launcher's comes with the process group.
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                self.join()
             self.agree()
         return self
 
@@ -57,6 +73,25 @@ class Processes:
                 f"({' '.join(str(error).split())[:200]}): see what it printed; {RESUME}"
             ) from None
 
+    def join(self) -> torch.device:
+        """Make the process group, where there is none yet.
+
+        Returns:
+            The device of this process.
+
+        Raises:
+            PtmoeError: the processes do not form one group.
+        """
+        import torch
+        from accelerate import PartialState
+
+        options: dict[str, Any] = {"timeout": timedelta(seconds=self.timeout)} if self.count > 1 else {}
+        state = PartialState(cpu=not torch.accelerator.is_available(), **options)
+        if state.num_processes != self.count:
+            raise PtmoeError(ALONE.format(self.count))
+        device: torch.device = state.device
+        return device
+
     def agree(self, **facts: Any) -> None:
         """Wait for the other processes and compare what they say; the first time also versions and options.
 
@@ -66,7 +101,7 @@ class Processes:
         if self.count == 1:
             return
         if self._store is None:
-            facts |= {"version": versions(), "option": self.options.model_dump(exclude=PLACES)}
+            facts |= {"version": versions(), "option": self.option}
             self._connect()
         self._questions += 1
         keys = [f"{self._questions}/{other}" for other in range(self.count)]
@@ -83,6 +118,15 @@ class Processes:
                     f"process {other} of {self.count} differs from process 0 ({', '.join(differing)}): start all with "
                     "the same packages, options and data"
                 )
+
+    def part(self) -> None:
+        """Wait for the others, and end the process group."""
+        if self.count > 1:
+            import torch
+
+            torch.distributed.barrier()
+            self.leave()
+            torch.distributed.destroy_process_group()
 
     def leave(self) -> None:
         """Others may end from now on, and this process is no longer missed once all have left."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ptmoe.errors import PtmoeError
 from ptmoe.files import check_name
 from ptmoe.models.bases import check_quantization, load_base
+from ptmoe.models.sharding import check_sharding, leave_accelerate_out, sharding_asked_for
 from ptmoe.runs.environment import environment, rank, world_size
 from ptmoe.runs.folders import (
     ADAPTER_FOLDER,
@@ -31,7 +31,7 @@ from ptmoe.tasks import Problems, task_named
 from ptmoe.train.checkpoints import newest_whole
 from ptmoe.train.examples import askable, evaluation_examples, training_examples
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
-from ptmoe.train.processes import Processes
+from ptmoe.train.processes import ALONE, TIMEOUT, Processes
 from ptmoe.train.resume import Differences, check_base, check_data, continued
 
 # `transformers` and all that needs it take seconds to import, so functions import them: bad options and missing data
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
 RUN_FILES = (CONFIG_FILE, RESULT_FILE, ADAPTER_FOLDER, METRICS_FILE, CHECKPOINTS_FOLDER)
 # Options whose names `TrainingArguments` has as well, but which are carried out here.
-NOT_PASSED_ON = {"output_dir", "torch_compile", "gradient_checkpointing"}
+NOT_PASSED_ON = {"output_dir", "torch_compile", "gradient_checkpointing", "fsdp"}
+PLACES = {"data", "data_dir", "eval_data_dir"}  # may differ between machines: what they hold may not
 
 
 @dataclass
@@ -73,7 +74,8 @@ def train(
 ) -> Trained:
     """Train an adapter and write its run folder.
 
-    Started by `torchrun` or `accelerate launch`, processes share the batches, and the first evaluates and writes.
+    Started by `torchrun` or `accelerate launch`, processes share the batches of training and evaluation, and the first
+    writes.
 
     Args:
         options: everything that decides the run.
@@ -90,8 +92,12 @@ def train(
     """
     method_config(options.method)  # its name may become the folder's
     folder = run_folder(options, resume)
-    with writing(folder) if rank() == 0 else nullcontext(), Processes(options) as processes:
-        return _train(options, folder, resume, force, callbacks, router_progress, say, processes)
+    sharding = sharding_asked_for(options.fsdp)
+    leave_accelerate_out()
+    decided = options.model_dump(exclude=PLACES) | {"sharding": sharding}
+    timeout = float(options.trainer.get("ddp_timeout", TIMEOUT))
+    with writing(folder) if rank() == 0 else nullcontext(), Processes(decided, timeout) as processes:
+        return _train(options, folder, resume, force, callbacks, router_progress, say, processes, sharding)
 
 
 def _train(
@@ -103,6 +109,7 @@ def _train(
     router_progress: Progress | None,
     say: Callable[[str], None],
     processes: Processes,
+    sharding: str | None,
 ) -> Trained:
     if force and not resume:
         raise PtmoeError("--force is for a run that is resumed: give --resume as well")
@@ -115,6 +122,8 @@ def _train(
     config = method_config(options.method)
     check_quantization(options.quantization)
     config.check_quantization(options.quantization)
+    if sharding is not None:
+        check_sharding(sharding, config, torch_compile=options.torch_compile)
     # A stream is used before it ends, so a bad record in it is refused at once; a file's bad lines are counted first.
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
@@ -125,10 +134,13 @@ def _train(
     from ptmoe.models.attach import attach
     from ptmoe.tasks.tokens import row_length
     from ptmoe.train.data import collate, fit
+    from ptmoe.train.interruption import fit_until_interrupted
     from ptmoe.train.routing import RoutingCallback, sample_batches
     from ptmoe.train.trainer import OnBegin
 
-    model, tokenizer, chat = _base(options)
+    if sharding is not None:
+        processes.join()  # before the base is loaded: each process gets its part
+    model, tokenizer, chat = _base(options, sharding)
     if checkpoint is not None:
         different |= check_base(checkpoint, model, force)
     if options.score == "choices":  # what the tokenizer or its template cannot do should show before the training
@@ -163,15 +175,16 @@ def _train(
     if options.packing:
         model.can_pack()  # or says why not, before anything is written
     compile_failure = compile_layers(model.base_model) if options.torch_compile else None
+    fast_paths = model.fast_paths()  # tried out in all processes, which a sharded base needs
     trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress), *callbacks])
     trainer.changed = bool(different)
     first = trainer.is_world_process_zero()
     if first:
         step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         change = Change(step=step, differences=different) if different else None
-        trainer.add_callback(OnBegin(partial(_begin, folder, options, model, compile_failure, data, change)))
+        trainer.add_callback(OnBegin(partial(_begin, folder, options, fast_paths, compile_failure, data, change)))
     started = time.monotonic()
-    _fit(trainer, folder, checkpoint)
+    fit_until_interrupted(trainer, folder, checkpoint)
     result = Result(
         name=config.method,
         method=config.method,
@@ -182,10 +195,8 @@ def _train(
         examples_cut=rows.cut,
         examples_left_out=rows.left_out,
     )
-    trainer.accelerator.wait_for_everyone()
-    processes.leave()
-    trainer.accelerator.state.destroy_process_group()  # the others leave while the first evaluates
-    evaluations = _finish(folder, result, model, tokenizer, held_out, options) if first else []
+    evaluations = _finish(folder, result, model, tokenizer, held_out, options)
+    processes.part()
     return Trained(folder, result, model, tokenizer, evaluations)
 
 
@@ -209,18 +220,22 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     held_out = askable(held_out, tokenizer, options, chat, say)
     model.to(PartialState().device)  # where a trainer would put it
     options = options.replace(method={"name": BASE}, chat=chat, revision=model.identity.revision or options.revision)
-    _begin(folder, options, model)
+    _begin(folder, options, model.fast_paths())
     result = Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0)
     _finish(folder, result, model, tokenizer, held_out, options)
 
 
-def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase, bool]:
+def _base(options: TrainOptions, sharding: str | None = None) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase, bool]:
     """The base without an adapter, its tokenizer, and whether prompts go into its chat template."""
     from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.tasks.tokens import uses_chat
 
     base, tokenizer = load_base(
-        options.model, revision=options.revision, dtype=options.dtype, quantization=options.quantization
+        options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        sharding=sharding,
     )
     chat = uses_chat(task_named(options.task or str(options.data)), tokenizer, options.chat)
     return PromptedCausalLM(base), tokenizer, chat
@@ -229,7 +244,7 @@ def _base(options: TrainOptions) -> tuple[PromptedCausalLM, PreTrainedTokenizerB
 def _begin(
     folder: Path,
     options: TrainOptions,
-    model: PromptedCausalLM,
+    fast_paths: dict[str, str | None],
     compile_failure: str | None = None,
     data: str | None = None,
     change: Change | None = None,
@@ -239,9 +254,8 @@ def _begin(
     known = folder / ENVIRONMENT_FILE  # of a resumed run
     changes = [*(Environment.read(known).changes if known.exists() else []), *([change] if change else [])]
     options.write(folder / CONFIG_FILE)
-    fast_paths = model.fast_paths()
-    fast_paths["compiled_layers"] = compile_failure or fast_paths["compiled_layers"]
-    made = environment(options.seed, fast_paths).model_copy(update={"data": data, "changes": changes})
+    compiled = {"compiled_layers": compile_failure or fast_paths["compiled_layers"]}
+    made = environment(options.seed, fast_paths | compiled).model_copy(update={"data": data, "changes": changes})
     made.write(folder / ENVIRONMENT_FILE)
 
 
@@ -255,8 +269,12 @@ def _finish(
 ) -> list[Evaluation]:
     """Write the result, and evaluate on each task's examples, as the resolved options say."""
     from ptmoe.evaluate import evaluate
+    from ptmoe.fast.paths import is_sharded
 
-    result.write(folder / RESULT_FILE)
+    if rank() == 0:
+        result.write(folder / RESULT_FILE)
+    # A pass through a sharded base takes all processes: each answers everything.
+    together = world_size() > 1 and not is_sharded(model.base_model)
     graded = distinct_tasks(held_out)
     return [
         evaluate(
@@ -269,8 +287,9 @@ def _finish(
             max_new_tokens=options.max_new_tokens,
             max_length=options.max_length,
             chat=bool(options.chat),
-            folder=folder,
+            folder=folder if together or rank() == 0 else None,
             overwrite=True,
+            together=together,
         )
         for name, examples in held_out.items()
     ]
@@ -341,11 +360,9 @@ def _trainer(
             options.tokens_per_batch,
             padded=not model.can_pack(),
             seed=options.seed,
-            processes=world_size(),
         )
         # For what counts in rows: the routing's first examples come in batches that fit.
         chosen["per_device_train_batch_size"] = max(1, options.tokens_per_batch // int(lengths.max()))
-        chosen["accelerator_config"] = {"even_batches": False}
     try:
         trainer = PromptTrainer(
             model=model,
@@ -358,36 +375,6 @@ def _trainer(
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise PtmoeError(f"transformers refuses these options: {' '.join(str(error).split())}") from None
     if trainer.args.world_size != world_size():
-        raise PtmoeError(
-            f"{world_size()} processes were started, but each would train alone: start them with torchrun or "
-            "accelerate launch, and leave use_cpu as it is"
-        )
+        raise PtmoeError(ALONE.format(world_size()))
     trainer.remove_callback(PrinterCallback)  # the metrics go to the file and to `callbacks`
     return trainer
-
-
-def _fit(trainer: PromptTrainer, folder: Path, checkpoint: Path | None) -> None:
-    """Train, and save the adapter, even if the loss diverged and there is an earlier one to save."""
-    from ptmoe.train.interruption import InterruptedRunError, Interruption
-    from ptmoe.train.trainer import DivergedError
-
-    try:
-        with Interruption() as interruption:
-            trainer.add_callback(interruption)
-            if checkpoint is None or not trainer.load_finished(checkpoint):
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if interruption.number:
-            name, step = signal.Signals(interruption.number).name, trainer.state.global_step
-            raise InterruptedRunError(
-                f"{name} ended training at step {step}, saved in {folder / CHECKPOINTS_FOLDER}: continue it with "
-                f"`ptmoe train --resume --output-dir {folder}`",
-                interruption.number,
-            )
-    except DivergedError as error:
-        if error.restored is not None:
-            trainer.model.save_pretrained(folder / ADAPTER_FOLDER)
-            error.args = (f"{error}; saved in {folder / ADAPTER_FOLDER}",)
-        raise
-    trainer.model.eval()
-    if trainer.is_world_process_zero():
-        trainer.model.save_pretrained(folder / ADAPTER_FOLDER)

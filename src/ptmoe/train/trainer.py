@@ -20,19 +20,21 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.paths import is_sharded
 from ptmoe.files import naming
 from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import LogLine, append_line, write_lines
-from ptmoe.train.batches import TokenBatches
+from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
 from ptmoe.train.checkpoints import PARTIAL, publish, seal
 
 TRAINING_STATE = "training_state.safetensors"
@@ -66,12 +68,17 @@ class PromptTrainer(Trainer):
     """`transformers.Trainer` with its own checkpoints: the adapter folder and the states of the optimizer, the
     scheduler and the random generators, in safetensors and JSON.
 
-    Sharded training (DeepSpeed, FSDP) keeps `Trainer`'s files.
+    Several processes take the batches in turns. Where one is left without a batch in an epoch's last step it computes
+    an example that counts for nothing, so that they train as one process does that accumulates the same batches. A base
+    may be sharded over them (`ptmoe.models.sharding`); the adapter is whole in each.
 
     Args:
         *arguments: of `Trainer`.
         batches: the batches to read the training set in, instead of `per_device_train_batch_size` random examples each.
         **options: of `Trainer`.
+
+    Raises:
+        PtmoeError: `accelerate` would shard the adapter.
     """
 
     model: PromptedCausalLM
@@ -79,6 +86,16 @@ class PromptTrainer(Trainer):
 
     def __init__(self, *arguments: Any, batches: TokenBatches | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise PtmoeError(
+                "FSDP and DeepSpeed would shard the adapter, and save it in pickles: use `ptmoe train`, which gives "
+                "them the base alone, or load the base with load_base(…, sharding=…) and leave accelerate without them"
+            )
+        base = self.model.base_model
+        if is_sharded(base):
+            # Each process has another part of a tensor: DDP must not make them equal.
+            parts = [f"base_model.{name}" for name, _ in base.named_parameters()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, parts)
         self.batches = batches
         if batches is not None:
             self.add_callback(_Epochs(batches))
@@ -88,13 +105,24 @@ class PromptTrainer(Trainer):
         self._parts = 1  # in which a batch is computed
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        if self.batches is None:
+        data, batches = cast("Dataset[Any]", self.train_dataset), cast(Any, self.batches)
+        if batches is None and (self.args.world_size == 1 or isinstance(data, IterableDataset)):
             return cast("DataLoader[Any]", super().get_train_dataloader())
+        if batches is None:
+            batches = BatchSampler(
+                self._get_train_sampler(data), self.args.train_batch_size, self.args.dataloader_drop_last
+            )
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        if len(batches) % self.args.world_size:
+            batches, data, collate = EvenBatches(batches, self.args.world_size), WithBlanks(data), Blanking(collate)
         names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
-        data = cast("Dataset[Any]", self.train_dataset)
-        loader = DataLoader(data, batch_sampler=self.batches, collate_fn=self.data_collator, **options)
-        return cast("DataLoader[Any]", self.accelerator.prepare(loader))
+        loader = DataLoader(data, batch_sampler=batches, collate_fn=collate, **options)
+        before, self.accelerator.even_batches = self.accelerator.even_batches, False  # True would count examples twice
+        try:
+            return cast("DataLoader[Any]", self.accelerator.prepare(loader))
+        finally:
+            self.accelerator.even_batches = before
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -131,7 +159,7 @@ class PromptTrainer(Trainer):
         steps = [path.name.rpartition("-")[2] for path in Path(self.args.output_dir).glob("checkpoint-*")]
         for step in sorted((int(step) for step in steps if step.isdigit()), reverse=True):
             folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-            if step <= self.state.global_step and not self._sharded:
+            if step <= self.state.global_step:
                 with suppress(PtmoeError):  # the update before it may have broken the weights
                     self._load_from_checkpoint(str(folder))
                     return f"the weights of {folder}"
@@ -177,7 +205,7 @@ class PromptTrainer(Trainer):
         """Load a checkpoint of the last step, from which `Trainer` would take one step more; False, and nothing is
         loaded, where steps are left."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if self._sharded or state.global_step < (self._steps() if self.changed else state.max_steps):
+        if state.global_step < (self._steps() if self.changed else state.max_steps):
             return False
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
@@ -232,14 +260,7 @@ class PromptTrainer(Trainer):
         folder: str = super()._get_output_dir(trial)
         return str(Path(folder) / PARTIAL) if self._saving else folder
 
-    @property
-    def _sharded(self) -> bool:
-        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self._sharded:
-            super()._save(output_dir, state_dict)
-            return
         folder = Path(output_dir or self.args.output_dir)
         self.model.save_pretrained(folder)
         # What the published form lacks: the coordinates in which the router is trained.
@@ -247,9 +268,6 @@ class PromptTrainer(Trainer):
             save_file({name: value.contiguous() for name, value in state.items()}, folder / TRAINING_STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         folder = Path(resume_from_checkpoint)
         encoder = self.model.encoder
         saved = read_adapter(folder)
@@ -259,7 +277,7 @@ class PromptTrainer(Trainer):
             encoder.load_training_state(load_file(folder / TRAINING_STATE, device=str(self.model.device)))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._sharded or self.optimizer is None:
+        if self.optimizer is None:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
             saved = self.optimizer.state_dict()
@@ -271,7 +289,7 @@ class PromptTrainer(Trainer):
             (Path(output_dir) / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._sharded or not (Path(checkpoint) / OPTIMIZER).exists():
+        if checkpoint is None or not (Path(checkpoint) / OPTIMIZER).exists():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state: dict[int | str, dict[str, Any]] = {}  # by parameter: its number or, in LoRA-FA's optimizer, its name
