@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 PROMPT, NEW = 24, 32  # tokens of a request and of its answer
 VIRTUAL, EXPERTS, RANK = 40, 2, 36  # the paper's
-ADAPTERS, REQUESTS, CLIENTS = 1_000, 192, 32
+ADAPTERS, REQUESTS, CLIENTS = 1_000, 96, 32
 PAPER_HIDDEN, PAPER_ADAPTERS = 2_048, 10_000
 PATIENCE = 600.0  # seconds until a server answers
 POSITIONS = 1_024  # of a row in vLLM
