@@ -2,7 +2,7 @@
 
 A comment before a block marks it: `<!-- ci: run -->` runs it, `<!-- ci: run with data -->` only where there is a
 `../shared/data`, `<!-- ci: file NAME -->` writes it to a file. A block that fails ends its page, and the script with
-status 1. `SHOW=1` prints what the blocks print.
+status 1. Pages run side by side, one on each core. `SHOW=1` prints what the blocks print.
 """
 
 import os
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -18,8 +19,8 @@ BLOCK = re.compile(r"^<!-- ci: (run with data|run|file (\S+)) -->\n```(\w+)\n(.*
 RUNNERS = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 
 
-def check(page: Path) -> bool:
-    """Whether every marked block of a page runs; there has to be one."""
+def check(page: Path) -> tuple[bool, list[str]]:
+    """Whether every marked block of a page runs, of which there has to be one, and what is to be said of it."""
     data = ROOT.parent / "shared"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "work"
@@ -28,26 +29,26 @@ def check(page: Path) -> bool:
         if data.exists():
             (folder.parent / "shared").symlink_to(data)
         blocks = list(BLOCK.finditer(page.read_text()))
-        print(f"{page.name}: {len(blocks)} marked blocks", flush=True)
-        return bool(blocks) and all(run(*block.groups(), folder, data.exists()) for block in blocks)
+        said = [f"{page.name}: {len(blocks)} marked blocks"]
+        return bool(blocks) and all(run(*block.groups(), folder, data.exists(), said) for block in blocks), said
 
 
-def run(mark: str, name: str | None, language: str, text: str, folder: Path, data: bool) -> bool:
+def run(mark: str, name: str | None, language: str, text: str, folder: Path, data: bool, said: list[str]) -> bool:
     if name is not None:
         (folder / name).write_text(text)
         return True
     if mark == "run with data" and not data:
-        print(f"  left out without ../shared/data: {text.strip().splitlines()[0]}")
+        said.append(f"  left out without ../shared/data: {text.strip().splitlines()[0]}")
         return True
     paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     started = time.monotonic()
     command = [*RUNNERS[language], text]
-    environment = os.environ | {"PATH": paths}
+    environment = os.environ | {"PATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     outcome = "FAILED" if done.returncode else "ran"
-    print(f"  {outcome} in {time.monotonic() - started:.0f} s: {text.strip().splitlines()[0]}")
+    said.append(f"  {outcome} in {time.monotonic() - started:.0f} s: {text.strip().splitlines()[0]}")
     if done.returncode or os.environ.get("SHOW"):
-        print(done.stdout + done.stderr, flush=True)
+        said.append(done.stdout + done.stderr)
     return done.returncode == 0
 
 
@@ -55,5 +56,10 @@ if __name__ == "__main__":
     pages = [Path(page) for page in sys.argv[1:]] or [
         page for page in sorted((ROOT / "docs").glob("*.md")) if BLOCK.search(page.read_text())
     ]
-    failed = [page.name for page in pages if not check(page)]
+    pages.sort(key=lambda page: -page.stat().st_size)  # the longest first, so that it is not the last one to end
+    failed = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for page, (fine, said) in zip(pages, pool.map(check, pages), strict=True):
+            print("\n".join(said), flush=True)
+            failed += [] if fine else [page.name]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -107,6 +107,7 @@ def test_forty_cells_end_once_each_though_a_worker_is_killed(tmp_path, attempts)
     assert sum(attempts().values()) == 41, "finished cells are not run again"
 
 
+@pytest.mark.slow
 def test_a_cell_that_always_kills_its_process_fails_and_the_others_end(tmp_path, attempts):
     watcher = Recorder()
     failed = compare(prepared(tmp_path / "c", methods=["pt"], seeds=[1, ALWAYS, BROKEN, TALKING]), watcher)

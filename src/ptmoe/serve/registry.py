@@ -322,13 +322,12 @@ class Registry:
         """Poll the folder in a thread of its own, until `stop`."""
 
         def poll() -> None:
-            self.fill()
-            pause = POLL
+            pause = POLL  # the first requests come first
             while not self._stopping.wait(pause):
                 started = time.monotonic()
                 self.scan()
-                self.fill()
                 pause = max(POLL, SHARE * (time.monotonic() - started))
+                self.fill()
 
         self._watcher = threading.Thread(target=poll, name="ptmoe-adapters", daemon=True)
         self._watcher.start()
