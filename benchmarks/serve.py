@@ -169,6 +169,7 @@ def http(bench: Bench) -> Iterator[Measurement]:
                 yield Token(token)
 
     registry = Registry(AdapterSet(read_embedding(str(bench.base))), bench.adapters, base=bench.base.name)
+    registry.fill()  # which the server would do meanwhile
     tokenizer, _ = load_tokenizer(str(bench.base))
     service = Service(registry, AtOnce(), tokenizer, frozenset(), Limits(), Metrics(registry))  # type: ignore[arg-type]
     rounds = asyncio.run(_http_rounds(service, bench))
