@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 PROMPT, NEW = 24, 32  # tokens of a request and of its answer
 VIRTUAL, EXPERTS, RANK = 40, 2, 36  # the paper's
-ADAPTERS, REQUESTS, CLIENTS = 1_000, 96, 32
+ADAPTERS, CLIENTS = 1_000, 32
 PAPER_HIDDEN, PAPER_ADAPTERS = 2_048, 10_000
 PATIENCE = 600.0  # seconds until a server answers
 POSITIONS = 1_024  # of a row in vLLM
@@ -67,6 +67,7 @@ class Bench:
         size: bytes of one.
         vocabulary: of the base.
         vllm: the Python that has vLLM.
+        requests: of a load.
     """
 
     base: Path
@@ -75,6 +76,7 @@ class Bench:
     vocabulary: int
     rounds: int
     vllm: str | None
+    requests: int
     drawn: random.Random = field(default_factory=lambda: random.Random(0))
 
     def engines(self, stack: ExitStack, *names: str) -> Iterator[tuple[str, Server]]:
@@ -117,23 +119,23 @@ class Bench:
     def prompts(self, count: int, length: int = PROMPT) -> list[list[int]]:
         return [[self.drawn.randrange(10, self.vocabulary) for _ in range(length)] for _ in range(count)]
 
-    def names(self, popularity: str, count: int = REQUESTS) -> list[str]:
-        """The adapters of so many requests: `"one"`, `"uniform"`, or `"zipf"`, by 1 / rank."""
+    def names(self, popularity: str) -> list[str]:
+        """The adapters of a load: `"one"`, `"uniform"`, or `"zipf"`, by 1 / rank."""
         weights = {
             "one": [1.0, *[0.0] * (ADAPTERS - 1)],
             "uniform": [1.0] * ADAPTERS,
             "zipf": [1 / (rank + 1) for rank in range(ADAPTERS)],
         }[popularity]
-        return [adapter(index) for index in self.drawn.choices(range(ADAPTERS), weights, k=count)]
+        return [adapter(index) for index in self.drawn.choices(range(ADAPTERS), weights, k=self.requests)]
 
     def rate(self, server: Server, popularity: str) -> float:
         """New tokens a second."""
-        return REQUESTS * NEW / load(server, self.names(popularity), self.prompts(REQUESTS))
+        return self.requests * NEW / load(server, self.names(popularity), self.prompts(self.requests))
 
     def plain_rate(self, server: Server) -> float:
         """The same of texts that are as long as requests with their virtual tokens."""
-        prompts = self.prompts(REQUESTS, VIRTUAL + PROMPT)
-        return REQUESTS * NEW / load(server, [server.model] * REQUESTS, prompts)
+        prompts = self.prompts(self.requests, VIRTUAL + PROMPT)
+        return self.requests * NEW / load(server, [server.model] * self.requests, prompts)
 
 
 def adapter(index: int) -> str:
@@ -174,7 +176,9 @@ def http(bench: Bench) -> Iterator[Measurement]:
     service = Service(registry, AtOnce(), tokenizer, frozenset(), Limits(), Metrics(registry))  # type: ignore[arg-type]
     rounds = asyncio.run(_http_rounds(service, bench))
     goal = Goal("over HTTP", "more by at most", 3.0, "in the process")
-    what = f"HTTP: a request and its answer of {NEW} tokens from an engine that takes no time, median of {REQUESTS}"
+    what = (
+        f"HTTP: a request and its answer of {NEW} tokens from an engine that takes no time, median of {bench.requests}"
+    )
     yield Measurement("http", what, "ms", rounds, [goal])
 
 
@@ -197,13 +201,13 @@ async def _http_rounds(service: Service, bench: Bench) -> Rounds:
     assert client.stdout is not None
     for number in range(bench.rounds + 1):
         took = []
-        for prompt in bench.prompts(REQUESTS):
+        for prompt in bench.prompts(bench.requests):
             begun = time.perf_counter()
             run = await service.run(adapter(0), [prompt], Sampling(0), max_tokens=NEW)
             async for _ in run.pieces():
                 pass
             took.append(1_000 * (time.perf_counter() - begun))
-        bodies = [body(adapter(0), prompt, NEW) for prompt in bench.prompts(REQUESTS)]
+        bodies = [body(adapter(0), prompt, NEW) for prompt in bench.prompts(bench.requests)]
         for sent in (url, bodies):
             client.stdin.write((json.dumps(sent) + "\n").encode())
             await client.stdin.drain()
@@ -300,7 +304,7 @@ def gateway(bench: Bench) -> Iterator[Measurement]:
     with bench.stock("--enable-prompt-embeds") as upstream:
         for _ in range(bench.rounds):
             with bench.served(upstream.url) as server:
-                load(server, bench.names("uniform"), bench.prompts(REQUESTS), new=4)
+                load(server, bench.names("uniform"), bench.prompts(bench.requests), new=4)
                 assert "/vllm/" not in Path(f"/proc/{server.process.pid}/maps").read_text()
                 held = resident(server.process.pid, without=".safetensors") - bench.size * ADAPTERS
             seconds.append(server.seconds)
@@ -351,7 +355,7 @@ def batching(bench: Bench) -> Iterator[Measurement]:
     model = load_adapter(load_base(str(bench.base))[0], bench.adapters / adapter(0)).eval()
 
     def one_by_one() -> float:
-        prompts = bench.prompts(REQUESTS // 12)
+        prompts = bench.prompts(8)
         begun = time.perf_counter()
         for prompt in prompts:
             made = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)
@@ -477,7 +481,7 @@ def draw(encoder: Any, seed: int) -> None:
             parameter.normal_(std=0.1, generator=random_numbers)
 
 
-def prepare(model: str, folder: Path, rounds: int, vllm: str | None) -> Bench:
+def prepare(model: str, folder: Path, **options: Any) -> Bench:
     """Write what is served."""
     from ptmoe.models.attach import attach
     from ptmoe.models.bases import load_base, quiet
@@ -495,7 +499,7 @@ def prepare(model: str, folder: Path, rounds: int, vllm: str | None) -> Bench:
         prompted.save_pretrained(folder / "adapters" / adapter(index))
     size = sum(tensor.numel() * tensor.element_size() for tensor in encoder.tensors().values())
     vocabulary = base.get_input_embeddings().weight.shape[0]
-    return Bench(folder / "base", folder / "adapters", size, vocabulary, rounds, vllm)
+    return Bench(folder / "base", folder / "adapters", size, vocabulary, **options)
 
 
 def main() -> None:
@@ -506,6 +510,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="the base")
     parser.add_argument("--vllm", help="the Python of an environment that holds vLLM")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=96, help="of a load")
     chosen = parser.parse_args()
     unknown = sorted(set(chosen.parts) - set(PARTS))
     if unknown:
@@ -520,7 +525,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.serve", *sys.argv[1:]]),
     }
     with tempfile.TemporaryDirectory() as folder:
-        bench = prepare(chosen.model, Path(folder), chosen.rounds, chosen.vllm)
+        bench = prepare(chosen.model, Path(folder), rounds=chosen.rounds, vllm=chosen.vllm, requests=chosen.requests)
         for part in chosen.parts or PARTS:
             print(part, flush=True)
             for measurement in PARTS[part](bench):
