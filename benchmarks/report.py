@@ -38,12 +38,13 @@ class Figure:
 
 def _digits(value: float) -> str:
     """Three digits that count, and no power of ten."""
-    if value >= 100 or value == 0:
+    size = abs(value)
+    if size >= 100 or value == 0:
         return f"{value:,.0f}"
     digits = 2
-    while value < 10 ** (2 - digits) and digits < 7:
+    while size < 10 ** (2 - digits) and digits < 7:
         digits += 1
-    return f"{value:.{digits - (value >= 10)}f}"
+    return f"{value:.{digits - (size >= 10)}f}"
 
 
 def read(path: Path) -> list[Result]:

@@ -522,7 +522,9 @@ def main() -> None:
         "on": f"{chosen.model}, {hardware['accelerator'] or hardware['processor']}, {hardware['cores']} cores",
         "date": date.today().isoformat(),
         "commit": machine["commit"],
-        "command": " ".join(["python -m benchmarks.serve", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python -m benchmarks.serve", *("PYTHON" if word == chosen.vllm else word for word in sys.argv[1:])]
+        ),
     }
     with tempfile.TemporaryDirectory() as folder:
         bench = prepare(chosen.model, Path(folder), rounds=chosen.rounds, vllm=chosen.vllm, requests=chosen.requests)

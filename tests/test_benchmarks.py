@@ -20,6 +20,8 @@ from benchmarks.interleave import measure  # noqa: E402
 from benchmarks.lengths import FILE, rows, sample  # noqa: E402
 from benchmarks.parts import generate, step  # noqa: E402
 from benchmarks.report import Figure, is_met, measured, read, render  # noqa: E402
+from benchmarks.serving import Goal as ServingGoal  # noqa: E402
+from benchmarks.serving import Measurement, section  # noqa: E402
 from benchmarks.worker import built  # noqa: E402
 
 COMMANDS = {"startup", "study"}  # parts that measure whole commands
@@ -84,7 +86,15 @@ def test_a_goal_is_about_its_own_cases():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0123456, "0.0123"), (0.5, "0.500"), (1.2345, "1.23"), (12.345, "12.3"), (1234.5, "1,234"), (0, "0")],
+    [
+        (0.0123456, "0.0123"),
+        (0.5, "0.500"),
+        (1.2345, "1.23"),
+        (12.345, "12.3"),
+        (1234.5, "1,234"),
+        (0, "0"),
+        (-25.92, "-25.9"),
+    ],
 )
 def test_numbers_have_three_digits(value, text):
     assert Figure(value, value, value).text() == text
@@ -270,3 +280,26 @@ def test_the_studies_are_plans_that_compare_reads(name):
     plan = read_plan(machine.ROOT / "benchmarks" / f"{name}.yaml")
     assert {"pt", "dpt", "smop", "pt-moe", "lora", "hydralora", "vera"} <= {entry["name"] for entry in plan.methods}
     assert len(plan.seeds) >= 3
+
+
+def test_a_goal_of_serving_is_judged_round_by_round():
+    rounds = {"ours": [10.0, 30.0, 29.0], "theirs": [10.0, 20.0, 30.0]}
+    ratio, more = ServingGoal("ours", "at least", 0.97, "theirs"), ServingGoal("ours", "more by at most", 3.0, "theirs")
+    assert ratio.figure(rounds) == Figure(1.0, 29 / 30, 1.5)
+    assert more.figure(rounds) == Figure(0.0, -1.0, 10.0)
+    assert ratio.is_met(ratio.figure(rounds))
+    assert more.is_met(more.figure(rounds))
+    assert not ServingGoal("ours", "at most", 5.0).is_met(ServingGoal("ours", "at most", 5.0).figure(rounds))
+
+
+def test_the_page_has_the_last_record_of_each_measurement_of_serving(tmp_path):
+    about = {"on": "nano", "date": "2026-01-01", "commit": "abc", "command": "python -m benchmarks.serve"}
+    path = tmp_path / "serving.jsonl"
+    for value in (1.0, 2.0):
+        made = Measurement("http", "HTTP", "ms", {"over HTTP": [value]}, [ServingGoal("over HTTP", "at most", 1.5)])
+        with path.open("a") as opened:
+            opened.write(json.dumps(made.line() | about) + "\n")
+    page = section(path)
+    assert "| HTTP | over HTTP ≤ 1.5 | 2.00 | **not met** |" in page
+    assert "1.00" not in page
+    assert section(tmp_path / "none.jsonl") == ""
