@@ -130,6 +130,14 @@ def test_a_machine_with_another_version_stops_the_comparison_before_a_cell(tmp_p
     assert not attempts()
 
 
+def test_a_session_within_another_leaves_the_environment_as_it_was(ray_session, monkeypatch):
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
+    before = dict(os.environ)
+    with session("ray://auto", 1, 1, 0):
+        pass
+    assert dict(os.environ) == before
+
+
 def test_ray_of_its_own_takes_no_connection_from_another_machine(ray_session):
     assert ray_session.get_runtime_context().gcs_address.startswith("127.0.0.1:")
 

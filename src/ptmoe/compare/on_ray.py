@@ -105,25 +105,28 @@ def session(on: str, usual: int, jobs: int | None, gpus: float | None) -> Iterat
     if on != LOCAL and ("RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().exists()):
         variables["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE", "token")  # what `ray start` has by default
     before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", *variables, *OF_WORKERS)}
-    os.environ.update(variables)  # read when Ray is imported
-    import ray
-
-    if ray.is_initialized():
-        yield room(ray, on, usual, jobs, gpus)
-        return
-    local = Path(tempfile.mkdtemp(prefix="ptmoe-ray-")) if on == LOCAL else None
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if local is not None:
-        threads = str(max(1, (os.cpu_count() or 1) // usual))
-        os.environ.update(zip(OF_WORKERS, (str(local), threads, threads, TOKEN), strict=True))
-        options |= {"include_dashboard": False, "num_cpus": max(usual, os.cpu_count() or 1), "_temp_dir": str(local)}
+    local = None
     try:
-        with _signals_kept():
-            _connect(ray, on, options)
-        yield room(ray, on, usual, jobs, gpus)
+        os.environ.update(variables)  # read when Ray is imported
+        import ray
+
+        if ray.is_initialized():
+            yield room(ray, on, usual, jobs, gpus)
+            return
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if on == LOCAL:
+            local = tempfile.mkdtemp(prefix="ptmoe-ray-")
+            threads = str(max(1, (os.cpu_count() or 1) // usual))
+            os.environ.update(zip(OF_WORKERS, (local, threads, threads, TOKEN), strict=True))
+            options |= {"include_dashboard": False, "num_cpus": max(usual, os.cpu_count() or 1), "_temp_dir": local}
+        try:
+            with _signals_kept():
+                _connect(ray, on, options)
+            yield room(ray, on, usual, jobs, gpus)
+        finally:
+            with _signals_kept():
+                ray.shutdown()
     finally:
-        with _signals_kept():
-            ray.shutdown()
         if local is not None:
             shutil.rmtree(local, ignore_errors=True)
         for name, value in before.items():
