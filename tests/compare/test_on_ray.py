@@ -39,6 +39,7 @@ def ray_session(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 4)
         patch.setenv(ATTEMPTS, str(tmp_path_factory.mktemp("ray") / "attempts.txt"))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # the workers need `testing` too
         with session("ray", 4, None, 0) as room:
             yield room.ray
 

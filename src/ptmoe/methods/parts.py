@@ -1,0 +1,173 @@
+"""Methods that put a small module of their own beside each of some linear modules, and add to its output.
+
+y = W x + b        becomes        y + part(x, y)
+
+The base's modules are kept: a hook hands their input and output to the part. So no weight is copied or rewritten, and a
+part that starts at zero leaves the base as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ptmoe.errors import PtmoeError
+from ptmoe.methods.base import Batches, InitialEmbeddings, PreTrainedModel, Prompt, quantization_of
+from ptmoe.methods.weights import TargetedConfig, WeightEncoder, features_of, modules_named
+
+
+class Part(nn.Module):
+    """What a method adds to one linear module. The constructor creates its tensors, `initialise` fills them.
+
+    What is trained is a parameter. What is frozen and needed again is a buffer, which is saved with the adapter: a
+    decomposition or a random matrix that another machine computes again need not be the same.
+
+    Attributes:
+        shared: the module that all parts have in common (`PartsConfig.shared_by`), or None.
+    """
+
+    shared: Any
+
+    def __init__(self, config: Any, in_features: int, out_features: int) -> None:
+        super().__init__()
+
+    def initialise(self, module: nn.Module, generator: torch.Generator) -> None:
+        """Fill the tensors.
+
+        Args:
+            module: the base's, for `weight_of` and `leading`.
+            generator: the only source of randomness, on the CPU.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, output: Tensor, module: nn.Module) -> Tensor:
+        """What is added to the module's output, `(…, out)`.
+
+        Args:
+            x: `(…, in)`, float32, what the module got.
+            output: `(…, out)`, what the module made of it, with its bias.
+            module: the base's, for `weight_of`.
+        """
+        raise NotImplementedError
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that is added to the loss in training, or None."""
+        return None
+
+
+class PartsConfig(TargetedConfig):
+    """A method that puts a part beside each target module.
+
+    One that reads the weights has `unsupported_quantizations = QUANTIZATIONS`.
+    """
+
+    part_class: ClassVar[type[Part]]
+
+    def shared_by(self, features: list[tuple[int, int]]) -> nn.Module | None:
+        """What all parts have in common; it has an `initialise(generator)`. Each part finds it as `self.shared`.
+
+        Args:
+            features: `(in, out)` of each target module, from the first layer to the last.
+        """
+        return None
+
+    def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> Parts:
+        self.check_quantization(quantization_of(base))
+        return Parts(self.replace(target_modules=self.target_names(base)), base)
+
+
+class Parts(WeightEncoder):
+    """Tensors: each part's, by the full name of its module, and those of `shared`."""
+
+    config: PartsConfig
+    targets: list[tuple[nn.Module, Part]]  # each module of the base with its part
+
+    def __init__(self, config: PartsConfig, base: PreTrainedModel) -> None:
+        super().__init__(config, base)
+        modules = modules_named(base, config.target_modules or [])
+        features = [features_of(module) for module in modules.values()]
+        self.shared = config.shared_by(features)
+        parts = [config.part_class(config, *each).float() for each in features]
+        for part in parts:
+            vars(part)["shared"] = self.shared  # not its submodule: it would be saved with each
+        # A ModuleDict's keys may have no dots.
+        self.parts = nn.ModuleDict({name.replace(".", "/"): part for name, part in zip(modules, parts, strict=True)})
+        vars(self)["targets"] = list(zip(modules.values(), parts, strict=True))
+        self.enabled = True
+        self.hooks = [module.register_forward_hook(partial(self._add, part)) for module, part in self.targets]
+
+    def _add(self, part: Part, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not self.enabled:
+            return output
+        added: Tensor = part(arguments[0].float(), output, module)
+        return (output + added).to(output.dtype)
+
+    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        prompt = super().forward(input_embeds, input_mask)
+        if self.training:
+            penalties = [penalty for _, part in self.targets if (penalty := part.penalty()) is not None]
+            prompt.auxiliary_loss = torch.stack(penalties).sum() if penalties else None
+        return prompt
+
+    @torch.no_grad()
+    def initialise(self, source: InitialEmbeddings) -> None:
+        if self.shared is not None:
+            cast(Any, self.shared).initialise(source.generator)
+        for module, part in self.targets:
+            part.initialise(module, source.generator)
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {key.replace("/", "."): value for key, value in self.parts.state_dict().items()}
+        shared = {} if self.shared is None else self.shared.state_dict(prefix="shared.")
+        return own | shared
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = True
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The frozen weight `(out, in)` of a linear module, in its own dtype; a quantized one's is of another shape."""
+    weight = cast(Tensor, module.weight).detach()
+    return weight if isinstance(module, nn.Linear) else weight.T  # GPT-2's `Conv1D`
+
+
+def check_rank(rank: int, in_features: int, out_features: int) -> None:
+    """
+    Raises:
+        PtmoeError: `rank` exceeds that of the module's weight.
+    """
+    if rank > (limit := min(in_features, out_features)):
+        raise PtmoeError(
+            f"rank {rank} exceeds min(in, out) = {limit} of a {in_features} × {out_features} module: lower it"
+        )
+
+
+def leading(module: nn.Module, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading part of the SVD of a module's frozen weight: `U (out, R)`, `Σ (R,)` and `Vᵀ (R, in)`, float32.
+
+    It is kept with the module, so that the next adapter on this base does not wait for it again. Of each pair of
+    vectors, the sign is the one with which the largest entry of `V`'s is positive.
+    """
+    weight = cast(Tensor, module.weight)
+    written, factors = vars(module).get("_leading", (None, ()))
+    if written != (id(weight), weight._version) or len(factors[1]) < rank:
+        left, values, right = torch.linalg.svd(weight_of(module).float(), full_matrices=False)
+        sign = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()  # (min(in, out), 1)
+        factors = (left * sign.T)[:, :rank].clone(), values[:rank].clone(), (right * sign)[:rank].clone()
+        vars(module)["_leading"] = (id(weight), weight._version), factors
+    left, values, right = factors
+    return left[:, :rank], values[:rank], right[:rank]
