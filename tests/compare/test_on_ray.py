@@ -83,7 +83,7 @@ def files(folder):
 
 
 def test_the_files_are_those_of_cells_in_this_process(tmp_path):
-    assert compare(prepared(tmp_path / "ray", seeds=1)) == []
+    assert compare(prepared(tmp_path / "ray", seeds=1, jobs=1)) == []
     assert compare(prepared(tmp_path / "here", seeds=1, on="processes", jobs=1)) == []
     one, other = files(tmp_path / "ray"), files(tmp_path / "here")
     assert one.keys() == other.keys()
@@ -93,8 +93,9 @@ def test_the_files_are_those_of_cells_in_this_process(tmp_path):
     assert written[0] == written[1]
 
 
-def test_forty_cells_end_once_each_though_a_worker_is_killed(tmp_path, attempts):
-    comparison, watcher = prepared(tmp_path / "c", seeds=20, jobs=4), Recorder()
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_forty_cells_end_once_each_though_a_worker_is_killed(tmp_path, attempts, workers):
+    comparison, watcher = prepared(tmp_path / "c", seeds=20, jobs=workers), Recorder()
     assert compare(comparison, watcher) == []
     assert len(comparison.cells) == 40
     assert Counter(watcher.outcomes) == {(seed, 7): 2 for seed in range(20)}
@@ -127,7 +128,7 @@ def test_a_cell_that_always_kills_its_process_fails_and_the_others_end(tmp_path,
 def test_a_machine_with_another_version_stops_the_comparison_before_a_cell(tmp_path, attempts, monkeypatch):
     monkeypatch.setattr(on_ray, "__version__", "9.9.9")
     with pytest.raises(PtmoeError, match=r"ptmoe is .* on .* and 9\.9\.9 here: install one version on both"):
-        compare(prepared(tmp_path / "c"))
+        compare(prepared(tmp_path / "c", jobs=1))
     assert not attempts()
 
 
