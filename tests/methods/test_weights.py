@@ -146,7 +146,7 @@ def test_a_seed_decides_the_start_and_leaves_the_global_state_alone(method):
     assert all(torch.equal(again[key], value) for key, value in first.items())
 
 
-@pytest.mark.parametrize("method", ["lora", "hydralora", "vera", "dora", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "hydralora", "vera", "dora", "ia3", "soka", "edora", "bilora"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_trains_stays_float32_on_a_bfloat16_base(method, autocast):
     model = attached(method, tiny_llama().to(torch.bfloat16)).train()

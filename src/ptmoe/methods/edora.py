@@ -40,7 +40,8 @@ class EDoRAPart(LoRAXSPart):
         """`(out,)`, of the rows of `W + B M A`."""
         values: Tensor = torch.linalg.vector_norm(self.A, dim=1)
         before = self.B * values  # U_R Σ_R
-        after = before + self.B @ self.M * values
+        with torch.autocast(self.M.device.type, enabled=False):
+            after = before + self.B @ self.M * values
         # A row of zeros stays one.
         return (self.squares + (after.square() - before.square()).sum(1)).clamp(min=1e-30).sqrt()
 

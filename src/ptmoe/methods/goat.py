@@ -69,10 +69,11 @@ class GOATPart(Part):
         return scores.masked_fill(others, -torch.inf).softmax(-1, dtype=torch.float32)
 
     def forward(self, x: Tensor, output: Tensor, module: nn.Module) -> Tensor:
-        low = nn.functional.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (…, N, R)
-        mixed = (self.route(x)[..., None] * low).flatten(-2)  # (…, N·R)
-        start = nn.functional.linear(x, self.A_start.flatten(0, 1)) / len(self.A)
-        return self.scaling * (_together(mixed, self.B) - _together(start, self.B_start))
+        with torch.autocast(x.device.type, enabled=False):  # a small difference of large numbers
+            low = nn.functional.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (…, N, R)
+            mixed = (self.route(x)[..., None] * low).flatten(-2)  # (…, N·R)
+            start = nn.functional.linear(x, self.A_start.flatten(0, 1)) / len(self.A)
+            return self.scaling * (_together(mixed, self.B) - _together(start, self.B_start))
 
 
 def _together(low: Tensor, B: Tensor) -> Tensor:

@@ -36,8 +36,7 @@ class SoKAPart(Part):
     def __init__(self, config: "SoKAConfig", in_features: int, out_features: int) -> None:
         super().__init__(config, in_features, out_features)
         m, q = divisor(out_features), divisor(in_features)
-        self.blocks = m, in_features // q
-        self.block = out_features // m, q
+        self.blocks, self.block = (m, in_features // q), (out_features // m, q)
         self.most = min(m * self.blocks[1], q * self.block[0])
         if config.rank > self.most:
             whole = f"the {self.most} Kronecker products of a {in_features} × {out_features} module"
@@ -68,7 +67,8 @@ class SoKAPart(Part):
 
     def forward(self, x: Tensor, output: Tensor, module: nn.Module) -> Tensor:
         x = x.unflatten(-1, (self.blocks[1], self.block[1]))  # (…, n, q)
-        return _kronecker(x, self.C, self.D) - _kronecker(x, self.C_start, self.D_start)
+        with torch.autocast(x.device.type, enabled=False):  # a small difference of large numbers
+            return _kronecker(x, self.C, self.D) - _kronecker(x, self.C_start, self.D_start)
 
 
 def _kronecker(x: Tensor, C: Tensor, D: Tensor) -> Tensor:
