@@ -57,4 +57,5 @@ class EDoRAConfig(LoRAXSConfig):
 
     method = "edora"
     order = 440
+    default_learning_rate = 3e-2
     part_class = EDoRAPart

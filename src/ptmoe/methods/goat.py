@@ -94,6 +94,7 @@ class GOATConfig(PartsConfig):
 
     method = "goat"
     order = 450
+    default_learning_rate = 3e-3
     free_sizes = ("rank", "num_experts")
     unsupported_quantizations = QUANTIZATIONS
     part_class = GOATPart

@@ -22,8 +22,7 @@ from ptmoe.methods.base import QUANTIZATIONS, Batches, PreTrainedModel, Size
 from ptmoe.methods.parts import Part, Parts, PartsConfig, leading
 
 
-def divisor(number: int) -> int:
-    """The largest one that is not above the root."""
+def largest_divisor_up_to_root(number: int) -> int:
     return next(one for one in range(isqrt(number), 0, -1) if number % one == 0)
 
 
@@ -35,7 +34,7 @@ class SoKAPart(Part):
 
     def __init__(self, config: "SoKAConfig", in_features: int, out_features: int) -> None:
         super().__init__(config, in_features, out_features)
-        m, q = divisor(out_features), divisor(in_features)
+        m, q = largest_divisor_up_to_root(out_features), largest_divisor_up_to_root(in_features)
         self.blocks, self.block = (m, in_features // q), (out_features // m, q)
         self.most = min(m * self.blocks[1], q * self.block[0])
         if config.rank > self.most:
@@ -87,6 +86,7 @@ class SoKAConfig(PartsConfig):
 
     method = "soka"
     order = 430
+    default_learning_rate = 1e-2
     free_sizes = ("rank",)
     unsupported_quantizations = QUANTIZATIONS
     part_class = SoKAPart

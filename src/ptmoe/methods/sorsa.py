@@ -46,5 +46,6 @@ class SORSAConfig(PiSSAConfig):
 
     method = "sorsa"
     order = 420
+    default_learning_rate = 1e-2
     encoder_class = SORSA
     gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
