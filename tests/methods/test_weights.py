@@ -15,6 +15,7 @@ import ptmoe
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.adapters.peft import to_peft
 from ptmoe.methods import METHODS, PTConfig
+from ptmoe.methods.parts import PartsConfig
 from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.train import PromptTrainer
 from testing.bases import DEVICE, PAD, POSITIONS, batch, pad, tiny, tiny_llama, tokens
@@ -25,6 +26,13 @@ SIZES = {
     "ft": {},
     "lora": {"rank": 2},
     "hydralora": {"rank": 2, "num_experts": 3},
+    "lora-xs": {"rank": 2},
+    "svfit": {"rank": 4},
+    "sorsa": {"rank": 2},
+    "soka": {"rank": 2},
+    "edora": {"rank": 2},
+    "goat": {"rank": 2, "num_experts": 3},
+    "bilora": {"rank": 2},
     "dora": {"rank": 2},
     "pissa": {"rank": 2},
     "eva": {"rank": 2},
@@ -39,12 +47,15 @@ SIZES = {
     "multitask-prompt-tuning": {"num_virtual_tokens": 4, "rank": 2},
 }
 WEIGHTS = [method for method in SIZES if METHODS[method].changes_layers]
-IN_PEFT = [method for method in SIZES if method not in ("ft", "hydralora", "p-tuning", "multitask-prompt-tuning")]
-REWRITES = {"pissa", "corda", "kasa"}  # the target modules' own weights, before training
+PARTS = [method for method in SIZES if issubclass(METHODS[method], PartsConfig)]
+OWN = ["ft", "p-tuning", "multitask-prompt-tuning", *PARTS]
+IN_PEFT = [method for method in SIZES if method not in OWN]
+REWRITES = {"pissa", "corda", "kasa", "sorsa"}  # the target modules' own weights, before training
 FITS = [
     (method, architecture)
     for method in SIZES
-    for architecture in ARCHITECTURES
+    # One method of each base class is tried on all of them.
+    for architecture in (["llama", "gpt2"] if method in (*PARTS, "sorsa") and method != "hydralora" else ARCHITECTURES)
     if (method, architecture) != ("kasa", "gpt2")
 ]
 all_methods = pytest.mark.parametrize("method", SIZES)
@@ -63,7 +74,7 @@ def attached(method, base=None, **fields):
 def trained(method, base=None, steps=4, **fields):
     """After some steps on one batch, and the losses."""
     model = attached(method, base, **fields)
-    rate = 3e-3 if method in ("ft", "p-tuning") else 0.03
+    rate = 3e-3 if method in ("ft", "p-tuning", "bilora") else 0.03
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = model.encoder.optimizer(rate, 0.0)
@@ -117,10 +128,12 @@ def test_training_lowers_the_loss_and_changes_the_methods_own_numbers_alone(meth
 
 
 @weight_side
-def test_checkpoints_hold_each_trained_number_once_and_nothing_of_the_base(method):
+def test_checkpoints_hold_each_trained_or_frozen_number_once_and_nothing_of_the_base(method):
     model = attached(method)
     saved = sum(value.numel() for value in model.state_dict().values())
-    assert saved == model.num_parameters(only_trainable=True)
+    frozen = sum(buffer.numel() for buffer in model.encoder.buffers())
+    assert saved == model.num_parameters(only_trainable=True) + frozen
+    assert not frozen or method in PARTS
     assert all(key.startswith("encoders.default.") for key in model.state_dict())
     assert model.num_virtual_tokens == 0
 
@@ -133,7 +146,7 @@ def test_a_seed_decides_the_start_and_leaves_the_global_state_alone(method):
     assert all(torch.equal(again[key], value) for key, value in first.items())
 
 
-@pytest.mark.parametrize("method", ["lora", "hydralora", "vera", "dora", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "hydralora", "vera", "dora", "ia3", "soka", "edora", "bilora"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_trains_stays_float32_on_a_bfloat16_base(method, autocast):
     model = attached(method, tiny_llama().to(torch.bfloat16)).train()
@@ -198,7 +211,7 @@ def test_a_saved_and_reloaded_adapter_gives_the_same_logits(method, architecture
     model.save_pretrained(tmp_path)
     again = load_adapter(tiny(architecture), tmp_path)
     assert again.method_config == model.method_config
-    if method in ("pissa", "corda"):  # the difference to their start, on the untouched base
+    if method in ("pissa", "corda", "sorsa"):  # the difference to their start, on the untouched base
         assert_close(logits_of(again), logits_of(model), atol=1e-5, rtol=0)
     else:
         assert torch.equal(logits_of(again), logits_of(model))
@@ -535,7 +548,21 @@ def test_hydraloras_b_part_in_training_though_all_start_at_zero():
 
 def test_a_fresh_adapter_leaves_the_logits_of_the_base():
     base = tiny_llama()(tokens(8)[None]).logits
-    for method in ("ft", "lora", "hydralora", "dora", "eva", "riemannian", "lora-fa", "ia3"):
+    starts = (
+        "ft",
+        "lora",
+        "hydralora",
+        "dora",
+        "eva",
+        "riemannian",
+        "lora-fa",
+        "ia3",
+        "svfit",
+        "soka",
+        "sorsa",
+        "bilora",
+    )
+    for method in starts:
         assert_close(attached(method)(tokens(8)[None]).logits, base, atol=1e-5, rtol=0)
 
 
@@ -661,6 +688,13 @@ def test_what_peft_refuses_is_said_and_leaves_the_base_as_it_was():
         ("prefix-tuning", {"num_virtual_tokens": 0}, "num_virtual_tokens=0"),
         ("p-tuning", {"init": "text"}, "unknown key 'init'"),
         ("ft", {"rank": 4}, "unknown key 'rank'"),
+        ("goat", {"rho": 0}, "rho=0"),
+        ("goat", {"eta": float("inf")}, "eta=inf"),
+        ("bilora", {"gamma": -1}, "gamma=-1"),
+        ("sorsa", {"gamma": float("nan")}, "gamma=nan"),
+        ("soka", {"energy": 0}, "energy=0"),
+        ("soka", {"energy": 0.9, "rank": 2, "ranks": [1, 3]}, r"ranks=\[1, 3\]: needs energy.* none above rank=2"),
+        ("soka", {"rank": 2, "ranks": [1, 2]}, r"ranks=\[1, 2\]: needs energy"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(method, settings, message):

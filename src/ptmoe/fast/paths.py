@@ -86,6 +86,7 @@ class FastPaths:
         num_items: Tensor | int | None,
         *,
         packed: bool,
+        whole: bool = False,
         statistics: TokenStatistics | None = None,
         options: dict[str, Any],
     ) -> tuple[Tensor, Any]:
@@ -96,13 +97,14 @@ class FastPaths:
             supervised: `(S,)` each: the row, the position in it that predicts, and the token to be predicted.
             num_items: supervised tokens of the global batch, as in `cross_entropy`.
             packed: leave out the padding.
+            whole: compute the last layer at every position.
             statistics: told of the supervised tokens' predictions.
             options: of the base.
         """
         rows, columns, targets = supervised
         base, head = self.base, self.base.get_output_embeddings()
         size = max(1, LOGITS_AT_ONCE // base.config.get_text_config().vocab_size)
-        whole = options.get("output_hidden_states") or options.get("output_attentions")
+        whole = whole or bool(options.get("output_hidden_states") or options.get("output_attentions"))
         at_some = not whole and self.last_layer_obstacle() is None
         with ExitStack() as paths:
             paths.enter_context(use_onednn(base))

@@ -7,16 +7,20 @@ from ptmoe.methods.base import PromptConfig as PromptConfig
 from ptmoe.methods.base import PromptEncoder as PromptEncoder
 from ptmoe.methods.base import Routing as Routing
 from ptmoe.methods.base import VirtualTokensConfig as VirtualTokensConfig
+from ptmoe.methods.bilora import BiLoRAConfig as BiLoRAConfig
 from ptmoe.methods.corda import CorDAConfig as CorDAConfig
 from ptmoe.methods.dora import DoRAConfig as DoRAConfig
 from ptmoe.methods.dpt import DPTConfig as DPTConfig
+from ptmoe.methods.edora import EDoRAConfig as EDoRAConfig
 from ptmoe.methods.eva import EVAConfig as EVAConfig
 from ptmoe.methods.ft import FTConfig as FTConfig
+from ptmoe.methods.goat import GOATConfig as GOATConfig
 from ptmoe.methods.hydralora import HydraLoRAConfig as HydraLoRAConfig
 from ptmoe.methods.ia3 import IA3Config as IA3Config
 from ptmoe.methods.kasa import KaSAConfig as KaSAConfig
 from ptmoe.methods.lora import LoRAConfig as LoRAConfig
 from ptmoe.methods.lora_fa import LoRAFAConfig as LoRAFAConfig
+from ptmoe.methods.lora_xs import LoRAXSConfig as LoRAXSConfig
 from ptmoe.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from ptmoe.methods.p_tuning import PTuningConfig as PTuningConfig
 from ptmoe.methods.pissa import PiSSAConfig as PiSSAConfig
@@ -25,6 +29,9 @@ from ptmoe.methods.pt import PTConfig as PTConfig
 from ptmoe.methods.pt_moe import PTMoEConfig as PTMoEConfig
 from ptmoe.methods.riemannian import RiemannianConfig as RiemannianConfig
 from ptmoe.methods.smop import SMoPConfig as SMoPConfig
+from ptmoe.methods.soka import SoKAConfig as SoKAConfig
+from ptmoe.methods.sorsa import SORSAConfig as SORSAConfig
+from ptmoe.methods.svfit import SVFitConfig as SVFitConfig
 from ptmoe.methods.vera import VeRAConfig as VeRAConfig
 
 _CLASSES = {name: value for name, value in vars().items() if isinstance(value, type)}

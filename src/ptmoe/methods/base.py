@@ -86,6 +86,7 @@ class MethodConfig(Settings):
     needs_batches: ClassVar[bool] = False  # is initialised from the activations of training data
     fills_cache: ClassVar[bool] = False  # its prompt is in the key-value cache, shared by all rows
     changes_layers: ClassVar[bool] = False  # a model holds one such adapter and no other
+    divides_rows: ClassVar[bool] = False  # rows of a batch train different parameters: no packing, whole last layer
     trains_base: ClassVar[bool] = False  # its parameters are the base's own weights: too many to copy at every step
     unsupported_quantizations: ClassVar[tuple[str, ...]] = ()
     shorthands: ClassVar[dict[str, FieldInfo]] = {}  # keys that set several fields at once; options of `ptmoe train`

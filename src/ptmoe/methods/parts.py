@@ -116,10 +116,14 @@ class Parts(WeightEncoder):
 
     @torch.no_grad()
     def initialise(self, source: InitialEmbeddings) -> None:
-        if self.shared is not None:
-            cast(Any, self.shared).initialise(source.generator)
-        for module, part in self.targets:
-            part.initialise(module, source.generator)
+        try:
+            if self.shared is not None:
+                cast(Any, self.shared).initialise(source.generator)
+            for module, part in self.targets:
+                part.initialise(module, source.generator)
+        except PtmoeError:  # the base stays as it was
+            self.remove()
+            raise
 
     def tensors(self) -> dict[str, Tensor]:
         own = {key.replace("/", "."): value for key, value in self.parts.state_dict().items()}
@@ -156,18 +160,34 @@ def check_rank(rank: int, in_features: int, out_features: int) -> None:
         )
 
 
-def leading(module: nn.Module, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading(module: nn.Module, rank: int, blocks: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The leading part of the SVD of a module's frozen weight: `U (out, R)`, `Σ (R,)` and `Vᵀ (R, in)`, float32.
 
     It is kept with the module, so that the next adapter on this base does not wait for it again. Of each pair of
     vectors, the sign is the one with which the largest entry of `V`'s is positive.
+
+    Args:
+        module: of the base.
+        rank: `R`.
+        blocks: `(m, n)`; the SVD is then that of the matrix whose `m·n` rows are the weight's `m × n` blocks.
+
+    Raises:
+        PtmoeError: a weight that is offloaded, or that holds NaN or infinity.
     """
     weight = cast(Tensor, module.weight)
+    state = id(weight), weight._version, blocks
     written, factors = vars(module).get("_leading", (None, ()))
-    if written != (id(weight), weight._version) or len(factors[1]) < rank:
-        left, values, right = torch.linalg.svd(weight_of(module).float(), full_matrices=False)
+    if written != state or len(factors[1]) < rank:
+        matrix = weight_of(module).float()
+        if weight.is_meta or not bool(matrix.isfinite().all()):
+            fault = "is offloaded: load the base without offloading" if weight.is_meta else "holds NaN or infinity"
+            raise PtmoeError(f"a method that decomposes the base's weights cannot read one that {fault}")
+        if blocks is not None:
+            matrix = matrix.unflatten(1, (blocks[1], -1)).unflatten(0, (blocks[0], -1))  # (m, p, n, q)
+            matrix = matrix.transpose(1, 2).flatten(2).flatten(0, 1)  # (m·n, p·q)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         sign = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()  # (min(in, out), 1)
         factors = (left * sign.T)[:, :rank].clone(), values[:rank].clone(), (right * sign)[:rank].clone()
-        vars(module)["_leading"] = (id(weight), weight._version), factors
+        vars(module)["_leading"] = state, factors
     left, values, right = factors
     return left[:, :rank], values[:rank], right[:rank]

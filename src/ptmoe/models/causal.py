@@ -157,7 +157,13 @@ class PromptedCausalLM(GeneratingModel):
             if supervised is not None and (self.training if skip_logits is None else skip_logits):
                 packed = self._packs(spliced, prompts, options)
                 result.loss, out = self._fast.loss(
-                    inputs, supervised, num_items_in_batch, packed=packed, statistics=token_statistics, options=options
+                    inputs,
+                    supervised,
+                    num_items_in_batch,
+                    packed=packed,
+                    whole=self._rows_obstacle() is not None,
+                    statistics=token_statistics,
+                    options=options,
                 )
             else:
                 out = self.base_model(**inputs, **options)
@@ -191,6 +197,7 @@ class PromptedCausalLM(GeneratingModel):
             obstacles["packing"] = "not asked for (packing=False)"
         elif obstacles["packing"] is None:
             obstacles["packing"] = self._packing_obstacle()
+        obstacles["last_layer"] = obstacles["last_layer"] or self._rows_obstacle()
         return obstacles | {"stepwise_decoding": stepping_obstacle(self.base_model, self.path)}
 
     def can_pack(self) -> bool:
@@ -215,8 +222,14 @@ class PromptedCausalLM(GeneratingModel):
     def _packing_obstacle(self) -> str | None:
         if self.path.per_layer is not None:
             return "the base takes inputs for each layer beside the embeddings"
+        if (reason := self._rows_obstacle()) is not None:
+            return reason
         fills_cache = self.uses_adapter and self.method_config.fills_cache
         return "its prompt is in the cache of all rows" if fills_cache else None
+
+    def _rows_obstacle(self) -> str | None:
+        divided = self.uses_adapter and self.method_config.divides_rows
+        return "rows of a batch train different parameters" if divided else None
 
     def _packs(self, spliced: Spliced, prompts: Prompts, options: dict[str, Any]) -> bool:
         """Whether this batch is computed without its padding."""
