@@ -45,6 +45,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "prefix-tuning": {"num_virtual_tokens": 3},
     "p-tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 8},
     "hydralora": {"rank": 2, "num_experts": 3},
+    "nora": {"rank": 8},
     "attempt": {"num_virtual_tokens": 4, "num_sources": 3},
     "vera": {"rank": 4},
     "ft": {},
