@@ -22,11 +22,9 @@ from ptmoe.methods.parts import Part, PartsConfig, check_rank, weight_of
 class NLoRAPart(Part):
     """Tensors: `start_A (R, in)`, `start_N (R, R)`, `start_B (out, R)`, and of what trains `A`, `N`, `B`."""
 
-    start_N: Tensor
-
     def __init__(self, config: "NLoRAConfig", in_features: int, out_features: int) -> None:
         super().__init__(config, in_features, out_features)
-        rank = config.rank
+        self.rank = rank = config.rank
         check_rank(rank, in_features, out_features)
         self.trained = "N" if config.intermediate_only else "ANB"
         for name, shape in {"A": (rank, in_features), "N": (rank, rank), "B": (out_features, rank)}.items():
@@ -37,7 +35,7 @@ class NLoRAPart(Part):
     @torch.no_grad()
     def initialise(self, module: nn.Module, generator: torch.Generator) -> None:
         weight = weight_of(module).double()
-        rows, columns = crossing(weight, len(self.start_N))
+        rows, columns = crossing(weight, self.rank)
         inverse = torch.linalg.pinv(weight[rows][:, columns], rtol=1e-5)  # below are the roundings of lower ranks
         start = {"A": weight[rows], "N": inverse, "B": weight[:, columns]}
         for name, value in start.items():
