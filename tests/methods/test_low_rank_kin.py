@@ -334,6 +334,8 @@ UNFIT = {
     "a rank that exceeds the matrix": ("nlora", {"rank": 17}, r"rank 17 exceeds min\(in, out\) = 16"),
     "an outer rank that does": ("nora", {"rank": 17}, r"rank 17 exceeds min\(in, out\) = 16"),
     "an inner rank that exceeds the outer": ("nora", {"inner_rank": 7}, "inner_rank 7 exceeds rank 6"),
+    "factors that do": ("lotr", {"rank": 17}, r"rank 17 exceeds min\(in, out\) = 16"),
+    "what all layers share does": ("msplora", {"rank": 17}, r"rank 17 exceeds min\(in, out\) = 16"),
     "more groups than layers": ("msplora", {"num_groups": 3}, "num_groups 3 exceeds the 2 layers"),
     "no divisor": ("compacter", {"phm_dim": 5}, "phm_dim 5 does not divide the 32 outputs"),
     "a rank that exceeds the block": ("compacter", {"rank": 4}, "rank 4 exceeds 3, that of a 3 × 8 block"),

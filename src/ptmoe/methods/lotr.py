@@ -11,9 +11,9 @@ identity and U at zero: the base is unchanged, and the first step is that of a L
 import torch
 from torch import Tensor, nn
 
-from ptmoe.methods.base import fill_as_linear
+from ptmoe.methods.base import Size, fill_as_linear
 from ptmoe.methods.lora import LowRankConfig
-from ptmoe.methods.parts import Part, PartsConfig, SharedByKind
+from ptmoe.methods.parts import Part, PartsConfig, SharedByKind, check_rank
 
 
 class Factors(nn.Module):
@@ -21,6 +21,7 @@ class Factors(nn.Module):
 
     def __init__(self, rank: int, in_features: int, out_features: int) -> None:
         super().__init__()
+        check_rank(rank, in_features, out_features)
         self.V = nn.Parameter(torch.empty(rank, in_features))
         self.U = nn.Parameter(torch.empty(out_features, rank))
 
@@ -50,11 +51,16 @@ class LoTRPart(Part):
 
 
 class LoTRConfig(LowRankConfig, PartsConfig):
-    """LoTR: `R·(in + out) + L·R²` trainable parameters for each kind of target module, which `L` layers have."""
+    """LoTR: `R·(in + out) + L·R²` trainable parameters for each kind of target module, which `L` layers have.
+
+    Attributes:
+        rank: `R`; higher than LoRA's, because layers share the factors.
+    """
 
     method = "lotr"
     order = 450
     part_class = LoTRPart
+    rank: Size = 8
 
     def shared_by(self, features: dict[str, tuple[int, int]]) -> nn.Module:
         return SharedByKind(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Size, fill_as_linear
 from ptmoe.methods.lora import LowRankConfig
-from ptmoe.methods.parts import Part, PartsConfig, SharedByKind
+from ptmoe.methods.parts import Part, PartsConfig, SharedByKind, check_rank
 
 
 class LowRankPairs(nn.Module):
@@ -24,6 +24,7 @@ class LowRankPairs(nn.Module):
 
     def __init__(self, count: int, rank: int, in_features: int, out_features: int) -> None:
         super().__init__()
+        check_rank(rank, in_features, out_features)
         self.A = nn.Parameter(torch.empty(count, rank, in_features))
         self.B = nn.Parameter(torch.empty(count, out_features, rank))
 

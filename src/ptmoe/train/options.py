@@ -186,7 +186,7 @@ class TrainOptions(SharedOptions):
     """steps of increasing learning rate; below 1, a share of all steps"""
     optim: str | None = None
     """by default AdamW; adafactor, galore_adamw, apollo_adamw, adalomo, schedule_free_adamw, … as in transformers, some
-    of which need a package (docs/scale.md)"""
+    of which need a package (docs/performance.md)"""
     optim_args: str | None = None
     """of --optim: rank=64,update_proj_gap=100, …"""
     optim_target_modules: str | list[str] | None = None
