@@ -14,4 +14,5 @@ class FFALoRAConfig(LoRAFamilyConfig):
 
     method = "ffa-lora"
     order = 480
+    default_learning_rate = 3e-2
     frozen = "lora_A"

@@ -59,6 +59,7 @@ class LoTRConfig(LowRankConfig, PartsConfig):
 
     method = "lotr"
     order = 450
+    default_learning_rate = 3e-2
     part_class = LoTRPart
     rank: Size = 8
 
