@@ -50,6 +50,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "soka": {"rank": 2, "energy": 0.9},
     "edora": {"rank": 2},
     "goat": {"num_experts": 3},
+    "nora": {"rank": 8},
     "attempt": {"num_virtual_tokens": 4, "num_sources": 3},
     "vera": {"rank": 4},
     "ft": {},

@@ -1,6 +1,7 @@
 """The methods, one file each. A new one is a file here and an import line below."""
 
 from ptmoe.methods.attempt import ATTEMPTConfig as ATTEMPTConfig
+from ptmoe.methods.ba_lora import BALoRAConfig as BALoRAConfig
 from ptmoe.methods.base import MethodConfig as MethodConfig
 from ptmoe.methods.base import Prompt as Prompt
 from ptmoe.methods.base import PromptConfig as PromptConfig
@@ -8,11 +9,13 @@ from ptmoe.methods.base import PromptEncoder as PromptEncoder
 from ptmoe.methods.base import Routing as Routing
 from ptmoe.methods.base import VirtualTokensConfig as VirtualTokensConfig
 from ptmoe.methods.bilora import BiLoRAConfig as BiLoRAConfig
+from ptmoe.methods.compacter import CompacterConfig as CompacterConfig
 from ptmoe.methods.corda import CorDAConfig as CorDAConfig
 from ptmoe.methods.dora import DoRAConfig as DoRAConfig
 from ptmoe.methods.dpt import DPTConfig as DPTConfig
 from ptmoe.methods.edora import EDoRAConfig as EDoRAConfig
 from ptmoe.methods.eva import EVAConfig as EVAConfig
+from ptmoe.methods.ffa_lora import FFALoRAConfig as FFALoRAConfig
 from ptmoe.methods.ft import FTConfig as FTConfig
 from ptmoe.methods.goat import GOATConfig as GOATConfig
 from ptmoe.methods.hydralora import HydraLoRAConfig as HydraLoRAConfig
@@ -21,7 +24,11 @@ from ptmoe.methods.kasa import KaSAConfig as KaSAConfig
 from ptmoe.methods.lora import LoRAConfig as LoRAConfig
 from ptmoe.methods.lora_fa import LoRAFAConfig as LoRAFAConfig
 from ptmoe.methods.lora_xs import LoRAXSConfig as LoRAXSConfig
+from ptmoe.methods.lotr import LoTRConfig as LoTRConfig
+from ptmoe.methods.msplora import MSPLoRAConfig as MSPLoRAConfig
 from ptmoe.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from ptmoe.methods.nlora import NLoRAConfig as NLoRAConfig
+from ptmoe.methods.nora import NoRAConfig as NoRAConfig
 from ptmoe.methods.p_tuning import PTuningConfig as PTuningConfig
 from ptmoe.methods.pissa import PiSSAConfig as PiSSAConfig
 from ptmoe.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig

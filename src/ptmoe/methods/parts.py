@@ -8,7 +8,7 @@ part that starts at zero leaves the base as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -28,9 +28,11 @@ class Part(nn.Module):
     decomposition or a random matrix that another machine computes again need not be the same.
 
     Attributes:
+        name: of the base's module, in full.
         shared: the module that all parts have in common (`PartsConfig.shared_by`), or None.
     """
 
+    name: str
     shared: Any
 
     def __init__(self, config: Any, in_features: int, out_features: int) -> None:
@@ -68,11 +70,11 @@ class PartsConfig(TargetedConfig):
 
     part_class: ClassVar[type[Part]]
 
-    def shared_by(self, features: list[tuple[int, int]]) -> nn.Module | None:
+    def shared_by(self, features: dict[str, tuple[int, int]]) -> nn.Module | None:
         """What all parts have in common; it has an `initialise(generator)`. Each part finds it as `self.shared`.
 
         Args:
-            features: `(in, out)` of each target module, from the first layer to the last.
+            features: `(in, out)` of each target module by its full name, from the first layer to the last.
         """
         return None
 
@@ -90,11 +92,11 @@ class Parts(WeightEncoder):
     def __init__(self, config: PartsConfig, base: PreTrainedModel) -> None:
         super().__init__(config, base)
         modules = modules_named(base, config.target_modules or [])
-        features = [features_of(module) for module in modules.values()]
+        features = {name: features_of(module) for name, module in modules.items()}
         self.shared = config.shared_by(features)
-        parts = [config.part_class(config, *each).float() for each in features]
-        for part in parts:
-            vars(part)["shared"] = self.shared  # not its submodule: it would be saved with each
+        parts = [config.part_class(config, *each).float() for each in features.values()]
+        for name, part in zip(modules, parts, strict=True):
+            vars(part).update(name=name, shared=self.shared)  # not its submodule: it would be saved with each
         # A ModuleDict's keys may have no dots.
         self.parts = nn.ModuleDict({name.replace(".", "/"): part for name, part in zip(modules, parts, strict=True)})
         vars(self)["targets"] = list(zip(modules.values(), parts, strict=True))
@@ -126,9 +128,8 @@ class Parts(WeightEncoder):
             raise
 
     def tensors(self) -> dict[str, Tensor]:
-        own = {key.replace("/", "."): value for key, value in self.parts.state_dict().items()}
         shared = {} if self.shared is None else self.shared.state_dict(prefix="shared.")
-        return own | shared
+        return {key.replace("/", "."): value for key, value in (self.parts.state_dict() | shared).items()}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -191,3 +192,36 @@ def leading(module: nn.Module, rank: int, blocks: tuple[int, int] | None = None)
         vars(module)["_leading"] = state, factors
     left, values, right = factors
     return left[:, :rank], values[:rank], right[:rank]
+
+
+class SharedByKind(nn.ModuleDict):
+    """For `shared_by`: a module for each kind of target module, which those of all layers have in common.
+
+    The kind is the full name without the layer's number, and the shape.
+
+    Args:
+        features: as of `shared_by`.
+        make: gives the module for the numbers of input and output features, and of the layers.
+    """
+
+    def __init__(self, features: dict[str, tuple[int, int]], make: Callable[[int, int, int], nn.Module]) -> None:
+        super().__init__()
+        kinds: dict[tuple[str, int, int], list[str]] = {}
+        for name, shape in features.items():
+            words = name.split(".")
+            layer = next((index for index, word in enumerate(words) if word.isdigit()), len(words))
+            kinds.setdefault((".".join(words[:layer] + words[layer + 1 :]), *shape), []).append(name)
+        self.places: dict[str, tuple[str, int]] = {}  # of each target module: its kind's key, and which of its layers
+        for (kind, in_features, out_features), names in kinds.items():
+            key = f"{kind.replace('.', '/')}/{in_features}x{out_features}"
+            self[key] = make(in_features, out_features, len(names))
+            self.places |= {name: (key, layer) for layer, name in enumerate(names)}
+
+    def of(self, part: Part) -> tuple[Any, int]:
+        """What a part shares, and which of the layers that share it is its own."""
+        key, layer = self.places[part.name]
+        return self[key], layer
+
+    def initialise(self, generator: torch.Generator) -> None:
+        for module in self.values():
+            cast(Any, module).initialise(generator)

@@ -184,6 +184,14 @@ class TrainOptions(SharedOptions):
     """linear, cosine, constant, … as in transformers"""
     warmup_steps: Annotated[float, Field(ge=0)] = 20
     """steps of increasing learning rate; below 1, a share of all steps"""
+    optim: str | None = None
+    """by default AdamW; adafactor, galore_adamw, apollo_adamw, adalomo, schedule_free_adamw, … as in transformers, some
+    of which need a package (docs/performance.md)"""
+    optim_args: str | None = None
+    """of --optim: rank=64,update_proj_gap=100, …"""
+    optim_target_modules: str | list[str] | None = None
+    """whose gradients galore and apollo project: all-linear, a regular expression, or, given several times, parts of
+    names"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """of AdamW"""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
@@ -220,6 +228,15 @@ class TrainOptions(SharedOptions):
             raise ValueError(f"task={self.task!r}, data={self.data!r}: give one of the two")
         if self.data is not None and self.data_dir is not None:
             raise ValueError(f"data_dir={self.data_dir!r} is where a task's data set is: leave it out with data")
+        return self
+
+    @model_validator(mode="after")
+    def _arguments_of_an_optimizer(self) -> Self:
+        for name in ("optim_args", "optim_target_modules"):
+            if self.optim is None and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={value!r} belongs to an optimizer: name it with optim")
+        if any(not re.fullmatch(r"\s*\w+\s*=[^=]+", part) for part in (self.optim_args or "a=b").split(",")):
+            raise ValueError(f"optim_args={self.optim_args!r}: needs KEY=VALUE, several parted by commas")
         return self
 
     @classmethod

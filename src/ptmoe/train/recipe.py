@@ -30,6 +30,7 @@ from ptmoe.runs.records import Change, Environment, Result
 from ptmoe.tasks import Problems, task_named
 from ptmoe.train.checkpoints import newest_whole
 from ptmoe.train.examples import askable, evaluation_examples, training_examples
+from ptmoe.train.optimizer import check_optimizer, check_targets
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
 from ptmoe.train.processes import ALONE, TIMEOUT, Processes
 from ptmoe.train.resume import Differences, check_base, check_data, continued
@@ -128,6 +129,7 @@ def _train(
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
     check_trainer_arguments(options)
+    check_optimizer(options, config)
 
     from ptmoe.evaluate.choices import labels_by_task
     from ptmoe.fast.compiled import compile_layers
@@ -339,6 +341,7 @@ def _trainer(
     from ptmoe.train.data import collate
     from ptmoe.train.trainer import MetricsFile, PromptTrainer
 
+    check_targets(options, model)
     shared = ({field.name for field in fields(TrainingArguments)} & TrainOptions.model_fields.keys()) - NOT_PASSED_ON
     chosen = {
         "disable_tqdm": True,
@@ -347,7 +350,7 @@ def _trainer(
         "remove_unused_columns": False,
         "save_strategy": "steps",
         "use_cpu": not torch.accelerator.is_available(),  # or several processes on a CPU would each train alone
-        **{name: getattr(options, name) for name in shared},
+        **{name: value for name in shared if (value := getattr(options, name)) is not None},
         **options.trainer,
     }
     if options.gradient_checkpointing:

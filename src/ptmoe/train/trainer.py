@@ -17,11 +17,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -36,11 +34,10 @@ from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import LogLine, append_line, write_lines
 from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
 from ptmoe.train.checkpoints import PARTIAL, publish, seal
+from ptmoe.train.optimizer import SCHEDULER, load_state, save_state, settle, updates_in_backward
 
 TRAINING_STATE = "training_state.safetensors"
-OPTIMIZER = "optimizer.safetensors"
 RANDOM_STATE = "random_state.json"
-SCHEDULER = "scheduler.json"
 
 
 class DivergedError(PtmoeError):
@@ -97,6 +94,7 @@ class PromptTrainer(Trainer):
             parts = [f"base_model.{name}" for name, _ in base.named_parameters()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, parts)
         self.batches = batches
+        self.callback_handler.callbacks.insert(0, _Settled())  # before what else ends the training of the weights
         if batches is not None:
             self.add_callback(_Epochs(batches))
         self._last_good: dict[str, Tensor] = {}
@@ -186,7 +184,8 @@ class PromptTrainer(Trainer):
                 ]
                 return torch.stack(losses).sum()
             except RuntimeError as error:
-                if not should_reduce_batch_size(error) or size == 1:
+                again = should_reduce_batch_size(error) and not updates_in_backward(self.args.optim)
+                if not again or size == 1:
                     raise
             # Outside the handler, which keeps the failed step's tensors alive.
             for parameter, gradient in zip(trainable, before, strict=True):
@@ -229,6 +228,7 @@ class PromptTrainer(Trainer):
             shutil.rmtree(partial, ignore_errors=True)  # of a save that was interrupted
         self.accelerator.wait_for_everyone()
         self._saving = True
+        settle(self.optimizer)
         try:
             with naming(folder / name):
                 super()._save_checkpoint(model, trial)
@@ -280,37 +280,13 @@ class PromptTrainer(Trainer):
         if self.optimizer is None:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
-            saved = self.optimizer.state_dict()
-            state = {f"{key}.{name}": value for key, part in saved["state"].items() for name, value in part.items()}
-            tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
-            numbers = {name: value for name, value in state.items() if name not in tensors}
-            metadata = {"param_groups": json.dumps(saved["param_groups"]), "numbers": json.dumps(numbers)}
-            save_file(tensors, Path(output_dir) / OPTIMIZER, metadata)
-            (Path(output_dir) / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict()))
+            save_state(self.optimizer, self.lr_scheduler, self.args.optim, Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / OPTIMIZER).exists():
+        if checkpoint is None or not (Path(checkpoint) / SCHEDULER).exists():
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        state: dict[int | str, dict[str, Any]] = {}  # by parameter: its number or, in LoRA-FA's optimizer, its name
-        with safe_open(Path(checkpoint) / OPTIMIZER, "pt") as opened:  # loading moves the state to its parameters
-            metadata = opened.metadata()
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        for name, value in (tensors | json.loads(metadata["numbers"])).items():
-            key, _, entry = name.rpartition(".")
-            state.setdefault(int(key) if key.isdigit() else key, {})[entry] = value
-        groups, schedule = json.loads(metadata["param_groups"]), json.loads((Path(checkpoint) / SCHEDULER).read_text())
-        if self.changed:  # the rates and decays are those of the options; only the moments and the step are taken over
-            groups = self.optimizer.state_dict()["param_groups"]
-            schedule["base_lrs"] = self.lr_scheduler.base_lrs
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.lr_scheduler.load_state_dict(schedule)
-        if self.changed and isinstance(self.lr_scheduler, LambdaLR):
-            factors = (factor(self.lr_scheduler.last_epoch) for factor in self.lr_scheduler.lr_lambdas)
-            rates = [rate * factor for rate, factor in zip(self.lr_scheduler.base_lrs, factors, strict=True)]
-            self.lr_scheduler._last_lr = rates
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        else:
+            load_state(self.optimizer, self.lr_scheduler, Path(checkpoint), self.changed)
 
     def _save_rng_state(self, output_dir: str) -> None:
         state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
@@ -345,6 +321,11 @@ class _Epochs(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.batches.set_epoch(int(state.epoch or 0))
+
+
+class _Settled(TrainerCallback):
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **_: Any) -> None:
+        settle(optimizer)
 
 
 def _rows(inputs: dict[str, Any], part: slice) -> dict[str, Any]:

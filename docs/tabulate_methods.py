@@ -1,0 +1,61 @@
+"""Every method, with its source, its size and what it shares a batch with: the table of `docs/methods.md`.
+
+python docs/tabulate_methods.py [--write]     prints the table, or writes it into docs/methods.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from ptmoe.compare.budget import fit_budget, size_text
+from ptmoe.errors import PtmoeError
+from ptmoe.methods import METHODS, MethodConfig
+from ptmoe.models.attach import count_parameters
+from ptmoe.models.bases import load_config
+
+PAGE = Path(__file__).parent / "methods.md"
+MARK = "<!-- table -->"
+BUDGET = 3840
+HEAD = f"| method | | trainable parameters on nano, as it is | in a budget of {BUDGET:,} | rows of a batch |"
+
+
+def source(config: type[MethodConfig]) -> str:
+    """The first sentence of the module that defines it, or of the config where modules hold several."""
+    text = (sys.modules[config.__module__].__doc__ or "").strip().split("\n\n")[0]
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", " ".join(text.split()))
+
+
+def batch(config: type[MethodConfig]) -> str:
+    """Whose inputs can be in one batch with its own."""
+    if config.changes_layers:
+        return "one adapter"
+    return "one adapter, over others' prompts" if config.fills_cache else "any prompts"
+
+
+def row(name: str) -> str:
+    config, base = METHODS[name], load_config("nano")
+    try:
+        fitted = fit_budget(base, config, BUDGET)
+        within = f"{count_parameters(base, fitted):,} ({size_text(fitted)})"
+    except PtmoeError:
+        within = "does not fit"
+    cells = (f"`{name}`", source(config), f"{count_parameters(base, config()):,}", within, batch(config))
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def main(write: bool) -> None:
+    text = "\n".join([HEAD, "|---|---|---:|---:|---|", *map(row, METHODS)])
+    if not write:
+        print(text)
+        return
+    before, _, after = PAGE.read_text().split(MARK)
+    PAGE.write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true")
+    main(parser.parse_args().write)

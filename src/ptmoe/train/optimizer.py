@@ -1,0 +1,155 @@
+"""The optimizers that `transformers` offers, those for memory among them: whether one can be used is found out before
+work is spent. And their state, in checkpoints without pickles."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ptmoe.errors import PtmoeError, near
+from ptmoe.runs.environment import world_size
+from ptmoe.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from ptmoe.methods.base import MethodConfig
+    from ptmoe.models.causal import PromptedCausalLM
+
+OPTIMIZER = "optimizer.safetensors"
+SCHEDULER = "scheduler.json"
+
+
+def updates_in_backward(optim: str) -> bool:
+    """Whether the optimizer updates each weight as soon as it has its gradient, and keeps none."""
+    return "lomo" in optim or optim.endswith("_layerwise")
+
+
+def check_optimizer(options: TrainOptions, config: MethodConfig) -> None:
+    """Make the optimizer for a module of one weight.
+
+    Raises:
+        PtmoeError: an optimizer that does not exist, whose package is missing, that its arguments or the other options
+            do not fit, or a method that has its own.
+    """
+    if options.optim is None:
+        return
+    from torch import nn
+    from transformers import Trainer, TrainingArguments
+    from transformers.training_args import OptimizerNames, ParallelMode
+
+    if hasattr(config, "create_optimizer"):
+        raise PtmoeError(f"optim={options.optim!r}: {config.method} consists in an optimizer of its own: leave it out")
+    known = [name.value for name in OptimizerNames]
+    if options.optim not in known:
+        raise PtmoeError(f"optim={options.optim!r}: no such optimizer{near(options.optim, known)}")
+    if updates_in_backward(options.optim) and options.gradient_accumulation_steps > 1:
+        raise PtmoeError(
+            f"optim={options.optim!r} updates the weights while it computes the gradients, so it cannot add up those "
+            f"of gradient_accumulation_steps={options.gradient_accumulation_steps}: leave that out"
+        )
+    defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
+    chosen = {name: value for name, value in options.model_dump().items() if value is not None and name in defaults}
+    if options.optim_target_modules:
+        chosen["optim_target_modules"] = "all-linear"  # of the one module; those of the model are checked with it
+    mode = ParallelMode.DISTRIBUTED if world_size() > 1 else ParallelMode.NOT_PARALLEL
+    stub = nn.Sequential(nn.Linear(2, 2))
+    try:
+        arguments = SimpleNamespace(**{**defaults, **options.trainer, **chosen, "parallel_mode": mode})
+        make, given = Trainer.get_optimizer_cls_and_kwargs(arguments, stub)
+        of: Any = stub.parameters()
+        for name in ("params", "model", "optimizer_dict"):  # the last that is there, as in `Trainer`
+            of = given.pop(name, of)
+        make(of, **given)
+    except Exception as error:  # whatever these packages raise
+        raise PtmoeError(f"optim={options.optim!r} cannot be used: {' '.join(str(error).split())}") from None
+
+
+def check_targets(options: TrainOptions, model: PromptedCausalLM) -> None:
+    """
+    Raises:
+        PtmoeError: none of the modules whose gradients are to be projected is a linear one that is trained.
+    """
+    if options.optim is None or not options.optim_target_modules:
+        return
+    from torch import nn
+    from transformers.trainer_utils import check_target_module_exists
+
+    wanted = options.optim_target_modules
+    every = isinstance(wanted, str) and wanted.replace("_", "-") == "all-linear"
+    trained = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight.requires_grad
+    ]
+    if not any(every or check_target_module_exists(wanted, name) for name in trained):
+        raise PtmoeError(
+            f"optim_target_modules={wanted!r}: {options.optim} projects the gradients of linear modules, and "
+            f"{model.method_config.method} trains "
+            + (f"none of this name: one is {trained[0]}" if trained else "none: leave optim out, or take ft")
+        )
+
+
+def settle(optimizer: Any) -> None:
+    """Give the weights the values to be saved and evaluated, which those of schedule-free optimizers in training are
+    not."""
+    if callable(settled := getattr(optimizer, "eval", None)):
+        settled()
+
+
+def save_state(optimizer: Any, scheduler: Any, optim: str, folder: Path) -> None:
+    """Write both states, the optimizer's only if tensors, numbers and texts are all that it is."""
+    import torch
+    from safetensors.torch import save_file
+
+    (folder / SCHEDULER).write_text(json.dumps(scheduler.state_dict()))
+    saved = optimizer.state_dict()
+    state = {f"{key}.{name}": value for key, part in saved["state"].items() for name, value in part.items()}
+    tensors = {name: value.contiguous() for name, value in state.items() if type(value) is torch.Tensor}
+    numbers = {name: value for name, value in state.items() if name not in tensors}
+    try:
+        if updates_in_backward(optim):
+            raise TypeError("its state is not in its state_dict")
+        metadata = {"param_groups": json.dumps(saved["param_groups"]), "numbers": json.dumps(numbers)}
+    except TypeError:
+        warnings.warn(
+            f"checkpoints do not hold the state of {optim}, which is in objects of its own: a resumed run has the "
+            "weights and the step, and starts its moments afresh",
+            stacklevel=2,
+        )
+        return
+    save_file(tensors, folder / OPTIMIZER, metadata)
+
+
+def load_state(optimizer: Any, scheduler: Any, folder: Path, changed: bool) -> None:
+    """Load what `save_state` has written.
+
+    Args:
+        optimizer: loads what the folder has of it.
+        scheduler: of its learning rate.
+        folder: the checkpoint's.
+        changed: the rates and decays are those of the options; only the moments and the step are taken over.
+    """
+    from safetensors import safe_open
+    from torch.optim.lr_scheduler import LambdaLR
+
+    schedule = json.loads((folder / SCHEDULER).read_text())
+    if changed:
+        schedule["base_lrs"] = scheduler.base_lrs
+    if (folder / OPTIMIZER).exists():
+        state: dict[int | str, dict[str, Any]] = {}  # by parameter: its number or, in LoRA-FA's optimizer, its name
+        with safe_open(folder / OPTIMIZER, "pt") as opened:  # loading moves the state to its parameters
+            metadata = opened.metadata()
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        for name, value in (tensors | json.loads(metadata["numbers"])).items():
+            key, _, entry = name.rpartition(".")
+            state.setdefault(int(key) if key.isdigit() else key, {})[entry] = value
+        groups = optimizer.state_dict()["param_groups"] if changed else json.loads(metadata["param_groups"])
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    scheduler.load_state_dict(schedule)
+    if changed and isinstance(scheduler, LambdaLR):
+        factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
+        rates = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        scheduler._last_lr = rates
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

@@ -1,0 +1,154 @@
+"""`--optim`: the optimizers of transformers, what refuses them, and what checkpoints hold of them."""
+
+import importlib.util
+import shutil
+import warnings
+
+import pytest
+import torch
+import transformers.trainer_optimizer
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ptmoe.errors import PtmoeError
+from ptmoe.methods import METHODS
+from ptmoe.models.attach import attach
+from ptmoe.train import TrainOptions, train
+from ptmoe.train.optimizer import check_targets
+from testing.bases import tiny, tiny_llama
+
+ON_THREE = {"rank": "rank=4,update_proj_gap=2", "targets": ["q_proj", "up_proj"]}
+OPTIMIZERS = {  # by name: its package, its class, its options, and whether checkpoints hold its state
+    "adafactor": (None, "Adafactor", {}, True),
+    "sgd": (None, "SGD", {"optim_args": "momentum=0.9"}, True),
+    "galore_adamw": ("galore_torch", "AdamW", ON_THREE, False),
+    "galore_adamw_layerwise": ("galore_torch", "LayerWiseDummyOptimizer", ON_THREE, False),
+    "apollo_adamw": ("apollo_torch", "AdamW", ON_THREE, False),
+    "lomo": ("lomo_optim", "Lomo", {}, False),
+    "adalomo": ("lomo_optim", "AdaLomo", {}, False),
+    "schedule_free_adamw": ("schedulefree", "AdamWScheduleFree", {}, True),
+    "grokadamw": ("grokadamw", "GrokAdamW", {}, False),
+    "stable_adamw": ("optimi", "StableAdamW", {}, False),
+}
+
+
+def options(folder, **changes):
+    given = {
+        "task": "nano/mixed",
+        "method": {"name": "ft"},
+        "max_steps": 3,
+        "save_steps": 2,
+        "max_examples": 16,
+        "per_device_train_batch_size": 4,
+        "eval_examples": 2,
+        "warmup_steps": 0,
+        "output_dir": str(folder),
+    }
+    return TrainOptions(**(given | changes))
+
+
+def quiet(*arguments, **more):
+    return train(*arguments, **more, say=lambda _: None)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_ft_trains_with_it_and_resumes(name, tmp_path):
+    package, kind, more, whole = OPTIMIZERS[name]
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    if name == "adalomo" and not torch.cuda.is_available():
+        pytest.skip("adalomo needs CUDA")
+    if "rank" in more:
+        more = {"optim_args": more["rank"], "optim_target_modules": more["targets"]}
+    made, real = [], transformers.Trainer.create_optimizer
+
+    def create(trainer, *arguments):
+        made.append(real(trainer, *arguments))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(transformers.Trainer, "create_optimizer", create)
+        run = quiet(options(tmp_path / "run", optim=name, **more))
+    assert type(made[0]).__name__ == kind
+    assert any("checkpoints do not hold the state" in str(one.message) for one in caught) != whole
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert (checkpoints / "checkpoint-2" / "optimizer.safetensors").exists() == whole
+    trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    last = load_file(checkpoints / "checkpoint-3" / "adapter_model.safetensors")
+    before = attach(run.model.base_model.__class__(run.model.config), METHODS["ft"]()).encoder.tensors()
+    assert trained.keys() == before.keys()
+    for key, value in trained.items():
+        assert value.isfinite().all()
+        assert torch.equal(last[key], value)  # what is saved on the way is what is saved at the end
+        assert torch.equal(run.model.encoder.tensors()[key].cpu(), value)  # and what was evaluated
+    early = load_file(checkpoints / "checkpoint-2" / "adapter_model.safetensors")
+    assert any(not torch.equal(early[key], value) for key, value in trained.items())
+
+    shutil.rmtree(checkpoints / "checkpoint-3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = quiet(options(tmp_path / "run", optim=name, **more), resume=True)
+    assert again.result.steps == 3
+    if whole:
+        for key, value in again.model.encoder.tensors().items():
+            assert_close(value.cpu(), trained[key], atol=1e-6, rtol=0)
+
+
+REFUSED = {
+    "an unknown one": ({"optim": "adafacter"}, "no such optimizer.*did you mean 'adafactor'"),
+    "arguments of none": ({"optim_args": "rank=4"}, "belongs to an optimizer: name it with optim"),
+    "targets of none": ({"optim_target_modules": "all-linear"}, "belongs to an optimizer: name it with optim"),
+    "arguments that are none": ({"optim": "sgd", "optim_args": "momentum"}, "needs KEY=VALUE"),
+    "an unfit argument": ({"optim": "sgd", "optim_args": "momentum=fast"}, "cannot be used: could not convert"),
+    "another unfit one": ({"optim": "sgd", "optim_args": "momentum=-1"}, "cannot be used: Invalid momentum"),
+    "one whose package is missing": ({"optim": "galore_adamw"}, "cannot be used: You need to install `galore_torch`"),
+    "steps that it cannot add up": ({"optim": "lomo", "gradient_accumulation_steps": 2}, "cannot add up"),
+    "a method with its own": (
+        {"optim": "adafactor", "method": {"name": "lora-fa"}},
+        "lora-fa consists in an optimizer",
+    ),
+    "another": ({"optim": "sgd", "method": {"name": "riemannian"}}, "riemannian consists in an optimizer"),
+    "one among the trainer's": ({"trainer": {"optim": "sgd"}}, "'optim' is an option of the run itself"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_used_is_refused_before_the_base_is_loaded(case, tmp_path, monkeypatch):
+    changes, message = REFUSED[case]
+    monkeypatch.setattr(transformers.trainer_optimizer, "is_galore_torch_available", lambda: False)
+    monkeypatch.setattr("ptmoe.train.recipe.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    with pytest.raises(PtmoeError, match=message):
+        quiet(options(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture", "targets", "message"),
+    [
+        ("ft", "llama", ["q_prj"], r"ft trains none of this name: one is base_model\.model\.layers\.0"),
+        ("ft", "llama", "q_proj", "ft trains none of this name"),  # a regular expression, for the whole name
+        ("pt", "llama", "all-linear", "pt trains none: leave optim out"),
+        ("lora", "gpt2", "all-linear", None),
+        ("ft", "llama", ["q_proj"], None),
+        ("ft", "llama", r".*\.q_proj", None),
+        ("ft", "llama", "all-linear", None),
+    ],
+)
+def test_what_is_to_be_projected_is_trained(method, architecture, targets, message, tmp_path):
+    model = attach(tiny(architecture), METHODS[method]())
+    given = options(tmp_path, optim="galore_adamw", optim_target_modules=targets)
+    if message is None:
+        check_targets(given, model)
+    else:
+        with pytest.raises(PtmoeError, match=message):
+            check_targets(given, model)
+
+
+def test_without_one_it_is_the_trainers_own(tmp_path):
+    from ptmoe.train.data import collate
+    from ptmoe.train.trainer import PromptTrainer
+
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = PromptTrainer(attach(tiny_llama(), METHODS["ft"]()), arguments, data_collator=collate)
+    assert type(trainer.create_optimizer()) is torch.optim.AdamW
