@@ -24,6 +24,7 @@ from testing.bases import (
     array,
     batch,
     on_device,
+    own_projection,
     pad,
     prompted,
     tiny_llama,
@@ -79,6 +80,24 @@ def own_prompt(model, embeds):
         return tensor["prompt"]
     if config.method == "dpt":
         return tensor["A"] @ tensor["B"]
+    if config.method == "ulpt":
+        return (
+            tensor["Z"] @ own_projection(config.rank, len(x[0]), config.projection_seed) * tensor["scale"]
+            + tensor["shift"]
+        )
+    if config.method == "id-spam":
+        query, key, value = (x @ tensor[name].T for name in ("query", "key", "value"))
+        scores = query @ key.T / np.sqrt(config.attention_size)
+        mean = np.mean([softmax(row) @ value for row in scores], axis=0)
+        hidden = np.maximum(tensor["down"] @ mean + tensor["down_bias"], 0)
+        return tensor["prompt"] + tensor["up"] @ hidden
+    if config.method == "ept":
+        knowledge, fused = tensor["A"] @ tensor["B"], []
+        for token in tensor["prompt"]:
+            token = token + softmax(knowledge @ token / np.sqrt(len(token))) @ knowledge
+            spaces = [token @ down @ up for down, up in zip(tensor["down"], tensor["up"], strict=True)]
+            fused.append(token + softmax(tensor["gate"] @ token) @ np.array(spaces))
+        return np.array(fused)
     if config.method == "smop":
         p = softmax(tensor["router.weight"] @ x.mean(0))
         return p.max() * tensor["prompts"][p.argmax()]
@@ -90,7 +109,12 @@ def own_prompt(model, embeds):
         weights = softmax(np.array([prompt.max(0) @ query for prompt in prompts]) / (np.e * len(query)))
         return tensor["prompt"] + sum(weight * prompt for weight, prompt in zip(weights, prompts, strict=True))
     g = own_gate(softmax(tensor["router.weight"] @ x.mean(0) + tensor["router.bias"]), config)
-    return sum(weight * expert for weight, expert in zip(g, tensor["A"], strict=True)) @ tensor["B"]
+    mixed = sum(weight * expert for weight, expert in zip(g, tensor["A"], strict=True))
+    if config.frozen_projection:
+        return (
+            mixed @ own_projection(config.rank, len(x[0]), config.projection_seed) * tensor["scale"] + tensor["shift"]
+        )
+    return mixed @ tensor["B"]
 
 
 def own_logits(model, ids, readable=None):

@@ -121,7 +121,7 @@ def test_every_causal_class_agrees_with_its_base_or_is_refused(kind):
 
 QUICK = {"llama", "gpt2", "gemma3", "bart", "zamba", "falcon", "moss_transcribe_diarize", "roberta", "bamba"}
 TUNERS = {"lora": ["rank"], "pissa": ["rank"], "eva": ["rank"], "corda": ["rank"], "hydralora": ["rank"], "ia3": [],
-    "prefix-tuning": ["num_virtual_tokens"]}  # fmt: skip
+    "prefix-tuning": ["num_virtual_tokens"], "mept": ["num_virtual_tokens"]}  # fmt: skip
 
 
 SLOWLY = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in TYPES]

@@ -47,6 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "hydralora": {"rank": 2, "num_experts": 3},
     "attempt": {"num_virtual_tokens": 4, "num_sources": 3},
     "vera": {"rank": 4},
+    "ulpt": {"num_virtual_tokens": 4, "rank": 6},
     "ft": {},
     "ia3": {},
 }

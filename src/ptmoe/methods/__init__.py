@@ -10,13 +10,17 @@ from ptmoe.methods.base import VirtualTokensConfig as VirtualTokensConfig
 from ptmoe.methods.corda import CorDAConfig as CorDAConfig
 from ptmoe.methods.dora import DoRAConfig as DoRAConfig
 from ptmoe.methods.dpt import DPTConfig as DPTConfig
+from ptmoe.methods.ept import EPTConfig as EPTConfig
 from ptmoe.methods.eva import EVAConfig as EVAConfig
 from ptmoe.methods.ft import FTConfig as FTConfig
+from ptmoe.methods.fwd_prompt import FwdPromptConfig as FwdPromptConfig
 from ptmoe.methods.hydralora import HydraLoRAConfig as HydraLoRAConfig
 from ptmoe.methods.ia3 import IA3Config as IA3Config
+from ptmoe.methods.id_spam import IDSPAMConfig as IDSPAMConfig
 from ptmoe.methods.kasa import KaSAConfig as KaSAConfig
 from ptmoe.methods.lora import LoRAConfig as LoRAConfig
 from ptmoe.methods.lora_fa import LoRAFAConfig as LoRAFAConfig
+from ptmoe.methods.mept import MEPTConfig as MEPTConfig
 from ptmoe.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from ptmoe.methods.p_tuning import PTuningConfig as PTuningConfig
 from ptmoe.methods.pissa import PiSSAConfig as PiSSAConfig
@@ -25,6 +29,7 @@ from ptmoe.methods.pt import PTConfig as PTConfig
 from ptmoe.methods.pt_moe import PTMoEConfig as PTMoEConfig
 from ptmoe.methods.riemannian import RiemannianConfig as RiemannianConfig
 from ptmoe.methods.smop import SMoPConfig as SMoPConfig
+from ptmoe.methods.ulpt import ULPTConfig as ULPTConfig
 from ptmoe.methods.vera import VeRAConfig as VeRAConfig
 
 _CLASSES = {name: value for name, value in vars().items() if isinstance(value, type)}
