@@ -191,7 +191,8 @@ def test_generation_takes_the_tokens_that_the_logits_say(method, architecture):
     row = ROWS[0][None]
     made = model.generate(row, max_new_tokens=5, do_sample=False)
     for length in range(row.shape[1], made.shape[1]):
-        assert model(made[:, :length]).logits[0, -1].argmax() == made[0, length]
+        readable = torch.arange(length, device=DEVICE)[None] < row.shape[1]
+        assert model(made[:, :length], input_mask=readable).logits[0, -1].argmax() == made[0, length]
 
 
 # -- saving and loading ------------------------------------------------------------------------------------------------
