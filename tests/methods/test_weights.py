@@ -746,8 +746,9 @@ def test_mept_puts_each_inputs_own_experts_before_it_in_every_layer(architecture
     model = sharpened(attached("mept", base))
     experts, router = (array(value) for value in model.encoder.tensors().values())
     ids, mask = batch(ROWS, LEFTS, 10)
-    logits, chosen = model(ids, mask).logits, set()
-    for row, left, found in zip(ROWS, LEFTS, logits, strict=True):
+    logits, prefixes, chosen = model(ids, mask).logits, model.compose(ids, mask)[1].cache, set()
+    for row, left, found, prefix in zip(ROWS, LEFTS, logits, prefixes.unbind(2), strict=True):
+        assert torch.equal(prefix, model.compose(row[None])[1].cache[:, :, 0]), "no batch changes a choice"
         embeds = base.get_input_embeddings()(row)
         mean = array(embeds).mean(0)
         normal, cache = (mean - mean.mean()) / np.sqrt(mean.var() + 1e-5), DynamicCache()

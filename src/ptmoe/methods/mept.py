@@ -68,8 +68,9 @@ class MEPT(PromptEncoder):
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         mean = mean_input(input_embeds, input_mask)
-        logits = torch.einsum("lnh,bh->bln", self.router, nn.functional.layer_norm(mean, mean.shape[1:]))
-        probabilities = logits.softmax(-1)
+        normal = nn.functional.layer_norm(mean, mean.shape[1:])
+        # No matrix product, which rounds otherwise in a batch: a row's experts are those that it has alone.
+        probabilities = (self.router * normal[:, None, None]).sum(-1).softmax(-1)  # (B, layers, N)
         chosen = gate(probabilities.flatten(0, 1), selective=True, probationary=True).view_as(probabilities)
         cache = torch.einsum("bln,lnchtd->lcbhtd", chosen, self.experts)  # (layers, 2, B, heads, T, d)
         return Prompt(cache.new_zeros(len(mean), 0, mean.shape[1]), cache=cache)
