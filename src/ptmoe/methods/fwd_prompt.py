@@ -7,9 +7,9 @@ P_0 is the prompt of the last earlier task, and U the leading right singular vec
 the other, that hold `energy` of their squared norm. So the gradient at C is that at the prompt, projected away from
 them, and whatever an optimizer makes of it, P - P_0 is orthogonal to them. The adapter folder holds P, as that of `pt`.
 
-The paper projects the gradient of a pool of prompts away from the inputs' leading subspace of earlier tasks, and for
-the first task onto that of pretraining. Here the subspace is that of the earlier prompts themselves, there is one
-prompt and no pool, and what is left of the gradient is not projected further. Without earlier prompts it is `pt`.
+The paper has a pool of prompts, and projects their gradient away from earlier tasks and onto the subspace of what was
+pretrained, both from an SVD of input embeddings. Here there is one prompt, the subspace to stay away from is that of
+the earlier prompts themselves, and the second projection is left out. Without earlier prompts it is `pt`.
 """
 
 from typing import Annotated

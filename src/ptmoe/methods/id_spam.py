@@ -5,9 +5,9 @@ A = softmax(E W_Q (E W_K)ᵀ / √a) E W_V         E: (n, H), the input's tokens
 c = mean of the rows of A                                                            (a,)
 P = W_up ReLU(W_down c + b_down) + b_up        W_down: (r, a), W_up: (T·H, r), b_up: (T, H)
 
-The paper puts P before the input of one layer of its choice; here it is the first, where all prompts stand. It leaves
-the width of the attention and the biases open: here the width is a size of its own, and both layers have a bias, of
-which that of W_up is the prompt that all inputs share, and starts as `init` says. The rest starts as linear layers do.
+The paper puts P before the input of one layer of the base; here it is the first, where all prompts stand. Chosen here:
+the width of the attention is a size of its own, and both layers of the network have a bias. That of W_up is the prompt
+that all inputs share, and starts as `init` says; the rest starts as linear layers do.
 """
 
 import torch
