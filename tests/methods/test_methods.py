@@ -322,7 +322,7 @@ def test_a_frozen_projection_is_what_its_seed_says_by_another_generator_and_the_
     before = torch.get_rng_state()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = random_projection(rank, hidden, seed)
+        found = random_projection(seed, rank, hidden)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)

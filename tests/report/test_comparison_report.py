@@ -629,7 +629,7 @@ def test_the_nearest_words_are_those_of_the_highest_cosine():
 
 
 def test_prompts_that_are_made_of_the_input_have_no_nearest_words():
-    for method, experts in {"pt": 1, "ulpt": 1, "attempt": 3, "id-spam": 0, "mept": 0}.items():
+    for method, experts in {"pt": 1, "ept": 1, "attempt": 3, "id-spam": 0, "mept": 0}.items():
         model = attach(tiny_llama(), METHODS[method](num_virtual_tokens=2))
         assert len(nearest_words(model, Letters()).experts) == experts
 

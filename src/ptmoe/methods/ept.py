@@ -13,6 +13,8 @@ reads each virtual token, so every input has the same prompt. The T + M initial 
 S starts at the first T, A B at the best product for the others, D and G as linear layers do, and U at zero.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ class EPT(PromptEncoder):
 
     def fixed_prompts(self) -> Tensor:
         knowledge = self.A @ self.B  # (M, H)
-        weights = (self.prompt @ knowledge.T / self.prompt.shape[1] ** 0.5).softmax(1)  # (T, M)
+        weights = (self.prompt @ knowledge.T / math.sqrt(self.prompt.shape[1])).softmax(1)  # (T, M)
         fused = self.prompt + weights @ knowledge
         gate = (fused @ self.gate.T).softmax(1)  # (T, K)
         return (fused + torch.einsum("tk,th,khq,kqd->td", gate, fused, self.down, self.up))[None]

@@ -1,5 +1,7 @@
 """Low-rank factors of a prompt: the checks and the initialisation that several methods share."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def check_projection(rank: int, hidden_size: int, field: str = "rank") -> None:
         raise PtmoeError(f"{field} {rank} exceeds H = {hidden_size}: lower it")
 
 
-def random_projection(rank: int, hidden_size: int, seed: int) -> Tensor:
+def random_projection(seed: int, rank: int, hidden_size: int) -> Tensor:
     """`(R, H)` numbers from N(0, 1/R) in float32, the same on every machine.
 
     They are drawn in float64, which torch does by the textbook's formula on every processor (in float32 it is another
@@ -40,7 +42,7 @@ def random_projection(rank: int, hidden_size: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(rank, hidden_size, generator=generator, dtype=torch.float64, device="cpu")
-    return (drawn / rank**0.5).float()
+    return (drawn / math.sqrt(rank)).float()
 
 
 def projected(rows: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:

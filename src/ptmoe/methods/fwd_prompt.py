@@ -34,8 +34,8 @@ class FwdPromptConfig(PTConfig):
 
     method = "fwd-prompt"
     order = 340
-    figure_color = None
-    figure_marker = None
+    figure_color = ("#7a3b00", "#c98a4b")
+    figure_marker = "p"
     earlier: list[str] = []
     energy: Annotated[float, Field(gt=0, le=1)] = 0.95
 

@@ -159,7 +159,7 @@ class PTMoE(RoutedEncoder):
         elif frozen or config.init != "random":
             rows = source.rows(config, experts * tokens if distinct else tokens)
         if frozen:
-            b = random_projection(*self.B.shape, config.projection_seed)
+            b = random_projection(config.projection_seed, *self.B.shape)
             a, shift = projected(rows, b)
             self.scale.fill_(1)
             self.shift.copy_(shift)
@@ -196,7 +196,7 @@ class PTMoE(RoutedEncoder):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         super().load_tensors(tensors if self.S is None else tensors | {"S": torch.zeros_like(self.S)})
         if self.config.frozen_projection:
-            self.B.copy_(random_projection(*self.B.shape, self.config.projection_seed))
+            self.B.copy_(random_projection(self.config.projection_seed, *self.B.shape))
 
     def fixed_prompts(self) -> Tensor | None:
         return self.expert_prompts() if self.config.selective and not self.config.probationary else None

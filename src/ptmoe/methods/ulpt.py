@@ -55,7 +55,7 @@ class ULPT(PromptEncoder):
 
     @torch.no_grad()
     def initialise(self, source: InitialEmbeddings) -> None:
-        projection = random_projection(*self.projection.shape, self.config.projection_seed)
+        projection = random_projection(self.config.projection_seed, *self.projection.shape)
         z, shift = projected(source.rows(self.config, len(self.Z)), projection)
         self.projection.copy_(projection)
         self.Z.copy_(z)
@@ -64,4 +64,4 @@ class ULPT(PromptEncoder):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         super().load_tensors(tensors)
-        self.projection.copy_(random_projection(*self.projection.shape, self.config.projection_seed))
+        self.projection.copy_(random_projection(self.config.projection_seed, *self.projection.shape))
