@@ -85,7 +85,7 @@ def test_a_resumed_run_ends_at_the_adapter_of_the_undisturbed_one(config, after,
     assert torch.equal(model(ids).logits, whole.model.eval()(ids).logits)
 
 
-@pytest.mark.parametrize("trainer_class", [Trainer, PromptTrainer])
+@pytest.mark.parametrize("trainer_class", [pytest.param(Trainer, marks=pytest.mark.slow), PromptTrainer])
 def test_a_prompt_between_earlier_ones_resumes_where_it_was(trainer_class, tmp_path):
     ptmoe.attach(tiny_llama(), METHODS["pt"](num_virtual_tokens=4), seed=3).save_pretrained(tmp_path / "earlier")
     config = METHODS["fwd-prompt"](num_virtual_tokens=4, earlier=[str(tmp_path / "earlier")])
