@@ -36,6 +36,7 @@ class IDSPAMConfig(PromptConfig):
     order = 320
     free_sizes = ("num_virtual_tokens", "bottleneck", "attention_size")
     reads_input = True
+    default_learning_rate = 0.01
     num_virtual_tokens: Size = 10
     bottleneck: Size = 2
     attention_size: Size = 3

@@ -29,6 +29,7 @@ class ULPTConfig(PromptConfig):
     method = "ulpt"
     order = 300
     free_sizes = ("rank", "num_virtual_tokens")
+    default_learning_rate = 0.01
     rank: Size = 64
     projection_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
