@@ -53,11 +53,16 @@ RATES: dict[str, list[float]] = {
     "p-tuning": [1e-3, 3e-3, 1e-2],
     "prefix-tuning": [*PROMPTS, 0.3],
     "multitask-prompt-tuning": PROMPTS,
+    "ulpt": [3e-3, *PROMPTS],
+    "mept": PROMPTS,
+    "id-spam": [3e-3, *PROMPTS],
+    "ept": PROMPTS,
 }
 FIXED: dict[str, dict[str, Any]] = {
     "smop": {"num_experts": 4},
     "dpt": {"num_virtual_tokens": 20},
     "attempt": {"bottleneck": 1},
+    "ulpt": {"num_virtual_tokens": 20},
     "p-tuning": {"num_virtual_tokens": 8, "encoder_hidden_size": 5},
 }
 

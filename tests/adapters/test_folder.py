@@ -21,6 +21,10 @@ SIZES = {  # those of the methods whose folders are ours; the others are in test
     "attempt": {"num_virtual_tokens": 4, "num_sources": 3},
     "p-tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 8},
     "multitask-prompt-tuning": {"num_virtual_tokens": 4, "rank": 2},
+    "ulpt": {"num_virtual_tokens": 4, "rank": 6},
+    "id-spam": {"num_virtual_tokens": 4},
+    "ept": {"num_virtual_tokens": 4, "num_decomposed_tokens": 6, "rank": 3},
+    "fwd-prompt": {"num_virtual_tokens": 4},
 }
 KEYS = {
     "pt-moe": {"A", "B", "router.weight", "router.bias"},
@@ -35,6 +39,10 @@ KEYS = {
         "prompts.prefix_task_cols",
         "prompts.prefix_task_rows",
     },
+    "ulpt": {"Z", "scale", "shift"},
+    "id-spam": {"query", "key", "value", "down", "down_bias", "up", "prompt"},
+    "ept": {"prompt", "A", "B", "gate", "down", "up"},
+    "fwd-prompt": {"prompt"},
 }
 
 

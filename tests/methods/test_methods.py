@@ -11,16 +11,29 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import ptmoe
 from ptmoe import methods
+from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, DPTConfig, MethodConfig, PromptConfig, PTConfig, PTMoEConfig
+from ptmoe.methods.factors import random_projection
 from ptmoe.methods.routing import SPREAD, Router, gate
 from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.train.options import method_config
-from testing.bases import CONFIGS, DEVICE, HIDDEN, SELECTIVE_PROBATIONARY, array, prompted, tiny_llama, tokens
+from testing.bases import (
+    CONFIGS,
+    DEVICE,
+    HIDDEN,
+    SELECTIVE_PROBATIONARY,
+    array,
+    own_projection,
+    prompted,
+    tiny_llama,
+    tokens,
+)
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
@@ -297,7 +310,157 @@ def test_a_seed_decides_every_start_value_and_leaves_the_global_state_alone(meth
     attach(tiny_llama(), config, seed=7)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(again[key], value) for key, value in first.items())
-    assert all(not torch.equal(other[key], value) for key, value in first.items())
+    drawn = {key: value for key, value in first.items() if value.unique().numel() > 1}  # not all 0 or all 1
+    assert drawn
+    assert all(not torch.equal(other[key], value) for key, value in drawn.items())
+
+
+@pytest.mark.parametrize(("rank", "hidden", "seed"), [(1, 32, 0), (7, 48, 3), (64, 2048, 2**32 - 1)])
+def test_a_frozen_projection_is_what_its_seed_says_by_another_generator_and_the_formula(rank, hidden, seed):
+    """To the bit, so that it need not be saved."""
+    expected = torch.from_numpy(own_projection(rank, hidden, seed)).float()
+    before = torch.get_rng_state()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = random_projection(seed, rank, hidden)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rank", [3, HIDDEN])
+@pytest.mark.parametrize("method", ["ulpt", "pt-moe"])
+def test_a_prompt_behind_a_frozen_projection_starts_at_the_least_squares_of_its_embeddings(method, rank):
+    fields = {"num_virtual_tokens": 10, "rank": rank, "init": "text", "init_text": TEXTS[2], "projection_seed": 5}
+    if method == "pt-moe":
+        fields |= {"frozen_projection": True, "num_experts": 3}
+    base = tiny_llama()
+    encoder = attach(base, METHODS[method](**fields), tokenizer=Words()).encoder
+    wanted, projection = embedded(base, TEXTS[2], 10), own_projection(rank, HIDDEN, 5)
+    rest = wanted - wanted.mean(0)
+    best = np.linalg.lstsq(projection.T, rest.T, rcond=None)[0].T @ projection + wanted.mean(0)
+    prompts = encoder.fixed_prompts() if method == "ulpt" else encoder.expert_prompts()
+    assert len(prompts) == (1 if method == "ulpt" else 3)
+    for prompt in prompts:
+        assert_close(array(prompt), best, atol=1e-4, rtol=0)
+    assert np.allclose(best, wanted) == (rank == HIDDEN)
+
+
+def test_what_a_frozen_projection_leaves_to_train_is_counted_and_saved_without_it(tmp_path):
+    """arXiv:2502.04501: T·R + 2·H numbers; at 100 tokens of T5-base in 2 dimensions, 2 % of prompt tuning's."""
+    base = transformers.LlamaConfig(hidden_size=768)
+    assert count_parameters(base, METHODS["ulpt"](num_virtual_tokens=100, rank=2)) == 100 * 2 + 2 * 768 == 1736
+    assert count_parameters(base, PTConfig(num_virtual_tokens=100)) == 76_800
+    frozen = PTMoEConfig(num_virtual_tokens=10, num_experts=3, rank=20, frozen_projection=True)
+    assert count_parameters(base, frozen) == 3 * 10 * 20 + 2 * 768 + 3 * 769
+    for config in (METHODS["ulpt"](num_virtual_tokens=6, rank=8), frozen):
+        model = attach(tiny_llama(), config)
+        model.save_pretrained(tmp_path / config.method)
+        saved = load_file(tmp_path / config.method / "adapter_model.safetensors")
+        assert sum(value.numel() for value in saved.values()) == model.num_parameters(only_trainable=True)
+        again = load_adapter(tiny_llama(), tmp_path / config.method)
+        assert torch.equal(again(tokens(8)[None]).logits, model(tokens(8)[None]).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (METHODS["id-spam"](num_virtual_tokens=5, bottleneck=3, attention_size=4), 5 * 32 * 4 + 3 * 4 * 32 + 3 * 5),
+        (
+            METHODS["ept"](num_virtual_tokens=5, num_decomposed_tokens=9, rank=4, num_spaces=3, space_rank=2),
+            5 * 32 + 4 * (9 + 32) + 3 * 32 * (1 + 2 * 2),
+        ),
+        (METHODS["fwd-prompt"](num_virtual_tokens=5), 5 * 32),
+        (METHODS["mept"](num_virtual_tokens=5, num_experts=3), 2 * 3 * (2 * 5 * 2 * 8 + 32)),
+    ],
+)
+def test_the_count_is_the_formula_of_the_config(config, count):
+    assert count_parameters(tiny_llama().config, config) == count
+
+
+def test_ept_starts_at_its_short_prompt_fused_with_the_best_low_rank_form_of_the_rest(base):
+    fields = {"num_virtual_tokens": 4, "num_decomposed_tokens": 9, "rank": 3, "init": "text", "init_text": TEXTS[2]}
+    encoder = attach(base, METHODS["ept"](**fields), tokenizer=Words()).encoder
+    whole = embedded(base, TEXTS[2], 13)
+    error = np.linalg.norm(products(encoder) - whole[4:])
+    assert error == pytest.approx(best_error(whole[4:], 3), rel=1e-5)
+    scores = whole[:4] @ products(encoder).T / np.sqrt(HIDDEN)
+    weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    assert_close(array(encoder.fixed_prompts()[0]), whole[:4] + weights @ products(encoder), atol=1e-4, rtol=0)
+
+
+# -- tasks in sequence -------------------------------------------------------------------------------------------------
+
+
+def earlier_prompts(folder, base, *lengths):
+    """Folders of `pt` and `fwd-prompt` adapters, in turn, with drawn prompts."""
+    folders = []
+    for index, length in enumerate(lengths):
+        config = METHODS["pt" if index % 2 == 0 else "fwd-prompt"](num_virtual_tokens=length)
+        prompted(base, config, seed=index + 2).save_pretrained(folder / str(index))
+        folders.append(str(folder / str(index)))
+    return folders
+
+
+@pytest.mark.parametrize("energy", [0.5, 1.0])
+def test_what_fwd_prompt_trains_is_orthogonal_to_the_earlier_prompts(energy, tmp_path):
+    earlier = earlier_prompts(tmp_path, tiny_llama(), 6, 3, 4)
+    config = METHODS["fwd-prompt"](num_virtual_tokens=4, earlier=earlier, energy=energy)
+    model = attach(tiny_llama(), config)
+    prompts = np.concatenate([array(read_adapter(folder).tensors["prompt"]) for folder in earlier])
+    start = prompts[-4:]
+    assert_close(array(model.encoder.fixed_prompts()[0]), start, atol=1e-6, rtol=0)
+
+    values, right = np.linalg.svd(prompts)[1:]
+    shares = np.cumsum(values**2) / np.sum(values**2)
+    kept = next(count for count, share in enumerate(shares, 1) if share >= energy - 1e-12)
+    assert kept == (13 if energy == 1 else kept) < HIDDEN
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.3)
+    ids = torch.stack([tokens(8, 1), tokens(8, 2)])
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        losses.append(model(ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "next")
+    assert set(load_file(tmp_path / "next" / "adapter_model.safetensors")) == {"prompt"}
+    change = array(load_adapter(tiny_llama(), tmp_path / "next").encoder.prompt) - start
+    assert np.linalg.norm(change) > 0.1
+    assert np.abs(change @ right[:kept].T).max() < 1e-5
+    if energy < 1:
+        assert np.abs(change @ right[kept:13].T).max() > 1e-3, "what is left of them may change"
+
+
+def test_fwd_prompt_is_pt_without_earlier_tasks():
+    first, second = (attach(tiny_llama(), METHODS[name](num_virtual_tokens=4)) for name in ("pt", "fwd-prompt"))
+    assert torch.equal(first.encoder.prompt, second.encoder.prompt)
+    assert torch.equal(first(tokens(5)[None]).logits, second(tokens(5)[None]).logits)
+
+
+def test_earlier_prompts_that_cannot_be_started_from_are_refused(tmp_path):
+    def attached(*earlier, **fields):
+        return attach(tiny_llama(), METHODS["fwd-prompt"](num_virtual_tokens=4, earlier=list(earlier), **fields))
+
+    (other,) = earlier_prompts(tmp_path / "other base", tiny_llama(seed=5), 4)
+    with pytest.raises(PtmoeError, match="was trained on another base"):
+        attached(other)
+    with pytest.raises(PtmoeError, match="was trained on another base"):
+        attach(tiny_llama(), METHODS["attempt"](num_virtual_tokens=4, num_sources=1, source_prompts=[other]))
+    shorter, most = earlier_prompts(tmp_path / "long", tiny_llama(), 3, HIDDEN)
+    with pytest.raises(PtmoeError, match=rf"of shape \(3, {HIDDEN}\), .* set num_virtual_tokens=3"):
+        attached(shorter)
+    (last,) = earlier_prompts(tmp_path / "last", tiny_llama(), 4)
+    with pytest.raises(PtmoeError, match=f"take all {HIDDEN} dimensions .* lower energy"):
+        attached(most, last, energy=1.0)
+    assert attached(most, last, energy=0.5).encoder.basis.shape[0] < HIDDEN
+    attach(tiny_llama(), METHODS["attempt"](num_virtual_tokens=4)).save_pretrained(tmp_path / "attempt")
+    with pytest.raises(PtmoeError, match="needs a pt adapter, is a attempt adapter"):
+        attached(str(tmp_path / "attempt"))
+    with pytest.raises(PtmoeError, match="no adapter folder"):
+        attached(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -403,6 +566,13 @@ def test_annealing_is_over_outside_training():
         ("pt-moe", {"num_experts": 0}, "num_experts=0"),
         ("smop", {"num_experts": -2}, "num_experts=-2"),
         ("attempt", {"bottleneck": 0}, "bottleneck=0"),
+        ("ulpt", {"projection_seed": -1}, "projection_seed=-1"),
+        ("ulpt", {"rank": 0}, "rank=0"),
+        ("id-spam", {"attention_size": 0}, "attention_size=0"),
+        ("ept", {"num_spaces": 0}, "num_spaces=0"),
+        ("mept", {"num_experts": 0}, "num_experts=0"),
+        ("fwd-prompt", {"energy": 0}, "energy=0"),
+        ("fwd-prompt", {"energy": 1.5}, "energy=1.5"),
         ("pt-moe", {"router_noise": -0.1}, "router_noise=-0.1"),
         ("pt-moe", {"router_noise": math.nan}, "router_noise=nan"),
         ("pt-moe", {"router_noise": math.inf}, "router_noise=inf"),
@@ -434,6 +604,20 @@ def test_a_rank_above_the_hidden_size_is_refused():
         attach(tiny_llama(), PTMoEConfig(rank=HIDDEN + 1))
     with pytest.raises(PtmoeError, match="rank 36 exceeds"):
         count_parameters(transformers.LlamaConfig(hidden_size=32), PTMoEConfig())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (METHODS["ulpt"](rank=HIDDEN + 1), f"rank {HIDDEN + 1} exceeds H = {HIDDEN}: lower it"),
+        (PTMoEConfig(rank=HIDDEN + 1, frozen_projection=True), f"rank {HIDDEN + 1} exceeds H = {HIDDEN}: lower it"),
+        (METHODS["ept"](rank=6, num_decomposed_tokens=5), "exceeds .* = 5: lower rank or raise num_decomposed_tokens"),
+        (METHODS["ept"](space_rank=HIDDEN + 1), f"space_rank {HIDDEN + 1} exceeds H = {HIDDEN}: lower it"),
+    ],
+)
+def test_a_size_above_the_matrix_is_refused(config, message):
+    with pytest.raises(PtmoeError, match=message):
+        attach(tiny_llama(), config)
 
 
 def test_a_text_without_tokens_is_refused():

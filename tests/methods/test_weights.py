@@ -4,6 +4,7 @@ import json
 import pickle
 import warnings
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -14,12 +15,14 @@ from transformers import TrainingArguments
 import ptmoe
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.adapters.peft import to_peft
+from ptmoe.evaluate.choices import likelihoods
 from ptmoe.methods import METHODS, PiSSAConfig, PTConfig
 from ptmoe.methods.injected import Injected, InjectedConfig
 from ptmoe.methods.parts import PartsConfig
 from ptmoe.models.attach import attach, count_parameters, load_adapter
+from ptmoe.models.decoding import Decoder
 from ptmoe.train import PromptTrainer
-from testing.bases import DEVICE, PAD, POSITIONS, batch, pad, tiny, tiny_llama, tokens
+from testing.bases import DEVICE, PAD, POSITIONS, array, batch, pad, tiny, tiny_llama, tokens
 from testing.losses import answers
 
 ARCHITECTURES = ["llama", "gpt2", "opt", "phi", "gpt_neox"]
@@ -53,6 +56,7 @@ SIZES = {
     "p-tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
     "prefix-tuning": {"num_virtual_tokens": 4},
     "multitask-prompt-tuning": {"num_virtual_tokens": 4, "rank": 2},
+    "mept": {"num_virtual_tokens": 4, "num_experts": 3},
 }
 WEIGHTS = [method for method in SIZES if METHODS[method].changes_layers]
 PARTS = [method for method in SIZES if issubclass(METHODS[method], PartsConfig)]
@@ -147,7 +151,7 @@ def test_checkpoints_hold_each_trained_or_frozen_number_once_and_nothing_of_the_
     assert model.num_virtual_tokens == 0
 
 
-@pytest.mark.parametrize("method", [*WEIGHTS, "prefix-tuning"])
+@pytest.mark.parametrize("method", [*WEIGHTS, "prefix-tuning", "mept"])
 def test_a_seed_decides_the_start_and_leaves_the_global_state_alone(method):
     before = torch.get_rng_state()
     first, again = (attached(method).encoder.state_dict() for _ in range(2))
@@ -201,14 +205,15 @@ def test_padding_on_any_side_gives_each_row_what_it_gets_alone(method, architect
         assert torch.equal(made[i, -4:], model.generate(row[None], max_new_tokens=4, do_sample=False)[0, -4:])
 
 
-@pytest.mark.parametrize("method", ["lora", "hydralora", "prefix-tuning"])
+@pytest.mark.parametrize("method", ["lora", "hydralora", "prefix-tuning", "mept"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_generation_takes_the_tokens_that_the_logits_say(method, architecture):
     model, _ = trained(method, tiny(architecture), steps=2)
     row = ROWS[0][None]
     made = model.generate(row, max_new_tokens=5, do_sample=False)
     for length in range(row.shape[1], made.shape[1]):
-        assert model(made[:, :length]).logits[0, -1].argmax() == made[0, length]
+        readable = torch.arange(length, device=DEVICE)[None] < row.shape[1]
+        assert model(made[:, :length], input_mask=readable).logits[0, -1].argmax() == made[0, length]
 
 
 # -- saving and loading ------------------------------------------------------------------------------------------------
@@ -739,15 +744,80 @@ def test_the_logits_are_those_of_pefts_modules_by_hand(method, architecture):
         assert_close(model(row[None]).logits[0], by_hand(model, row), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["prefix-tuning", "mept"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_beams_and_samples_find_the_prefix_in_the_cache(architecture):
-    model, _ = trained("prefix-tuning", tiny(architecture), steps=2)
+def test_beams_and_samples_find_the_prefix_in_the_cache(method, architecture):
+    model, _ = trained(method, tiny(architecture), steps=2)
+    if method == "mept":
+        sharpened(model)
     ids, mask = batch(ROWS, LEFTS, 10)
     options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     together = model.generate(ids, mask, **options)
     assert together.shape == (6, 14)
     for i, row in enumerate(ROWS):
         assert torch.equal(together[2 * i : 2 * i + 2, -4:], model.generate(row[None], **options)[:, -4:])
+
+
+def sharpened(model):
+    """With routers that send different inputs to different experts."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model.encoder.router.copy_(2 * torch.randn(model.encoder.router.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mept_puts_each_inputs_own_experts_before_it_in_every_layer(architecture):
+    """In float64, with the cache of each row filled by hand."""
+    from transformers import DynamicCache
+
+    base = tiny(architecture)
+    model = sharpened(attached("mept", base))
+    experts, router = (array(value) for value in model.encoder.tensors().values())
+    ids, mask = batch(ROWS, LEFTS, 10)
+    logits, prefixes, chosen = model(ids, mask).logits, model.compose(ids, mask)[1].cache, set()
+    for row, left, found, prefix in zip(ROWS, LEFTS, logits, prefixes.unbind(2), strict=True):
+        assert torch.equal(prefix, model.compose(row[None])[1].cache[:, :, 0]), "no batch changes a choice"
+        embeds = base.get_input_embeddings()(row)
+        mean = array(embeds).mean(0)
+        normal, cache = (mean - mean.mean()) / np.sqrt(mean.var() + 1e-5), DynamicCache()
+        for layer, (weights, of_layer) in enumerate(zip(router, experts, strict=True)):
+            p = np.exp(weights @ normal) / np.exp(weights @ normal).sum()
+            chosen.add((layer, int(p.argmax())))
+            keys, values = torch.from_numpy(p.max() * of_layer[p.argmax()]).to(embeds)
+            cache.update(keys[None], values[None], layer)
+        positions = 4 + torch.arange(len(row), device=DEVICE)[None]
+        alone = base(inputs_embeds=embeds[None], past_key_values=cache, position_ids=positions).logits[0]
+        assert_close(found[left : left + len(row)], alone, atol=1e-5, rtol=0)
+    assert len(chosen) > len(router), "the rows go to different experts"
+
+
+@pytest.mark.parametrize(("method", "architecture"), [("mept", "llama"), ("mept", "gpt2")])
+def test_rows_that_find_prefixes_of_their_own_are_decoded_and_scored_as_alone(method, architecture):
+    model = sharpened(attached(method, tiny(architecture))).eval()
+    rows, never = [row.tolist() for row in ROWS], {"max_new_tokens": 5, "ended": lambda _: False}
+    together = Decoder(model)(rows, [0, 0, 0], **never)
+    assert together == [Decoder(model)([row], [0], **never)[0] for row in rows]
+    for row, new in zip(ROWS, together, strict=True):
+        assert model.generate(row[None], max_new_tokens=5, do_sample=False)[0, len(row) :].tolist() == new
+    labels = [{"a": [5, 6], "b": [7]}] * 3
+    for ours, row in zip(likelihoods(model, rows, labels, 3), rows, strict=True):
+        assert ours == pytest.approx(likelihoods(model, [row], labels[:1], 1)[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["mept", "id-spam"])
+def test_training_on_text_of_which_nothing_says_what_is_the_input_is_refused(method):
+    sizes = {"num_virtual_tokens": 2}
+    model = attach(tiny_llama(), METHODS[method](**sizes)).train()
+    ids, mask = TRAINING["input_ids"], TRAINING["attention_mask"]
+    with pytest.raises(ptmoe.PtmoeError, match="neither labels nor input_mask"):
+        model(ids, mask)
+    model(ids, mask, input_mask=mask)
+    with torch.no_grad():
+        model(ids, mask)
+    attach(model, METHODS[method](**sizes), adapter_name="other")
+    with pytest.raises(ptmoe.PtmoeError, match=r"neither labels nor input_mask|cannot be mixed"):
+        model(ids, mask, adapter_names=["other", *["__base__"] * (len(ids) - 1)])
 
 
 def test_the_prefix_takes_positions():
@@ -768,13 +838,16 @@ def test_a_base_that_looks_at_a_window_of_positions_is_refused_a_prefix(architec
         ptmoe.PtmoeError, match=r"prefix-tuning does not fit (Mistral|Gemma2)ForCausalLM.*SlidingWindow"
     ):
         attach(tiny(architecture), METHODS["prefix-tuning"]())
+    with pytest.raises(ptmoe.PtmoeError, match=r"mept does not fit (Mistral|Gemma2)ForCausalLM.*SlidingWindow"):
+        attach(tiny(architecture), METHODS["mept"]())
 
 
-def test_what_would_lose_the_prefix_is_refused():
-    model = attached("prefix-tuning")
+@pytest.mark.parametrize("method", ["prefix-tuning", "mept"])
+def test_what_would_lose_the_prefix_is_refused(method):
+    model = attached(method)
     attach(model, PTConfig(num_virtual_tokens=2), adapter_name="pt")
     ids = torch.stack([tokens(5, 1), tokens(5, 2)])
-    with pytest.raises(ptmoe.PtmoeError, match=r"\(prefix-tuning\) .* cannot be mixed in a batch"):
+    with pytest.raises(ptmoe.PtmoeError, match=rf"\({method}\) .* cannot be mixed in a batch"):
         model(ids, adapter_names=["default", "pt"])
     model.set_adapter("default")
     for option in ({"use_cache": False}, {"cache_implementation": "static"}):

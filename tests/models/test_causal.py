@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import PTConfig, PTMoEConfig
 from ptmoe.models.attach import attach
-from ptmoe.models.causal import PromptedCausalLM
+from ptmoe.models.causal import PromptedCausalLM, readable_tokens
 from testing.bases import (
     CONFIGS,
     DEVICE,
@@ -24,6 +24,7 @@ from testing.bases import (
     array,
     batch,
     on_device,
+    own_projection,
     pad,
     prompted,
     tiny_llama,
@@ -33,6 +34,9 @@ from testing.bases import (
 every_base = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 all_methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 all_gates = pytest.mark.parametrize("config", SELECTIVE_PROBATIONARY.values(), ids=SELECTIVE_PROBATIONARY)
+readers = pytest.mark.parametrize(
+    "config", [config for config in CONFIGS.values() if config.reads_input], ids=lambda config: config.method
+)
 left_padding = st.integers(0, 4)
 ROWS = st.lists(st.tuples(st.integers(1, 9), left_padding), min_size=1, max_size=4)
 
@@ -79,6 +83,22 @@ def own_prompt(model, embeds):
         return tensor["prompt"]
     if config.method == "dpt":
         return tensor["A"] @ tensor["B"]
+    if config.method == "ulpt":
+        low = tensor["Z"] @ own_projection(config.rank, len(x[0]), config.projection_seed)
+        return low * tensor["scale"] + tensor["shift"]
+    if config.method == "id-spam":
+        query, key, value = (x @ tensor[name].T for name in ("query", "key", "value"))
+        scores = query @ key.T / np.sqrt(config.attention_size)
+        mean = np.mean([softmax(row) @ value for row in scores], axis=0)
+        hidden = np.maximum(tensor["down"] @ mean + tensor["down_bias"], 0)
+        return tensor["prompt"] + tensor["up"] @ hidden
+    if config.method == "ept":
+        knowledge, fused = tensor["A"] @ tensor["B"], []
+        for short in tensor["prompt"]:
+            token = short + softmax(knowledge @ short / np.sqrt(len(short))) @ knowledge
+            spaces = [token @ down @ up for down, up in zip(tensor["down"], tensor["up"], strict=True)]
+            fused.append(token + softmax(tensor["gate"] @ token) @ np.array(spaces))
+        return np.array(fused)
     if config.method == "smop":
         p = softmax(tensor["router.weight"] @ x.mean(0))
         return p.max() * tensor["prompts"][p.argmax()]
@@ -90,7 +110,11 @@ def own_prompt(model, embeds):
         weights = softmax(np.array([prompt.max(0) @ query for prompt in prompts]) / (np.e * len(query)))
         return tensor["prompt"] + sum(weight * prompt for weight, prompt in zip(weights, prompts, strict=True))
     g = own_gate(softmax(tensor["router.weight"] @ x.mean(0) + tensor["router.bias"]), config)
-    return sum(weight * expert for weight, expert in zip(g, tensor["A"], strict=True)) @ tensor["B"]
+    mixed = sum(weight * expert for weight, expert in zip(g, tensor["A"], strict=True))
+    if config.frozen_projection:
+        low = mixed @ own_projection(config.rank, len(x[0]), config.projection_seed)
+        return low * tensor["scale"] + tensor["shift"]
+    return mixed @ tensor["B"]
 
 
 def own_logits(model, ids, readable=None):
@@ -184,6 +208,19 @@ def test_training_routes_as_generation_does(base):
     assert torch.equal(in_training.probabilities, in_generation.probabilities)
 
 
+@readers
+@given(data=st.data())
+def test_a_prompt_depends_on_neither_the_answer_nor_the_padding(config, data):
+    model = prompted(tiny_llama(), config)
+    inputs = [tokens(length, length) for length in (1, 6, 9)]
+    answers = [tokens(data.draw(st.integers(1, 7)), data.draw(st.integers(0, 99))) for _ in inputs]
+    batch_of = supervised(inputs, answers, [data.draw(left_padding) for _ in inputs], 20)
+    readable = readable_tokens(batch_of["attention_mask"], batch_of["labels"])
+    together = model.compose(batch_of["input_ids"], batch_of["attention_mask"], readable)[1].embeds
+    for row, prompt in zip(inputs, together, strict=True):
+        assert_close(prompt, model.compose(row[None])[1].embeds[0], atol=1e-5, rtol=1e-5)
+
+
 def test_inputs_are_routed_differently():
     model = prompted(tiny_llama(), CONFIGS["PT-MoE selective probationary"])
     routing = model.route(torch.stack([tokens(6, i) for i in range(30)]))
@@ -212,9 +249,9 @@ def test_padding_in_input_mask_is_not_read():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@all_gates
+@readers
 def test_the_loss_is_the_cross_entropy_of_the_hand_spliced_logits(base, config, training):
-    model = prompted(base, config.replace(router_noise=0))
+    model = prompted(base, config.replace(router_noise=0) if hasattr(config, "router_noise") else config)
     expected = own_loss(model, MIXED)
     model.encoders.train(training)
     model.training = training  # the base stays without dropout

@@ -121,7 +121,7 @@ def test_every_causal_class_agrees_with_its_base_or_is_refused(kind):
 
 QUICK = {"llama", "gpt2", "gemma3", "bart", "zamba", "falcon", "moss_transcribe_diarize", "roberta", "bamba"}
 TUNERS = {"lora": ["rank"], "pissa": ["rank"], "eva": ["rank"], "corda": ["rank"], "hydralora": ["rank"], "ia3": [],
-    "prefix-tuning": ["num_virtual_tokens"]}  # fmt: skip
+    "prefix-tuning": ["num_virtual_tokens"], "mept": ["num_virtual_tokens"]}  # fmt: skip
 
 
 SLOWLY = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in TYPES]
@@ -135,7 +135,8 @@ def test_a_tuner_fits_a_class_or_is_refused_when_it_is_attached(kind, tmp_path):
         pytest.skip("no base")
     rows, lefts = (ROWS, LEFTS) if together else (ROWS[:1], LEFTS[:1])
     ids, mask = batch(rows, lefts)
-    examples = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, -100)}
+    answers = mask.cumsum(1) * mask > 1  # all but each row's first token, which is the input
+    examples = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(answers, ids, -100)}
     for method, sizes in TUNERS.items():
         config = ptmoe.METHODS[method](**dict.fromkeys(sizes, 2))
         try:

@@ -32,6 +32,8 @@ FIELDS = {
     "p-tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
     "prefix-tuning": {"num_virtual_tokens": 4},
     "multitask-prompt-tuning": {"num_virtual_tokens": 4, "rank": 2},
+    "ulpt": {"num_virtual_tokens": 4, "rank": 6},
+    "mept": {"num_virtual_tokens": 4},
     "vera": {"rank": 8},
 }
 UNFIT = [(method, quantization) for method in METHODS for quantization in METHODS[method].unsupported_quantizations]

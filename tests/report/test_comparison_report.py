@@ -16,7 +16,9 @@ from scipy import stats
 
 from ptmoe.cli.console import Console
 from ptmoe.errors import PtmoeError
-from ptmoe.evaluate.nearest_words import nearest_tokens
+from ptmoe.evaluate.nearest_words import nearest_tokens, nearest_words
+from ptmoe.methods import METHODS
+from ptmoe.models.attach import attach
 from ptmoe.report import comparison_summary, read_comparison, write_report
 from ptmoe.report.comparison import AVERAGE, MEAN, paper
 from ptmoe.report.figures import curve_points, drawing, inline_svg, score_by_parameters, styles
@@ -26,6 +28,7 @@ from ptmoe.report.table import Table, to_csv, to_latex, to_markdown
 from ptmoe.runs.folders import FAILED_FILE
 from ptmoe.runs.records import Failure, write_lines
 from ptmoe.tasks.resampling import Group, bootstrap_interval
+from testing.bases import tiny_llama
 from testing.folders import ALL_ON_SECOND, DOMAINS, ONE_EACH, SVAMP_TYPES, write_cell, write_plan
 from testing.pages import Page
 
@@ -623,6 +626,12 @@ def test_the_nearest_words_are_those_of_the_highest_cosine():
     values, ids = cosines.topk(3)
     assert [[word for word, _ in row] for row in found] == [[chr(97 + i) for i in row] for row in ids.tolist()]
     assert np.allclose([[cosine for _, cosine in row] for row in found], values, atol=1e-5)
+
+
+def test_prompts_that_are_made_of_the_input_have_no_nearest_words():
+    for method, experts in {"pt": 1, "ept": 1, "attempt": 3, "id-spam": 0, "mept": 0}.items():
+        model = attach(tiny_llama(), METHODS[method](num_virtual_tokens=2))
+        assert len(nearest_words(model, Letters()).experts) == experts
 
 
 def test_a_large_vocabulary_in_parts_gives_the_same_words(monkeypatch):

@@ -58,6 +58,10 @@ CONFIGS: dict[str, MethodConfig] = {
     **SELECTIVE_PROBATIONARY,
     "SMoP": METHODS["smop"](num_virtual_tokens=4, num_experts=3),
     "ATTEMPT": METHODS["attempt"](num_virtual_tokens=4),
+    "PT-MoE frozen projection": PTMoEConfig(**PT_MOE | {"rank": 7}, frozen_projection=True, projection_seed=3),
+    "ULPT": METHODS["ulpt"](num_virtual_tokens=5, rank=7, projection_seed=3),
+    "ID-SPAM": METHODS["id-spam"](num_virtual_tokens=4, bottleneck=3),
+    "EPT": METHODS["ept"](num_virtual_tokens=4, num_decomposed_tokens=6, rank=3, num_spaces=3, space_rank=2),
 }
 
 
@@ -107,6 +111,16 @@ def on_device(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def array(tensor: Tensor) -> np.ndarray:
     """In float64."""
     return tensor.detach().double().cpu().numpy()
+
+
+def own_projection(rank: int, hidden: int, seed: int) -> np.ndarray:
+    """A frozen random projection `(R, H)` in float64 from numpy's Mersenne twister and the formula of Box and Muller,
+    in blocks of 16 numbers: what the seed decides, on any machine. R·H is a multiple of 16."""
+    words = np.random.RandomState(seed).randint(0, 2**32, 2 * rank * hidden, np.uint32).astype(np.uint64)
+    uniform = ((words[0::2] << np.uint64(32) | words[1::2]) % np.uint64(2**53)).astype(float).reshape(-1, 2, 8) / 2**53
+    radius, angle = np.sqrt(-2 * np.log1p(-uniform[:, 0])), 2 * np.pi * uniform[:, 1]
+    normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+    return np.asarray(normal.reshape(rank, hidden) / np.sqrt(rank))
 
 
 def pad(row: Tensor, left: int, right: int, value: int = PAD) -> Tensor:

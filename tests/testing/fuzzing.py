@@ -53,6 +53,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "nora": {"rank": 8},
     "attempt": {"num_virtual_tokens": 4, "num_sources": 3},
     "vera": {"rank": 4},
+    "ulpt": {"num_virtual_tokens": 4, "rank": 6},
     "ft": {},
     "ia3": {},
 }

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 import ptmoe
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
+from ptmoe.train import PromptTrainer
 from ptmoe.train.data import collate
 from testing.bases import DEVICE, on_device, tiny_llama, tokens
 
@@ -44,9 +45,9 @@ def dataset(count=24):
     return rows
 
 
-def trainer(folder, config, *, callbacks=True, **arguments):
+def trainer(folder, config, *, callbacks=True, trainer_class=Trainer, **arguments):
     options = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.03} | arguments
-    return Trainer(
+    return trainer_class(
         model=ptmoe.attach(tiny_llama(), config),
         args=TrainingArguments(
             str(folder),
@@ -82,6 +83,24 @@ def test_a_resumed_run_ends_at_the_adapter_of_the_undisturbed_one(config, after,
     model = ptmoe.load_adapter(tiny_llama(), tmp_path / "adapter")
     ids = tokens(6)[None]
     assert torch.equal(model(ids).logits, whole.model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("trainer_class", [pytest.param(Trainer, marks=pytest.mark.slow), PromptTrainer])
+def test_a_prompt_between_earlier_ones_resumes_where_it_was(trainer_class, tmp_path):
+    ptmoe.attach(tiny_llama(), METHODS["pt"](num_virtual_tokens=4), seed=3).save_pretrained(tmp_path / "earlier")
+    config = METHODS["fwd-prompt"](num_virtual_tokens=4, earlier=[str(tmp_path / "earlier")])
+    runs = [trainer(tmp_path / "run", config, trainer_class=trainer_class, save_steps=1) for _ in range(2)]
+    runs[0].train()
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")  # as if it had been killed
+    runs[1].train(resume_from_checkpoint=True)
+    assert runs[0].model.encoder.basis is not None
+    first, second = (run.model.encoder.state_dict() for run in runs)
+    assert first.keys() == second.keys() == {"prompt", "start", "basis"}
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+    runs[0].model.save_pretrained(tmp_path / "adapter")
+    loaded, ids = ptmoe.load_adapter(tiny_llama(), tmp_path / "adapter"), tokens(6)[None]
+    assert torch.equal(loaded(ids).logits, runs[0].model.eval()(ids).logits)
 
 
 @pytest.mark.parametrize("method", ["pt-moe", "pt-moe, one factor for all, split"])

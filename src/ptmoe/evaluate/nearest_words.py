@@ -24,6 +24,8 @@ def nearest_words(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, k
     encoder = model.encoder
     embedding = cast(torch.Tensor, model.get_input_embeddings().weight)  # (V, H)
     prompts = encoder.expert_prompts()  # (N, T, H)
+    if prompts is None and encoder.config.reads_input:  # there is one for each input
+        return NearestWords(experts=[])
     if prompts is None:
         nothing = torch.zeros(1, 1, embedding.shape[1], device=embedding.device)
         prompts = encoder(nothing, torch.ones_like(nothing[..., 0]).bool()).embeds

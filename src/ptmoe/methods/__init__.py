@@ -14,17 +14,21 @@ from ptmoe.methods.corda import CorDAConfig as CorDAConfig
 from ptmoe.methods.dora import DoRAConfig as DoRAConfig
 from ptmoe.methods.dpt import DPTConfig as DPTConfig
 from ptmoe.methods.edora import EDoRAConfig as EDoRAConfig
+from ptmoe.methods.ept import EPTConfig as EPTConfig
 from ptmoe.methods.eva import EVAConfig as EVAConfig
 from ptmoe.methods.ffa_lora import FFALoRAConfig as FFALoRAConfig
 from ptmoe.methods.ft import FTConfig as FTConfig
+from ptmoe.methods.fwd_prompt import FwdPromptConfig as FwdPromptConfig
 from ptmoe.methods.goat import GOATConfig as GOATConfig
 from ptmoe.methods.hydralora import HydraLoRAConfig as HydraLoRAConfig
 from ptmoe.methods.ia3 import IA3Config as IA3Config
+from ptmoe.methods.id_spam import IDSPAMConfig as IDSPAMConfig
 from ptmoe.methods.kasa import KaSAConfig as KaSAConfig
 from ptmoe.methods.lora import LoRAConfig as LoRAConfig
 from ptmoe.methods.lora_fa import LoRAFAConfig as LoRAFAConfig
 from ptmoe.methods.lora_xs import LoRAXSConfig as LoRAXSConfig
 from ptmoe.methods.lotr import LoTRConfig as LoTRConfig
+from ptmoe.methods.mept import MEPTConfig as MEPTConfig
 from ptmoe.methods.msplora import MSPLoRAConfig as MSPLoRAConfig
 from ptmoe.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from ptmoe.methods.nlora import NLoRAConfig as NLoRAConfig
@@ -39,6 +43,7 @@ from ptmoe.methods.smop import SMoPConfig as SMoPConfig
 from ptmoe.methods.soka import SoKAConfig as SoKAConfig
 from ptmoe.methods.sorsa import SORSAConfig as SORSAConfig
 from ptmoe.methods.svfit import SVFitConfig as SVFitConfig
+from ptmoe.methods.ulpt import ULPTConfig as ULPTConfig
 from ptmoe.methods.vera import VeRAConfig as VeRAConfig
 
 _CLASSES = {name: value for name, value in vars().items() if isinstance(value, type)}

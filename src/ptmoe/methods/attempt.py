@@ -34,7 +34,7 @@ class ATTEMPTConfig(PromptConfig):
     figure_color = ("#8a6d00", "#e3c13b")
     figure_marker = "v"
     free_sizes = ("num_virtual_tokens", "bottleneck")
-    routes = True
+    routes = reads_input = True
     num_sources: Size = 2
     bottleneck: Size = 2
     source_prompts: list[str] = []

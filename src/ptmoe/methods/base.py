@@ -62,8 +62,8 @@ class Prompt:
     Attributes:
         embeds: `(B, T, H)` in float32, the soft prompt of each row.
         routing: how each row was routed, if the method routes.
-        cache: `(layers, 2, heads, T, d)`, keys and values that every layer finds before those of the input, shared by
-            all rows; or None.
+        cache: `(layers, 2, B, heads, T, d)`, keys and values that every layer finds before those of the input, or with
+            1 for B, where all rows share them; or None.
         auxiliary_loss: a scalar added to the loss in training, or None.
     """
 
@@ -84,7 +84,8 @@ class MethodConfig(Settings):
     free_sizes: ClassVar[tuple[str, ...]] = ()  # fields that a parameter budget may set, the first choice first
     routes: ClassVar[bool] = False  # its prompts carry a `Routing`
     needs_batches: ClassVar[bool] = False  # is initialised from the activations of training data
-    fills_cache: ClassVar[bool] = False  # its prompt is in the key-value cache, shared by all rows
+    reads_input: ClassVar[bool] = False  # an input's prompt depends on its tokens
+    fills_cache: ClassVar[bool] = False  # its prompt is in the key-value cache
     changes_layers: ClassVar[bool] = False  # a model holds one such adapter and no other
     divides_rows: ClassVar[bool] = False  # rows of a batch train different parameters: no packing, whole last layer
     trains_base: ClassVar[bool] = False  # its parameters are the base's own weights: too many to copy at every step
@@ -299,15 +300,25 @@ def mean_input(input_embeds: Tensor, input_mask: Tensor) -> Tensor:
         ValueError: a row without input tokens.
     """
     with torch.no_grad():
-        lengths = input_mask.sum(1)
-        if (lengths == 0).any():
-            rows = (lengths == 0).nonzero().flatten().tolist()
-            raise ValueError(
-                f"rows {rows} have no input token for the router to read: every real token is supervised or padding. "
-                "Set the labels of the prompt's tokens to -100, or pass input_mask"
-            )
+        lengths = input_lengths(input_mask)
         packed = input_embeds[input_mask].float()  # (tokens, H)
         return torch.segment_reduce(packed, "sum", lengths=lengths, axis=0, unsafe=True) / lengths[:, None]
+
+
+def input_lengths(input_mask: Tensor) -> Tensor:
+    """`(B,)`, how many tokens of each row may decide its prompt.
+
+    Raises:
+        ValueError: a row without input tokens.
+    """
+    lengths = input_mask.sum(1)
+    if (lengths == 0).any():
+        rows = (lengths == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"rows {rows} have no input token for the router to read: every real token is supervised or padding. "
+            "Set the labels of the prompt's tokens to -100, or pass input_mask"
+        )
+    return lengths
 
 
 @torch.no_grad()
@@ -324,7 +335,7 @@ class InitialEmbeddings:
         embedding: the base's input embedding, called rather than read: Gemma's scales its rows by √H.
         generator: the only source of randomness.
         tokenize: text to token ids, for `init="text"`.
-        read_prompt: the prompt `(T, H)` of a saved `pt` adapter, by its folder.
+        read_prompt: the prompt `(T, H)` of a saved `pt` adapter, by its folder, checked to be of this base.
     """
 
     embedding: nn.Module

@@ -45,27 +45,15 @@ class PrefixTuning(PromptEncoder):
 
     def __init__(self, config: PrefixTuningConfig, base: PreTrainedModel) -> None:
         super().__init__(config)
-        from peft import PrefixTuningConfig as PeftPrefixConfig
         from peft.tuners.prefix_tuning import PrefixEncoder
-        from peft.utils.other import _prepare_prompt_learning_config
 
-        _check_cache(base)
-        with peft_errors(f"prefix-tuning on {type(base).__name__}"):
-            self.resolved_config = _prepare_prompt_learning_config(
-                PeftPrefixConfig(
-                    task_type="CAUSAL_LM",
-                    num_virtual_tokens=config.num_virtual_tokens,
-                    num_transformer_submodules=1,
-                    base_model_name_or_path=base.name_or_path,
-                ),
-                base.config,
-            )
+        self.resolved_config = prefix_config(config, base)
         self.prefix = PrefixEncoder(self.resolved_config)
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         layers, heads = self.resolved_config.num_layers, self.resolved_config.num_attention_heads
         flat = self.prefix(torch.arange(self.config.num_virtual_tokens, device=input_embeds.device))
-        cache = flat.view(len(flat), layers, 2, heads, -1).permute(1, 2, 3, 0, 4)  # (layers, 2, heads, T, d)
+        cache = flat.view(len(flat), layers, 2, heads, -1).permute(1, 2, 3, 0, 4)[:, :, None]  # one for all rows
         return Prompt(flat.new_zeros(len(input_embeds), 0, input_embeds.shape[2]), cache=cache)
 
     def initialise(self, source: InitialEmbeddings) -> None:
@@ -83,17 +71,31 @@ class PrefixTuning(PromptEncoder):
         return fields
 
 
-def _check_cache(base: PreTrainedModel) -> None:
-    """
+def prefix_config(config: MethodConfig, base: PreTrainedModel) -> Any:
+    """`peft`'s `PrefixTuningConfig` for a base: its `num_layers`, `num_attention_heads`, those of keys and values, and
+    `token_dim`, their numbers together.
+
     Raises:
-        PtmoeError: a base with layers that do not keep the keys and values of all positions.
+        PtmoeError: a base with layers that do not keep the keys and values of all positions, or that `peft` refuses.
     """
+    from peft import PrefixTuningConfig as PeftPrefixConfig
+    from peft.utils.other import _prepare_prompt_learning_config
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     layers = DynamicCache(config=base.config).layers
     other = [type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer]
     if other or not base._supports_default_dynamic_cache():
         raise PtmoeError(
-            f"prefix-tuning does not fit {type(base).__name__}: its layers do not keep the keys and values of all "
+            f"{config.method} does not fit {type(base).__name__}: its layers do not keep the keys and values of all "
             f"positions ({', '.join(dict.fromkeys(other)) or 'it has a cache of its own'}); use pt or pt-moe"
+        )
+    with peft_errors(f"{config.method} on {type(base).__name__}"):
+        return _prepare_prompt_learning_config(
+            PeftPrefixConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=config.num_virtual_tokens,
+                num_transformer_submodules=1,
+                base_model_name_or_path=base.name_or_path,
+            ),
+            base.config,
         )

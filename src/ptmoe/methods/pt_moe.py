@@ -4,18 +4,28 @@ x̄  = mean of E(x_t) over the input's tokens                          (H,)
 p  = softmax((W x̄ + b) ⊙ (1 + ε)),  ε ~ N(0, σ²) in training         (N,)
 g  = p ⊙ 1[i = argmax p]            selective, probationary          (N,)
 P  = (Σ_i g_i A_i) B                A: (N, T, R), B: (R, H)          (T, H)
+
+With `frozen_projection`, which the paper does not have, B is the frozen random matrix of ULPT (arXiv:2502.04501), and
+P  = ((Σ_i g_i A_i) B) ⊙ s + b      s, b: (H,), trained              (T, H)
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from ptmoe.methods.base import InitialEmbeddings, Prompt, Size
-from ptmoe.methods.factors import check_rank, random_factors, svd_factors
+from ptmoe.methods.factors import (
+    check_projection,
+    check_rank,
+    projected,
+    random_factors,
+    random_projection,
+    svd_factors,
+)
 from ptmoe.methods.routing import RoutedConfig, RoutedEncoder, Router
 
 PAPER_RECIPE = {
@@ -27,17 +37,19 @@ PAPER_RECIPE = {
 
 
 class PTMoEConfig(RoutedConfig):
-    """PT-MoE: `N·T·R + R·H + N·(H + 1)` trainable parameters.
+    """PT-MoE: `N·T·R + R·H + N·(H + 1)` trainable parameters; `N·T·R + 2·H + N·(H + 1)` with `frozen_projection`.
 
     Attributes:
         num_experts: `N`.
-        rank: `R`, at most min(T, H).
+        rank: `R`, at most min(T, H), or H with `frozen_projection`.
         selective: keep the most probable expert only.
         probationary: multiply the kept expert by its router probability.
         distinct_experts: start every expert from its own part of one joint SVD, over different tokens of the
             vocabulary; by default all start the same.
         shared_factor: train each expert as `A_i = S + D_i`, whose `S (T, R)` learns from every input; folded into `A`
             when training ends.
+        frozen_projection: B is random and does not train, a scale and a shift of the prompt do.
+        projection_seed: decides that B, which is not saved.
         init_text: one text, from which all experts start the same, as in the paper; or one for each expert, and a
             joint SVD.
 
@@ -64,6 +76,8 @@ class PTMoEConfig(RoutedConfig):
     routing_anneal: bool = True
     distinct_experts: bool = False
     shared_factor: bool = True
+    frozen_projection: bool = False
+    projection_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     init_text: str | list[str] | None = None  # type: ignore[assignment]
 
     @model_validator(mode="before")
@@ -96,16 +110,25 @@ class PTMoEConfig(RoutedConfig):
 
 
 class PTMoE(RoutedEncoder):
-    """Tensors: `A (N, T, R)`, `B (R, H)`, `router.weight (N, H)`, `router.bias (N,)`; while training with
-    `shared_factor`, `S (T, R)`, and `A` holds the experts' differences from it."""
+    """Tensors: `A (N, T, R)`, `B (R, H)`, `router.weight (N, H)`, `router.bias (N,)`; with `frozen_projection` `scale`
+    and `shift (H,)` in B's place; while training with `shared_factor`, `S (T, R)`, and `A` holds the experts'
+    differences from it."""
 
     config: PTMoEConfig
 
     def __init__(self, config: PTMoEConfig, hidden_size: int) -> None:
         super().__init__(config)
-        check_rank(config.rank, config.num_virtual_tokens, hidden_size)
+        if config.frozen_projection:
+            check_projection(config.rank, hidden_size)
+        else:
+            check_rank(config.rank, config.num_virtual_tokens, hidden_size)
         self.A = nn.Parameter(torch.empty(config.num_experts, config.num_virtual_tokens, config.rank))
-        self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
+        self.B: Tensor
+        if config.frozen_projection:
+            self.register_buffer("B", torch.empty(config.rank, hidden_size), persistent=False)
+            self.scale, self.shift = (nn.Parameter(torch.empty(hidden_size)) for _ in range(2))
+        else:
+            self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
         self.register_parameter("S", None)
         self.S: nn.Parameter | None
         self.router = Router(hidden_size, config.num_experts)
@@ -114,26 +137,37 @@ class PTMoE(RoutedEncoder):
         """The experts' factors `(N, T, R)`, of the published form."""
         return self.A if self.S is None else self.A + self.S
 
+    def project(self, factors: Tensor) -> Tensor:
+        """`(…, T, R)` to prompts `(…, T, H)`."""
+        prompts = factors @ self.B
+        return prompts * self.scale + self.shift if self.config.frozen_projection else prompts
+
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         options = {"selective": self.config.selective, "probationary": self.config.probationary}
         routing = self.route(input_embeds, input_mask, **options)
         factor = torch.einsum("bn,ntr->btr", routing.gate, self.factors())
-        return Prompt(factor @ self.B, routing)
+        return Prompt(self.project(factor), routing)
 
     @torch.no_grad()
     def initialise(self, source: InitialEmbeddings) -> None:
         experts, tokens, rank = self.A.shape
-        if self.config.init == "random":
-            a, b = random_factors(source, self.config, (experts, tokens), rank, self.B.shape[1])
-        elif isinstance(self.config.init_text, list):
-            joint = torch.cat([source.text(text, tokens) for text in self.config.init_text])  # (N·T, H)
-            a, b = svd_factors(joint, rank)
-        elif self.config.distinct_experts and self.config.init != "text":  # one text gives every expert the same start
-            a, b = svd_factors(source.rows(self.config, experts * tokens), rank)
+        config, frozen = self.config, self.config.frozen_projection
+        # One text gives every expert the same start.
+        distinct = config.init == "random" or (config.distinct_experts and config.init != "text")
+        if isinstance(config.init_text, list):
+            rows = torch.cat([source.text(text, tokens) for text in config.init_text])  # (N·T, H)
+        elif frozen or config.init != "random":
+            rows = source.rows(config, experts * tokens if distinct else tokens)
+        if frozen:
+            b = random_projection(config.projection_seed, *self.B.shape)
+            a, shift = projected(rows, b)
+            self.scale.fill_(1)
+            self.shift.copy_(shift)
+        elif config.init == "random":
+            a, b = random_factors(source, config, (experts, tokens), rank, self.B.shape[1])
         else:
-            a, b = svd_factors(source.rows(self.config, tokens), rank)
-            a = a.expand(experts, -1, -1)
-        self.A.copy_(a.reshape(experts, tokens, rank))
+            a, b = svd_factors(rows, rank)
+        self.A.copy_(a.reshape(-1, tokens, rank))
         self.B.copy_(b)
         if self.config.shared_factor:
             self.S = nn.Parameter(torch.zeros_like(self.A[0]))
@@ -141,7 +175,7 @@ class PTMoE(RoutedEncoder):
         self.router.initialise(source.generator)
 
     def expert_prompts(self) -> Tensor:
-        return self.factors() @ self.B
+        return self.project(self.factors())
 
     def tensors(self) -> dict[str, Tensor]:
         published = super().tensors() | {"A": self.factors().detach()}
@@ -161,6 +195,8 @@ class PTMoE(RoutedEncoder):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         super().load_tensors(tensors if self.S is None else tensors | {"S": torch.zeros_like(self.S)})
+        if self.config.frozen_projection:
+            self.B.copy_(random_projection(self.config.projection_seed, *self.B.shape))
 
     def fixed_prompts(self) -> Tensor | None:
         return self.expert_prompts() if self.config.selective and not self.config.probationary else None

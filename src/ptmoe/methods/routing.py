@@ -162,7 +162,7 @@ class RoutedConfig(PromptConfig):
             and they part (as sparse upcycling makes experts of a dense model, arXiv:2212.05055).
     """
 
-    routes = True
+    routes = reads_input = True
     router_bias: ClassVar[bool] = True
     num_experts: Size = 2
     router_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1

@@ -36,7 +36,7 @@ class Prompts:
         embeds: `(B, T, H)` in float32, aligned to the right.
         lengths: `(B,)`, virtual tokens of each row; None where all have `T`.
         routing: as in `ptmoe.methods.Prompt`, where all rows share one adapter; likewise the following.
-        cache: `(layers, 2, heads, T, d)`.
+        cache: `(layers, 2, B or 1, heads, T, d)`.
         auxiliary_loss: a scalar.
     """
 
@@ -49,7 +49,7 @@ class Prompts:
     @property
     def cached_length(self) -> int:
         """Virtual tokens that are keys and values instead of embeddings."""
-        return 0 if self.cache is None else self.cache.shape[3]
+        return 0 if self.cache is None else self.cache.shape[4]
 
     @property
     def length(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -71,7 +72,8 @@ def attach(
         with seeded(seed):
             encoder = config.encoder_for(base, batches)
             generator = torch.Generator().manual_seed(seed)
-            encoder.initialise(InitialEmbeddings(model.adapters.embedding, generator, tokenize, read_prompt))
+            read = partial(read_prompt, embedding=base.get_input_embeddings().weight)
+            encoder.initialise(InitialEmbeddings(model.adapters.embedding, generator, tokenize, read))
         return encoder
 
     before = model.active_adapter
@@ -81,14 +83,19 @@ def attach(
     return model
 
 
-def read_prompt(folder: str) -> Tensor:
-    """The prompt `(T, H)` of a saved `pt` adapter.
+def read_prompt(folder: str, embedding: Tensor) -> Tensor:
+    """The prompt `(T, H)` of a saved `pt` or `fwd-prompt` adapter.
+
+    Args:
+        folder: of the adapter, or of the run that holds it.
+        embedding: `(V, H)`, of the base that the prompt is for.
 
     Raises:
-        PtmoeError: a folder that is not a whole adapter, or one of another method.
+        PtmoeError: a folder that is not a whole adapter, or one of another method or base.
     """
-    saved = read_adapter(folder)
-    if "prompt" not in saved.tensors:
+    saved = read_adapter(local_folder(folder))
+    saved.base.check(embedding, folder, None)
+    if saved.tensors.keys() != {"prompt"}:
         raise PtmoeError(f"source prompt {folder}: needs a pt adapter, is a {saved.config.method} adapter")
     return saved.tensors["prompt"]
 

@@ -16,7 +16,7 @@ from ptmoe.fast.attention import without_plans
 from ptmoe.fast.loss import IGNORED, TokenStatistics, cross_entropy, supervised_positions
 from ptmoe.fast.paths import FastPaths
 from ptmoe.methods.base import Routing
-from ptmoe.models.adapter_set import Prompts, check_shapes
+from ptmoe.models.adapter_set import BASE, Prompts, check_shapes
 from ptmoe.models.checks import check_base, check_decoder
 from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import stepping_obstacle
@@ -124,10 +124,11 @@ class PromptedCausalLM(GeneratingModel):
         if labels is not None and input_mask is None:
             input_mask = readable_tokens(attention_mask, labels)
         spliced, prompts = self.compose(input_ids, attention_mask, input_mask, adapter_names)
-        if self.training and input_mask is None and prompts.routing is not None and prompts.embeds.requires_grad:
+        composed = prompts.embeds if prompts.cache is None else prompts.cache
+        if self.training and input_mask is None and composed.requires_grad and self._reads_input(adapter_names):
             raise PtmoeError(
-                "training with neither labels nor input_mask: the router would average the answers in input_ids too, "
-                "which it never sees in generation. Pass labels, or input_mask with the tokens that it may read; where "
+                "training with neither labels nor input_mask: the prompt would depend on the answers in input_ids, "
+                "which are not there in generation. Pass labels, or input_mask with the tokens that decide it; where "
                 "a trainer keeps the labels (label smoothing, a loss function of its own, trl), use SFTTrainer from "
                 "ptmoe.train.trl"
             )
@@ -219,13 +220,19 @@ class PromptedCausalLM(GeneratingModel):
             raise PtmoeError(f"{what} cannot be packed: {reason}; leave packing out")
         return reason is None
 
+    def _reads_input(self, adapter_names: Sequence[str] | None) -> bool:
+        """Whether the prompt of one of these adapters, or of the active one, depends on the input."""
+        names = set(adapter_names or ([self.active_adapter] if self.uses_adapter else [])) - {BASE}
+        configs = [self.adapters[name].config for name in names]
+        return any(config.reads_input or config.routes for config in configs)
+
     def _packing_obstacle(self) -> str | None:
         if self.path.per_layer is not None:
             return "the base takes inputs for each layer beside the embeddings"
         if (reason := self._rows_obstacle()) is not None:
             return reason
         fills_cache = self.uses_adapter and self.method_config.fills_cache
-        return "its prompt is in the cache of all rows" if fills_cache else None
+        return "its prompt is in the key-value cache" if fills_cache else None
 
     def _rows_obstacle(self) -> str | None:
         divided = self.uses_adapter and self.method_config.divides_rows

@@ -63,17 +63,18 @@ class GeneratingModel(ModelWrapper):
             before = spliced.attention_mask.new_ones(len(positions), virtual)
             inputs["attention_mask"] = torch.cat([before, spliced.attention_mask], 1)
             positions = positions + virtual
-            inputs["past_key_values"] = self._filled_cache(prompts.cache, len(positions) * expand)
+            inputs["past_key_values"] = self._filled_cache(prompts.cache, len(positions), expand)
         if self.takes_positions:
             inputs["position_ids"] = positions
         return inputs
 
-    def _filled_cache(self, cache: Tensor, batch: int) -> DynamicCache:
+    def _filled_cache(self, cache: Tensor, batch: int, copies: int) -> DynamicCache:
         if self.training and getattr(self.base_model, "is_activation_checkpointing", False):
             raise PtmoeError("gradient checkpointing drops the cache that holds the prompt: leave it out")
         filled = DynamicCache(config=self.config)
-        for index, (keys, values) in enumerate(cache.to(self.dtype).unbind()):
-            filled.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
+        for index, layer in enumerate(cache.to(self.dtype).unbind()):
+            keys, values = layer.expand(-1, batch, -1, -1, -1).repeat_interleave(copies, 1)
+            filled.update(keys, values, index)
         return filled
 
     @property
