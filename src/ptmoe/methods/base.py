@@ -85,6 +85,7 @@ class MethodConfig(Settings):
     routes: ClassVar[bool] = False  # its prompts carry a `Routing`
     needs_batches: ClassVar[bool] = False  # is initialised from the activations of training data
     fills_cache: ClassVar[bool] = False  # its prompt is in the key-value cache, shared by all rows
+    needs_memory: ClassVar[bool] = False  # has no form on the meta device, so counting it takes the base's zeros
     changes_layers: ClassVar[bool] = False  # a model holds one such adapter and no other
     trains_base: ClassVar[bool] = False  # its parameters are the base's own weights: too many to copy at every step
     unsupported_quantizations: ClassVar[tuple[str, ...]] = ()

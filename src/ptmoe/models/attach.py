@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,8 +120,18 @@ def count_parameters(base_config: Any, config: MethodConfig) -> int:
         else:
             from transformers import AutoModelForCausalLM
 
-            encoder = config.encoder_for(AutoModelForCausalLM.from_config(base_config))
+            base = AutoModelForCausalLM.from_config(base_config)
+            if not config.needs_memory:
+                encoder = config.encoder_for(base)
+    if config.needs_memory:
+        encoder = config.encoder_for(base._apply(_zeros))
     return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
+
+
+def _zeros(outline: Tensor) -> Tensor:
+    """Zeros that take memory only where they are read: the system maps pages then."""
+    zeros = torch.from_numpy(np.zeros(outline.nbytes, np.uint8))
+    return zeros.view(outline.dtype).view(outline.shape)
 
 
 def load_adapter(
