@@ -72,11 +72,10 @@ class SavedAdapter:
 
         Raises:
             PtmoeError: keys, shapes or a `peft` config that are not what the method has on this base. That shows on a
-                copy of the base without memory, before anything is built or changed, or on the base, which is then restored.
+                copy of the base without memory, before anything is built or changed, or else the base is restored.
         """
-        if not isinstance(self.config, VirtualTokensConfig):  # those were checked when they were read
-            if not self.config.needs_memory:
-                self.check(outline(self.folder, lambda: self.config.saved_encoder_for(_without_memory(base))))
+        if not isinstance(self.config, VirtualTokensConfig) and not self.config.needs_memory:
+            self.check(outline(self.folder, lambda: self.config.saved_encoder_for(_without_memory(base))))
         encoder = self.config.saved_encoder_for(base)
         try:
             if self.config.needs_memory:
@@ -200,9 +199,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_FILE)
 
 
-def read_tensors(
-    path: Path, expected: Mapping[str, Tensor] | None, others: Sequence[str] = ()
-) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Mapping[str, Tensor] | None, others: Sequence[str] = ()) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped into memory. The file's header is checked before any is made.
 
     Args:

@@ -34,11 +34,9 @@ from ptmoe.methods.pt_moe import PTMoEConfig as PTMoEConfig
 from ptmoe.methods.riemannian import RiemannianConfig as RiemannianConfig
 from ptmoe.methods.smop import SMoPConfig as SMoPConfig
 from ptmoe.methods.vera import VeRAConfig as VeRAConfig
-
 from ptmoe.settings import OF_PEFT, method_name
 
 _CLASSES = {name: value for name, value in vars().items() if isinstance(value, type)}
-
 
 
 class Methods(UserDict[str, type[MethodConfig]]):

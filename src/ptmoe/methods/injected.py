@@ -118,7 +118,7 @@ class Injected(WeightEncoder):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        trainable = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.peft_model.parameters()]
         self._swap_weights()
         try:
             with self.peft_model.disable_adapter():

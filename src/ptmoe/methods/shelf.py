@@ -7,17 +7,15 @@ adapter folder is plain `peft`'s, with our config beside its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 from pydantic import Field, create_model, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.methods.base import QUANTIZATIONS, PreTrainedModel, Size
+from ptmoe.methods.base import PreTrainedModel, Size
 from ptmoe.methods.injected import ADAPTER, Injected, InjectedConfig, PeftConfig, peft_errors
 from ptmoe.methods.weights import linear_names
 from ptmoe.settings import OF_PEFT, method_name
@@ -56,20 +54,19 @@ FREE = {  # the field that a budget sets, where it is not `r`; None where more o
     "WAVEFT": "n_frequency",
 }
 ON_VALUES = {"ADAMSS", "BOFT", "FROD", "SHIRA", "UNILORA"}  # built from numbers that the meta device does not have
-OURS = {
-    "PROMPT_TUNING": "pt",
-    "MULTITASK_PROMPT_TUNING": "multitask-prompt-tuning",
-    "P_TUNING": "p-tuning",
-    "PREFIX_TUNING": "prefix-tuning",
-    "CARTRIDGE": "prefix-tuning",
-}
-WITHHELD = {  # fields with which a type would do more than train an adapter of its own, and why they are not offered
-    **dict.fromkeys(("bias", "modules_to_save", "trainable_token_indices"), "the base's own weights do not train"),
-    **dict.fromkeys(("init_lora_weights",), "it may rewrite the base's weights: take pissa, eva, corda or lora"),
-    **dict.fromkeys(("layer_replication", "target_parameters", "megatron_config", "megatron_core"), "the base stays"),
-    **dict.fromkeys(("alora_invocation_tokens", "use_asa"), "it works in peft's own training loop alone"),
-    **dict.fromkeys(("use_qalora", "qalora_group_size", "ensure_weight_tying"), "the base's kind decides it"),
-    **dict.fromkeys(("fan_in_fan_out", "inference_mode", "task_type", "peft_type"), "it follows from the base"),
+OURS = {"PREFIX_TUNING": "prefix-tuning", "CARTRIDGE": "prefix-tuning", "P_TUNING": "p-tuning",
+    "MULTITASK_PROMPT_TUNING": "multitask-prompt-tuning"}  # fmt: skip
+UNFIT = {"LILY": "its router averages over all rows of a batch and their padding, so a row would depend on the others"}
+WITHHELD = {  # fields with which a type would do more than train an adapter of its own
+    field: reason
+    for reason, names in {
+        "the base's own weights do not train": "bias modules_to_save trainable_token_indices",
+        "it may rewrite the base's weights: take pissa, eva, corda or lora": "init_lora_weights",
+        "the base stays as it is": "layer_replication target_parameters megatron_config megatron_core",
+        "it works in peft's own training loop alone": "alora_invocation_tokens use_asa",
+        "it follows from the base": "use_qalora qalora_group_size ensure_weight_tying fan_in_fan_out inference_mode",
+    }.items()
+    for field in names.split()
 }
 
 
@@ -77,28 +74,46 @@ class Shelf(Injected):
     """The modules of any type. What the folder holds is what `peft` says, which may be more than what trains."""
 
     def __init__(self, config: ShelfConfig, base: PreTrainedModel, peft_config: PeftConfig) -> None:
-        def weights() -> list[tuple[int, int]]:
-            return [(one.data_ptr(), one._version) for one in own]
-
         own, ends = list(base.parameters()), (base.get_input_embeddings(), base.get_output_embeddings())
-        before = weights()
+        before = [(one.data_ptr(), one._version) for one in own]
         super().__init__(config, base, peft_config)
         live = self.peft_model.peft_config[ADAPTER]
-        obstacle = None
-        if weights() != before:
-            obstacle = "has rewritten the base's own weights, which cannot be undone: load the base again, and leave out"
-        if any(child in ends and getattr(parent, name) is not child for parent, name, child in self.children_before):
-            obstacle = "changes the base's embedding, from which prompts and losses are computed here: leave out"
         try:
-            if obstacle is not None:
-                raise PtmoeError(f"{config.method} {obstacle} the field that asks for it, or take another method")
+            if [(one.data_ptr(), one._version) for one in own] != before:
+                raise PtmoeError(
+                    f"{config.method} has rewritten the base's own weights, and they cannot be restored: load the base "
+                    "again, and take other fields or another method"
+                )
+            if any(
+                child in ends and getattr(parent, name) is not child for parent, name, child in self.children_before
+            ):
+                raise PtmoeError(
+                    f"{config.method} changes the base's embedding, from which prompts and losses are computed here: "
+                    "take other target_modules or another method"
+                )
             with peft_errors(f"to load this {config.method} again"):
                 type(live)(**self._fields())
+            for parameter in self.weights.parameters():
+                if parameter.dtype.itemsize < 4:
+                    self._widen(parameter)
         except PtmoeError:
             self.remove()
             raise
         if isinstance(live.target_modules, (set, list)):
             self.config = config.replace(target_modules=sorted(live.target_modules))
+
+    def _widen(self, parameter: nn.Parameter) -> None:
+        """Hold a number that `peft` trains in half precision, where small steps are lost, in float32.
+
+        Raises:
+            PtmoeError: its module does more than its own product, which the base's dtype must pass through.
+        """
+        owner = next(one for one in self.base.modules() if any(parameter is own for own in one._parameters.values()))
+        if list(owner.children()):
+            raise PtmoeError(f"{self.config.method} would train in {parameter.dtype}: load the base in float32")
+        parameter.data = parameter.data.float()
+        owner.register_forward_pre_hook(lambda _, inputs: tuple(one.float() for one in inputs))
+        owner.register_forward_hook(lambda _, inputs, output: output.to(self.base.dtype))
 
     def _fields(self) -> dict[str, Any]:
         live = self.peft_model.peft_config[ADAPTER].to_dict()
@@ -108,14 +123,7 @@ class Shelf(Injected):
         return self._fields() | {"inference_mode": True}
 
     def tensors(self) -> dict[str, Tensor]:
-        held: set[int] = set()  # memory that several modules share, which a file holds for each of them
-
-        def alone(value: Tensor) -> Tensor:
-            known = value.data_ptr() in held
-            held.add(value.data_ptr())
-            return value.clone() if known else value
-
-        return {key: alone(value) for key, value in super().tensors().items()}
+        return {key: value.clone() for key, value in super().tensors().items()}  # several modules may share one
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         from peft import set_peft_model_state_dict
@@ -162,9 +170,14 @@ class ShelfConfig(InjectedConfig):
         from transformers.pytorch_utils import Conv1D
 
         names, mapping = self.target_modules, getattr(self.tuner, "target_module_mapping", {})
-        usual = mapping.get("llama") == ["q_proj", "v_proj"]
-        if names is None and usual and base.config.model_type not in mapping:
-            names = self.default_names(base)
+        if names is None and mapping and base.config.model_type not in mapping:
+            if mapping.get("llama") == ["q_proj", "v_proj"]:
+                names = self.default_names(base)
+            elif "_prepare_adapter_config" not in vars(self.tuner):
+                raise PtmoeError(
+                    f"peft has no default modules of {type(base).__name__} for {self.method}: name some of its own in "
+                    f"target_modules (linear ones: {linear_names(base)})"
+                )
         modules = [f".{full}" for full, _ in base.named_modules()]
         for name in names or ():
             if not any(full.endswith(f".{name}") for full in modules):
@@ -191,10 +204,10 @@ def obstacle(kind: str) -> str | None:
 
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)  # type: ignore[call-overload]
     if issubclass(peft_types()[kind], PromptLearningConfig):
-        return f"virtual tokens are put in place here, not by peft: take {OURS.get(kind, 'pt or pt-moe')}"
+        return f"virtual tokens are put in place here, not by peft: take {OURS.get(kind, 'pt')}"
     if issubclass(tuner, BaseTuner) and tuner.forward is not BaseTuner.forward:
-        return "what it computes is in peft's own forward pass around the base, which does not take a batch from here"
-    return None
+        return "part of it is in peft's own forward pass around the base, which is not taken here"
+    return UNFIT.get(kind)
 
 
 @cache
@@ -223,7 +236,7 @@ def shelf_config(kind: str, short: str | None = None) -> type[ShelfConfig]:
         default = defaults.get(field.name, default)
         if default is None and type(None) not in get_args(hints[field.name]):
             default = ...  # peft refuses its own default
-        is_free = field.name == FREE.get(kind, "r") and (default is ... or isinstance(default, int) and default > 0)
+        is_free = field.name == FREE.get(kind, "r") and (default is ... or (isinstance(default, int) and default > 0))
         annotation = Size if is_free else hints[field.name]
         fields[field.name] = (annotation, Field(default, description=field.metadata.get("help")))
     made = create_model(f"{kinds[kind].__name__}", __base__=ShelfConfig, **fields)
@@ -235,7 +248,7 @@ def shelf_config(kind: str, short: str | None = None) -> type[ShelfConfig]:
     if named is not None:
         made.default_learning_rate = SHORT[named].learning_rate
     if short is not None:
-        made.order, made.__doc__ = 600 + 10 * list(SHORT).index(short), SHORT[short].paper
+        made.order, made.__doc__ = 900 + list(SHORT).index(short), SHORT[short].paper
     return made
 
 

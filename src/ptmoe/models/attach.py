@@ -58,6 +58,12 @@ def attach(
             f"{config.method} starts from the activations of training data: train it with `ptmoe train --method "
             f"{config.method}`, or pass attach(…, batches=…)"
         )
+    if config.needs_batches and batches is not None:
+        batches = list(batches)
+        if not any(batch["input_ids"].numel() for batch in batches):
+            raise PtmoeError(
+                f"{config.method} starts from the activations of training data, of which there is none: give some"
+            )
     model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base, check=check)
 
     def tokenize(text: str) -> list[int]:
