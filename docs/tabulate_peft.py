@@ -21,8 +21,6 @@ MARK = "<!-- table -->"
 NEEDED: dict[str, dict[str, Any]] = {  # where a type's own defaults do not fit nano, or it has none
     "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": 2},
     "C3A": {"block_size": 64},
-    "FROD": {"progressbar": False},
-    "GRALORA": {"r": 32},
     "TRAINABLE_TOKENS": {"token_indices": [5]},
     "VBLORA": {"vector_length": 64},
 }

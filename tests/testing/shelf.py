@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ptmoe.methods import shelf
+
 OF_TYPE: dict[str, dict[str, Any]] = {
     "ADAMSS": {"r": 4, "num_subspaces": 2},
     "ADAPTION_PROMPT": {"adapter_len": 3, "adapter_layers": 1},
@@ -24,3 +26,4 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "VERA": {"r": 8},
     "WAVEFT": {"n_frequency": 20},
 }
+OF_SHORT = {short: OF_TYPE.get(entry.type, {}) for short, entry in shelf.SHORT.items()}

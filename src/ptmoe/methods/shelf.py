@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.methods.base import PreTrainedModel, Size
+from ptmoe.methods.base import QUANTIZATIONS, PreTrainedModel, Size
 from ptmoe.methods.injected import ADAPTER, Injected, InjectedConfig, PeftConfig, peft_errors
 from ptmoe.methods.weights import linear_names
 from ptmoe.settings import OF_PEFT, method_name
@@ -43,17 +43,14 @@ SHORT = {
     "pvera": Short("PVERA", 1e-2, "PVeRA (2025, arXiv:2512.07703)"),
     "tinylora": Short("TINYLORA", 1e-2, "TinyLoRA (2026, arXiv:2602.04118)"),
 }
-FREE = {  # the field that a budget sets, where it is not `r`; None where more of it is fewer numbers
-    "ADAPTION_PROMPT": "adapter_len",
-    "C3A": None,
-    "FOURIERFT": "n_frequency",
-    "RANDLORA": None,
-    "TINYLORA": "u",
-    "UNILORA": "theta_d_length",
-    "VBLORA": "num_vectors",
-    "WAVEFT": "n_frequency",
-}
+FREE = {"ADAPTION_PROMPT": "adapter_len", "FOURIERFT": "n_frequency", "WAVEFT": "n_frequency", "TINYLORA": "u",
+    "UNILORA": "theta_d_length", "VBLORA": "num_vectors", "C3A": None, "RANDLORA": None,
+    "GRALORA": None}  # what a budget sets, where it is not `r`; None where more is fewer, or 1 is no size  # fmt: skip
 ON_VALUES = {"ADAMSS", "BOFT", "FROD", "SHIRA", "UNILORA"}  # built from numbers that the meta device does not have
+ON_QUANTIZED = {  # that compute with the weights that quantized ones stand for; the others read the packed numbers
+    *"ADAPTION_PROMPT BEFT BOFT FOURIERFT HIRA IA3 LN_TUNING LORA MISS OFT PVERA RANDLORA ROAD SHIRA VBLORA VERA".split(),
+    "WAVEFT",
+}
 OURS = {"PREFIX_TUNING": "prefix-tuning", "CARTRIDGE": "prefix-tuning", "P_TUNING": "p-tuning",
     "MULTITASK_PROMPT_TUNING": "multitask-prompt-tuning"}  # fmt: skip
 UNFIT = {"LILY": "its router averages over all rows of a batch and their padding, so a row would depend on the others"}
@@ -84,15 +81,13 @@ class Shelf(Injected):
                     f"{config.method} has rewritten the base's own weights, and they cannot be restored: load the base "
                     "again, and take other fields or another method"
                 )
-            if any(
-                child in ends and getattr(parent, name) is not child for parent, name, child in self.children_before
-            ):
+            if any(one in ends and getattr(parent, name) is not one for parent, name, one in self.children_before):
                 raise PtmoeError(
                     f"{config.method} changes the base's embedding, from which prompts and losses are computed here: "
                     "take other target_modules or another method"
                 )
             with peft_errors(f"to load this {config.method} again"):
-                type(live)(**self._fields())
+                type(live)(**self.peft_config())
             for parameter in self.weights.parameters():
                 if parameter.dtype.itemsize < 4:
                     self._widen(parameter)
@@ -115,12 +110,9 @@ class Shelf(Injected):
         owner.register_forward_pre_hook(lambda _, inputs: tuple(one.float() for one in inputs))
         owner.register_forward_hook(lambda _, inputs, output: output.to(self.base.dtype))
 
-    def _fields(self) -> dict[str, Any]:
-        live = self.peft_model.peft_config[ADAPTER].to_dict()
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in live.items()}
-
     def peft_config(self) -> dict[str, Any]:
-        return self._fields() | {"inference_mode": True}
+        fields = self.peft_model.peft_config[ADAPTER].to_dict() | {"inference_mode": True}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         return {key: value.clone() for key, value in super().tensors().items()}  # several modules may share one
@@ -237,13 +229,16 @@ def shelf_config(kind: str, short: str | None = None) -> type[ShelfConfig]:
         if default is None and type(None) not in get_args(hints[field.name]):
             default = ...  # peft refuses its own default
         is_free = field.name == FREE.get(kind, "r") and (default is ... or (isinstance(default, int) and default > 0))
+        default = 1 if is_free and default is ... else default
         annotation = Size if is_free else hints[field.name]
-        fields[field.name] = (annotation, Field(default, description=field.metadata.get("help")))
+        text = field.metadata.get("help", f"as in peft's {kinds[kind].__name__}")
+        fields[field.name] = (annotation, Field(default, description="".join(text)))  # one is a tuple of texts
     made = create_model(f"{kinds[kind].__name__}", __base__=ShelfConfig, **fields)
     made.method, made.peft_class = short or name, kinds[kind]
     made.tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]  # type: ignore[index]
     made.free_sizes = tuple(one for one, (annotation, _) in fields.items() if annotation is Size)
     made.needs_memory = kind in ON_VALUES
+    made.unsupported_quantizations = () if kind in ON_QUANTIZED else QUANTIZATIONS
     named = short or next((one for one in SHORT if SHORT[one].type == kind), None)
     if named is not None:
         made.default_learning_rate = SHORT[named].learning_rate
