@@ -6,6 +6,7 @@ from dataclasses import fields
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import ptmoe
@@ -292,3 +293,15 @@ def test_every_short_form_trains_evaluates_and_is_reported_by_a_comparison(run, 
         "eval", adapter.parent, "--task", "nano/mixed", "--examples", 4, "--output-dir", tmp_path / "e"
     )
     assert status == 0, err
+
+
+def test_a_saved_adapter_of_numbers_where_indices_belong_is_refused(tmp_path):
+    attach(tiny_llama(), config_of("SHIRA")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for key, value in tensors.items():
+        other = value.float() if not value.is_floating_point() else value.long()
+        save_file(tensors | {key: other}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(PtmoeError, match=r"has dtype .*: needs torch"):
+            load_adapter(tiny_llama(), tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    load_adapter(tiny_llama(), tmp_path)

@@ -91,7 +91,12 @@ class SavedAdapter:
         Raises:
             PtmoeError: keys or shapes that are not the encoder's, or a `peft` config that contradicts it.
         """
-        check_shapes(self.folder / WEIGHTS_FILE, encoder.tensors(), {k: t.shape for k, t in self.tensors.items()})
+        tensors = encoder.tensors()
+        check_shapes(self.folder / WEIGHTS_FILE, tensors, {k: t.shape for k, t in self.tensors.items()})
+        for key, value in self.tensors.items():
+            if value.is_floating_point() != tensors[key].is_floating_point():
+                wanted = tensors[key].dtype
+                raise PtmoeError(f"{self.folder / WEIGHTS_FILE}: {key} has dtype {value.dtype}: needs {wanted}")
         expected = encoder.peft_config() or {}
         for key, value in (self.peft_config or {}).items():
             found = sorted(value, key=str) if key == "target_modules" and isinstance(value, list) else value

@@ -47,10 +47,10 @@ FREE = {"ADAPTION_PROMPT": "adapter_len", "FOURIERFT": "n_frequency", "WAVEFT": 
     "UNILORA": "theta_d_length", "VBLORA": "num_vectors", "C3A": None, "RANDLORA": None,
     "GRALORA": None}  # what a budget sets, where it is not `r`; None where more is fewer, or 1 is no size  # fmt: skip
 ON_VALUES = {"ADAMSS", "BOFT", "FROD", "SHIRA", "UNILORA"}  # built from numbers that the meta device does not have
-ON_QUANTIZED = {  # that compute with the weights that quantized ones stand for; the others read the packed numbers
-    *"ADAPTION_PROMPT BEFT BOFT FOURIERFT HIRA IA3 LN_TUNING LORA MISS OFT PVERA RANDLORA ROAD SHIRA VBLORA VERA".split(),
-    "WAVEFT",
-}
+ON_QUANTIZED = set(  # they compute with the weights that quantized ones stand for; the others read the packed numbers
+    "ADAPTION_PROMPT BEFT BOFT FOURIERFT HIRA IA3 LN_TUNING LORA MISS OFT PVERA RANDLORA ROAD SHIRA VBLORA VERA "
+    "WAVEFT".split()
+)
 OURS = {"PREFIX_TUNING": "prefix-tuning", "CARTRIDGE": "prefix-tuning", "P_TUNING": "p-tuning",
     "MULTITASK_PROMPT_TUNING": "multitask-prompt-tuning"}  # fmt: skip
 UNFIT = {"LILY": "its router averages over all rows of a batch and their padding, so a row would depend on the others"}
