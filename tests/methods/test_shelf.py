@@ -15,6 +15,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, method_named, shelf
 from ptmoe.methods.base import QUANTIZATIONS
 from ptmoe.models.attach import attach, count_parameters, load_adapter
+from ptmoe.models.bases import load_base
 from ptmoe.train.options import method_config, method_entry
 from testing.bases import batch, tiny, tiny_llama, tokens
 from testing.losses import answers
@@ -305,3 +306,24 @@ def test_a_saved_adapter_of_numbers_where_indices_belong_is_refused(tmp_path):
             load_adapter(tiny_llama(), tmp_path)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     load_adapter(tiny_llama(), tmp_path)
+
+
+def test_the_command_line_has_a_types_own_options(run):
+    assert "--hira-dropout" in run("train", "--method", "peft:HIRA", "--help")[1]
+    count = count_parameters(load_base("nano")[0].config, config_of("PVERA", r=3))
+    status, out, _ = run("params", "--method", "PEFT:pvera:r=3")
+    assert status == 0
+    assert f"{count:,}" in out
+    assert "r=3" in out
+    status, out, _ = run("params", "--method", "pvera", "--budget", "4k")
+    assert status == 0
+    assert "r=" in out
+    for arguments, message in (
+        (("params", "--method", "peft:pverra"), "did you mean 'peft:pvera'"),
+        (("params", "--method", "peft:pvera:rr=3"), "peft:pvera has no rr"),
+        (("train", "--task", "nano/mixed", "--method", "peft:poly"), "part of it is in peft's own forward pass"),
+        (("train", "--task", "nano/mixed", "--method", "peft:hira", "--r", "0"), "r=0: input should be greater"),
+        (("compare", "--task", "nano/mixed", "--method", "peft:hira:rank=2"), "unknown key 'rank'"),
+    ):
+        status, _, err = run(*arguments)
+        assert (status, message in err) == (2, True), err

@@ -89,13 +89,15 @@ def _method_fields(arguments: Sequence[str]) -> Fields:
     if asks_for_help and not named:
         return {}
     from ptmoe.methods import METHODS, method_named
+    from ptmoe.settings import OF_PEFT
     from ptmoe.train.options import method_entry
 
-    configs = set() if asks_for_help else set(METHODS.values())
+    own: list[Any] = []
     with suppress(PtmoeError):  # which the command then says
-        configs |= {method_named(method_entry(text)["name"]) for text in named[-1:]}
+        own = [method_named(method_entry(text)["name"]) for text in named[-1:]]
+    of_peft = bool(own) and own[0].method.startswith(OF_PEFT)  # its fields are like no others'
     fields: Fields = {}
-    for config in sorted(configs, key=lambda config: (config.order, config.method)):
+    for config in own if asks_for_help or of_peft else METHODS.values():
         for name, field in described_fields(config).items():
             fields.setdefault(name, []).append(field)
     return fields
