@@ -219,7 +219,7 @@ def test_what_a_type_would_do_beyond_its_own_numbers_is_not_offered():
         ("peft:pvera:r=0", "r=0: input should be greater than or equal to 1"),
         ("peft:adaption-prompt", "adapter_layers is missing"),
         ("peft:vblora:topk=none", "topk='none': input should be a valid integer"),
-        ("peft:road:variant=road_9", "peft refuses peft:road: "),
+        ("peft:road:variant=road_9", "peft:road: peft refuses these settings: Invalid variant"),
         ("peft:lora:init_lora_weights=pissa", "init_lora_weights of peft's LoraConfig is not offered .*take pissa"),
     ],
 )

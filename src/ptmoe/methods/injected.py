@@ -77,7 +77,9 @@ class Injected(WeightEncoder):
 
         if hasattr(base, "peft_config"):
             raise PtmoeError(f"{type(base).__name__} holds a peft adapter already: load the base again")
-        self.children_before = [(parent, *child) for parent in base.modules() for child in parent.named_children()]
+        self.children_before: list[tuple[nn.Module, str, nn.Module]] = [
+            (parent, name, child) for parent in base.modules() for name, child in parent.named_children()
+        ]
         self.modules_before: list[nn.Module] = []  # whose weights are replaced
         self.weights_before: list[Tensor] = []
         if self.rewrites_weights:

@@ -149,7 +149,7 @@ class ShelfConfig(InjectedConfig):
 
     @model_validator(mode="after")
     def _as_peft_has_it(self) -> Self:
-        with peft_errors(self.method):
+        with peft_errors("these settings"):
             self.initial_peft_config()
         return self
 
@@ -194,7 +194,7 @@ def obstacle(kind: str) -> str | None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)  # type: ignore[call-overload]
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     if issubclass(peft_types()[kind], PromptLearningConfig):
         return f"virtual tokens are put in place here, not by peft: take {OURS.get(kind, 'pt')}"
     if issubclass(tuner, BaseTuner) and tuner.forward is not BaseTuner.forward:
@@ -235,7 +235,7 @@ def shelf_config(kind: str, short: str | None = None) -> type[ShelfConfig]:
         fields[field.name] = (annotation, Field(default, description="".join(text)))  # one is a tuple of texts
     made = create_model(f"{kinds[kind].__name__}", __base__=ShelfConfig, **fields)
     made.method, made.peft_class = short or name, kinds[kind]
-    made.tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]  # type: ignore[index]
+    made.tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
     made.free_sizes = tuple(one for one, (annotation, _) in fields.items() if annotation is Size)
     made.needs_memory = kind in ON_VALUES
     made.unsupported_quantizations = () if kind in ON_QUANTIZED else QUANTIZATIONS
