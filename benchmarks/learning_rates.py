@@ -20,6 +20,7 @@ from ptmoe.compare.budget import fit_budget
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate import evaluate
 from ptmoe.methods import METHODS
+from ptmoe.methods.shelf import SHORT
 from ptmoe.models.bases import quiet
 from ptmoe.tasks import load_task
 from ptmoe.train import train
@@ -57,6 +58,7 @@ RATES: dict[str, list[float]] = {
     "mept": PROMPTS,
     "id-spam": [3e-3, *PROMPTS],
     "ept": PROMPTS,
+    **{short: [1e-3, *WEIGHTS, 1e-1, 3e-1] for short in SHORT},
 }
 FIXED: dict[str, dict[str, Any]] = {
     "smop": {"num_experts": 4},
@@ -64,6 +66,8 @@ FIXED: dict[str, dict[str, Any]] = {
     "attempt": {"bottleneck": 1},
     "ulpt": {"num_virtual_tokens": 20},
     "p-tuning": {"num_virtual_tokens": 8, "encoder_hidden_size": 5},
+    "randlora": {"r": 96},
+    "c3a": {"block_size": 96},
 }
 
 

@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 sys.path.insert(0, str(ROOT))
 
+import tabulate_peft  # noqa: E402  # beside this file
 from benchmarks.real.table import table as real_table  # noqa: E402
 from seeds import finished, table  # noqa: E402
 
@@ -21,6 +22,7 @@ def main() -> None:
         ("docs/findings.md", table(finished(RESULTS / "tried.jsonl"))),
         ("docs/findings.md", real_table(RESULTS / "real_mixture.jsonl")),
         ("docs/findings.md", "\n".join(line for line in compared if line.startswith("|"))),
+        *(("docs/peft.md", text) for text in tabulate_peft.tables()),
     ]
     wrong = [f"{page} lacks this table:\n{text}" for page, text in expected if text not in (ROOT / page).read_text()]
     sys.exit("\n\n".join(wrong) if wrong else 0)

@@ -45,9 +45,9 @@ def commands() -> str:
 
 
 def methods() -> str:
-    """The configs in `METHODS`, in its order."""
-    from ptmoe.methods import METHODS
+    """The configs in `METHODS` that have a file of their own, in its order."""
+    import ptmoe.methods
 
-    names = [config.__name__ for config in METHODS.values()]
+    names = [config.__name__ for config in ptmoe.methods.METHODS.values() if hasattr(ptmoe.methods, config.__name__)]
     options = "    options: {merge_init_into_class: false, show_signature: false}"  # a config takes **values
     return "\n\n".join(f"::: ptmoe.methods.{name}\n{options}" for name in names)

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 # Nothing heavy is imported before a name is used: `import ptmoe` does not import torch.
 _HOMES = {
     "METHODS": "methods",
+    "method_named": "methods",
     "PromptedCausalLM": "models.causal",
     "attach": "models.attach",
     "count_parameters": "models.attach",

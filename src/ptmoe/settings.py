@@ -15,6 +15,13 @@ from ptmoe.errors import PtmoeError, near, shown
 
 LARGEST_YAML, LARGEST_JSON = 200_000, 4_000_000  # bytes of a configuration; YAML is read in seconds, JSON at once
 DEEPEST = 50  # levels of lists and mappings in it
+OF_PEFT = "peft:"  # begins the name of a method that is a type of `peft`
+
+
+def method_name(text: str) -> str:
+    """A method's name as it is written in files: `PEFT:LN_Tuning` is `peft:ln-tuning`."""
+    name = text.strip()
+    return name.lower().replace("_", "-") if name.lower().startswith(OF_PEFT) else name
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from torch.testing import assert_close
 import ptmoe
 from ptmoe.compare import prepare, read_plan
 from ptmoe.errors import PtmoeError
-from ptmoe.methods import METHODS
+from ptmoe.methods import METHODS, method_named, shelf
 from ptmoe.methods.base import QUANTIZATIONS, quantization_of
 from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base, load_tokenizer, quiet
 from ptmoe.train import TrainOptions, train
 from testing.bases import tiny
 from testing.losses import answers
+from testing.shelf import OF_SHORT, OF_TYPE
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of how the methods are to be trained
@@ -35,6 +36,8 @@ FIELDS = {
     "ulpt": {"num_virtual_tokens": 4, "rank": 6},
     "mept": {"num_virtual_tokens": 4},
     "vera": {"rank": 8},
+    **OF_SHORT,
+    **{f"peft:{kind}": fields for kind, fields in OF_TYPE.items()},
 }
 UNFIT = [(method, quantization) for method in METHODS for quantization in METHODS[method].unsupported_quantizations]
 FITS = [(method, one) for method in METHODS for one in QUANTIZATIONS if (method, one) not in UNFIT]
@@ -67,7 +70,7 @@ def dequantized(folder, quantization):
 
 def attached(base, method):
     """A fresh adapter, every number of it moved, in training but for dropout."""
-    model = attach(base, METHODS[method](**FIELDS.get(method, {})), seed=1, batches=[TRAINING])
+    model = attach(base, method_named(method)(**FIELDS.get(method, {})), seed=1, batches=[TRAINING])
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.encoder.parameters():
@@ -102,6 +105,19 @@ def test_loss_and_gradients_are_those_of_the_weights_that_the_quantized_ones_sta
     assert quantization_of(base) == quantization
     assert sum("bitsandbytes" in type(module).__module__ for module in base.modules()) >= 8
     assert_close(gradients(attached(base, method)), gradients(attached(dequantized(folder, quantization), method)))
+
+
+@pytest.mark.slow
+@either
+@pytest.mark.parametrize("kind", sorted(shelf.ON_QUANTIZED))
+def test_types_of_peft_compute_with_the_weights_that_the_quantized_ones_stand_for(saved, kind, quantization):
+    base, method = load_base(saved(), quantization=quantization)[0], f"peft:{kind}"
+    before = held(base)
+    model = attached(base, method)
+    found = gradients(model)
+    model.delete_adapter("default")
+    assert_close(found, gradients(attached(dequantized(saved(), quantization), method)), atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in held(base).items())
 
 
 @pytest.mark.parametrize(("method", "quantization"), FITS)

@@ -36,6 +36,7 @@ from ptmoe.compare.run import prepare
 from ptmoe.methods import METHODS
 from ptmoe.train import recipe
 from testing.bases import tiny_llama
+from testing.shelf import OF_SHORT
 
 MOST_SECONDS, MOST_BYTES = 5, 1 << 30
 
@@ -56,6 +57,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "ulpt": {"num_virtual_tokens": 4, "rank": 6},
     "ft": {},
     "ia3": {},
+    **OF_SHORT,
 }
 
 

@@ -13,6 +13,7 @@ from ptmoe.methods import METHODS
 from ptmoe.train import PromptTrainer
 from ptmoe.train.data import collate
 from testing.bases import DEVICE, on_device, tiny_llama, tokens
+from testing.shelf import OF_SHORT
 
 SIZES = {
     "pt": {"num_virtual_tokens": 4},
@@ -35,6 +36,8 @@ ROUTED = {
     ),
     "smop": ptmoe.SMoPConfig(num_virtual_tokens=4, num_experts=2, router_init="gradient", routing_anneal=True),
 }
+
+SLOW = pytest.mark.slow
 
 
 def dataset(count=24):
@@ -61,6 +64,16 @@ def trainer(folder, config, *, callbacks=True, trainer_class=Trainer, **argument
         data_collator=collate,
         callbacks=[ptmoe.RoutingCallback()] if callbacks else None,
     )
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=[] if name == "vblora" else SLOW) for name in OF_SHORT])
+def test_a_resumed_run_of_a_type_of_peft_ends_at_the_numbers_of_the_undisturbed_one(method, tmp_path):
+    whole, resumed = (trainer(tmp_path, METHODS[method](**OF_SHORT[method])) for _ in range(2))
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed.train(resume_from_checkpoint=True)
+    for name, value in whole.model.encoder.tensors().items():
+        assert torch.equal(resumed.model.encoder.tensors()[name], value), name
 
 
 @pytest.mark.parametrize("config", ROUTED.values(), ids=ROUTED)

@@ -30,9 +30,10 @@ from torch import Tensor
 from ptmoe.adapters.identity import BaseIdentity, Envelope
 from ptmoe.errors import PtmoeError, near, shown
 from ptmoe.files import names_repository, replaced
-from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, VirtualTokensConfig
+from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, VirtualTokensConfig, method_named
 from ptmoe.methods.base import PreTrainedModel
-from ptmoe.settings import read_json
+from ptmoe.methods.shelf import ShelfConfig
+from ptmoe.settings import OF_PEFT, read_json
 
 CONFIG_FILE = "adapter_config.json"
 OWN_CONFIG_FILE = "ptmoe_config.json"  # holds our config where CONFIG_FILE is peft's
@@ -45,6 +46,7 @@ WITHOUT_EFFECT = (  # fields of peft's config that change nothing in what a load
 RANDOM_STARTS = (True, False, "gaussian", "eva")  # LoRA's init_lora_weights that leave the base as it is
 LARGEST_HEADER = 10_000_000  # bytes, of a safetensors file: it names some hundred thousand tensors
 FLOATING = ("F64", "F32", "F16", "BF16")  # its names of what a tensor is made of
+WHOLE = ("I64", "I32", "I16", "U8", "BOOL")  # indices, which some methods of peft save
 
 
 @dataclass
@@ -70,12 +72,18 @@ class SavedAdapter:
 
         Raises:
             PtmoeError: keys, shapes or a `peft` config that are not what the method has on this base. That shows on a
-                copy of the base without memory, before anything is built or changed.
+                copy of the base without memory, before anything is built or changed, or else the base is restored.
         """
-        if not isinstance(self.config, VirtualTokensConfig):  # those were checked when they were read
+        if not isinstance(self.config, VirtualTokensConfig) and not self.config.needs_memory:
             self.check(outline(self.folder, lambda: self.config.saved_encoder_for(_without_memory(base))))
         encoder = self.config.saved_encoder_for(base)
-        encoder.load_tensors(self.tensors)
+        try:
+            if self.config.needs_memory:
+                self.check(encoder)
+            encoder.load_tensors(self.tensors)
+        except PtmoeError:
+            encoder.remove()
+            raise
         return encoder
 
     def check(self, encoder: PromptEncoder) -> None:
@@ -83,7 +91,12 @@ class SavedAdapter:
         Raises:
             PtmoeError: keys or shapes that are not the encoder's, or a `peft` config that contradicts it.
         """
-        check_shapes(self.folder / WEIGHTS_FILE, encoder.tensors(), {k: t.shape for k, t in self.tensors.items()})
+        tensors = encoder.tensors()
+        check_shapes(self.folder / WEIGHTS_FILE, tensors, {k: t.shape for k, t in self.tensors.items()})
+        for key, value in self.tensors.items():
+            if value.is_floating_point() != tensors[key].is_floating_point():
+                wanted = tensors[key].dtype
+                raise PtmoeError(f"{self.folder / WEIGHTS_FILE}: {key} has dtype {value.dtype}: needs {wanted}")
         expected = encoder.peft_config() or {}
         for key, value in (self.peft_config or {}).items():
             found = sorted(value, key=str) if key == "target_modules" and isinstance(value, list) else value
@@ -151,7 +164,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     expected = None
     if isinstance(config, VirtualTokensConfig):  # the shapes of other methods depend on the base
         expected = outline(folder, lambda: config.build(cast(int, base.hidden_size))).tensors()
-    tensors = read_tensors(folder / WEIGHTS_FILE, expected)
+    tensors = read_tensors(folder / WEIGHTS_FILE, expected, WHOLE if isinstance(config, ShelfConfig) else ())
     return SavedAdapter(folder, config, tensors, base, written if of_peft else None)
 
 
@@ -191,12 +204,13 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_FILE)
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Mapping[str, Tensor] | None, others: Sequence[str] = ()) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped into memory. The file's header is checked before any is made.
 
     Args:
         path: of the file.
         expected: tensors of the shapes that it has to hold; None where that is not known yet.
+        others: what the tensors may be made of beside floating point numbers.
 
     Raises:
         PtmoeError: a damaged file, other keys or shapes than expected, or numbers that are not floating point or not
@@ -210,7 +224,7 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor] | None) -> dict[str,
         with safe_open(path, "pt") as opened:
             parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             for key, part in parts.items():
-                if part.get_dtype() not in FLOATING:
+                if part.get_dtype() not in (*FLOATING, *others):
                     raise PtmoeError(f"{path}: {key} has dtype {part.get_dtype()}: needs one of {', '.join(FLOATING)}")
             if expected is not None:
                 check_shapes(path, expected, {key: part.get_shape() for key, part in parts.items()})
@@ -292,7 +306,7 @@ def envelope(path: Path, written: dict[str, Any]) -> Envelope:
 
 
 def _read_config(path: Path, written: dict[str, Any]) -> tuple[MethodConfig, BaseIdentity]:
-    by_type = {method.upper().replace("-", "_"): config for method, config in METHODS.items()}
+    by_type = {method.upper().replace("-", "_"): method for method in METHODS}
     peft_type = written.get("peft_type")
     if peft_type == "PROMPT_TUNING":
         raise PtmoeError(
@@ -303,11 +317,11 @@ def _read_config(path: Path, written: dict[str, Any]) -> tuple[MethodConfig, Bas
             f"{path.parent} is a {str(peft_type)[:50]} adapter that peft has saved, without {OWN_CONFIG_FILE}: of "
             "those LORA loads as it is and PROMPT_TUNING converts; use the others with peft"
         )
-    if not isinstance(peft_type, str) or peft_type not in by_type:
+    if not isinstance(peft_type, str) or not (peft_type in by_type or peft_type.lower().startswith(OF_PEFT)):
         raise PtmoeError(f"{path}: peft_type={shown(peft_type)}{near(str(peft_type), by_type)}")
     try:
         fields = {key: value for key, value in written.items() if key not in Envelope.model_fields}
-        config = by_type[peft_type](**fields)
+        config = method_named(by_type.get(peft_type, peft_type))(**fields)
     except PtmoeError as error:
         raise PtmoeError(f"{path}: {error}") from None
     missing = [key for key in ("hidden_size", "embedding_fingerprint") if written.get(key) is None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import typer
 from typer.core import TyperCommand
+
+from ptmoe.errors import PtmoeError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -82,14 +85,20 @@ def command_of(settings: str, *only: str, methods: bool = False) -> type[TyperCo
 def _method_fields(arguments: Sequence[str]) -> Fields:
     """The fields of all methods' configs, as a YAML file may name the method; in a method's help, its own."""
     asks_for_help = not {*HELP}.isdisjoint(arguments)
-    named = re.findall(r"^--method[=\n]([^:\n]*)", "\n".join(arguments), re.MULTILINE)
+    named = re.findall(r"^--method[=\n]([^\n]*)", "\n".join(arguments), re.MULTILINE)
     if asks_for_help and not named:
         return {}
-    from ptmoe.methods import METHODS
+    from ptmoe.methods import METHODS, method_named
+    from ptmoe.settings import OF_PEFT
+    from ptmoe.train.options import method_entry
 
+    own: list[Any] = []
+    with suppress(PtmoeError):  # which the command then says
+        own = [method_named(method_entry(text)["name"]) for text in named[-1:]]
+    of_peft = bool(own) and own[0].method.startswith(OF_PEFT)  # its fields are like no others'
     fields: Fields = {}
-    for method, config in METHODS.items():
-        for name, field in described_fields(config).items() if not asks_for_help or method == named[-1] else ():
+    for config in own if asks_for_help or of_peft else METHODS.values():
+        for name, field in described_fields(config).items():
             fields.setdefault(name, []).append(field)
     return fields
 

@@ -34,7 +34,7 @@ def params(
     """Count each method's trainable parameters on a base. The base's config is enough, no weights are loaded."""
     from ptmoe.compare.budget import fit_budget, size_text
     from ptmoe.compare.plan import parse_budget
-    from ptmoe.methods import METHODS
+    from ptmoe.methods import METHODS, method_named
     from ptmoe.models.attach import count_parameters
     from ptmoe.models.bases import load_config
     from ptmoe.train.options import method_entry
@@ -43,9 +43,7 @@ def params(
     if method is not None:
         fields = {**method_entry(method), **fields}
         method = str(fields.pop("name"))
-        if method not in METHODS:
-            raise PtmoeError(f"unknown method {method!r}{near(method, METHODS)}")
-        known = METHODS[method].model_fields
+        known = method_named(method).model_fields
         if unknown := sorted(fields.keys() - known.keys()):
             raise PtmoeError(f"{method} has no {', '.join(unknown)}{near(unknown[0], known)}")
     limit = None if budget is None else parse_budget(budget)
@@ -53,10 +51,10 @@ def params(
     table = Table("method", "configuration")
     for column in ("trainable parameters", *([] if limit is None else ["of the budget"])):
         table.add_column(column, justify="right")
-    for name in METHODS if method is None else [method]:
-        sizes = {key: value for key, value in fields.items() if key in METHODS[name].model_fields}
+    for name, kind in METHODS.items() if method is None else [(method, method_named(method))]:
+        sizes = {key: value for key, value in fields.items() if key in kind.model_fields}
         try:
-            chosen = METHODS[name](**sizes) if limit is None else fit_budget(config, METHODS[name], limit, sizes)
+            chosen = kind(**sizes) if limit is None else fit_budget(config, kind, limit, sizes)
             count = count_parameters(config, chosen)
         except PtmoeError as error:
             if method is not None:

@@ -236,9 +236,12 @@ def _matching(asked: Any, entries: list[Any]) -> list[Any]:
 
 def _without_size(entry: Any) -> Any:
     """A method's entry, its size open to another budget; an entry that was kept out of budgets stays as it is."""
-    from ptmoe.methods import METHODS
+    from ptmoe.methods import method_named
 
-    if not isinstance(entry, dict) or entry.get("budget", 1) is None or entry.get("name") not in METHODS:
+    if not isinstance(entry, dict) or entry.get("budget", 1) is None:
         return entry
-    replaced = ("budget", *METHODS[entry["name"]].free_sizes[:1])
+    try:
+        replaced = ("budget", *method_named(entry.get("name")).free_sizes[:1])
+    except PtmoeError:  # the base, or no method, which is said later
+        return entry
     return {name: value for name, value in entry.items() if name not in replaced}

@@ -1,5 +1,13 @@
-"""The methods, one file each. A new one is a file here and an import line below."""
+"""The methods, one file each. A new one is a file here and an import line below.
 
+Those of `peft` that need no file of their own are in `ptmoe.methods.shelf`; `method_named` knows them as well.
+"""
+
+from collections import UserDict
+from typing import Any
+
+from ptmoe.errors import PtmoeError, near
+from ptmoe.methods import shelf
 from ptmoe.methods.attempt import ATTEMPTConfig as ATTEMPTConfig
 from ptmoe.methods.ba_lora import BALoRAConfig as BALoRAConfig
 from ptmoe.methods.base import MethodConfig as MethodConfig
@@ -45,15 +53,45 @@ from ptmoe.methods.sorsa import SORSAConfig as SORSAConfig
 from ptmoe.methods.svfit import SVFitConfig as SVFitConfig
 from ptmoe.methods.ulpt import ULPTConfig as ULPTConfig
 from ptmoe.methods.vera import VeRAConfig as VeRAConfig
+from ptmoe.settings import OF_PEFT, method_name
 
 _CLASSES = {name: value for name, value in vars().items() if isinstance(value, type)}
 
-METHODS: dict[str, type[MethodConfig]] = {
-    config.method: config
-    for config in sorted(
-        (config for config in _CLASSES.values() if issubclass(config, MethodConfig) and hasattr(config, "method")),
-        key=lambda config: (config.order, config.method),
-    )
-}
 
-__all__ = ["METHODS", *_CLASSES]  # noqa: PLE0604
+class Methods(UserDict[str, type[MethodConfig]]):
+    """The configs by name. A short form of a type of `peft` is made when it is first used: importing `peft` takes
+    seconds."""
+
+    def __getitem__(self, name: str) -> type[MethodConfig]:
+        if self.data[name] is MethodConfig:
+            self.data[name] = shelf.shelf_config(shelf.SHORT[name].type, name)
+        return self.data[name]
+
+
+METHODS = Methods(
+    {
+        config.method: config
+        for config in sorted(
+            (config for config in _CLASSES.values() if issubclass(config, MethodConfig) and hasattr(config, "method")),
+            key=lambda config: (config.order, config.method),
+        )
+    }
+    | dict.fromkeys(shelf.SHORT, MethodConfig)
+)
+
+
+def method_named(name: Any) -> type[MethodConfig]:
+    """The config of a method: one of `METHODS`, or `peft:TYPE` for any type of the installed `peft`.
+
+    Raises:
+        PtmoeError: there is none of this name, or it is a type of `peft` that cannot be used here, and why.
+    """
+    name = method_name(str(name))
+    if name.startswith(OF_PEFT):
+        return shelf.shelf_config(name.removeprefix(OF_PEFT).replace("-", "_").upper())
+    if name not in METHODS:
+        raise PtmoeError(f"unknown method {name!r}{near(name, METHODS)}")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "method_named", *_CLASSES]  # noqa: PLE0604

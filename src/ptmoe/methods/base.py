@@ -84,6 +84,7 @@ class MethodConfig(Settings):
     free_sizes: ClassVar[tuple[str, ...]] = ()  # fields that a parameter budget may set, the first choice first
     routes: ClassVar[bool] = False  # its prompts carry a `Routing`
     needs_batches: ClassVar[bool] = False  # is initialised from the activations of training data
+    needs_memory: ClassVar[bool] = False  # has no form on the meta device, so counting it takes the base's zeros
     reads_input: ClassVar[bool] = False  # an input's prompt depends on its tokens
     fills_cache: ClassVar[bool] = False  # its prompt is in the key-value cache
     changes_layers: ClassVar[bool] = False  # a model holds one such adapter and no other

@@ -28,7 +28,9 @@ def peft_errors(what: str) -> Iterator[None]:
     """What `peft` raises, as a PtmoeError that says what it refuses."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except PtmoeError:
+        raise
+    except Exception as error:  # each of its methods raises its own
         raise PtmoeError(f"peft refuses {what}: {' '.join(str(error).split())}") from None
 
 
@@ -75,11 +77,13 @@ class Injected(WeightEncoder):
 
         if hasattr(base, "peft_config"):
             raise PtmoeError(f"{type(base).__name__} holds a peft adapter already: load the base again")
-        modules = modules_named(base, config.target_modules or [])
-        self.places = [(base.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in modules]
-        self.modules_before = list(modules.values())
+        self.children_before: list[tuple[nn.Module, str, nn.Module]] = [
+            (parent, name, child) for parent in base.modules() for name, child in parent.named_children()
+        ]
+        self.modules_before: list[nn.Module] = []  # whose weights are replaced
         self.weights_before: list[Tensor] = []
         if self.rewrites_weights:
+            self.modules_before = list(modules_named(base, config.target_modules or []).values())
             weights = [id(module.weight) for module in self.modules_before]
             if len(set(weights)) < len(weights):
                 raise PtmoeError(
@@ -95,7 +99,8 @@ class Injected(WeightEncoder):
             self.remove()
             raise
         base.train(base.training)  # with what is new in it
-        trainable = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
+        named = self.peft_model.named_parameters()  # what the modules share is beside the base
+        trainable = {name.removeprefix("base_model.model."): one for name, one in named if one.requires_grad}
         for name in list(trainable):
             if config.frozen is not None and config.frozen in name:
                 trainable.pop(name).requires_grad_(False)
@@ -115,7 +120,7 @@ class Injected(WeightEncoder):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        trainable = [(parameter, parameter.requires_grad) for parameter in self.base.parameters()]
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.peft_model.parameters()]
         self._swap_weights()
         try:
             with self.peft_model.disable_adapter():
@@ -126,8 +131,9 @@ class Injected(WeightEncoder):
                 parameter.requires_grad_(flag)
 
     def remove(self) -> None:
-        for (parent, name), module in zip(self.places, self.modules_before, strict=True):
-            setattr(parent, name, module)
+        for parent, name, child in self.children_before:
+            if getattr(parent, name) is not child:
+                setattr(parent, name, child)
         self._swap_weights()
         self.weights_before = []
         vars(self.base).pop("peft_config", None)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,12 @@ def attach(
             f"{config.method} starts from the activations of training data: train it with `ptmoe train --method "
             f"{config.method}`, or pass attach(…, batches=…)"
         )
+    if config.needs_batches and batches is not None:
+        batches = list(batches)
+        if not any(batch["input_ids"].numel() for batch in batches):
+            raise PtmoeError(
+                f"{config.method} starts from the activations of training data, of which there is none: give some"
+            )
     model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base, check=check)
 
     def tokenize(text: str) -> list[int]:
@@ -126,8 +133,18 @@ def count_parameters(base_config: Any, config: MethodConfig) -> int:
         else:
             from transformers import AutoModelForCausalLM
 
-            encoder = config.encoder_for(AutoModelForCausalLM.from_config(base_config))
+            base = AutoModelForCausalLM.from_config(base_config)
+            if not config.needs_memory:
+                encoder = config.encoder_for(base)
+    if config.needs_memory:
+        encoder = config.encoder_for(base._apply(_zeros))
     return sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
+
+
+def _zeros(outline: Tensor) -> Tensor:
+    """Zeros that take memory only where they are read: the system maps pages then."""
+    zeros = torch.from_numpy(np.zeros(outline.nbytes, np.uint8))
+    return zeros.view(outline.dtype).view(outline.shape)
 
 
 def load_adapter(

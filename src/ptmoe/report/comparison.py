@@ -23,7 +23,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, Run, read_run
 from ptmoe.runs.predictions import read_predictions
 from ptmoe.runs.records import CellRecord, Failure
-from ptmoe.settings import read_yaml
+from ptmoe.settings import OF_PEFT, read_yaml
 from ptmoe.tasks import GROUPS
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
@@ -293,17 +293,19 @@ def _not_started(cells: Sequence[Cell], left_out: Sequence[LeftOut]) -> Iterator
 
 def _order(plan: Mapping[str, Any]) -> Callable[[Cell], tuple[Any, ...]]:
     """Sorts cells by the plan's labels or methods, otherwise by the methods' own order; then by task."""
-    from ptmoe.methods import METHODS
+    from ptmoe.methods import METHODS, MethodConfig
 
     entries = [entry if isinstance(entry, dict) else {"name": entry} for entry in plan.get("methods") or []]
     labels = [entry.get("label", entry.get("name")) for entry in entries]
     tasks = plan.get("tasks") or []
-    ranks = {name: getattr(config, "order", rank) for rank, (name, config) in enumerate(METHODS.items())}
+
+    def rank(method: str) -> int:
+        return METHODS[method].order if method in METHODS else MethodConfig.order if method.startswith(OF_PEFT) else -1
 
     def key(cell: Cell) -> tuple[Any, ...]:
         listed = next((labels.index(name) for name in (cell.label, cell.method) if name in labels), len(labels))
         task = tasks.index(cell.task) if cell.task in tasks else len(tasks)
-        return listed, ranks.get(cell.method, -1), _natural(cell.label), task, _natural(cell.task)
+        return listed, rank(cell.method), _natural(cell.label), task, _natural(cell.task)
 
     return key
 

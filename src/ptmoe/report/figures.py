@@ -24,6 +24,7 @@ from ptmoe.report.comparison import AVERAGE, Comparison
 from ptmoe.report.results import Board, Score
 from ptmoe.report.table import metric_name, short_count
 from ptmoe.runs.records import LogLine, RoutingSummary
+from ptmoe.settings import OF_PEFT
 
 try:
     import jinja2  # noqa: F401  the page needs it
@@ -82,9 +83,9 @@ def styles(methods: Mapping[str, str]) -> dict[str, Style]:
         config, hue = METHODS.get(method), (0.05 + place / len(methods)) % 1
         color, dark = (to_hex(hls_to_rgb(hue, lightness, 0.55)) for lightness in (0.34, 0.72))
         marker = MARKERS[place % len(MARKERS)]
-        if config is None:
+        if config is None and not method.startswith(OF_PEFT):
             color, dark = UNTOUCHED, ON_DARK[UNTOUCHED]
-        elif counts[method] == 1:
+        elif config is not None and counts[method] == 1:
             color, dark = config.figure_color or (color, dark)
             marker = config.figure_marker or marker
         found[label] = Style(color, dark, marker)

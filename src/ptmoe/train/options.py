@@ -15,12 +15,13 @@ from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near, shown
 from ptmoe.files import LONGEST_NAME, write_whole
-from ptmoe.settings import Flag, Settings, parse_yaml, read_yaml
+from ptmoe.settings import Flag, Settings, method_name, parse_yaml, read_yaml
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BASE = "base"  # the method of a run that trains nothing
 DEFAULT_METHOD = "pt-moe"
+METHOD = re.compile(r"((?:\s*peft:)?[^:]*)(?::(.*))?", re.IGNORECASE | re.DOTALL)  # a name, and fields
 NEED_EVALUATION = {"load_best_model_at_end", "metric_for_best_model", "save_strategy"}  # the last for some values
 
 
@@ -33,9 +34,9 @@ def method_entry(value: Any) -> Any:
     if not isinstance(value, str):
         if isinstance(value, dict) and not isinstance(value.get("name", ""), str):
             raise PtmoeError(f"method {shown(value)}: its name is no text")
-        return value
-    name, _, fields = value.partition(":")
-    entry: dict[str, Any] = {"name": name.strip()}
+        return value | {"name": method_name(value["name"])} if isinstance(value, dict) and "name" in value else value
+    name, fields = METHOD.fullmatch(value).groups("")  # type: ignore[union-attr]
+    entry: dict[str, Any] = {"name": method_name(name)}
     for field in re.split(r",(?![^\[]*\])", fields) if fields else []:  # a comma inside […] parts a list
         key, equals, text = field.partition("=")
         if not equals:
@@ -267,14 +268,13 @@ def method_config(method: dict[str, Any]) -> Any:
     Raises:
         PtmoeError: an unknown method, or a field that it does not have or that does not fit.
     """
-    from ptmoe.methods import METHODS
+    from ptmoe.methods import method_named
 
     fields = dict(method)
     name = fields.pop("name", DEFAULT_METHOD)
-    if name not in METHODS:
-        raise PtmoeError(f"unknown method {name!r}{near(str(name), METHODS)}")
+    config = method_named(name)
     try:
-        return METHODS[name](**fields)
+        return config(**fields)
     except PtmoeError as error:
         raise PtmoeError(f"{name}: {error}") from None
 

@@ -309,7 +309,7 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
         if world_size() > 1:
             raise PtmoeError(f"{world_size()} processes write one run: name its folder with --output-dir")
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        return Path("runs") / f"{options.method.get('name', DEFAULT_METHOD)}-{stamp}"
+        return Path("runs") / f"{options.method.get('name', DEFAULT_METHOD).replace(':', '-')}-{stamp}"
     folder = Path(options.output_dir)
     check_name(folder)
     if folder.exists() and not folder.is_dir():
