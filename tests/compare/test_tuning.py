@@ -11,7 +11,7 @@ from ptmoe.compare import on_ray, tuning
 from ptmoe.compare.search import TunePlan, drawn, read_plan, resolved
 from ptmoe.compare.tuning import best_of, count_examples, tune
 from ptmoe.errors import PtmoeError
-from ptmoe.runs.records import TrialRecord
+from ptmoe.runs.searches import TrialRecord
 from ptmoe.train.options import TrainOptions
 from testing.commands import alive, descendants, started
 

@@ -64,7 +64,8 @@ class TunePlan(TrainOptions):
     evaluations: Count = 9
     """validations of a trial, evenly over its steps; after the 1st, 3rd, 9th, … only the best third goes on"""
     validation_examples: Count = 200
-    """the last N of the training examples: trials are scored on them, and train on the others"""
+    """trials are scored on so many: of the task's validation split, or, where it has none, the first of the training
+    split, which no trial trains on"""
     on: str = LOCAL
     """where trials run: ray, which starts Ray on this machine; or ray://auto, the Ray cluster that this machine belongs
     to, whose machines share the output folder"""

@@ -36,6 +36,7 @@ from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import LogLine, append_line, write_lines
 from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
 from ptmoe.train.checkpoints import PARTIAL, publish, seal
+from ptmoe.train.steps import DIVERGED
 
 TRAINING_STATE = "training_state.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -54,10 +55,10 @@ class DivergedError(PtmoeError):
 
     def __init__(self, loss: float, step: int, restored: str | None) -> None:
         super().__init__(
-            f"the loss became {loss} at step {step}, and no checkpoint holds earlier weights, so nothing was saved: "
+            f"{DIVERGED} {loss} at step {step}, and no checkpoint holds earlier weights, so nothing was saved: "
             "lower --learning-rate, train in float32, or lower --save-steps"
             if restored is None
-            else f"the loss became {loss} at step {step}; stopped with {restored}: lower --learning-rate, or train in "
+            else f"{DIVERGED} {loss} at step {step}; stopped with {restored}: lower --learning-rate, or train in "
             "float32"
         )
         self.step = step
