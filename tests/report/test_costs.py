@@ -74,7 +74,7 @@ def test_a_folder_that_records_no_costs_has_no_empty_columns(tmp_path):
     write_report(tmp_path)
     header = (tmp_path / "tables" / "cost.csv").read_text().splitlines()[0]
     assert header == (
-        "method,trainable parameters,seconds a step,rows share a batch,optimiser steps,seconds of training,cells"
+        "method,trainable parameters,seconds a step,optimiser steps,seconds of training,cells,rows share a batch"
     )
 
 

@@ -114,6 +114,7 @@ def resolved(plan: TunePlan) -> TunePlan:
     search = plan.search or _usual(config, float(plan.learning_rate or 0))
     known = {**type(config).model_fields, **TrainOptions.model_fields}
     kept = {"method", "task", "data", "model", "output_dir", "max_steps", "num_train_epochs", "max_examples", "trainer"}
+    kept |= {"validation_examples", "forgetting"}
     for field in search:
         if field not in known or field in kept:
             raise PtmoeError(f"search: {config.method} has no {field!r} to vary{near(field, known.keys() - kept)}")

@@ -36,7 +36,7 @@ def cost_sections(comparison: Comparison) -> Iterator[Section]:
     }
     frame = found.agg(**columns).astype(object).rename_axis("method").reset_index()
     frame = frame.where(frame.notna(), None)
-    frame.insert(len(MEASURED) + 2, "rows share a batch", [_shares(name) for name in comparison.methods.values()])
+    frame["rows share a batch"] = [_shares(name) for name in comparison.methods.values()]
     known = [name for name in MEASURED if frame[name].notna().any()]
     notes = [f"{name}: {what}." for name, what in MEASURED.items() if name in known]
     notes.append(

@@ -32,6 +32,7 @@ try:
     from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 except ModuleNotFoundError:
     raise PtmoeError("a report needs jinja2 and matplotlib: pip install 'ptmoe[report]'") from None
@@ -154,22 +155,19 @@ def pareto_front(points: Mapping[str, tuple[int, float]]) -> list[str]:
 
 
 def _name_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names to the upper left of the points of a rising line, where nothing else is; raised where they would meet."""
-    texts = []
-    for label, place in points.items():
-        options: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": SMALL}
-        texts.append(axes.annotate(plain(label, 24), place, (-5, 3), annotation_clip=False, **options))
-    figure.draw_without_rendering()
-    renderer, taken = figure.canvas.get_renderer(), list[Any]()
-    inside = axes.get_window_extent(renderer)
+    """Names to the upper left of the points of a rising line, where nothing else is, within the axes' sides; raised
+    where they would meet."""
+    options: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": SMALL}
+    options |= {"annotation_clip": False, "path_effects": [withStroke(linewidth=2.5, foreground=PAPER)]}
+    texts = [axes.annotate(plain(label, 24), place, (-4, 2), **options) for label, place in points.items()]
+    figure.draw_without_rendering()  # places the axes
+    taken = list[Any]()
     for text in texts:
-        if text.get_window_extent(renderer).x0 < inside.x0:
-            text.set(ha="left", position=(5, 3))
-        box = text.get_window_extent(renderer)
-        while any(box.overlaps(other) for other in taken):
-            text.set_position((text.xyann[0], text.xyann[1] + SMALL))
-            box = text.get_window_extent(renderer)
-        taken.append(box)
+        over = axes.get_window_extent().x0 - text.get_window_extent().x0
+        text.xyann = (text.xyann[0] + max(0.0, over) * 72 / figure.dpi, text.xyann[1])
+        while any(text.get_window_extent().overlaps(other) for other in taken):
+            text.xyann = (text.xyann[0], text.xyann[1] + SMALL)
+        taken.append(text.get_window_extent())
 
 
 def curve_points(comparison: Comparison, against: Literal["step", "seconds"]) -> pd.DataFrame:
