@@ -114,7 +114,10 @@ def test_other_bases_have_no_texts_by_default_and_files_without_any_are_refused(
         encode_texts([Example("1", "a", "", (), "forgetting")], tokenizer, 2048, 10)
 
 
-@pytest.mark.parametrize("method", ["pt:num_virtual_tokens=4", "ft", "lora:rank=1"])
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("ft", "lora:rank=1")]
+
+
+@pytest.mark.parametrize("method", ["pt:num_virtual_tokens=4", *SLOW])
 def test_a_run_records_what_its_base_forgets_and_what_the_adapter_takes(tmp_path, method):
     asked = {"task": "nano/mixed", "max_steps": 4, "per_device_train_batch_size": 4, "eval_examples": 5}
     asked |= {"learning_rate": 0.01, "warmup_steps": 0}

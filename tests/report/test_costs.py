@@ -80,9 +80,9 @@ def test_a_folder_that_records_no_costs_has_no_empty_columns(tmp_path):
 
 def test_the_whole_grid_stands_with_what_was_chosen_and_its_edge_is_warned_of(folder, page):
     found = rows(folder, "learning-rates")
-    assert {name: found["pt"][f"rate {name}"] for name in ("× 1/9", "× 1/3", "× 1", "× 3")} == {
-        "× 1/9": "20.0",
-        "× 1/3": "50.0",
+    assert {name: found["pt"][f"rate {name}"] for name in ("÷ 9", "÷ 3", "× 1", "× 3")} == {
+        "÷ 9": "20.0",
+        "÷ 3": "50.0",
         "× 1": "70.0",
         "× 3": "",
     }

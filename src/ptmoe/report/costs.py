@@ -80,7 +80,7 @@ def rate_sections(comparison: Comparison) -> Iterator[Section]:
         own = {"method": search.label, **({"trained on": search.task} if several else {})}
         grid = {f"rate {factor}": None for factor in _factors(search)}
         grid |= {f"rate {_factor(search, rate)}": mean for rate, mean in search.means.items()}
-        rows.append({**own, "given rate": search.given, **grid, "chosen": search.chosen})
+        rows.append({**own, "given rate": search.given, "chosen": search.chosen, **grid})
     trials = [
         {"method": search.label, "trained on": search.task, **trial.settings, "score": score, "steps": steps}
         | {"state": trial.state, "scored on": search.split, "why": trial.error}
@@ -118,10 +118,12 @@ def _factors(search: RateSearch) -> list[str]:
 
 
 def _factor(search: RateSearch, rate: float) -> str:
-    """`× 1/9`; rates are rounded to three digits, so their ratios are, too."""
+    """`÷ 9`; rates are rounded to three digits, so their ratios are, too."""
     ratio = Fraction(rate / search.given).limit_denominator(30)
     simple = abs(float(ratio) * search.given / rate - 1) < 0.006
-    return f"× {ratio}" if simple else f"× {rate / search.given:.3g}"
+    if simple and 1 in (ratio.numerator, ratio.denominator):
+        return f"× {ratio}" if ratio >= 1 else f"÷ {ratio.denominator}"
+    return f"× {rate / search.given:.3g}"
 
 
 def rate_warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
