@@ -112,9 +112,7 @@ def test_a_trial_is_scored_on_validation_examples_and_the_best_trains_on_everyth
 def test_too_few_examples_are_refused_before_a_trial(with_ray, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "1 =>", "completion": " 1"}\n' * 12)
     asked = resolved(plan(task=None, data=str(tmp_path / "mine.jsonl")))
-    with pytest.raises(
-        PtmoeError, match="12 examples, and 8 of them are to validate on: lower that .--validation-exam"
-    ):
+    with pytest.raises(PtmoeError, match="12 examples, and 8 of them are to validate on: lower"):
         tune(asked, tmp_path / "search")
     assert not (tmp_path / "search").exists()
 
