@@ -80,7 +80,7 @@ def test_a_method_that_changes_layers_is_measured_with_its_layers_and_without(mo
 def test_on_nano_the_answers_of_instructed_skills_are_predicted_and_a_routers_input_holds_none():
     _, tokenizer = load_base("nano")
     examples = forgetting_examples(TrainOptions(task="nano/mixed"))
-    assert len(examples) == 200
+    assert len(examples) == 110
     assert all("\n" in example.input for example in examples), "an instruction before the input"
     encoded = encode_texts(examples, tokenizer, 2048, 10)
     answers = sorted(tokenizer.decode(text.ids[text.given :]) for text in encoded)

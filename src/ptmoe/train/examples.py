@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ptmoe.train.options import SharedOptions, TrainOptions
 
-MOST_TEXTS = 200  # that show what a base forgets
+MOST_TEXTS, NANO_TEXTS = 200, 110  # that show what a base forgets; of nano's skills ten each
 
 
 def training_examples(options: TrainOptions, problems: Problems, say: Callable[[str], None]) -> Iterable[Example]:
@@ -128,7 +128,7 @@ def forgetting_examples(options: SharedOptions) -> list[Example]:
         PtmoeError: there is no such file, or no line in it.
     """
     if options.forgetting is None:
-        return load_task("nano/skills", "validation", max_examples=MOST_TEXTS) if options.model == nano.NAME else []
+        return load_task("nano/skills", "validation", max_examples=NANO_TEXTS) if options.model == nano.NAME else []
     path = Path(options.forgetting)
     try:
         with path.open(encoding="utf-8") as file:
