@@ -276,7 +276,7 @@ def test_the_command_says_how_many_trials_there_are(run, tmp_path):
     status, out, err = run("compare", *flags.split(), "--output-dir", tmp_path / "c")
     assert status == 0, err
     text = " ".join(out.split())
-    assert "search: 3 learning rates × 3 seeds × 2 method(s) and task(s), 18 trials of 134 steps scored" in text
+    assert "search: 3 learning rates × 3 seeds × 2 (method, size, task), 18 trials of 134 steps scored" in text
     assert "18 to run" in text
     assert "0.003 to 0.3" in text
     assert not (tmp_path / "c").exists()

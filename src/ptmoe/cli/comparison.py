@@ -157,7 +157,7 @@ def _show(comparison: Comparison, console: Console) -> None:
     if searched:
         rates, seeds = len(searched[0].rates), len(searched[0].seeds)
         console.print(
-            f"search: {rates} learning rates × {seeds} seeds × {len(searched)} method(s) and task(s), "
+            f"search: {rates} learning rates × {seeds} seeds × {len(searched)} (method, size, task), "
             f"{rates * seeds * len(searched)} trials of {_trial_length(plan)} scored on validation examples, "
             f"{len(comparison.trials)} to run"
         )
