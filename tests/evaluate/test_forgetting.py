@@ -107,7 +107,12 @@ def test_other_bases_have_no_texts_by_default_and_files_without_any_are_refused(
     assert encode_texts([], tokenizer, 2048, 10) == []
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    for name, message in {"empty.txt": "no line of text", "binary.txt": "UTF-8", "none.txt": "needs a file"}.items():
+    for name, message in {
+        "empty.txt": "no line of text",
+        "binary.txt": "UTF-8",
+        "none.txt": "needs a file",
+        "\0": "needs a file",
+    }.items():
         with pytest.raises(PtmoeError, match=message):
             forgetting_examples(TrainOptions(task="nano/mixed", forgetting=str(tmp_path / name)))
     with pytest.raises(PtmoeError, match="no line has two tokens"):

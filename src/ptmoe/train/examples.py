@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ptmoe.train.options import SharedOptions, TrainOptions
 
 MOST_TEXTS, NANO_TEXTS = 200, 110  # that show what a base forgets; of nano's skills ten each
+LONGEST_LINE = 100_000  # characters; of a longer one the rest counts as another
 
 
 def training_examples(options: TrainOptions, problems: Problems, say: Callable[[str], None]) -> Iterable[Example]:
@@ -132,12 +134,13 @@ def forgetting_examples(options: SharedOptions) -> list[Example]:
     path = Path(options.forgetting)
     try:
         with path.open(encoding="utf-8") as file:
-            lines = list(islice((line.strip() for line in file if line.strip()), MOST_TEXTS))
-    except (OSError, UnicodeDecodeError) as error:
+            lines = (line.strip() for line in iter(partial(file.readline, LONGEST_LINE), ""))
+            texts = list(islice(filter(None, lines), MOST_TEXTS))
+    except (OSError, ValueError) as error:  # the latter where it, or its name, is no text
         raise PtmoeError(f"forgetting {path}: {error}: needs a file with lines of text in UTF-8") from None
-    if not lines:
+    if not texts:
         raise PtmoeError(f"forgetting {path}: no line of text, needs one at least")
-    return [Example(f"{number}", line, "", (), "forgetting") for number, line in enumerate(lines, start=1)]
+    return [Example(f"{number}", line, "", (), "forgetting") for number, line in enumerate(texts, start=1)]
 
 
 def evaluation_data_dir(options: SharedOptions) -> str | None:
