@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ptmoe.compare.cells import Cell
 from ptmoe.compare.executors import Executor
@@ -137,7 +138,8 @@ def search_rates(
 
 def _record(search: RateSearch, cell: Cell, run: Path, outcome: int | str) -> TrialRecord:
     settings = {"learning_rate": cell.options.learning_rate, "seed": cell.seed}
-    number = [(rate, seed) for seed in search.seeds for rate in search.rates].index(tuple(settings.values()))
+    order: list[Any] = [{"learning_rate": rate, "seed": seed} for seed in search.seeds for rate in search.rates]
+    number = order.index(settings)
     if isinstance(outcome, int):
         try:
             score = mean_score(EvaluationSummary.read(path) for path in sorted((run / "eval").glob("*.json")))

@@ -78,16 +78,14 @@ def rate_sections(comparison: Comparison) -> Iterator[Section]:
     rows: list[dict[str, Any]] = []
     for search in comparison.searches:
         own = {"method": search.label, **({"trained on": search.task} if several else {})}
-        grid = {f"rate {factor}": None for factor in _factors(search)}
-        grid |= {f"rate {_factor(search, rate)}": mean for rate, mean in search.means.items()}
+        grid = {f"rate {_factor(search, rate)}": search.means.get(rate) for rate in search.rates}
         rows.append({**own, "given rate": search.given, "chosen": search.chosen, **grid})
-    trials = [
-        {"method": search.label, "trained on": search.task, **trial.settings, "score": score, "steps": steps}
-        | {"state": trial.state, "scored on": search.split, "why": trial.error}
-        for search in comparison.searches
-        for trial in search.trials
-        for steps, score in trial.scores or [(None, None)]
-    ]
+    trials = []
+    for search, trial in ((search, trial) for search in comparison.searches for trial in search.trials):
+        steps, score = trial.scores[-1] if trial.scores else (None, None)
+        of = {"method": search.label, "trained on": search.task, **trial.settings}
+        found = {"score": score, "steps": steps, "state": trial.state, "scored on": search.split, "why": trial.error}
+        trials.append(of | found)
     first = comparison.searches[0]
     splits = {search.split for search in comparison.searches}
     scored = {"validation": "the validation split", "train": "the first of the training split, left out of the trials"}
@@ -111,10 +109,6 @@ def rate_sections(comparison: Comparison) -> Iterator[Section]:
 
 
 _RATES = dict.fromkeys(("given rate", "chosen"), "{:g}".format)
-
-
-def _factors(search: RateSearch) -> list[str]:
-    return [_factor(search, rate) for rate in search.rates]
 
 
 def _factor(search: RateSearch, rate: float) -> str:
