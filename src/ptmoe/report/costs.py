@@ -81,7 +81,7 @@ def rate_sections(comparison: Comparison) -> Iterator[Section]:
         grid = {f"rate {_factor(search, rate)}": search.means.get(rate) for rate in search.rates}
         rows.append({**own, "given rate": search.given, "chosen": search.chosen, **grid})
     trials = []
-    for search, trial in [(search, trial) for search in comparison.searches for trial in search.trials]:
+    for search, trial in [(each, trial) for each in comparison.searches for trial in each.trials]:
         steps, score = trial.scores[-1] if trial.scores else (None, None)
         of = {"method": search.label, "trained on": search.task, **trial.settings}
         found = {"score": score, "steps": steps, "state": trial.state, "scored on": search.split, "why": trial.error}
