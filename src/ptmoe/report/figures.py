@@ -158,13 +158,15 @@ def _name_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, f
     """Names to the upper left of the points of a rising line, where nothing else is, within the axes' sides; raised
     where they would meet."""
     options: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": SMALL}
-    options |= {"annotation_clip": False, "path_effects": [withStroke(linewidth=2.5, foreground=PAPER)]}
+    options |= {"annotation_clip": False, "path_effects": [withStroke(linewidth=1.5, foreground=PAPER)]}
+    options |= {"in_layout": False}  # or the axes would move when a name does
     texts = [axes.annotate(plain(label, 24), place, (-4, 2), **options) for label, place in points.items()]
+    figure.set_dpi(72)  # so that a text is measured in points, and rather too wide than too narrow
     figure.draw_without_rendering()  # places the axes
     taken = list[Any]()
     for text in texts:
         over = axes.get_window_extent().x0 - text.get_window_extent().x0
-        text.xyann = (text.xyann[0] + max(0.0, over) * 72 / figure.dpi, text.xyann[1])
+        text.xyann = (text.xyann[0] + max(0.0, over), text.xyann[1])
         while any(text.get_window_extent().overlaps(other) for other in taken):
             text.xyann = (text.xyann[0], text.xyann[1] + SMALL)
         taken.append(text.get_window_extent())
