@@ -20,6 +20,8 @@ from ptmoe.compare.on_ray import RETRIES, room, session
 from ptmoe.compare.run import compare
 from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import PtmoeError
+from ptmoe.runs.searches import RateSearch
+from ptmoe.train.options import TrainOptions
 from testing import ray_cells
 from testing.commands import alive, children, descendants, started
 from testing.ray_cells import ALWAYS, ATTEMPTS, BROKEN, ONCE, TALKING
@@ -91,6 +93,22 @@ def test_the_files_are_those_of_cells_in_this_process(tmp_path):
     assert "cells/pt/nano__mixed/seed-0/adapter/adapter_model.safetensors" in one
     written = [(tmp_path / name / "comparison.yaml").read_text() for name in ("ray", "here")]
     assert written[0] == written[1]
+
+
+@pytest.mark.slow
+def test_a_search_for_learning_rates_chooses_what_it_chooses_in_this_process(tmp_path):
+    asked = {"search": True, "search_factors": [0.1, 1], "search_seeds": 1, "search_examples": 20, "seeds": 1}
+    for name, changes in (("ray", {}), ("here", {"on": "processes", "jobs": 1}), ("two", {"on": "processes"})):
+        assert compare(prepared(tmp_path / name, **asked, **changes)) == []
+    found = {name: RateSearch.read_lines(tmp_path / name / "search.jsonl") for name in ("ray", "here", "two")}
+    for name, searches in found.items():
+        assert {search.label: search.chosen for search in searches} == {s.label: s.chosen for s in found["here"]}
+        assert {search.label: search.scores for search in searches} == {s.label: s.scores for s in found["here"]}
+        assert not (tmp_path / name / "search").exists()
+        for search in searches:
+            config = tmp_path / name / "cells" / search.label / "nano__mixed" / "seed-0" / "config.yaml"
+            assert TrainOptions.read(config).learning_rate == search.chosen
+            assert TrainOptions.read(config).validation_examples is None
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])

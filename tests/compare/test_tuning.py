@@ -9,9 +9,11 @@ import yaml
 
 from ptmoe.compare import on_ray, tuning
 from ptmoe.compare.search import TunePlan, drawn, read_plan, resolved
-from ptmoe.compare.tuning import best_of, count_examples, tune
+from ptmoe.compare.tuning import best_of, tune
 from ptmoe.errors import PtmoeError
-from ptmoe.runs.records import TrialRecord
+from ptmoe.runs.searches import TrialRecord
+from ptmoe.tasks import load_task
+from ptmoe.train.examples import evaluation_examples, evaluation_split
 from ptmoe.train.options import TrainOptions
 from testing.commands import alive, descendants, started
 
@@ -100,11 +102,19 @@ def test_a_search_without_ray_is_refused_with_what_to_install(run, monkeypatch, 
     assert not (tmp_path / "t").exists()
 
 
-def test_trials_are_scored_on_training_examples_that_none_trains_on():
-    assert count_examples(plan(), print) == 32
-    assert count_examples(plan(max_examples=8, validation_examples=8), print) == 16
-    with pytest.raises(PtmoeError, match="12 examples, and 8 of them are to validate on: lower --validation-examples"):
-        count_examples(plan(max_examples=4), print)
+def test_a_trial_is_scored_on_validation_examples_and_the_best_trains_on_everything():
+    trial, best = plan().trial({}), plan().trial({}, validation_examples=None)
+    assert (evaluation_split(trial), evaluation_split(best)) == ("validation", "test")
+    (scored,) = evaluation_examples(trial, print).values()
+    assert scored == load_task("nano/mixed", "validation", max_examples=8)
+
+
+def test_too_few_examples_are_refused_before_a_trial(with_ray, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "1 =>", "completion": " 1"}\n' * 12)
+    asked = resolved(plan(task=None, data=str(tmp_path / "mine.jsonl")))
+    with pytest.raises(PtmoeError, match="12 examples, and 8 of them are to validate on: lower"):
+        tune(asked, tmp_path / "search")
+    assert not (tmp_path / "search").exists()
 
 
 def test_the_best_came_furthest_and_then_scores_highest():

@@ -103,6 +103,7 @@ def test_test_inputs_of_nano_are_in_no_training_set(task):
 
     assert all(is_test_input(text) for text in inputs("test") | inputs("validation"))
     assert not any(is_test_input(text) for text in inputs("train"))
+    assert not {e.input for e in load_task(task, "test")} & {e.input for e in load_task(task, "validation")}
 
 
 @pytest.mark.parametrize("world", WORLDS)

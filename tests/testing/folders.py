@@ -13,11 +13,22 @@ from ptmoe.runs.folders import (
     METRICS_FILE,
     NEAREST_FILE,
     RESULT_FILE,
+    SEARCH_FILE,
     cell_folder,
     predictions_file,
 )
 from ptmoe.runs.predictions import PredictionsFile
-from ptmoe.runs.records import CellRecord, Environment, LogLine, NearestWords, Prediction, Result, write_lines
+from ptmoe.runs.records import (
+    CellRecord,
+    Environment,
+    LogLine,
+    NearestWords,
+    Prediction,
+    Result,
+    append_line,
+    write_lines,
+)
+from ptmoe.runs.searches import RateSearch, TrialRecord
 from ptmoe.tasks import TASKS
 from ptmoe.train import TrainOptions
 
@@ -38,7 +49,8 @@ ENVIRONMENT = Environment(
 def write_run(folder, method="pt-moe", task="nano/mixed", seed=0, *, skill=0.5, tasks=None, examples=60, **options):
     """A finished run; `skill` is the chance that an example is answered right.
 
-    Options: name, parameters, fields (of the method), model, logs, nearest, and those of `evaluation`.
+    Options: name, parameters, fields (of the method), model, logs, nearest, costs (of `Result`), and those of
+    `evaluation`.
     """
     parameters = options.get("parameters", COUNTS.get(method, 5000))
     folder.mkdir(parents=True)
@@ -52,6 +64,7 @@ def write_run(folder, method="pt-moe", task="nano/mixed", seed=0, *, skill=0.5, 
         trainable_parameters=parameters,
         train_seconds=60.0 + seed,
         steps=200 if parameters else 0,
+        **options.get("costs", {}),
     ).write(folder / RESULT_FILE)
     routing = {"expert_use": [0.25] * 4, "routing_confidence": 0.6} if options.get("use") else {}
     if parameters:
@@ -127,6 +140,35 @@ def write_cell(folder, label, task, seed, **options):
             trainable_parameters=options.get("parameters", COUNTS.get(method, 5000)),
         ).write(place / CELL_FILE)
     return place
+
+
+def write_search(folder, label, scores, *, given=0.03, chosen=None, task="nano/mixed", split="validation"):
+    """A search for a label's learning rate: for each rate its scores by seed, None where the seed diverged."""
+    seeds = list(range(1000, 1000 + max(map(len, scores.values()))))
+    trials = [
+        TrialRecord(
+            number=number,
+            settings={"learning_rate": rate, "seed": seed},
+            scores=[] if score is None else [(134, score)],
+            state="diverged" if score is None else "finished",
+            error="the loss became nan" if score is None else None,
+        )
+        for number, (rate, seed, score) in enumerate(
+            (rate, seed, score) for rate, row in scores.items() for seed, score in zip(seeds, row, strict=True)
+        )
+    ]
+    search = RateSearch(
+        label=label,
+        method=label,
+        task=task,
+        split=split,
+        examples=200,
+        given=given,
+        rates=sorted(scores),
+        seeds=seeds,
+        trials=trials,
+    )
+    append_line(folder / SEARCH_FILE, search.model_copy(update={"chosen": chosen or search.best}))
 
 
 def write_plan(folder, **plan):

@@ -16,8 +16,10 @@ from ptmoe.cli.options import given
 from ptmoe.errors import PtmoeError, near
 
 if TYPE_CHECKING:
+    from ptmoe.compare.cells import Variant
     from ptmoe.compare.plan import ComparePlan
     from ptmoe.compare.run import Comparison
+    from ptmoe.runs.searches import RateSearch
 
 
 def compare(
@@ -117,6 +119,7 @@ def _show(comparison: Comparison, console: Console) -> None:
     """The plan: what all methods share, and the size of each."""
     from ptmoe.compare.budget import size_text
     from ptmoe.compare.presets import PRESETS
+    from ptmoe.compare.rates import searches
 
     plan = comparison.plan
     if plan.preset is not None and plan.model == nano.NAME != PRESETS[plan.preset][0]["model"]:
@@ -135,6 +138,7 @@ def _show(comparison: Comparison, console: Console) -> None:
     for column in ("trainable parameters", *(["of the budget"] if budgeted else []), "learning rate", "finished"):
         table.add_column(column, justify="right")
     unfinished = comparison.unfinished
+    searched = [search for search, _ in searches(plan, comparison.cells, comparison.folder.searches())]
     for variant in comparison.variants:
         own = [cell for cell in comparison.cells if cell.variant == variant]
         share = f"{100 * variant.trainable_parameters / variant.budget:.1f} %" if variant.budget else "–"
@@ -144,16 +148,38 @@ def _show(comparison: Comparison, console: Console) -> None:
             size_text(variant.config),
             f"{variant.trainable_parameters:,}",
             *([share] if budgeted else []),
-            f"{variant.learning_rate:g}" if variant.learning_rate else "–",
+            _rate(variant, [search for search in searched if search.label == variant.label]),
             f"{sum(cell not in unfinished for cell in own)} of {len(own)}",
         )
     console.print(table)
     for left_out in comparison.left_out:
         console.print(f"left out: {left_out}")
+    if searched:
+        rates, seeds = len(searched[0].rates), len(searched[0].seeds)
+        console.print(
+            f"search: {rates} learning rates × {seeds} seeds × {len(searched)} (method, size, task), "
+            f"{rates * seeds * len(searched)} trials of {_trial_length(plan)} scored on validation examples, "
+            f"{len(comparison.trials)} to run"
+        )
     console.print(
         f"{len(comparison.cells)} cells (seeds {', '.join(map(str, plan.seeds))}), {len(unfinished)} to run, "
         f"{_at_once(comparison)}, in {comparison.folder.path}",
     )
+
+
+def _rate(variant: Variant, searched: list[RateSearch]) -> str:
+    """The learning rate of a method's cells; before the search has chosen, the ends of its grid."""
+    chosen = {f"{search.chosen:g}" if search.chosen else "" for search in searched}
+    if searched and "" in chosen:
+        return f"{searched[0].rates[0]:g} to {searched[0].rates[-1]:g}"
+    return ", ".join(chosen) or (f"{variant.learning_rate:g}" if variant.learning_rate else "–")
+
+
+def _trial_length(plan: ComparePlan) -> str:
+    from ptmoe.compare.rates import trial_length
+
+    length = trial_length(plan)
+    return f"{length['max_steps']:,} steps" if "max_steps" in length else f"{length['num_train_epochs']:g} epochs"
 
 
 def _at_once(comparison: Comparison) -> str:

@@ -50,8 +50,9 @@ class ComparisonBars(Watcher):
 
     def __init__(self, comparison: Comparison, progress: Progress) -> None:
         self.folder, self.progress = comparison.folder, progress
-        self.done = len(comparison.cells) - len(comparison.unfinished)
-        self.all = progress.add_task("cells", total=len(comparison.cells), completed=self.done, note="")
+        self.done, trials = len(comparison.cells) - len(comparison.unfinished), len(comparison.trials)
+        name = "trials, cells" if trials else "cells"
+        self.all = progress.add_task(name, total=trials + len(comparison.cells), completed=self.done, note="")
         self.bars: dict[str, TaskID] = {}
 
     def started(self, cell: Cell) -> None:
@@ -66,6 +67,9 @@ class ComparisonBars(Watcher):
 
     def message(self, cell: Cell, text: str) -> None:
         self.progress.console.print(f"{cell.name}: {text}", markup=False)
+
+    def note(self, text: str) -> None:
+        self.progress.console.print(text, markup=False)
 
     def ended(self, cell: Cell, outcome: int | str) -> None:
         bar = self.bars.pop(cell.name)

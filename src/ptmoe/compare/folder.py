@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from ptmoe.compare.cells import Cell
 from ptmoe.compare.plan import ComparePlan, read_plan
 from ptmoe.errors import PtmoeError
 from ptmoe.files import check_name
-from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, writing
+from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, SEARCH_FILE, writing
 from ptmoe.runs.records import CellRecord, Failure, write_lines
+from ptmoe.runs.searches import RateSearch
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,11 @@ class ComparisonFolder:
         """The cells that failed when they were last run."""
         path = self.path / FAILED_FILE
         return Failure.read_lines(path) if path.exists() else []
+
+    def searches(self) -> list[RateSearch]:
+        """The searches for learning rates, finished or not."""
+        path = self.path / SEARCH_FILE
+        return RateSearch.read_lines(path) if path.exists() else []
+
+    def write_searches(self, searches: Iterable[RateSearch]) -> None:
+        write_lines(self.path / SEARCH_FILE, searches)

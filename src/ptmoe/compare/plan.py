@@ -67,6 +67,18 @@ def _seeds(value: Any) -> Any:
     return list(range(value)) if isinstance(value, int) else value
 
 
+def _factors(value: Any) -> Any:
+    """Numbers in order; as text `0.1,1,10`."""
+    values = value.split(",") if isinstance(value, str) else value
+    try:
+        found = sorted({float(each) for each in values})
+    except (TypeError, ValueError):
+        raise ValueError(f"search_factors {value!r}: needs numbers, as 0.1,1,10") from None
+    if len(found) < 2:
+        raise ValueError(f"search_factors {value!r}: needs two at least, or there is nothing to choose from")
+    return found
+
+
 def _learning_rates(value: Any) -> Any:
     """A list of texts: `0.01` for all methods, or `pt=0.01` for one."""
     if not isinstance(value, list | tuple):
@@ -158,6 +170,17 @@ class ComparePlan(SharedOptions):
         None
     )
     """of all methods, or of one: pt=0.01; by default each method's own; several times"""
+    search: bool = False
+    """try several learning rates for each method, size and task first, on validation examples, and use the best"""
+    search_factors: Annotated[list[Rate], BeforeValidator(_factors), Flag(repeatable=False)] = [1 / 9, 1 / 3, 1, 3, 9]
+    """which: the rate as it is given, or the method's own, times each of these numbers: 0.1,1,10"""
+    search_seeds: Count = 3
+    """trials at each rate"""
+    search_steps: Count | None = None
+    """of a trial; by default a third of a cell's"""
+    search_examples: Count = 200
+    """of the task's validation split, that trials are scored on; where it has none, the first of the training split,
+    which trials do not train on"""
     train: dict[str, Any] = {}
     """other options of `ptmoe train`, the same for every cell"""
     output_dir: str | None = None
@@ -177,6 +200,16 @@ class ComparePlan(SharedOptions):
     def _gpus_of_ray(self) -> Self:
         if self.gpus_per_cell is not None and self.on == "processes":
             raise ValueError(f"gpus_per_cell={self.gpus_per_cell:g} is for --on ray: processes share the GPU")
+        return self
+
+    @model_validator(mode="after")
+    def _search_asked_for(self) -> Self:
+        fields = [name for name in type(self).model_fields if name.startswith("search_")]
+        for name in fields if not self.search else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} is for --search, which is not asked for")
+        if self.search and "learning_rate" in self.vary:
+            raise ValueError("search chooses the learning rate, and vary tries several: leave one of the two out")
         return self
 
     def differences(self, other: Self) -> list[str]:

@@ -15,11 +15,13 @@ from ptmoe.compare.executors import Executor, executor, inline
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.on_ray import check_place
 from ptmoe.compare.plan import ComparePlan
+from ptmoe.compare.rates import Trial, search_rates, searches, trials
 from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import check_quantization, commit_of, load_config
 from ptmoe.runs.folders import PLAN_FILE
 from ptmoe.runs.records import Failure
+from ptmoe.train.examples import check_examples, forgetting_examples
 
 MOST_JOBS = 8  # by default; each loads the base once more
 
@@ -40,10 +42,16 @@ class Comparison:
         return [cell for cell in self.cells if not self.folder.is_finished(cell)]
 
     @property
+    def trials(self) -> list[Trial]:
+        """Of the search for learning rates, those that the unfinished cells wait for."""
+        asked = searches(self.plan, self.unfinished, self.folder.searches())
+        return [trial for search, cell in asked for trial in trials(self.plan, search, cell)]
+
+    @property
     def jobs(self) -> int:
         """How many cells run at once on this machine, unless it has GPUs and Ray gives each cell its own."""
         usual = min(os.cpu_count() or 1, MOST_JOBS) if self.plan.model == nano.NAME else 1
-        return min(self.plan.jobs or usual, max(1, len(self.unfinished)))
+        return min(self.plan.jobs or usual, max(1, len(self.unfinished), len(self.trials)))
 
 
 def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool = True) -> Comparison:
@@ -96,7 +104,11 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             seeds=list(dict.fromkeys([*before.seeds, *plan.seeds])),
         )
     cells = tuple(cells_of(plan, chosen, config))
-    return Comparison(plan, whole, folder, cells, tuple(chosen), tuple(dict.fromkeys(left_out)))
+    comparison = Comparison(plan, whole, folder, cells, tuple(chosen), tuple(dict.fromkeys(left_out)))
+    forgetting_examples(plan)
+    for trial in {trial.task: trial for trial in comparison.trials}.values() if data else ():
+        check_examples(trial.options, say)
+    return comparison
 
 
 def _folder_name(plan: ComparePlan) -> str:
@@ -127,6 +139,8 @@ def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[Fail
         chosen = executor(comparison.plan, comparison.jobs) if cells else nullcontext[Executor](inline)
         with chosen as run:
             comparison.whole.write(folder.path / PLAN_FILE)
+            if comparison.plan.search and cells:
+                cells = search_rates(comparison.plan, cells, folder, run, watcher)
             with closing(run(cells, folder, watcher)) as outcomes:
                 for cell, outcome in outcomes:
                     folder.finish(cell, outcome)

@@ -64,7 +64,8 @@ class TunePlan(TrainOptions):
     evaluations: Count = 9
     """validations of a trial, evenly over its steps; after the 1st, 3rd, 9th, … only the best third goes on"""
     validation_examples: Count = 200
-    """the last N of the training examples: trials are scored on them, and train on the others"""
+    """trials are scored on so many: of the task's validation split, or, where it has none, the first of the training
+    split, which no trial trains on"""
     on: str = LOCAL
     """where trials run: ray, which starts Ray on this machine; or ray://auto, the Ray cluster that this machine belongs
     to, whose machines share the output folder"""
@@ -113,6 +114,7 @@ def resolved(plan: TunePlan) -> TunePlan:
     search = plan.search or _usual(config, float(plan.learning_rate or 0))
     known = {**type(config).model_fields, **TrainOptions.model_fields}
     kept = {"method", "task", "data", "model", "output_dir", "max_steps", "num_train_epochs", "max_examples", "trainer"}
+    kept |= {"validation_examples", "forgetting"}
     for field in search:
         if field not in known or field in kept:
             raise PtmoeError(f"search: {config.method} has no {field!r} to vary{near(field, known.keys() - kept)}")

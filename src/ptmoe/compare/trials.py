@@ -14,69 +14,52 @@ from transformers import TrainerCallback
 from ptmoe.compare.on_ray import RETRIES
 from ptmoe.compare.search import TunePlan
 from ptmoe.compare.workers import error_message
-from ptmoe.evaluate import evaluate
+from ptmoe.evaluate import Evaluation, evaluate
 from ptmoe.models.bases import load_tokenizer, quiet
-from ptmoe.tasks import Problems, task_named
+from ptmoe.runs.searches import mean_score
+from ptmoe.tasks import task_named
 from ptmoe.tasks.tokens import uses_chat
 from ptmoe.train import train
-from ptmoe.train.examples import training_examples
+from ptmoe.train.examples import evaluation_examples, evaluation_split
 from ptmoe.train.options import TrainOptions
 
 WORST = float("-inf")
 
 
-class TrialEnded(Exception):  # noqa: N818
-    """Ends a training where its evaluation on the test split would begin, which a search must not see."""
-
-
 class Validation(TrainerCallback):
-    """Reports a training's score on examples of its own, so many times, evenly over its steps, the last time with the
-    adapter as it would be saved.
+    """Reports a training's score on its validation examples, evenly over its steps.
 
     Args:
-        options: of the training; `max_examples` are all that it may read.
-        validation_examples: the last of them.
-        evaluations: how many times.
-        report: called with the step, the score, in percent, and whether it is the last.
+        options: of the training, with `validation_examples`.
+        evaluations: how many times, the one after the training included, which is the training's own.
+        report: called with the step and the score, in percent.
     """
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        validation_examples: int,
-        evaluations: int,
-        report: Callable[[int, float, bool], None],
-    ) -> None:
-        problems = Problems(skip=options.skip_bad, at_once=options.data is None)
-        self.examples = list(training_examples(options, problems, lambda line: None))[-validation_examples:]
-        self.task = task_named(options.task or str(options.data))
+    def __init__(self, options: TrainOptions, evaluations: int, report: Callable[[int, float], None]) -> None:
+        self.examples, self.split = evaluation_examples(options, lambda line: None), evaluation_split(options)
         self.tokenizer, _ = load_tokenizer(options.model, revision=options.revision)
-        self.chat = uses_chat(self.task, self.tokenizer, options.chat)
+        self.chat = uses_chat(task_named(options.task or str(options.data)), self.tokenizer, options.chat)
         self.options, self.evaluations, self.report = options, evaluations, report
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         steps = {-(-state.max_steps * part // self.evaluations) for part in range(1, self.evaluations)}
         if state.global_step in steps - {state.max_steps}:
-            self._score(state.global_step, model, last=False)
+            evaluations = [self._evaluation(model, task) for task in self.examples]
+            self.report(state.global_step, mean_score(evaluation.summary() for evaluation in evaluations))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self._score(state.global_step, model, last=True)
-        raise TrialEnded
-
-    def _score(self, step: int, model: Any, *, last: bool) -> None:
-        evaluation = evaluate(
+    def _evaluation(self, model: Any, task: str) -> Evaluation:
+        return evaluate(
             model,
             self.tokenizer,
-            self.examples,
-            task=self.task,
-            split="train",
+            self.examples[task],
+            task=task_named(task),
+            split=self.split,
             score=self.options.score,
             batch_size=self.options.eval_batch_size,
             max_new_tokens=self.options.max_new_tokens,
             max_length=self.options.max_length,
             chat=self.chat,
         )
-        self.report(step, evaluation.metrics[self.task.metric], last)
 
 
 class Results(Callback):
@@ -113,7 +96,6 @@ class Results(Callback):
 def trial(
     config: dict[str, Any],
     plan: dict[str, Any],
-    examples: int,
     settings: list[dict[str, Any]],
     known: dict[int, list[tuple[int, float]]],
 ) -> None:
@@ -122,7 +104,6 @@ def trial(
     Args:
         config: `{"number": …}`.
         plan: the values of a `TunePlan`.
-        examples: that there are, those to validate on included.
         settings: of all trials.
         known: the scores of those that ran before, which are reported again and not run.
     """
@@ -140,12 +121,11 @@ def trial(
     search = TunePlan(**plan)
     try:
         with tempfile.TemporaryDirectory(prefix="ptmoe-") as folder:
-            options = search.trial(settings[number], max_examples=examples, eval_task=None, eval_examples=1)
-            callback = Validation(options, search.validation_examples, search.evaluations, report)
-            alone = {"output_dir": str(Path(folder) / "run"), "max_examples": examples - search.validation_examples}
-            trainer = {"save_strategy": "no", **options.trainer}
-            train(options.replace(**alone, trainer=trainer), callbacks=[callback], say=lambda line: None)
-    except TrialEnded:
-        return
+            options = search.trial(settings[number], output_dir=str(Path(folder) / "run"))
+            options = options.replace(trainer={"save_strategy": "no", **options.trainer})
+            callback = Validation(options, search.evaluations, report)
+            trained = train(options, callbacks=[callback], say=lambda line: None)
+        summaries = (evaluation.summary() for evaluation in trained.evaluations)
+        report(trained.result.steps, mean_score(summaries), last=True)
     except Exception as error:
         tune.report({"score": WORST, "error": error_message(error)})

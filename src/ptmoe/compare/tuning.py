@@ -2,9 +2,9 @@
 
     ptmoe tune --task gsm8k --trials 20 --search learning_rate=0.001..0.1 --search rank=8,16,36
 
-A trial's score is that of examples of the training split which no trial trains on; the test split stays unseen. The
-trials follow from the seed, and what each scored is kept in `trials.jsonl`: the same command finishes what was broken
-off. Ray keeps its own records in pickles, which are deleted with its folder and never read.
+A trial's score is that of the validation split, or of examples of the training split which no trial trains on; the test
+split stays unseen. The trials follow from the seed, and what each scored is kept in `trials.jsonl`: the same command
+finishes what was broken off. Ray keeps its own records in pickles, which are deleted with its folder and never read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +21,12 @@ from ptmoe.compare.on_ray import RETRIES, session
 from ptmoe.compare.search import TunePlan, drawn
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.folders import BEST_FILE, TRIALS_FILE, TUNE_FILE, writing
-from ptmoe.runs.records import State, TrialRecord, write_lines
-from ptmoe.tasks import Problems
+from ptmoe.runs.records import write_lines
+from ptmoe.runs.searches import State, TrialRecord
+from ptmoe.train.examples import check_examples
 
 REDUCTION = 3  # of the trials that come so far, ASHA lets one in three go on
 STORAGE = ".ray"
-
-
-def count_examples(plan: TunePlan, say: Callable[[str], None]) -> int:
-    """How many examples there are to train and to validate on.
-
-    Raises:
-        PtmoeError: missing or bad data, or no more than half of them would be left to train on.
-    """
-    from ptmoe.train.examples import training_examples
-
-    limit = None if plan.max_examples is None else plan.max_examples + plan.validation_examples
-    options = plan.trial({}, max_examples=None)
-    problems = Problems(skip=plan.skip_bad, at_once=plan.data is None)
-    count = sum(1 for _ in islice(training_examples(options, problems, say), limit))
-    if count < 2 * plan.validation_examples:
-        raise PtmoeError(
-            f"{count:,} examples, and {plan.validation_examples:,} of them are to validate on: lower "
-            f"--validation-examples to {count // 2:,} or less"
-            if count > 1
-            else "one example: a search needs some to train and others to validate on"
-        )
-    return count
 
 
 def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) -> list[TrialRecord]:
@@ -72,7 +50,8 @@ def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) ->
             raise PtmoeError(f"{folder} holds another search ({', '.join(other)}): choose another --output-dir")
     elif folder.exists() and any(folder.glob("[!.]*")):
         raise PtmoeError(f"{folder} holds something other than a search: choose another --output-dir")
-    examples, settings = count_examples(plan, say), drawn(plan)
+    check_examples(plan.trial({}), say)
+    settings = drawn(plan)
     with writing(folder, "another ptmoe tune is running in"):
         path = folder / TRIALS_FILE
         known = {record.number: record for record in (TrialRecord.read_lines(path) if path.exists() else [])}
@@ -81,11 +60,11 @@ def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) ->
             known = {number: record for number, record in known.items() if number not in todo}
             with session(plan.on, plan.jobs or 1, plan.jobs, plan.gpus_per_trial) as room:
                 plan.write(folder / TUNE_FILE)
-                _fit(room, plan, folder, examples, settings, known, say)
+                _fit(room, plan, folder, settings, known, say)
         records = [known[number] for number in sorted(known)]
         scored = [record for record in records if record.state != "failed"]
         if scored:
-            best = plan.trial(best_of(scored).settings)
+            best = plan.trial(best_of(scored).settings, validation_examples=None)
             best.write(folder / BEST_FILE)
     return records
 
@@ -102,7 +81,6 @@ def _fit(
     room: Any,
     plan: TunePlan,
     folder: Path,
-    examples: int,
     settings: list[dict[str, Any]],
     known: dict[int, TrialRecord],
     say: Callable[[str], None],
@@ -127,7 +105,7 @@ def _fit(
     shutil.rmtree(folder / STORAGE, ignore_errors=True)
     told = {number: record.scores for number, record in known.items()}
     plain = {**plan.model_dump(), "output_dir": None}
-    trainable = ray_tune.with_parameters(trial, plan=plain, examples=examples, settings=settings, known=told)
+    trainable = ray_tune.with_parameters(trial, plan=plain, settings=settings, known=told)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray_tune.Tuner(

@@ -19,5 +19,8 @@ class Watcher:
 
     def message(self, cell: Cell, text: str) -> None: ...
 
+    def note(self, text: str) -> None:
+        """Something that concerns several cells."""
+
     def ended(self, cell: Cell, outcome: int | str) -> None:
         """With its number of trainable parameters, or what went wrong."""

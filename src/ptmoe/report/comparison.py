@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 
 from ptmoe.errors import PtmoeError
-from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, Run, read_run
+from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, SEARCH_FILE, Run, read_run
 from ptmoe.runs.predictions import read_predictions
 from ptmoe.runs.records import CellRecord, Failure
+from ptmoe.runs.searches import RateSearch
 from ptmoe.settings import OF_PEFT, read_yaml
 from ptmoe.tasks import GROUPS
 from ptmoe.tasks.resampling import Group, bootstrap_interval
@@ -54,10 +55,26 @@ class Cell(CellRecord):
             "method": self.method,
             "size": size_text(self.size),
             "trainable parameters": self.trainable_parameters,
+            "learning rate": self.run.config.get("learning_rate"),
             "steps": self.run.result.steps,
             "seconds of training": self.run.result.train_seconds,
+            **self.costs(),
             "trained on": self.task,
             "seed": self.seed,
+        }
+
+    def costs(self) -> dict[str, float | None]:
+        """What it takes to keep, to train and to use, as far as the run recorded it. The seconds of a step are those
+        from the first line of the log to the last, without what comes before the first step."""
+        result, logs = self.run.result, [log for log in self.run.logs if log.step and log.seconds is not None]
+        steps = (logs[-1].step or 0) - (logs[0].step or 0) if logs else 0
+        seconds = (logs[-1].seconds or 0.0) - (logs[0].seconds or 0.0) if logs else 0.0
+        lost = result.forgetting
+        return {
+            "adapter bytes": result.adapter_bytes,
+            "seconds a step": seconds / steps if steps > 0 else None,
+            "peak memory": result.peak_memory,
+            "forgetting": None if lost is None else lost.loss - lost.base_loss,
         }
 
     def scores(self) -> Iterator[dict[str, Any]]:
@@ -105,6 +122,7 @@ class Comparison:
     cells: tuple[Cell, ...]  # finished, at least one, in the order of the plan's methods and tasks, and by seed
     left_out: tuple[LeftOut, ...] = ()  # all others
     single: bool = False  # a single run
+    searches: tuple[RateSearch, ...] = ()  # for learning rates, where there were any
 
     @property
     def methods(self) -> dict[str, str]:
@@ -210,7 +228,7 @@ def read_comparison(folder: str | Path) -> Comparison:
     """Read a comparison's folder.
 
     Raises:
-        PtmoeError: it is not a folder, its plan is damaged, or no cell in it is finished.
+        PtmoeError: it is not a folder, its plan or its search is damaged, or no cell in it is finished.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -225,7 +243,8 @@ def read_comparison(folder: str | Path) -> Comparison:
         )
     place = _order(plan)
     cells.sort(key=lambda cell: (place(cell), cell.seed))
-    return Comparison(folder, plan, tuple(cells), (*left_out, *_not_started(cells, left_out)))
+    searched = RateSearch.read_lines(folder / SEARCH_FILE) if (folder / SEARCH_FILE).exists() else []
+    return Comparison(folder, plan, tuple(cells), (*left_out, *_not_started(cells, left_out)), searches=tuple(searched))
 
 
 def _cells(folder: Path) -> tuple[list[Cell], list[LeftOut]]:

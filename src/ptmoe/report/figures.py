@@ -33,6 +33,7 @@ try:
     from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 except ModuleNotFoundError:
     raise PtmoeError("a report needs jinja2 and matplotlib: pip install 'ptmoe[report]'") from None
@@ -41,6 +42,8 @@ WIDTH = 4.4  # inches, at 72 points each: 317 points
 FONT_SIZE = 9.0  # points
 LONGEST_DOMAIN = 22  # characters
 MOST_POINTS = 200  # of a curve: as many as can be told apart
+SMALLEST, LARGEST = 1_000, 300_000  # trainable parameters that the axis of sizes shows
+SMALL = 7.5  # points, of a name beside its mark
 CURVE_COLUMNS = ["method", "trained on", "by", "at", "mean loss", "lowest seed", "highest seed", "seeds"]
 
 INK, PAPER, FAINT, UNTOUCHED, HIGH, LOW = "#1f2937", "#ffffff", "#e5e7eb", "#858b95", "#08487a", "#9a3d00"
@@ -107,8 +110,10 @@ def inline_svg(figure: Figure, name: str, looks: Iterable[Style] = ()) -> str:
 def score_by_parameters(board: Board, parameters: Mapping[str, int], looks: Mapping[str, Style]) -> Figure:
     """Average score against trainable parameters, on a logarithmic axis, with 95 % intervals.
 
-    The dashed line joins the labels that none beats with as few parameters or fewer. What trains nothing has no place
-    on the axis and is a line across.
+    The dashed line joins the labels that none beats with as few parameters or fewer (the Pareto front), which are named
+    beside their points. What trains nothing has no place on the axis and is a line across. Where sizes differ by more
+    than a factor of three the axis goes from 1k to 300k at least, so that figures of several comparisons can be laid
+    side by side.
     """
     figure, axes = _plot("trainable parameters", f"{metric_name(board.metric)}, %", height=3.3)
     scored = {label: board.scores[label, AVERAGE] for label in board.ranking}
@@ -121,20 +126,51 @@ def score_by_parameters(board: Board, parameters: Mapping[str, int], looks: Mapp
             )
         else:
             axes.axhline(score.mean, color=color, linewidth=1.4, linestyle=":", label=plain(label))
-    points = pd.DataFrame([(parameters[label], score.mean) for label, score in scored.items() if parameters[label]])
-    if len(points):
-        front = points.sort_values([0, 1], ascending=[True, False])
-        front = front[front[1] > front[1].cummax().shift(fill_value=-1.0)]
-        axes.plot(front[0], front[1], color=INK, alpha=0.35, linewidth=1, linestyle="--", zorder=1)
+    front = pareto_front({label: (parameters[label], score.mean) for label, score in scored.items()})
+    places = [(parameters[label], scored[label].mean) for label in front]
+    if places:
+        axes.plot(*zip(*places, strict=True), color=INK, alpha=0.35, linewidth=1, linestyle="--", zorder=1)
     axes.set_xscale("log")
     axes.margins(0.12)
+    counts = [parameters[label] for label in scored if parameters[label]]
+    if counts and max(counts) > 3 * min(counts):
+        axes.set_xlim(min(SMALLEST, 0.7 * min(counts)), max(LARGEST, 1.4 * max(counts)))
     left, right = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator() if right > 20 * left else MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y")
     show_legend(axes)
+    _name_points(figure, axes, dict(zip(front, places, strict=True)))
     return figure
+
+
+def pareto_front(points: Mapping[str, tuple[int, float]]) -> list[str]:
+    """The labels that none beats with as few parameters or fewer, from their parameters and scores; the smallest first.
+    What trains nothing is not among them."""
+    front: list[str] = []
+    for label, (count, score) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if count and (not front or score > points[front[-1]][1]):
+            front.append(label)
+    return front
+
+
+def _name_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names to the upper left of the points of a rising line, where nothing else is, within the axes' sides; raised
+    where they would meet."""
+    options: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": SMALL}
+    options |= {"annotation_clip": False, "path_effects": [withStroke(linewidth=1.5, foreground=PAPER)]}
+    options |= {"in_layout": False}  # or the axes would move when a name does
+    texts = [axes.annotate(plain(label, 24), place, (-4, 2), **options) for label, place in points.items()]
+    figure.set_dpi(72)  # so that a text is measured in points, and rather too wide than too narrow
+    figure.draw_without_rendering()  # places the axes
+    taken = list[Any]()
+    for text in texts:
+        over = axes.get_window_extent().x0 - text.get_window_extent().x0
+        text.xyann = (text.xyann[0] + max(0.0, over), text.xyann[1])
+        while any(text.get_window_extent().overlaps(other) for other in taken):
+            text.xyann = (text.xyann[0], text.xyann[1] + SMALL)
+        taken.append(text.get_window_extent())
 
 
 def curve_points(comparison: Comparison, against: Literal["step", "seconds"]) -> pd.DataFrame:

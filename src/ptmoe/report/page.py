@@ -12,6 +12,7 @@ import yaml
 
 from ptmoe.files import write_whole
 from ptmoe.report.comparison import AVERAGE, Comparison, counted_states, read_comparison, single_run
+from ptmoe.report.costs import rate_warnings
 from ptmoe.report.figures import styles
 from ptmoe.report.gallery import Gallery, Section
 from ptmoe.report.results import ALPHA, Board, Score, boards
@@ -169,6 +170,7 @@ def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
         for change in cell.run.environment.changes
         for name, (before, now) in change.differences.items()
     ]
+    yield from rate_warnings(comparison)
     if forced:
         yield "Training was resumed with other settings.", forced
     lines = []

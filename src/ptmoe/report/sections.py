@@ -9,10 +9,11 @@ import pandas as pd
 
 from ptmoe.report import figures
 from ptmoe.report.comparison import AVERAGE, MEAN, Comparison, paper, size_text
+from ptmoe.report.costs import cost_sections, rate_sections
 from ptmoe.report.gallery import Gallery, Section
 from ptmoe.report.results import Board, part_scores
 from ptmoe.report.routing import routing_sections
-from ptmoe.report.table import Table, decimals, metric_name
+from ptmoe.report.table import Table, metric_name
 
 OURS = "this comparison"
 Row = dict[str, Any]
@@ -30,6 +31,8 @@ def sections(comparison: Comparison, found: Sequence[Board], gallery: Gallery) -
             tables.append(paired_table(board))
         yield Section(_board_title(board), tables=tables)
     yield from _parameters(comparison, found, gallery)
+    yield from cost_sections(comparison)
+    yield from rate_sections(comparison)
     yield from _domains(comparison, found, gallery)
     yield from _curves(comparison, gallery)
     yield from routing_sections(comparison, gallery)
@@ -46,7 +49,7 @@ def sections(comparison: Comparison, found: Sequence[Board], gallery: Gallery) -
     yield Section(
         "Every cell",
         "What all numbers above come from: each finished cell’s scores as its files hold them, and what training took.",
-        [cost_table(comparison), Table("cells", "Every finished cell", cells, note, place="download")],
+        [Table("cells", "Every finished cell", cells, note, place="download")],
     )
 
 
@@ -161,10 +164,10 @@ def _parameters(comparison: Comparison, found: Sequence[Board], gallery: Gallery
     counts = {cell.label: cell.trainable_parameters for cell in comparison.cells}
     pictures = []
     for board in (board for board in found if board.ranks and len(board.ranking) > 1):
-        alt = {
-            label: f"{board.scores[label, AVERAGE].mean:.1f} % with {trained_text(counts[label])}"
-            for label in board.ranking
-        }
+        means = {label: board.scores[label, AVERAGE].mean for label in board.ranking}
+        front = figures.pareto_front({label: (counts[label], mean) for label, mean in means.items()})
+        alt = {label: f"{mean:.1f} % with {trained_text(counts[label])}" for label, mean in means.items()}
+        alt["on the dashed line"] = ", ".join(front) or "none"
         title = f"{_board_title(board, 'average')} by trainable parameters"
         pictures.append(gallery.picture(title, figures.score_by_parameters, board, counts, gallery.looks, alt=alt))
     if pictures:
@@ -218,22 +221,3 @@ def _curves(comparison: Comparison, gallery: Gallery) -> Iterator[Section]:
             [Table("learning-curves", "The learning curves’ points", points, place="download")],
             pictures,
         )
-
-
-def cost_table(comparison: Comparison) -> Table:
-    """Each label's size and what its training took, mean over its cells."""
-    found = pd.DataFrame([cell.facts() for cell in comparison.cells]).groupby("label", sort=False)
-    columns = {
-        "trainable parameters": ("trainable parameters", "first"),
-        "optimiser steps": ("steps", "mean"),
-        "seconds of training": ("seconds of training", "mean"),
-        "cells": ("label", "size"),
-    }
-    return Table(
-        "training cost",
-        "What training took",
-        found.agg(**columns).rename_axis("method").reset_index(),
-        "Steps and seconds are means over a method’s cells.",
-        hints=list(found["size"].first()),
-        formats={"optimiser steps": decimals(0)},
-    )

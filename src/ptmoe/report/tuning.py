@@ -18,7 +18,7 @@ from ptmoe.report.gallery import Gallery, Section
 from ptmoe.report.page import write_page
 from ptmoe.report.table import Table
 from ptmoe.runs.folders import BEST_FILE, TRIALS_FILE, TUNE_FILE
-from ptmoe.runs.records import TrialRecord
+from ptmoe.runs.searches import TrialRecord
 
 
 def write_tuning_report(folder: Path) -> Path | None:
@@ -39,8 +39,8 @@ def write_tuning_report(folder: Path) -> Path | None:
         "trials",
         "Every trial",
         pd.DataFrame(rows, columns=["trial", *fields, "score", "steps", "state"], dtype=object),
-        f"Score in percent on {plan.validation_examples:,} examples of the training split that no trial trains on, the "
-        "last that the trial has; a stopped trial’s is of fewer steps. A dash is a setting as it is given.",
+        f"Score in percent on {plan.validation_examples:,} validation examples, which no trial trains on, the last "
+        "that the trial has; a stopped trial’s is of fewer steps. A dash is a setting as it is given.",
         formats=dict.fromkeys(fields, _shown),
     )
     gallery, said = Gallery(folder / "figures", {}), {"best": f"trial {best.number}, {best.scores[-1][1]:.1f} %"}

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,6 +60,26 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def peak_memory() -> Callable[[], int | None]:
+    """Begins to watch the memory, and returns what says the most bytes held since: allocated on a GPU, resident of this
+    process on a CPU; None where the system does not say."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident; see proc(5)
+    except OSError:
+        return lambda: None
+    return _resident_peak
+
+
+def _resident_peak() -> int | None:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else None
 
 
 def world_size() -> int:

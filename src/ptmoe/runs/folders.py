@@ -23,6 +23,7 @@ METRICS_FILE, ADAPTER_FOLDER, CHECKPOINTS_FOLDER = "metrics.jsonl", "adapter", "
 INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE = "inspect", "nearest.json", "routing.json"
 PLAN_FILE, CELL_FILE, FAILED_FILE, LOG_FILE = "comparison.yaml", "cell.json", "failed.jsonl", "log.txt"
 TUNE_FILE, TRIALS_FILE, BEST_FILE = "tune.yaml", "trials.jsonl", "best.yaml"
+SEARCH_FILE, SEARCH_FOLDER = "search.jsonl", "search"
 LOCK_FILE = ".lock"
 LONGEST_STEM = 200  # bytes of a name that is given endings
 

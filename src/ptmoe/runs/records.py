@@ -13,9 +13,10 @@ RUN/report.html  figures/  tables/
 COMPARISON/comparison.yaml            `ptmoe.compare.plan.ComparePlan`; below `compare`, a mapping
 COMPARISON/cells/LABEL/TASK/seed-N/   a run folder, and cell.json: CellRecord, written last
 COMPARISON/failed.jsonl               Failure, one for each cell that failed when it was last run
+COMPARISON/search.jsonl               RateSearch (`ptmoe.runs.searches`), one for each method, size and task
 
 SEARCH/tune.yaml                      `ptmoe.compare.search.TunePlan`
-SEARCH/trials.jsonl                   TrialRecord, one for each trial that ended
+SEARCH/trials.jsonl                   TrialRecord (`ptmoe.runs.searches`), one for each trial that ended
 SEARCH/best.yaml                      the best trial's `TrainOptions`
 
 A key that a folder written earlier lacks gets its default, and a key that is not known is ignored.
@@ -27,7 +28,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
@@ -36,7 +37,6 @@ from ptmoe.errors import PtmoeError
 from ptmoe.files import append, write_whole
 
 COLLAPSED_SHARE = 0.95  # of the inputs on one expert
-State: TypeAlias = Literal["finished", "stopped", "failed"]
 OLD_FOLDER = "if an earlier version of ptmoe wrote it, evaluate or train again with this one"
 
 
@@ -125,8 +125,25 @@ class Environment(Record):
     changes: list[Change] = []
 
 
+class Forgetting(Record):
+    """What a base forgets (`ptmoe.evaluate.forgetting`): the mean loss of the same `tokens` of so many `texts`, in
+    nats, of the untouched base (`base_loss`) and with the adapter (`loss`)."""
+
+    texts: int
+    tokens: int
+    base_loss: float
+    loss: float
+
+
 class Result(Record):
-    """What was trained, and what that took."""
+    """What was trained, and what that took.
+
+    Attributes:
+        adapter_bytes: of the adapter's tensors as they are saved.
+        peak_memory: the most bytes that the training held: allocated on a GPU, resident of the process on a CPU. None
+            where the system does not say, and where nothing was trained.
+        forgetting: None where it was not measured.
+    """
 
     name: str
     method: str
@@ -136,6 +153,9 @@ class Result(Record):
     examples: int = 0
     examples_cut: int = 0
     examples_left_out: int = 0
+    adapter_bytes: int | None = None
+    peak_memory: int | None = None
+    forgetting: Forgetting | None = None
 
 
 class LogLine(Record):
@@ -322,24 +342,6 @@ class Failure(Record):
     @property
     def cell(self) -> tuple[str, str, int | None]:
         return self.label, self.task, self.seed
-
-
-class TrialRecord(Record):
-    """A trial of a search that ended.
-
-    Attributes:
-        number: in the order in which they are drawn.
-        settings: that differ from the search's own.
-        scores: the steps after which it was validated, and the scores, in percent.
-        state: whether it trained to its end, was stopped before because others did better, or failed.
-        error: why it failed.
-    """
-
-    number: int
-    settings: dict[str, Any]
-    scores: list[tuple[int, float]]
-    state: State
-    error: str | None = None
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,17 @@ _SEEDS = {"train": 1, "validation": 2, "test": 3}
 
 
 def load(name: str, split: str) -> Iterator[Example]:
-    """The same examples each time. Inputs of `validation` and `test` are in no training set and not in pretraining."""
+    """The same examples each time. Inputs of `validation` and `test` are in no training set and not in pretraining, and
+    no prompt is in both."""
     world = name.removeprefix("nano/")
     seed, held_out = _SEEDS[split], split != "train"
     if world == "skills":
         records = instructed(seed, test=held_out, longest=TASK_LONGEST)
     else:
         records = uninstructed(world, seed, test=held_out)
-    for number, record in enumerate(islice(records, SPLITS[split])):
+    tested = {example.input for example in load(name, "test")} if split == "validation" else set()
+    fresh = (record for record in records if record.prompt not in tested)
+    for number, record in enumerate(islice(fresh, SPLITS[split])):
         domain = record.skill if world == "skills" else record.domain
         yield Example(f"{split}-{number}", record.prompt, record.completion, (record.answer,), name, domain)
 

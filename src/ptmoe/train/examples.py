@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptmoe import nano
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks import (
     TASKS,
+    Example,
     Problems,
     check_labels,
     check_size,
@@ -25,42 +28,119 @@ from ptmoe.tasks import local as local_task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ptmoe.tasks.base import Example
     from ptmoe.train.options import SharedOptions, TrainOptions
+
+MOST_TEXTS, NANO_TEXTS = 200, 110  # that show what a base forgets; of nano's skills ten each
+LONGEST_LINE = 100_000  # characters; of a longer one the rest counts as another
 
 
 def training_examples(options: TrainOptions, problems: Problems, say: Callable[[str], None]) -> Iterable[Example]:
-    """The first is read at once, so that missing data is reported before the base is loaded; a task's others as they
-    are needed, so that no data set has to fit into memory as text."""
+    """All but those that the run is validated on. The first are read at once, so that missing data is reported before
+    the base is loaded; a task's others as they are needed, so that no data set has to fit into memory as text."""
+    stream = _stream(options, problems, say)
+    return islice(_parted(options, stream)[1] if evaluation_split(options) == "train" else stream, options.max_examples)
+
+
+def _stream(options: TrainOptions, problems: Problems, say: Callable[[str], None]) -> Iterator[Example]:
+    """The training split, or the file."""
     if options.task is None:
         assert options.data is not None
         keys = local_task.Keys(options.prompt_key, options.completion_key, options.separator)
-        return local_task.load(options.data, keys, problems)[: options.max_examples]
+        return iter(local_task.load(options.data, keys, problems))
     check_size(options.task, options.max_examples)
     stream = stream_task(options.task, "train", options.data_dir, problems=problems, say=say)
     first = next(stream, None)
     if first is None:
         raise PtmoeError(f"{options.task} ({options.data_dir or 'train'}) holds no example: needs at least one")
-    return islice(chain([first], stream), options.max_examples)
+    return chain([first], stream)
+
+
+def _parted(options: TrainOptions, stream: Iterator[Example]) -> tuple[list[Example], Iterator[Example]]:
+    """The first examples of a training split, to validate on, and the others.
+
+    Raises:
+        PtmoeError: there are fewer others, or `max_examples` allows fewer.
+    """
+    assert options.validation_examples is not None
+    wanted, most = options.validation_examples, options.max_examples
+    first = list(islice(stream, 2 * wanted))
+    count = len(first) if most is None else min(len(first), wanted + most)
+    if count < 2 * wanted:
+        raise PtmoeError(
+            f"{count:,} examples, and {wanted:,} of them are to validate on: lower that (--validation-examples, or "
+            f"--search-examples of ptmoe compare) to {count // 2:,} or less"
+            if count > 1
+            else "one example: a search needs some to train and others to validate on"
+        )
+    return first[:wanted], chain(first[wanted:], stream)
+
+
+def evaluation_split(options: TrainOptions) -> str:
+    """What a run is evaluated on: `test`; with `validation_examples` the split `validation`, where each of its tasks
+    has one, else a part of `train`."""
+    if options.validation_examples is None:
+        return "test"
+    # A single file stands for every split, so it would be trained on as well.
+    named = options.task is not None and not is_file(options.task) and not Path(options.data_dir or ".").is_file()
+    held_out = named and all("validation" in TASKS[name].splits for name in task_names(str(options.task)))
+    return "validation" if held_out else "train"
 
 
 def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> dict[str, list[Example]]:
-    """The examples of each task in `eval_task`; by default the test splits of nano's own tasks.
+    """The examples of each task in `eval_task`; by default the test splits of nano's own tasks; with
+    `validation_examples` those.
 
     Raises:
         PtmoeError: missing or bad data, or tasks that cannot be scored as the options say.
     """
-    if options.eval_task is not None:
-        names = listed_names(options.eval_task)
-    else:
-        names = [] if options.task is None or is_file(options.task) else task_names(options.task)
-        if not all(TASKS[name].generate for name in names):
+    trained, split, folder = options.task or str(options.data), evaluation_split(options), options.data_dir
+    names = [trained] if options.task is None or is_file(trained) else task_names(trained)
+    most: int | None = -(-(options.validation_examples or 0) // len(names))
+    if split == "test":
+        folder, most = evaluation_data_dir(options), options.eval_examples
+        if options.eval_task is not None:
+            names = listed_names(options.eval_task)
+        elif is_file(trained) or not all(TASKS[name].generate for name in names):
             return {}
     if options.score == "choices":
         check_labels(map(task_named, names))
-    folder = evaluation_data_dir(options)
-    limits: dict[str, Any] = {"max_examples": options.eval_examples, "say": say}
-    return {name: load_task(name, "test", folder, problems=Problems(skip=options.skip_bad), **limits) for name in names}
+    if split == "train":
+        found, _ = _parted(options, _stream(options, Problems(skip=options.skip_bad, at_once=True), say))
+        of = {name: [example for example in found if example.task == name] for name in names}
+        return {name: part for name, part in of.items() if part} if len(names) > 1 else {trained: found}
+    limits: dict[str, Any] = {"max_examples": most, "say": say}
+    return {name: load_task(name, split, folder, problems=Problems(skip=options.skip_bad), **limits) for name in names}
+
+
+def check_examples(options: TrainOptions, say: Callable[[str], None]) -> None:
+    """That there are examples to train and to evaluate on; downloaded, where they are not there yet.
+
+    Raises:
+        PtmoeError: missing or bad data, or fewer to train on than to validate on.
+    """
+    problems = Problems(skip=options.skip_bad, at_once=options.data is None)
+    next(iter(training_examples(options, problems, say)), None)
+    evaluation_examples(options, say)
+
+
+def forgetting_examples(options: SharedOptions) -> list[Example]:
+    """What the base could do before: nano's skills with their instructions, or lines of a file, which have no target.
+
+    Raises:
+        PtmoeError: there is no such file, or no line in it.
+    """
+    if options.forgetting is None:
+        return load_task("nano/skills", "validation", max_examples=NANO_TEXTS) if options.model == nano.NAME else []
+    path = Path(options.forgetting)
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = (line.strip() for line in iter(partial(file.readline, LONGEST_LINE), ""))
+            texts = list(islice(filter(None, lines), MOST_TEXTS))
+    except (OSError, ValueError) as error:  # the latter where it, or its name, is no text
+        raise PtmoeError(f"forgetting {path}: {error}: needs a file with lines of text in UTF-8") from None
+    if not texts:
+        raise PtmoeError(f"forgetting {path}: no line of text, needs one at least")
+    return [Example(f"{number}", line, "", (), "forgetting") for number, line in enumerate(texts, start=1)]
 
 
 def evaluation_data_dir(options: SharedOptions) -> str | None:

@@ -102,6 +102,9 @@ class SharedOptions(Settings):
     """where the evaluation tasks' data sets are; by default --data-dir, if that is a folder"""
     eval_examples: Count | None = None
     """evaluate on the first N examples of each task only"""
+    forgetting: str | None = None
+    """file with lines of text, of which 200 at most are read: measure how much worse the base predicts them with the
+    adapter; on nano by default its own skills"""
     score: Literal["answers", "choices"] = "answers"
     """how evaluated tasks are answered: as the model writes, or, for classifications, with the most likely label"""
     eval_batch_size: Count = 200
@@ -119,7 +122,7 @@ class SharedOptions(Settings):
     output_dir: str | None = None
     """folder of the run; by default a new one under runs/"""
 
-    @field_validator("model", "data_dir", "eval_data_dir", "output_dir", "data", check_fields=False)
+    @field_validator("model", "data_dir", "eval_data_dir", "forgetting", "output_dir", "data", check_fields=False)
     @classmethod
     def _a_name_for_a_file(cls, value: str | None) -> str | None:
         if any(len(part.encode()) > LONGEST_NAME for part in (value or "").split("/")):
@@ -177,6 +180,9 @@ class TrainOptions(SharedOptions):
     """keep the tokens of large data in files, so that later runs start at once"""
     eval_task: str | None = None
     """tasks to evaluate greedily after training: a,b or a group; by default nano's own"""
+    validation_examples: Count | None = None
+    """evaluate on so many examples of the training task's validation split, and not on a test split; where it has none,
+    on the first of the training split, which are then not trained on"""
     seed: Annotated[int, Field(ge=0)] = 0
     """of the initial values, the order of the data and the router's noise"""
     learning_rate: Rate | None = None

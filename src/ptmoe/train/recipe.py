@@ -15,7 +15,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.files import check_name
 from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.models.sharding import check_sharding, leave_accelerate_out, sharding_asked_for
-from ptmoe.runs.environment import environment, rank, world_size
+from ptmoe.runs.environment import environment, peak_memory, rank, world_size
 from ptmoe.runs.folders import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
@@ -29,7 +29,7 @@ from ptmoe.runs.folders import (
 from ptmoe.runs.records import Change, Environment, Result
 from ptmoe.tasks import Problems, task_named
 from ptmoe.train.checkpoints import newest_whole
-from ptmoe.train.examples import askable, evaluation_examples, training_examples
+from ptmoe.train.examples import askable, evaluation_examples, evaluation_split, forgetting_examples, training_examples
 from ptmoe.train.optimizer import check_optimizer, check_targets
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
 from ptmoe.train.processes import ALONE, TIMEOUT, Processes
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 RUN_FILES = (CONFIG_FILE, RESULT_FILE, ADAPTER_FOLDER, METRICS_FILE, CHECKPOINTS_FOLDER)
 # Options whose names `TrainingArguments` has as well, but which are carried out here.
 NOT_PASSED_ON = {"output_dir", "torch_compile", "gradient_checkpointing", "fsdp"}
-PLACES = {"data", "data_dir", "eval_data_dir"}  # may differ between machines: what they hold may not
+PLACES = {"data", "data_dir", "eval_data_dir", "forgetting"}  # may differ between machines: what they hold may not
 
 
 @dataclass
@@ -128,10 +128,12 @@ def _train(
     # A stream is used before it ends, so a bad record in it is refused at once; a file's bad lines are counted first.
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
+    known = forgetting_examples(options) if options.validation_examples is None else []
     check_trainer_arguments(options)
     check_optimizer(options, config)
 
     from ptmoe.evaluate.choices import labels_by_task
+    from ptmoe.evaluate.forgetting import encode_texts, forgetting, text_loss
     from ptmoe.fast.compiled import compile_layers
     from ptmoe.models.attach import attach
     from ptmoe.tasks.tokens import row_length
@@ -152,6 +154,7 @@ def _train(
     shown: dict[str, Any] = {"cache": options.token_cache, "problems": problems, "say": say}
     rows = fit(examples, tokenizer, length, options.truncation, chat=chat, **shown)
     held_out = askable(held_out, tokenizer, options, chat, say)
+    texts = encode_texts(known, tokenizer, model.max_positions, config.num_virtual_tokens)
     data = rows.fingerprint()
     processes.agree(data=data)
     if resume:
@@ -185,7 +188,10 @@ def _train(
         step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         change = Change(step=step, differences=different) if different else None
         trainer.add_callback(OnBegin(partial(_begin, folder, options, fast_paths, compile_failure, data, change)))
-    started = time.monotonic()
+    base_losses: list[float] = []
+    if texts and config.trains_base and checkpoint is None:
+        trainer.add_callback(OnBegin(lambda: base_losses.append(text_loss(model, texts))))
+    peak, started = peak_memory(), time.monotonic()
     fit_until_interrupted(trainer, folder, checkpoint)
     result = Result(
         name=config.method,
@@ -196,7 +202,14 @@ def _train(
         examples=len(rows),
         examples_cut=rows.cut,
         examples_left_out=rows.left_out,
+        adapter_bytes=sum(path.stat().st_size for path in (folder / ADAPTER_FOLDER).glob("*.safetensors")),
+        peak_memory=peak(),
     )
+    try:
+        if texts:
+            result = result.model_copy(update={"forgetting": forgetting(model, texts, *base_losses)})
+    except PtmoeError as error:  # a method that cannot be switched off, where a resumed run has changed the base before
+        say(f"what the base forgets is not measured: {error}")
     evaluations = _finish(folder, result, model, tokenizer, held_out, options)
     processes.part()
     return Trained(folder, result, model, tokenizer, evaluations)
@@ -284,6 +297,7 @@ def _finish(
             tokenizer,
             examples,
             task=graded[name],
+            split=evaluation_split(options),
             score=options.score,
             batch_size=options.eval_batch_size,
             max_new_tokens=options.max_new_tokens,

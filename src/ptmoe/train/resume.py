@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FREE = {
     *("output_dir", "data", "data_dir", "skip_bad", "token_cache", "logging_steps", "report_to"),
     *("save_steps", "save_total_limit", "eval_task", "eval_data_dir", "eval_examples", "eval_batch_size"),
-    *("max_new_tokens", "score", "fsdp"),
+    *("max_new_tokens", "score", "forgetting", "fsdp"),
 }
 FORCE = "go on as you say with --force, which records both"
 Differences = dict[str, tuple[Any, Any]]  # by name, the recorded and the given value

@@ -35,6 +35,7 @@ from ptmoe.runs.records import LogLine, append_line, write_lines
 from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
 from ptmoe.train.checkpoints import PARTIAL, publish, seal
 from ptmoe.train.optimizer import SCHEDULER, load_state, save_state, settle, updates_in_backward
+from ptmoe.train.steps import DIVERGED
 
 TRAINING_STATE = "training_state.safetensors"
 RANDOM_STATE = "random_state.json"
@@ -51,10 +52,10 @@ class DivergedError(PtmoeError):
 
     def __init__(self, loss: float, step: int, restored: str | None) -> None:
         super().__init__(
-            f"the loss became {loss} at step {step}, and no checkpoint holds earlier weights, so nothing was saved: "
+            f"{DIVERGED} {loss} at step {step}, and no checkpoint holds earlier weights, so nothing was saved: "
             "lower --learning-rate, train in float32, or lower --save-steps"
             if restored is None
-            else f"the loss became {loss} at step {step}; stopped with {restored}: lower --learning-rate, or train in "
+            else f"{DIVERGED} {loss} at step {step}; stopped with {restored}: lower --learning-rate, or train in "
             "float32"
         )
         self.step = step

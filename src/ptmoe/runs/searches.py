@@ -1,0 +1,97 @@
+"""What a search tried and found, as records: trials of `ptmoe tune`, and a comparison's search for learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, TypeAlias
+
+from ptmoe.runs.records import EvaluationSummary, Record
+
+State: TypeAlias = Literal["finished", "stopped", "diverged", "failed"]
+
+
+def mean_score(evaluations: Iterable[EvaluationSummary]) -> float:
+    """What a trial is judged by: the plain mean over its tasks, in percent."""
+    scores = [evaluation.score for evaluation in evaluations]
+    return sum(scores) / len(scores)
+
+
+class TrialRecord(Record):
+    """A trial of a search that ended.
+
+    Attributes:
+        number: in the order in which they are drawn.
+        settings: that differ from the search's own.
+        scores: the steps after which it was validated, and the scores, in percent.
+        state: whether it trained to its end, was stopped before because others did better, or failed; of a learning
+            rate with which the loss becomes NaN, that it diverged.
+        error: why it failed or diverged.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    scores: list[tuple[int, float]]
+    state: State
+    error: str | None = None
+
+
+class RateSearch(Record):
+    """The search for one learning rate of a comparison: of a method at one size, trained on one task.
+
+    Attributes:
+        label: of the cells that it is for.
+        method: theirs.
+        task: theirs.
+        split: that scores are of: `validation`, or the part of `train` that no trial was trained on.
+        examples: of it, at most.
+        given: the learning rate as the plan has it, around which the others lie.
+        rates: the grid, the lowest first.
+        seeds: of the trials at each rate, which no cell has by default.
+        trials: those that have ended; their settings are `learning_rate` and `seed`.
+        chosen: the learning rate of the cells; None until every trial has ended.
+    """
+
+    label: str
+    method: str
+    task: str
+    split: str
+    examples: int
+    given: float
+    rates: list[float]
+    seeds: list[int]
+    trials: list[TrialRecord] = []
+    chosen: float | None = None
+
+    @property
+    def scores(self) -> dict[float, list[float]]:
+        """By rate, those of the trials that trained to their end, by seed."""
+        trials = sorted(self.trials, key=lambda trial: trial.settings["seed"])
+        return {
+            rate: [t.scores[-1][1] for t in trials if t.settings["learning_rate"] == rate and t.state == "finished"]
+            for rate in self.rates
+        }
+
+    @property
+    def means(self) -> dict[float, float]:
+        """The mean over seeds of each rate that trained to its end with all of them."""
+        whole = {rate: scores for rate, scores in self.scores.items() if len(scores) == len(self.seeds)}
+        return {rate: sum(scores) / len(scores) for rate, scores in whole.items()}
+
+    @property
+    def settled(self) -> set[tuple[float, int]]:
+        """The rates and seeds that are not to be tried again."""
+        ended = (trial for trial in self.trials if trial.state != "failed")
+        return {(trial.settings["learning_rate"], trial.settings["seed"]) for trial in ended}
+
+    @property
+    def best(self) -> float | None:
+        """The rate with the highest mean, of equal ones the lowest; None before all trials have ended, and where no
+        rate has a mean."""
+        ended = len(self.settled) == len(self.rates) * len(self.seeds)
+        return max(self.means, key=self.means.__getitem__) if ended and self.means else None
+
+    @property
+    def edge(self) -> str | None:
+        """Whether the chosen rate is the `lowest` or the `highest` of its grid, so that a better one may lie beyond."""
+        ends = {self.rates[0]: "lowest", self.rates[-1]: "highest"}
+        return None if self.chosen is None else ends.get(self.chosen)
