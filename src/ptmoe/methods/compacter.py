@@ -81,7 +81,7 @@ class CompacterConfig(PartsConfig):
 
     method = "compacter"
     order = 510
-    default_learning_rate = 1e-2
+    default_learning_rate = 3e-2
     free_sizes = ("width",)
     part_class = CompacterPart
     phm_dim: Size = 4

@@ -77,6 +77,7 @@ class NLoRAConfig(PartsConfig):
 
     method = "nlora"
     order = 470
+    default_learning_rate = 3e-3
     unsupported_quantizations = QUANTIZATIONS
     free_sizes = ("rank",)
     part_class = NLoRAPart
