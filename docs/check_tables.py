@@ -9,7 +9,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 sys.path.insert(0, str(ROOT))
 
-import tabulate_peft  # noqa: E402  # beside this file
+import tabulate_methods  # noqa: E402  # beside this file
+import tabulate_peft  # noqa: E402
 from benchmarks.real.table import table as real_table  # noqa: E402
 from seeds import finished, table  # noqa: E402
 
@@ -22,6 +23,7 @@ def main() -> None:
         ("docs/findings.md", table(finished(RESULTS / "tried.jsonl"))),
         ("docs/findings.md", real_table(RESULTS / "real_mixture.jsonl")),
         ("docs/findings.md", "\n".join(line for line in compared if line.startswith("|"))),
+        ("docs/methods.md", tabulate_methods.table()),
         *(("docs/peft.md", text) for text in tabulate_peft.tables()),
     ]
     wrong = [f"{page} lacks this table:\n{text}" for page, text in expected if text not in (ROOT / page).read_text()]

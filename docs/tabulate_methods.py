@@ -13,26 +13,21 @@ from pathlib import Path
 from ptmoe.compare.budget import fit_budget, size_text
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, MethodConfig
+from ptmoe.methods.shelf import ShelfConfig
 from ptmoe.models.attach import count_parameters
 from ptmoe.models.bases import load_config
 
 PAGE = Path(__file__).parent / "methods.md"
 MARK = "<!-- table -->"
 BUDGET = 3840
-HEAD = f"| method | | trainable parameters on nano, as it is | in a budget of {BUDGET:,} | rows of a batch |"
+HEAD = f"| method | | parameters | in {BUDGET:,} | rows share a batch |"
 
 
 def source(config: type[MethodConfig]) -> str:
-    """The first sentence of the module that defines it, or of the config where modules hold several."""
-    text = (sys.modules[config.__module__].__doc__ or "").strip().split("\n\n")[0]
+    """The head of the file that defines it, up to its formula; of a type of `peft`, what it is called there."""
+    described = config if issubclass(config, ShelfConfig) else sys.modules[config.__module__]
+    text = (described.__doc__ or "").strip().split("\n\n")[0]
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", " ".join(text.split()))
-
-
-def batch(config: type[MethodConfig]) -> str:
-    """Whose inputs can be in one batch with its own."""
-    if config.changes_layers:
-        return "one adapter"
-    return "one adapter, over others' prompts" if config.fills_cache else "any prompts"
 
 
 def row(name: str) -> str:
@@ -42,12 +37,22 @@ def row(name: str) -> str:
         within = f"{count_parameters(base, fitted):,} ({size_text(fitted)})"
     except PtmoeError:
         within = "does not fit"
-    cells = (f"`{name}`", source(config), f"{count_parameters(base, config()):,}", within, batch(config))
+    cells = (
+        f"`{name}`",
+        source(config),
+        f"{count_parameters(base, config()):,}",
+        within,
+        "no" if config.changes_layers or config.fills_cache else "yes",
+    )
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
+def table() -> str:
+    return "\n".join([HEAD, "|---|---|---:|---:|---|", *map(row, METHODS)])
+
+
 def main(write: bool) -> None:
-    text = "\n".join([HEAD, "|---|---|---:|---:|---|", *map(row, METHODS)])
+    text = table()
     if not write:
         print(text)
         return
