@@ -25,7 +25,7 @@ PROMPTS = {
     "P-tuning": METHODS["p-tuning"](num_virtual_tokens=5),
     "multitask": METHODS["multitask-prompt-tuning"](num_virtual_tokens=5),
 }
-FIXED = ("PT", "DPT", "PT-MoE selective", "P-tuning", "multitask")
+FIXED = ("PT", "DPT", "ULPT", "EPT", "PT-MoE selective", "P-tuning", "multitask")
 OTHERS = {"LoRA": METHODS["lora"](rank=2), "prefix": METHODS["prefix-tuning"](num_virtual_tokens=5)}
 ROUTED = CONFIGS["PT-MoE selective probationary"]
 

@@ -163,7 +163,12 @@ NOT_FORCED = ("method", "rank", "model", "the data as well", "chat")  # what nan
 CHANGED = {name: change for name, change in OTHER.items() if name not in NOT_FORCED}
 
 
-@pytest.mark.parametrize("name", CHANGED)
+QUICK = ("a field of the method", "two at once")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CHANGED]
+)
 def test_force_goes_on_with_what_differs_and_records_both(name, stopped, run_folder):
     """Every option that is refused without it; the report names each."""
     changes, message = CHANGED[name]

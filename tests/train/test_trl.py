@@ -179,7 +179,7 @@ def test_a_routed_model_is_not_trained_with_neither_labels_nor_input_mask(tokeni
     model(ids, input_mask=torch.tensor([[1, 1, 0, 0]], device=DEVICE))
     with torch.no_grad():
         model(ids)
-    with pytest.raises(ptmoe.PtmoeError, match="average the answers"):
+    with pytest.raises(ptmoe.PtmoeError, match="depend on the answers"):
         model(ids)
 
 
