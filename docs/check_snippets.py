@@ -1,4 +1,6 @@
-"""Runs the pages' marked blocks as a reader would, each page in a new folder: `python docs/check_snippets.py [PAGE …]`.
+"""Runs the pages' marked blocks as a reader would, each page in a new folder.
+
+python docs/check_snippets.py [--quick] [PAGE …]       --quick trains for 20 steps where a block says more
 
 A comment before a block marks it: `<!-- ci: run -->` runs it, `<!-- ci: run with data -->` only where there is a
 `../shared/data`, `<!-- ci: file NAME -->` writes it to a file. A block that fails ends its page, and the script with
@@ -12,14 +14,16 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+STEPS = re.compile(r"(--max-steps |max_steps=)(\d+)")
 BLOCK = re.compile(r"^<!-- ci: (run with data|run|file (\S+)) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUNNERS = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 
 
-def check(page: Path) -> tuple[bool, list[str]]:
+def check(page: Path, quick: bool) -> tuple[bool, list[str]]:
     """Whether every marked block of a page runs, of which there has to be one, and what is to be said of it."""
     data = ROOT.parent / "shared"
     with tempfile.TemporaryDirectory() as temporary:
@@ -28,7 +32,10 @@ def check(page: Path) -> tuple[bool, list[str]]:
         (folder / "examples").symlink_to(ROOT / "examples")
         if data.exists():
             (folder.parent / "shared").symlink_to(data)
-        blocks = list(BLOCK.finditer(page.read_text()))
+        text = page.read_text()
+        if quick:
+            text = STEPS.sub(lambda found: f"{found[1]}{min(20, int(found[2]))}", text)
+        blocks = list(BLOCK.finditer(text))
         said = [f"{page.name}: {len(blocks)} marked blocks"]
         return bool(blocks) and all(run(*block.groups(), folder, data.exists(), said) for block in blocks), said
 
@@ -53,13 +60,14 @@ def run(mark: str, name: str | None, language: str, text: str, folder: Path, dat
 
 
 if __name__ == "__main__":
-    pages = [Path(page) for page in sys.argv[1:]] or [
+    quick = "--quick" in sys.argv
+    pages = [Path(page) for page in sys.argv[1:] if page != "--quick"] or [
         page for page in sorted((ROOT / "docs").glob("*.md")) if BLOCK.search(page.read_text())
     ]
     pages.sort(key=lambda page: -page.stat().st_size)  # the longest first, so that it is not the last one to end
     failed = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for page, (fine, said) in zip(pages, pool.map(check, pages), strict=True):
+        for page, (fine, said) in zip(pages, pool.map(partial(check, quick=quick), pages), strict=True):
             print("\n".join(said), flush=True)
             failed += [] if fine else [page.name]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
