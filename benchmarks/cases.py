@@ -112,7 +112,7 @@ def cases(
             yield _startup(repeats=1 if quick else 5)
             continue
         if part == "study":
-            yield _study(cells=2 if quick else 40, steps=2 if quick else 10)
+            yield _study(cells=2 if quick else 40, steps=2 if quick else 80)
             continue
         if part == "linear" and device != "cpu":
             continue

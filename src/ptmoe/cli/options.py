@@ -88,7 +88,7 @@ def _method_fields(arguments: Sequence[str]) -> Fields:
     named = re.findall(r"^--method[=\n]([^\n]*)", "\n".join(arguments), re.MULTILINE)
     if asks_for_help and not named:
         return {}
-    from ptmoe.methods import METHODS, method_named
+    from ptmoe.methods import METHODS, WITH_FILES, method_named
     from ptmoe.settings import OF_PEFT
     from ptmoe.train.options import method_entry
 
@@ -96,8 +96,11 @@ def _method_fields(arguments: Sequence[str]) -> Fields:
     with suppress(PtmoeError):  # which the command then says
         own = [method_named(method_entry(text)["name"]) for text in named[-1:]]
     of_peft = bool(own) and own[0].method.startswith(OF_PEFT)  # its fields are like no others'
+    # A file may name a short form of a type of peft; else importing peft, which takes seconds, can wait.
+    in_file = not named and any(text.endswith((".yaml", ".yml")) for text in arguments)
+    known = METHODS.values() if in_file or not {*own} <= {*WITH_FILES} else WITH_FILES
     fields: Fields = {}
-    for config in own if asks_for_help or of_peft else METHODS.values():
+    for config in own if asks_for_help or of_peft else known:
         for name, field in described_fields(config).items():
             fields.setdefault(name, []).append(field)
     return fields

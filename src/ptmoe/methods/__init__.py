@@ -68,16 +68,11 @@ class Methods(UserDict[str, type[MethodConfig]]):
         return self.data[name]
 
 
-METHODS = Methods(
-    {
-        config.method: config
-        for config in sorted(
-            (config for config in _CLASSES.values() if issubclass(config, MethodConfig) and hasattr(config, "method")),
-            key=lambda config: (config.order, config.method),
-        )
-    }
-    | dict.fromkeys(shelf.SHORT, MethodConfig)
+WITH_FILES: list[type[MethodConfig]] = sorted(
+    (config for config in _CLASSES.values() if issubclass(config, MethodConfig) and hasattr(config, "method")),
+    key=lambda config: (config.order, config.method),
 )
+METHODS = Methods({config.method: config for config in WITH_FILES} | dict.fromkeys(shelf.SHORT, MethodConfig))
 
 
 def method_named(name: Any) -> type[MethodConfig]:

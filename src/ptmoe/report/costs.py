@@ -13,6 +13,7 @@ from ptmoe.report.comparison import Comparison
 from ptmoe.report.gallery import Section
 from ptmoe.report.table import Table, decimals
 from ptmoe.runs.searches import RateSearch
+from ptmoe.settings import OF_PEFT
 
 MEASURED = {
     "adapter bytes": "of the adapter’s tensors in their file",
@@ -57,6 +58,8 @@ def cost_sections(comparison: Comparison) -> Iterator[Section]:
 
 
 def _shares(method: str) -> str:
+    if method.startswith(OF_PEFT):
+        return "no"
     config = METHODS.get(method)  # None for the untouched base, whose rows any adapter’s may stand beside
     return "no" if config is not None and (config.changes_layers or config.fills_cache) else "yes"
 
