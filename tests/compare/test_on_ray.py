@@ -174,7 +174,8 @@ def test_ray_that_is_asked_for_and_missing_is_refused(run, monkeypatch, tmp_path
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("answers", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [False, True])
 def test_an_address_that_does_not_answer_is_refused_within_a_bounded_time(tmp_path, answers):
     """A port on which nobody listens, and one on which somebody does who is not Ray."""
     with socket.socket() as listening:

@@ -365,7 +365,7 @@ LONG = ["--task", "nano/mixed", "--method", "pt", "--max-steps", "100000", "--ev
 
 
 @needs_proc
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_frozen_process_ends_the_other_in_words(tmp_path: Path, frozen: int) -> None:
     both = Launched(tmp_path, *torchrun(), "--no-python", sys.executable, "-c", BEGIN)
     both.wait_for(lambda: both.printed.count("begun") == 2)
