@@ -51,7 +51,7 @@ def main() -> None:
         if not chosen.render:
             run(chosen, output.parent / "results")
         page = render({device: read(output.parent / "results" / f"{device}.jsonl") for device in DEVICES})
-        page += section(output.parent / "results" / "serving.jsonl")
+        page = f"{page.rstrip()}\n\n{section(output.parent / 'results' / 'serving.jsonl').lstrip()}"
         output.write_text(page)
         if chosen.quick:
             print(page)
