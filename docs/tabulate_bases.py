@@ -5,7 +5,6 @@ python docs/tabulate_bases.py [--write]     prints the table, or writes it into 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import warnings
@@ -161,18 +160,13 @@ def row(model_type: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(write: bool) -> None:
-    text = "\n".join(["| model type | class | | |", "|---|---|---|---|", *map(row, model_types())])
-    if not write:
-        print(text)
-        return
-    before, _, after = PAGE.read_text().split(MARK)
-    PAGE.write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}")
+def table() -> str:
+    return "\n".join(["| model type | class | | |", "|---|---|---|---|", *map(row, model_types())])
 
 
 if __name__ == "__main__":
+    from write_tables import command  # beside this file, which tests load by its path
+
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true")
-    main(parser.parse_args().write)
+    command(__doc__, PAGE, lambda: [table()], MARK)

@@ -5,10 +5,11 @@ python docs/tabulate_methods.py [--write]     prints the table, or writes it int
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
+
+from write_tables import command
 
 from ptmoe.compare.budget import fit_budget, size_text
 from ptmoe.errors import PtmoeError
@@ -18,7 +19,6 @@ from ptmoe.models.attach import count_parameters
 from ptmoe.models.bases import load_config
 
 PAGE = Path(__file__).parent / "methods.md"
-MARK = "<!-- table -->"
 BUDGET = 3840
 HEAD = f"| method | | parameters | in {BUDGET:,} | rows share a batch |"
 
@@ -42,7 +42,7 @@ def row(name: str) -> str:
         source(config),
         f"{count_parameters(base, config()):,}",
         within,
-        "no" if config.changes_layers or config.fills_cache else "yes",
+        "yes" if config.shares_batch() else "no",
     )
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
@@ -51,16 +51,5 @@ def table() -> str:
     return "\n".join([HEAD, "|---|---|---:|---:|---|", *map(row, METHODS)])
 
 
-def main(write: bool) -> None:
-    text = table()
-    if not write:
-        print(text)
-        return
-    before, _, after = PAGE.read_text().split(MARK)
-    PAGE.write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}")
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true")
-    main(parser.parse_args().write)
+    command(__doc__, PAGE, lambda: [table()])

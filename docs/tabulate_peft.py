@@ -5,10 +5,11 @@ python docs/tabulate_peft.py [--write]     prints the tables, or writes them int
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from pathlib import Path
 from typing import Any
+
+from write_tables import command
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, method_named, shelf
@@ -17,7 +18,6 @@ from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
 
 PAGE = Path(__file__).parent / "peft.md"
-MARK = "<!-- table -->"
 NEEDED: dict[str, dict[str, Any]] = {  # where a type's own defaults do not fit nano, or it has none
     "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": 2},
     "C3A": {"block_size": 64},
@@ -67,18 +67,6 @@ def tables() -> list[str]:
     return ["\n".join(shorts), "\n".join([*types, *map(row, shelf.peft_types())])]
 
 
-def main(write: bool) -> None:
-    found = tables()
-    if not write:
-        print("\n\n".join(found))
-        return
-    parts = PAGE.read_text().split(MARK)  # text, table, text, table, text
-    parts[1::2] = [f"\n\n{table}\n\n" for table in found]
-    PAGE.write_text(MARK.join(parts))
-
-
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true")
-    main(parser.parse_args().write)
+    command(__doc__, PAGE, tables)

@@ -11,7 +11,7 @@ from ptmoe.methods import METHODS
 from ptmoe.methods.bilora import in_first_part
 from ptmoe.methods.sorsa import skew
 from ptmoe.models.attach import attach, count_parameters, load_adapter
-from testing.bases import DEVICE, array, batch, tiny, tiny_llama, tokens
+from testing.bases import DEVICE, LLAMA_1B, array, batch, tiny, tiny_llama, tokens
 from testing.losses import answers
 
 SIZES = {
@@ -303,15 +303,6 @@ def test_what_would_mix_biloras_rows_is_not_done_and_the_base_keeps_its_fast_pat
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
-LLAMA_1B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    tie_word_embeddings=True,
-)
 IN, OUT = 2048, (2048, 512)  # of the 16 query and value projections
 COUNTS = {
     "lora-xs": lambda R: 2 * R**2,

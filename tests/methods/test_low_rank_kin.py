@@ -11,7 +11,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.methods.parts import weight_of
 from ptmoe.models.attach import attach, count_parameters
-from testing.bases import DEVICE, array, batch, tiny, tokens
+from testing.bases import DEVICE, LLAMA_1B, array, batch, tiny, tokens
 from testing.losses import answers
 
 SIZES = {
@@ -190,14 +190,6 @@ def test_ffa_lora_trains_b_alone_with_the_trainers_optimizer():
 
 # -- counts ------------------------------------------------------------------------------------------------------------
 
-LLAMA_1B = transformers.LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
 LLAMA_2_7B = transformers.LlamaConfig()  # its defaults are that model's
 Q, V, L, H = 2048 + 2048, 2048 + 512, 16, 2048
 COUNTS = {

@@ -27,6 +27,7 @@ from testing.bases import (
     CONFIGS,
     DEVICE,
     HIDDEN,
+    LLAMA_1B,
     SELECTIVE_PROBATIONARY,
     array,
     own_projection,
@@ -37,15 +38,6 @@ from testing.bases import (
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
-LLAMA_1B = transformers.LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    tie_word_embeddings=True,
-)
 PAPER = {
     "ft": 1_235_814_400,
     "lora": 106_496,

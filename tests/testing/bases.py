@@ -17,6 +17,15 @@ from ptmoe.models.attach import attach
 from ptmoe.models.causal import PromptedCausalLM
 
 DEVICE = torch.device(os.environ.get("PTMOE_TEST_DEVICE", "cpu"))
+LLAMA_1B = transformers.LlamaConfig(  # Llama-3.2-1B's sizes, of which the paper's counts are
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=True,
+)
 HIDDEN, VOCABULARY, POSITIONS = 32, 100, 64
 PAD = 0
 COMMON = {

@@ -122,6 +122,11 @@ class MethodConfig(Settings):
         """Whether an input's prompt mixes several experts, instead of choosing one."""
         return False
 
+    @classmethod
+    def shares_batch(cls) -> bool:
+        """Whether rows of one batch may each have another adapter of this kind."""
+        return not (cls.changes_layers or cls.fills_cache)
+
     def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> PromptEncoder:
         """The encoder for this base. The tensors of a prompt are not yet initialised; a method that changes layers has
         put its parts into the base, initialised from the global random state.

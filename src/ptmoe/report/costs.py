@@ -61,7 +61,7 @@ def _shares(method: str) -> str:
     if method.startswith(OF_PEFT):
         return "no"
     config = METHODS.get(method)  # None for the untouched base, whose rows any adapter’s may stand beside
-    return "no" if config is not None and (config.changes_layers or config.fills_cache) else "yes"
+    return "yes" if config is None or config.shares_batch() else "no"
 
 
 def bytes_text(value: float) -> str:
