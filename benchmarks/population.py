@@ -9,15 +9,17 @@ tokens, and each adapter's gradient divided by the number of its own.
 
 The plan, a YAML file, has `model`, `task`, `max_steps`, `batch_size`, `max_length`, `judged` ({split: examples}, after
 the last step, and after every `evaluate_every` steps for all but `test`) and `runs`, a list of `{label, method: {name,
-…}, learning_rate: […], seeds: n}`. An answer is right if every token of the completion, its end included, is the most
-likely one, which is what greedy decoding then writes. A line for each run and evaluation is written as it comes.
+…}, learning_rate: […], seeds: n}`. With `domains` a run is trained once on each of them alone, and judged on it; its
+`batch_size` is the plan's unless it has its own. An answer is right if every token of the completion, its end included,
+is the most likely one, which is what greedy decoding then writes. A line for each run and evaluation is written as it
+comes; `experts` in it says how many inputs of each domain each expert got.
 """
 
 import argparse
 import json
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -57,8 +59,20 @@ class Greedy:
 class Member:
     """One adapter of the population, with all that is its own."""
 
-    def __init__(self, model: PromptedCausalLM, number: int, run: dict[str, Any], rate: float, seed: int, plan: Any):
-        self.name, self.rate, self.seed = f"member{number}", rate, seed
+    def __init__(
+        self,
+        model: PromptedCausalLM,
+        number: int,
+        run: dict[str, Any],
+        plan: Any,
+        rows: list[int],
+        *,
+        rate: float,
+        seed: int,
+        domain: str | None = None,
+    ) -> None:
+        self.name, self.rate, self.seed, self.domain = f"member{number}", rate, seed, domain
+        self.rows, self.batch_size = rows, run.get("batch_size", plan.batch_size)
         self.label = str(run["label"])
         entry = dict(run["method"])
         self.config = METHODS[entry.pop("name")](**entry)
@@ -66,7 +80,7 @@ class Member:
         self.encoder = model.adapters[self.name]
         self.parameters = list(self.encoder.parameters())
         self.steps = plan.max_steps
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0, fused=True)
         warmup = max(1, round(WARMUP * self.steps))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
@@ -82,12 +96,12 @@ class Member:
         self.state = SimpleNamespace(global_step=0, max_steps=self.steps, is_world_process_zero=True)
         self.losses: list[float] = []
 
-    def batch(self, count: int, rows: int) -> list[int]:
-        while len(self.order) < count:
-            part = list(range(rows))
+    def batch(self) -> list[int]:
+        while len(self.order) < self.batch_size:
+            part = list(self.rows)
             self.random.shuffle(part)
             self.order += part
-        chosen, self.order = self.order[:count], self.order[count:]
+        chosen, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
         return chosen
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,17 +111,20 @@ class Member:
             "config": self.config.model_dump(),
             "learning_rate": self.rate,
             "seed": self.seed,
+            "domain": self.domain,
+            "batch_size": self.batch_size,
             "parameters": sum(tensor.numel() for tensor in self.encoder.tensors().values()),
         }
 
 
 def computed(
     model: PromptedCausalLM, rows: list[tuple[dict[str, Any], Member]], limit: int, backward: bool
-) -> tuple[list[bool], list[float]]:
-    """Whether each row's completion is what greedy decoding writes, and the sum of its tokens' losses; with `backward`
-    the gradients of these sums are added to the members'. At most `limit` padded tokens are computed at once."""
+) -> tuple[list[bool], list[float], list[int]]:
+    """Whether each row's completion is what greedy decoding writes, the sum of its tokens' losses, and the expert that
+    it got (-1 where rows of several adapters share a batch, or none is routed); with `backward` the gradients of these
+    sums are added to the members'. At most `limit` padded tokens are computed at once."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]["input_ids"]))
-    right, losses = [False] * len(rows), [0.0] * len(rows)
+    right, losses, experts = [False] * len(rows), [0.0] * len(rows), [-1] * len(rows)
     virtual = max(member.config.num_virtual_tokens for _, member in rows)
     part: list[int] = []
 
@@ -115,17 +132,20 @@ def computed(
         batch = {key: value.to(model.device) for key, value in collate([rows[i][0] for i in part]).items()}
         greedy = Greedy()
         with torch.set_grad_enabled(backward):
-            loss = model(
+            output = model(
                 **batch,
                 adapter_names=[rows[i][1].name for i in part],
                 num_items_in_batch=1,
                 skip_logits=True,
                 token_statistics=greedy,
-            ).loss
+            )
         if backward:
-            loss.backward()
+            output.loss.backward()
         counts = (batch["labels"] != IGNORED).sum(1).tolist()
         correct, costs = torch.cat(greedy.right).tolist(), torch.cat(greedy.losses).tolist()
+        if output.routing is not None:
+            for i, expert in zip(part, output.routing.probabilities.argmax(1).tolist(), strict=True):
+                experts[i] = expert
         start = 0
         for i, count in zip(part, counts, strict=True):
             right[i], losses[i] = all(correct[start : start + count]), sum(costs[start : start + count])
@@ -137,11 +157,11 @@ def computed(
             part = []
         part.append(i)
     flush()
-    return right, losses
+    return right, losses, experts
 
 
-def held_out(
-    plan: Any, split: str, count: int, tokenizer: Any, data_dir: str | None
+def examined(
+    plan: Any, split: str, count: int | None, tokenizer: Any, data_dir: str | None
 ) -> tuple[list[dict[str, Tensor]], list[str]]:
     """The rows of a split's first examples, and their domains."""
     examples = load_task(plan.task, split, data_dir)[:count]
@@ -169,13 +189,16 @@ def main() -> None:
     base.to("cuda" if torch.cuda.is_available() else "cpu")
     model = PromptedCausalLM(base)
     model.packing = None if base.device.type == "cpu" else False
-    train = fit(load_task(plan.task, "train", given.data_dir), tokenizer, plan.max_length)
-    judged = {split: held_out(plan, split, count, tokenizer, given.data_dir) for split, count in plan.judged.items()}
+    train, train_domains = examined(plan, "train", None, tokenizer, given.data_dir)
+    judged = {split: examined(plan, split, count, tokenizer, given.data_dir) for split, count in plan.judged.items()}
     members: list[Member] = []
     for run in plan.runs:
         for rate in run["learning_rate"] if isinstance(run["learning_rate"], list) else [run["learning_rate"]]:
             for seed in range(run.get("seeds", 1)):
-                members.append(Member(model, len(members), run, float(rate), seed, plan))
+                for domain in run.get("domains", [None]):
+                    rows = [i for i, name in enumerate(train_domains) if domain in (None, name)]
+                    own = {"rate": float(rate), "seed": seed, "domain": domain}
+                    members.append(Member(model, len(members), run, plan, rows, **own))
     for member in members:
         member.encoder.requires_grad_(True)
     print(f"{len(members)} members, {len(train)} rows, {time.monotonic() - started:.0f} s", flush=True)
@@ -190,14 +213,17 @@ def main() -> None:
         model.eval()
         examples, domains = judged[split]
         for member in members:
-            right, losses = computed(model, [(row, member) for row in examples], 4 * given.at_once, False)
-            scores = defaultdict(list)
-            for domain, found in zip(domains, right, strict=True):
-                scores[domain].append(found)
+            asked = [i for i, domain in enumerate(domains) if member.domain in (None, domain)]
+            rows = [(examples[i], member) for i in asked]
+            right, losses, experts = computed(model, rows, 4 * given.at_once, False)
+            scores: dict[str, list[bool]] = defaultdict(list)
+            chosen: dict[str, Counter[int]] = defaultdict(Counter)
+            for i, found, expert in zip(asked, right, experts, strict=True):
+                scores[domains[i]].append(found)
+                chosen[domains[i]][expert] += 1
             line = member.as_dict() | {
                 "step": step,
                 "steps": plan.max_steps,
-                "batch_size": plan.batch_size,
                 "split": split,
                 "examples": len(right),
                 "accuracy": round(100 * sum(right) / len(right), 2),
@@ -209,6 +235,8 @@ def main() -> None:
             }
             if isinstance(member.encoder, RoutedEncoder):
                 line["routing"] = member.encoder.training_log()
+                numbers = range(len(member.encoder.expert_prompts()))
+                line["experts"] = {name: [counts[i] for i in numbers] for name, counts in chosen.items()}
             with given.output.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         model.train()
@@ -222,12 +250,14 @@ def main() -> None:
         for member in members:
             member.state.global_step = step
             hook("on_step_begin", member)
-            batch += [(train[i], member) for i in member.batch(plan.batch_size, len(train))]
-        _, losses = computed(model, batch, given.at_once, True)
-        for number, member in enumerate(members):
-            own = slice(number * plan.batch_size, (number + 1) * plan.batch_size)
-            tokens = sum(int((row["labels"] != IGNORED).sum()) for row, _ in batch[own])
-            member.losses.append(sum(losses[own]) / tokens)
+            batch += [(train[i], member) for i in member.batch()]
+        _, losses, _ = computed(model, batch, given.at_once, True)
+        first = 0
+        for member in members:
+            part = slice(first, first + member.batch_size)
+            first += member.batch_size
+            tokens = sum(int((row["labels"] != IGNORED).sum()) for row, _ in batch[part])
+            member.losses.append(sum(losses[part]) / tokens)
             torch._foreach_div_([p.grad for p in member.parameters if p.grad is not None], tokens)
             nn.utils.clip_grad_norm_(member.parameters, CLIPPED, foreach=True)
             member.optimizer.step()
