@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ptmoe.fast.loss import IGNORED
+from ptmoe.fast.paths import fast_kernels
 from ptmoe.methods import METHODS
 from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.attach import attach
@@ -183,26 +184,31 @@ def main() -> None:
     )
     given = arguments.parse_args()
     quiet()
-    started = time.monotonic()
     plan = SimpleNamespace(**read_yaml(given.plan))
     base, tokenizer = load_base(given.model or plan.model, dtype="bfloat16" if torch.cuda.is_available() else "auto")
     base.to("cuda" if torch.cuda.is_available() else "cpu")
+    with fast_kernels(base):
+        train(given, plan, base, tokenizer)
+
+
+def train(given: argparse.Namespace, plan: Any, base: Any, tokenizer: Any) -> None:
+    started = time.monotonic()
     model = PromptedCausalLM(base)
     model.packing = None if base.device.type == "cpu" else False
-    train, train_domains = examined(plan, "train", None, tokenizer, given.data_dir)
+    data, data_domains = examined(plan, "train", None, tokenizer, given.data_dir)
     judged = {split: examined(plan, split, count, tokenizer, given.data_dir) for split, count in plan.judged.items()}
     members: list[Member] = []
     for run in plan.runs:
         for rate in run["learning_rate"] if isinstance(run["learning_rate"], list) else [run["learning_rate"]]:
             for seed in range(run.get("seeds", 1)):
                 for domain in run.get("domains", [None]):
-                    rows = [i for i, name in enumerate(train_domains) if domain in (None, name)]
+                    rows = [i for i, name in enumerate(data_domains) if domain in (None, name)]
                     own = {"rate": float(rate), "seed": seed, "domain": domain}
                     members.append(Member(model, len(members), run, plan, rows, **own))
     for member in members:
         member.encoder.requires_grad_(True)
-    print(f"{len(members)} members, {len(train)} rows, {time.monotonic() - started:.0f} s", flush=True)
-    loader = DataLoader(cast(Any, train), batch_size=plan.batch_size, collate_fn=collate)  # the router's start reads it
+    print(f"{len(members)} members, {len(data)} rows, {time.monotonic() - started:.0f} s", flush=True)
+    loader = DataLoader(cast(Any, data), batch_size=plan.batch_size, collate_fn=collate)  # the router's start reads it
 
     def hook(event: str, member: Member) -> None:
         if isinstance(member.encoder, RoutedEncoder):
@@ -250,7 +256,7 @@ def main() -> None:
         for member in members:
             member.state.global_step = step
             hook("on_step_begin", member)
-            batch += [(train[i], member) for i in member.batch()]
+            batch += [(data[i], member) for i in member.batch()]
         _, losses, _ = computed(model, batch, given.at_once, True)
         first = 0
         for member in members:

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from ptmoe.runs.folders import CELL_FILE, read_run
 from ptmoe.runs.predictions import read_predictions
@@ -20,6 +21,8 @@ SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in range(1, 21) 
 
 def killed_at(folder, event):
     """The command in a forked process, killed at the n-th time that it makes, opens to write or renames a file."""
+    if torch.cuda.is_available():
+        pytest.skip("a forked process cannot use the GPU that this one has used")
     pid = os.fork()
     if pid == 0:
         seen = 0

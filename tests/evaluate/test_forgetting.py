@@ -13,7 +13,7 @@ from ptmoe.runs.folders import read_run
 from ptmoe.tasks.base import Example
 from ptmoe.train import TrainOptions, train
 from ptmoe.train.examples import forgetting_examples
-from testing.bases import CONFIGS, array, prompted, tiny, tokens
+from testing.bases import CONFIGS, DEVICE, array, prompted, tiny, tokens
 
 
 def texts(seed=0):
@@ -25,7 +25,7 @@ def texts(seed=0):
 def by_hand(base, text, prompt):
     """The sum of -log p over the predicted tokens, in numpy, of a text by itself behind a prompt `(T, H)`."""
     embeds = array(base.get_input_embeddings().weight)[text.ids]
-    whole = torch.tensor(np.concatenate([prompt, embeds])[None], dtype=torch.float32)
+    whole = torch.tensor(np.concatenate([prompt, embeds])[None], dtype=torch.float32, device=DEVICE)
     with torch.no_grad():
         logits = array(base(inputs_embeds=whole).logits[0])
     total = 0.0
@@ -69,7 +69,7 @@ def test_a_method_that_changes_layers_is_measured_with_its_layers_and_without(mo
     model = attach(base, METHODS["lora"](rank=2))
     with torch.no_grad():
         for parameter in model.encoder.parameters():
-            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     model.train()
     found = forgetting(model, given)
     assert model.training
@@ -134,7 +134,7 @@ def test_a_run_records_what_its_base_forgets_and_what_the_adapter_takes(tmp_path
     assert result.forgetting.loss > result.forgetting.base_loss + least, "four steps of lora, which starts at the base"
     files = list((tmp_path / "run" / "adapter").glob("*.safetensors"))
     assert result.adapter_bytes == sum(path.stat().st_size for path in files) > 4 * result.trainable_parameters
-    assert result.peak_memory is None or 10**8 < result.peak_memory < 10**11
+    assert result.peak_memory is None or 10**7 < result.peak_memory < 10**11
     scored = TrainOptions(method=method, output_dir=str(tmp_path / "trial"), validation_examples=6, **asked)
     trial = train(scored, say=lambda line: None)
     assert list(read_run(tmp_path / "trial").evaluations) == ["nano/mixed, validation"]

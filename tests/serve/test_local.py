@@ -13,7 +13,7 @@ from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
 from ptmoe.serve.engine import EngineError, Input, Sampling
 from ptmoe.serve.local import LocalEngine, described, sample
-from testing.bases import CONFIGS, VOCABULARY, prompted, tiny, tokens
+from testing.bases import CONFIGS, DEVICE, VOCABULARY, prompted, tiny, tokens
 
 NAMES = {"PT": "fixed", "PT-MoE selective": "fixed of each expert", "PT-MoE neither": "composed", "SMoP": "composed"}
 NEW = 10
@@ -127,7 +127,8 @@ def test_a_fault_ends_the_request_that_caused_it_alone(when):
     lengths = (3, 6, 9)
     rows = [row_of(model, tokens(length), BASE) for length in lengths]
     expected = [alone(model, tokens(length), BASE) for length in lengths]
-    poison = rows[1].embeds[-1] if when == "input" else model.adapters.embedding(torch.tensor(expected[1][2]))
+    second = torch.tensor(expected[1][2], device=DEVICE)
+    poison = rows[1].embeds[-1] if when == "input" else model.adapters.embedding(second)
 
     def failing(**inputs):
         embeds = inputs.get("inputs_embeds")
@@ -140,7 +141,7 @@ def test_a_fault_ends_the_request_that_caused_it_alone(when):
     got = answers(engine, *[(row, 0.0, {}) for row in rows])
     poisoned = [any(bool((row.embeds == poison).all(-1).any()) for row in [one]) for one in rows]
     for answer, whole, row, bad in zip(got, expected, rows, poisoned, strict=True):
-        embedded = model.adapters.embedding(torch.tensor(whole[:-1]))
+        embedded = model.adapters.embedding(torch.tensor(whole[:-1], device=DEVICE))
         if bad or bool((embedded == poison).all(-1).any()):
             assert isinstance(answer, EngineError), row
         else:

@@ -11,7 +11,7 @@ import torch
 from ptmoe.methods import METHODS
 from ptmoe.models.adapter_set import AdapterSet
 from ptmoe.serve.registry import Registry, UnknownModelError
-from testing.bases import CONFIGS, prompted, tiny, tokens
+from testing.bases import CONFIGS, DEVICE, prompted, tiny, tokens
 
 IDS = tokens(6).tolist()
 
@@ -45,13 +45,14 @@ def test_names_are_those_of_the_folders_and_nothing_else(base, folder):
 def test_a_row_is_the_adapters_own(base, folder):
     registry = registry_of(base, folder)
     model = prompted(base, CONFIGS["PT-MoE selective probationary"], seed=2)
-    spliced, prompts = model.compose(torch.tensor([IDS]))
+    ids = torch.tensor([IDS], device=DEVICE)
+    spliced, prompts = model.compose(ids)
     composed = registry.compose("c", IDS)
     assert torch.equal(composed.row.embeds, spliced.embeds[0])
     assert composed.gate == prompts.routing.gate[0].tolist()
     assert composed.row.virtual == 6
     assert composed.row.prefix is None
-    assert torch.equal(registry.compose("tiny", IDS).row.embeds, model.adapters.embedding(torch.tensor(IDS)))
+    assert torch.equal(registry.compose("tiny", IDS).row.embeds, model.adapters.embedding(ids[0]))
 
 
 def test_a_broken_adapter_is_listed_and_the_rest_served(base, folder):

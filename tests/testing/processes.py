@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"} | {
+# On CPUs, of which there are always two: a machine with one GPU has none for a second process.
+HIDDEN = ("ACCELERATE_USE_CPU", "PTMOE_TEST_DEVICE")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in HIDDEN} | {
+    "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     "OMP_NUM_THREADS": "1",
 }

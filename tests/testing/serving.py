@@ -75,7 +75,7 @@ def service_of(model, **options):
 
 def alone(model, service, name, prompt, new):
     """What `generate` says to a prompt by itself."""
-    ids = torch.tensor([service._encode(prompt, None)])
+    ids = torch.tensor([service._encode(prompt, None)], device=model.device)
     made = model.generate(ids, adapter_names=[name], max_new_tokens=new, **GREEDY)
     return service._decode(made[0, ids.shape[1] :].tolist())
 

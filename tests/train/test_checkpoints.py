@@ -246,7 +246,7 @@ def best_trainer(folder, losses, **arguments):
     from testing.bases import tiny_llama, tokens
 
     ids = [tokens(6, seed) for seed in range(12)]
-    rows = [{"input_ids": row, "labels": torch.cat([torch.full((4,), -100), row[4:]])} for row in ids]
+    rows = [{"input_ids": row, "labels": torch.cat([torch.full_like(row[:4], -100), row[4:]])} for row in ids]
     options = {"max_steps": 5, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "learning_rate": 0.03}
     made = PromptTrainer(
         model=ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, num_experts=2, rank=2)),
