@@ -9,18 +9,6 @@ from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import InitialEmbeddings, PromptConfig
 
 
-def check_own_rows(experts: int, tokens: int, hidden_size: int) -> None:
-    """
-    Raises:
-        PtmoeError: rows of their own for all experts exceed H.
-    """
-    if experts * tokens > hidden_size:
-        raise PtmoeError(
-            f"rank=None: {experts} experts of {tokens} tokens are {experts * tokens} rows of B, more than "
-            f"H = {hidden_size}: lower num_virtual_tokens or num_experts, or give a rank"
-        )
-
-
 def check_rank(rank: int, tokens: int, hidden_size: int, length: str = "num_virtual_tokens") -> None:
     """
     Args:

@@ -19,7 +19,6 @@ from typing_extensions import Self
 
 from ptmoe.methods.base import InitialEmbeddings, Prompt, Size
 from ptmoe.methods.factors import (
-    check_own_rows,
     check_projection,
     check_rank,
     projected,
@@ -42,8 +41,7 @@ class PTMoEConfig(RoutedConfig):
 
     Attributes:
         num_experts: `N`.
-        rank: `R`, at most min(T, H), or H with `frozen_projection`. None is N·T, at most H: each expert starts with
-            rows of `B` of its own, and the experts share what `A` learns to.
+        rank: `R`, at most min(T, H), or H with `frozen_projection`.
         selective: keep the most probable expert only.
         probationary: multiply the kept expert by its router probability.
         distinct_experts: start every expert from its own part of one joint SVD, over different tokens of the
@@ -70,7 +68,7 @@ class PTMoEConfig(RoutedConfig):
         )
     }
     retired = {**RoutedConfig.retired, "top_k": 1, "balance_loss": 0.0}
-    rank: Size | None = 36
+    rank: Size = 36
     selective: bool = True
     probationary: bool = True
     router_init: Literal["gradient", "random"] = "gradient"
@@ -95,14 +93,6 @@ class PTMoEConfig(RoutedConfig):
         return values
 
     @model_validator(mode="after")
-    def _rows_that_train(self) -> Self:
-        if self.rank is None and self.frozen_projection:
-            raise ValueError(
-                "rank=None gives each expert rows of B to train, frozen_projection=True trains none: one of them"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _one_text_for_each_expert(self) -> Self:
         if isinstance(self.init_text, list) and len(self.init_text) != self.num_experts:
             raise ValueError(
@@ -110,11 +100,6 @@ class PTMoEConfig(RoutedConfig):
                 "give one text, or one for each expert"
             )
         return self
-
-    @property
-    def inner_size(self) -> int:
-        """`R`."""
-        return self.num_experts * self.num_virtual_tokens if self.rank is None else self.rank
 
     @property
     def soft_gate(self) -> bool:
@@ -133,20 +118,17 @@ class PTMoE(RoutedEncoder):
 
     def __init__(self, config: PTMoEConfig, hidden_size: int) -> None:
         super().__init__(config)
-        experts, tokens, rank = config.num_experts, config.num_virtual_tokens, config.inner_size
-        if config.rank is None:
-            check_own_rows(experts, tokens, hidden_size)
-        elif config.frozen_projection:
-            check_projection(rank, hidden_size)
+        if config.frozen_projection:
+            check_projection(config.rank, hidden_size)
         else:
-            check_rank(rank, tokens, hidden_size)
-        self.A = nn.Parameter(torch.empty(experts, tokens, rank))
+            check_rank(config.rank, config.num_virtual_tokens, hidden_size)
+        self.A = nn.Parameter(torch.empty(config.num_experts, config.num_virtual_tokens, config.rank))
         self.B: Tensor
         if config.frozen_projection:
-            self.register_buffer("B", torch.empty(rank, hidden_size), persistent=False)
+            self.register_buffer("B", torch.empty(config.rank, hidden_size), persistent=False)
             self.scale, self.shift = (nn.Parameter(torch.empty(hidden_size)) for _ in range(2))
         else:
-            self.B = nn.Parameter(torch.empty(rank, hidden_size))
+            self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
         self.register_parameter("S", None)
         self.S: nn.Parameter | None
         self.router = Router(hidden_size, config.num_experts)
@@ -174,16 +156,13 @@ class PTMoE(RoutedEncoder):
         distinct = config.init == "random" or (config.distinct_experts and config.init != "text")
         if isinstance(config.init_text, list):
             rows = torch.cat([source.text(text, tokens) for text in config.init_text])  # (N·T, H)
-        elif frozen or config.rank is None or config.init != "random":
+        elif frozen or config.init != "random":
             rows = source.rows(config, experts * tokens if distinct else tokens)
         if frozen:
             b = random_projection(config.projection_seed, *self.B.shape)
             a, shift = projected(rows, b)
             self.scale.fill_(1)
             self.shift.copy_(shift)
-        elif config.rank is None:
-            a = torch.eye(rank)
-            b = rows.repeat(rank // len(rows), 1)
         elif config.init == "random":
             a, b = random_factors(source, config, (experts, tokens), rank, self.B.shape[1])
         else:
