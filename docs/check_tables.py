@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import tabulate_methods  # noqa: E402  # beside this file
 import tabulate_peft  # noqa: E402
+from benchmarks.real.table import rates  # noqa: E402
 from benchmarks.real.table import table as real_table  # noqa: E402
 from seeds import finished, table  # noqa: E402
 
@@ -21,7 +22,8 @@ def main() -> None:
         ("README.md", table(finished(RESULTS / "mixed.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "words.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "tried.jsonl"))),
-        ("docs/findings.md", real_table(RESULTS / "real_mixture.jsonl")),
+        *(("docs/findings.md", real_table(RESULTS / name)) for name in ("real_mixture.jsonl", "real_short.jsonl")),
+        ("docs/findings.md", rates(RESULTS / "real_search.jsonl")),
         ("docs/findings.md", "\n".join(line for line in compared if line.startswith("|"))),
         ("docs/methods.md", tabulate_methods.table()),
         *(("docs/peft.md", text) for text in tabulate_peft.tables()),

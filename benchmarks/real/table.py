@@ -1,11 +1,12 @@
-"""The lines of `benchmarks.population` as a table: `python -m benchmarks.real.table results.jsonl`.
+"""The lines of `benchmarks.population` as tables: `python -m benchmarks.real.table results.jsonl [--rates]`.
 
 Accuracy on the test split, mean, lowest and highest over seeds; and the difference to plain prompt tuning on the same
-examples, each example's accuracy averaged over seeds first, with the 95 % interval of the bootstrap over examples.
+examples, each example's accuracy averaged over seeds first, with the 95 % interval of the bootstrap over examples. With
+`--rates` accuracy and loss on the examples that learning rates are chosen by.
 """
 
+import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,34 +20,76 @@ REFERENCE = "pt"
 
 def table(path: Path) -> str:
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for text in path.read_text().splitlines():
-        line = json.loads(text)
+    for line in read(path):
         if line["split"] == "test":
             runs[line["label"]].append(line)
-    domains = list(next(iter(runs.values()))[0]["domains"])
+    domains = list(max((line["domains"] for lines in runs.values() for line in lines), key=len))
     right = {
-        label: np.mean([[float(c) for c in line["right"]] for line in lines], axis=0) for label, lines in runs.items()
+        label: np.mean([[float(c) for c in line["right"]] for line in lines], axis=0)
+        for label, lines in runs.items()
+        if lines[0].get("domain") is None
     }
-    rows = [
+    rows = []
+    for label, lines in runs.items():
+        seeds: dict[int, list[dict[str, Any]]] = defaultdict(list)  # with a run for each domain, or one for all
+        for line in lines:
+            seeds[line["seed"]].append(line)
+        scores = [
+            np.average([x["accuracy"] for x in each], weights=[x["examples"] for x in each]) for each in seeds.values()
+        ]
+        against = "–"
+        if label in right and label != REFERENCE:
+            difference = 100 * (right[label] - right[REFERENCE])
+            low, high = bootstrap_interval([Group(1.0, difference)])
+            against = f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+        found = [
+            f"{np.mean([line['domains'][name] for line in lines if name in line['domains']]):.0f}" for name in domains
+        ]
+        parameters = sum(line["parameters"] for line in next(iter(seeds.values())))
+        rows.append(
+            (
+                -np.mean(scores),
+                f"| {label} | {parameters:,} | {np.mean(scores):.1f} | {min(scores):.1f} | {max(scores):.1f} | "
+                f"{len(seeds)} | {against} | {' | '.join(found)} |",
+            )
+        )
+    head = [
         "| | trainable parameters | accuracy %, mean | lowest | highest | seeds | against pt [95 %] | "
         + " | ".join(name.rpartition("/")[2] for name in domains)
         + " |",
         "|---|" + "---|" * (6 + len(domains)),
     ]
-    for label, lines in sorted(runs.items(), key=lambda item: -right[item[0]].mean()):
-        scores = [line["accuracy"] for line in lines]
-        against = "–"
-        if label != REFERENCE:
-            difference = 100 * (right[label] - right[REFERENCE])
-            low, high = bootstrap_interval([Group(1.0, difference)])
-            against = f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
-        each = [f"{np.mean([line['domains'][name] for line in lines]):.0f}" for name in domains]
-        rows.append(
-            f"| {label} | {lines[0]['parameters']:,} | {np.mean(scores):.1f} | {min(scores):.1f} | {max(scores):.1f} | "
-            f"{len(lines)} | {against} | {' | '.join(each)} |"
-        )
+    return "\n".join(head + [row for _, row in sorted(rows)])
+
+
+def rates(path: Path) -> str:
+    runs: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in read(path):
+        runs[line["task"], line["label"]][line["learning_rate"]].append(line)
+    columns = sorted({rate for tried in runs.values() for rate in tried})
+    rows = [
+        "| task | | seeds | " + " | ".join(f"at {rate:g}" for rate in columns) + " |",
+        "|---|---|---|" + "---|" * len(columns),
+    ]
+    for (task, label), tried in sorted(runs.items()):
+        cells = [
+            f"{np.mean([x['accuracy'] for x in tried[rate]]):.1f}, {np.mean([x['loss'] for x in tried[rate]]):.3f}"
+            if rate in tried
+            else ""
+            for rate in columns
+        ]
+        seeds = max(len(lines) for lines in tried.values())
+        rows.append(f"| {task} | {label} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--rates", action="store_true")
+    given = parser.parse_args()
+    print(rates(given.results) if given.rates else table(given.results))

@@ -293,7 +293,7 @@ def test_learning_rates_and_recipes_can_be_varied(tmp_path):
 def test_labels_are_unique_and_folders_safe(tmp_path):
     both = [{"name": "pt", "num_virtual_tokens": 3}, {"name": "pt", "num_virtual_tokens": 4}]
     variants = prepared(tmp_path / "c", methods=both, budget=None).variants
-    assert [variant.label for variant in variants] == ["pt", "pt num_virtual_tokens=4 learning_rate=0.03"]
+    assert [variant.label for variant in variants] == ["pt", f"pt num_virtual_tokens=4 learning_rate={METHODS['pt'].default_learning_rate}"]
     assert len(prepared(tmp_path / "c", methods=[both[0], both[0]], budget=None).variants) == 1
     named = [{**entry, "label": "a/b"} for entry in both]
     place = prepared(tmp_path / "c", methods=named[:1]).cells[0].place
@@ -333,6 +333,18 @@ def test_the_papers_ablations_keep_the_budget_of_its_standard_form(llama_1b):
     assert sizes("ablate-experts", "num_experts", "rank") == [(1, 38), (2, 36), (4, 33), (8, 27)]
     assert sizes("ablate-noise", "router_noise", "rank") == [(0, 36), (0.05, 36), (0.1, 36), (0.2, 36)]
     assert len(set(sizes("ablate-routing", "selective", "probationary"))) == 4
+
+
+def test_a_rate_that_is_asked_for_replaces_those_of_a_preset():
+    def rates(*asked):
+        plan = read_plan(None, {"preset": "paper-math", "model": "nano", "learning_rate": list(asked)})
+        return {entry["name"]: entry.get("learning_rate") for entry in plan.methods}
+
+    usual = {name: rate for name, rate in rates().items() if rate is not None}
+    assert usual["ft"] == 0.001
+    assert usual["pt-moe"] == 0.03
+    assert set(rates("0.5").values()) == {None}, "the plan's rate holds for all"
+    assert rates("pt=0.5") == rates() | {"pt": None}
 
 
 def test_a_preset_can_be_narrowed_and_given_another_budget(llama_1b):

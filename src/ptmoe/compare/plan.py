@@ -252,6 +252,8 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
     entries = _entries(given.get("methods"))
     if "budget" in changes:
         entries = [_without_size(entry) for entry in entries]
+    if changes.get("learning_rate") is not None:
+        entries = [_without_rate(entry, changes["learning_rate"]) for entry in entries]
     if "methods" in changes:
         entries = [entry for asked in _entries(changes["methods"]) for entry in _matching(asked, entries) or [asked]]
     if entries:
@@ -265,6 +267,14 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
 def _matching(asked: Any, entries: list[Any]) -> list[Any]:
     """The entries of a method that is only named."""
     return [entry for entry in entries if isinstance(entry, dict) and asked == {"name": entry.get("name")}]
+
+
+def _without_rate(entry: Any, asked: Any) -> Any:
+    """A method's entry without a learning rate of its own, where one is asked for all methods or for this one."""
+    rates = _learning_rates(asked)
+    if not isinstance(entry, dict) or (isinstance(rates, dict) and entry.get("name") not in rates):
+        return entry
+    return {name: value for name, value in entry.items() if name != "learning_rate"}
 
 
 def _without_size(entry: Any) -> Any:

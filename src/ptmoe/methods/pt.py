@@ -14,6 +14,7 @@ class PTConfig(PromptConfig):
 
     method = "pt"
     order = 20
+    default_learning_rate = 0.1
     figure_color = ("#d55e00", "#f08a3c")
     figure_marker = "s"
 
