@@ -186,9 +186,9 @@ def leading(module: nn.Module, rank: int, blocks: tuple[int, int] | None = None)
         if blocks is not None:
             matrix = matrix.unflatten(1, (blocks[1], -1)).unflatten(0, (blocks[0], -1))  # (m, p, n, q)
             matrix = matrix.transpose(1, 2).flatten(2).flatten(0, 1)  # (m·n, p·q)
-        # By default a GPU takes rotations that stop at about four digits.
-        driver = "gesvd" if matrix.is_cuda else None
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
+        # In float64, so that an adapter finds the factors that it was trained on, whatever device decomposes: in
+        # float32 vectors of near values differ in the fifth digit between a CPU and a GPU.
+        left, values, right = (one.float() for one in torch.linalg.svd(matrix.double(), full_matrices=False))
         sign = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()  # (min(in, out), 1)
         factors = (left * sign.T)[:, :rank].clone(), values[:rank].clone(), (right * sign)[:rank].clone()
         vars(module)["_leading"] = state, factors
