@@ -293,7 +293,8 @@ def test_learning_rates_and_recipes_can_be_varied(tmp_path):
 def test_labels_are_unique_and_folders_safe(tmp_path):
     both = [{"name": "pt", "num_virtual_tokens": 3}, {"name": "pt", "num_virtual_tokens": 4}]
     variants = prepared(tmp_path / "c", methods=both, budget=None).variants
-    assert [variant.label for variant in variants] == ["pt", f"pt num_virtual_tokens=4 learning_rate={METHODS['pt'].default_learning_rate}"]
+    rate = METHODS["pt"].default_learning_rate
+    assert [variant.label for variant in variants] == ["pt", f"pt num_virtual_tokens=4 learning_rate={rate}"]
     assert len(prepared(tmp_path / "c", methods=[both[0], both[0]], budget=None).variants) == 1
     named = [{**entry, "label": "a/b"} for entry in both]
     place = prepared(tmp_path / "c", methods=named[:1]).cells[0].place

@@ -49,6 +49,14 @@ class RoutingCallback(TrainerCallback):
     def __init__(self, progress: Progress | None = None) -> None:
         self.progress = progress
 
+    def on_init_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if args.label_smoothing_factor and isinstance(model, PromptedCausalLM) and model.method_config.reads_input:
+            # `Trainer` would take the labels out of training's batches, and out of those of `evaluate`, too.
+            raise PtmoeError(
+                f"label_smoothing_factor={args.label_smoothing_factor:g} keeps the labels from the model, so "
+                "the router would read the answers: leave it out"
+            )
+
     def on_train_begin(
         self,
         args: TrainingArguments,
