@@ -67,13 +67,11 @@ class ComparisonFolder:
 
     def failures(self) -> list[Failure]:
         """The cells that failed when they were last run."""
-        path = self.path / FAILED_FILE
-        return Failure.read_lines(path) if path.exists() else []
+        return Failure.read_lines(self.path / FAILED_FILE)
 
     def searches(self) -> list[RateSearch]:
         """The searches for learning rates, finished or not."""
-        path = self.path / SEARCH_FILE
-        return RateSearch.read_lines(path) if path.exists() else []
+        return RateSearch.read_lines(self.path / SEARCH_FILE)
 
     def write_searches(self, searches: Iterable[RateSearch]) -> None:
         write_lines(self.path / SEARCH_FILE, searches)

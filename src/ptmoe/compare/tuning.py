@@ -54,7 +54,7 @@ def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) ->
     settings = drawn(plan)
     with writing(folder, "another ptmoe tune is running in"):
         path = folder / TRIALS_FILE
-        known = {record.number: record for record in (TrialRecord.read_lines(path) if path.exists() else [])}
+        known = {record.number: record for record in TrialRecord.read_lines(path)}
         todo = [number for number in range(plan.trials) if number not in known or known[number].state == "failed"]
         if todo:
             known = {number: record for number, record in known.items() if number not in todo}

@@ -243,7 +243,7 @@ def read_comparison(folder: str | Path) -> Comparison:
         )
     place = _order(plan)
     cells.sort(key=lambda cell: (place(cell), cell.seed))
-    searched = RateSearch.read_lines(folder / SEARCH_FILE) if (folder / SEARCH_FILE).exists() else []
+    searched = RateSearch.read_lines(folder / SEARCH_FILE)
     return Comparison(folder, plan, tuple(cells), (*left_out, *_not_started(cells, left_out)), searches=tuple(searched))
 
 
@@ -263,7 +263,7 @@ def _cells(folder: Path) -> tuple[list[Cell], list[LeftOut]]:
         except PtmoeError as error:
             left_out[key] = LeftOut(*key, "damaged", str(error))
     try:
-        failures = Failure.read_lines(folder / FAILED_FILE) if (folder / FAILED_FILE).exists() else []
+        failures = Failure.read_lines(folder / FAILED_FILE)
     except PtmoeError as error:
         failures, left_out["–", "–", None] = [], LeftOut("–", "–", None, "damaged", str(error))
     finished = {(cell.label, cell.task, cell.seed) for cell in cells}

@@ -152,13 +152,13 @@ def read_run(folder: str | Path) -> Run:
         name = summary.task if summary.split == "test" else f"{summary.task}, {summary.split}"
         evaluations[name] = summary
         predictions[name] = folder / "predictions" / f"{path.stem}.jsonl"
-    metrics, nearest = folder / METRICS_FILE, folder / INSPECT_FOLDER / NEAREST_FILE
+    nearest = folder / INSPECT_FOLDER / NEAREST_FILE
     return Run(
         folder=folder,
         config=config,
         result=Result.read(folder / RESULT_FILE),
         environment=Environment.read(folder / ENVIRONMENT_FILE),
-        logs=tuple(LogLine.read_lines(metrics)) if metrics.exists() else (),
+        logs=tuple(LogLine.read_lines(folder / METRICS_FILE)),
         evaluations=evaluations,
         predictions=predictions,
         nearest=NearestWords.read(nearest) if nearest.is_file() else None,

@@ -60,13 +60,15 @@ class Record(BaseModel):
 
     @classmethod
     def read_lines(cls, path: Path) -> list[Self]:
-        """The records of a JSON-lines file; empty lines are skipped.
+        """The records of a JSON-lines file, none where it is not there; empty lines are skipped.
 
         Raises:
             PtmoeError: as `read`, with the number of the line.
         """
         try:
             lines = path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
         except OSError as error:
             raise PtmoeError(f"{path}: {error.strerror}") from None
         records = []
