@@ -1,6 +1,7 @@
 """Runs the pages' marked blocks as a reader would, each page in a new folder.
 
-python docs/check_snippets.py [--quick] [PAGE …]       --quick trains for 20 steps where a block says more
+python docs/check_snippets.py [--quick] [PAGE …]       --quick trains for 20 steps and evaluates on 40
+                                                       examples where a block says more
 
 A comment before a block marks it: `<!-- ci: run -->` runs it, `<!-- ci: run with data -->` only where there is a
 `../shared/data`, `<!-- ci: file NAME -->` writes it to a file. A block that fails ends its page, and the script with
@@ -18,7 +19,8 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-STEPS = re.compile(r"(--max-steps |max_steps=)(\d+)")
+# What takes time, and as much as shows that a block works.
+LESS = {re.compile(r"(--max-steps |max_steps=)(\d+)"): 20, re.compile(r"(--eval-examples |--limit )(\d+)"): 40}
 BLOCK = re.compile(r"^<!-- ci: (run with data|run|file (\S+)) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUNNERS = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 
@@ -33,8 +35,8 @@ def check(page: Path, quick: bool) -> tuple[bool, list[str]]:
         if data.exists():
             (folder.parent / "shared").symlink_to(data)
         text = page.read_text()
-        if quick:
-            text = STEPS.sub(lambda found: f"{found[1]}{min(20, int(found[2]))}", text)
+        for asked, most in LESS.items() if quick else ():
+            text = asked.sub(lambda found, most=most: f"{found[1]}{min(most, int(found[2]))}", text)
         blocks = list(BLOCK.finditer(text))
         said = [f"{page.name}: {len(blocks)} marked blocks"]
         return bool(blocks) and all(run(*block.groups(), folder, data.exists(), said) for block in blocks), said
