@@ -40,7 +40,7 @@ from ptmoe.tasks import load_task
 from ptmoe.train.data import collate, fit
 from ptmoe.train.routing import RoutingCallback
 
-WARMUP = 0.03  # of the steps, as `ptmoe train` has it
+WARMUP = 0.03  # of the steps
 CLIPPED = 1.0
 
 

@@ -119,6 +119,8 @@ class SharedOptions(Settings):
     """rows computed at once on one device by training"""
     gradient_accumulation_steps: Count = 1
     """batches added up for one optimizer step"""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.1
+    """steps of increasing learning rate; below 1, a share of all steps"""
     output_dir: str | None = None
     """folder of the run; by default a new one under runs/"""
 
@@ -189,8 +191,6 @@ class TrainOptions(SharedOptions):
     """by default the method's own (docs/findings.md)"""
     lr_scheduler_type: str = "linear"
     """linear, cosine, constant, … as in transformers"""
-    warmup_steps: Annotated[float, Field(ge=0)] = 20
-    """steps of increasing learning rate; below 1, a share of all steps"""
     optim: str | None = None
     """by default AdamW; adafactor, galore_adamw, apollo_adamw, adalomo, schedule_free_adamw, … as in transformers, some
     of which need a package (docs/performance.md)"""
