@@ -84,6 +84,7 @@ def files(folder):
     }
 
 
+@pytest.mark.slow
 def test_the_files_are_those_of_cells_in_this_process(tmp_path):
     assert compare(prepared(tmp_path / "ray", seeds=1, jobs=1)) == []
     assert compare(prepared(tmp_path / "here", seeds=1, on="processes", jobs=1)) == []

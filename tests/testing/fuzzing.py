@@ -152,7 +152,7 @@ TRAIN = (
 )
 PLANS = (
     {"model": "nano", "methods": ["pt", {"name": "lora", "rank": 1}], "tasks": ["nano/mixed"], "seeds": 2},
-    {"preset": "ablate-noise", "model": "nano", "learning_rate": {"pt-moe": 0.01}, "train": {"warmup_steps": 2}},
+    {"preset": "ablate-noise", "model": "nano", "warmup_steps": 2, "train": {"weight_decay": 0.1}},
     {
         "methods": [{"name": "pt-moe", "num_experts": 4, "label": "ours", "budget": None}],
         "budget": ["4k"],
