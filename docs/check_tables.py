@@ -17,14 +17,14 @@ from seeds import finished, table  # noqa: E402
 
 
 def main() -> None:
-    compared = (RESULTS / "mixed_methods.md").read_text().splitlines()
+    compared = [(RESULTS / name).read_text().splitlines() for name in ("mixed_methods.md", "league_methods.md")]
     expected = [
         ("README.md", table(finished(RESULTS / "mixed.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "words.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "tried.jsonl"))),
         *(("docs/findings.md", real_table(RESULTS / name)) for name in ("real_mixture.jsonl", "real_short.jsonl")),
         ("docs/findings.md", rates(RESULTS / "real_search.jsonl")),
-        ("docs/findings.md", "\n".join(line for line in compared if line.startswith("|"))),
+        *(("docs/findings.md", "\n".join(line for line in lines if line.startswith("|"))) for lines in compared),
         ("docs/methods.md", tabulate_methods.table()),
         *(("docs/peft.md", text) for text in tabulate_peft.tables()),
     ]
