@@ -67,6 +67,7 @@ class Member:
         run: dict[str, Any],
         plan: Any,
         rows: list[int],
+        tokenizer: Any,
         *,
         rate: float,
         seed: int,
@@ -77,7 +78,7 @@ class Member:
         self.label = str(run["label"])
         entry = dict(run["method"])
         self.config = METHODS[entry.pop("name")](**entry)
-        attach(model, self.config, seed=seed, adapter_name=self.name, check=number == 0)
+        attach(model, self.config, seed=seed, tokenizer=tokenizer, adapter_name=self.name, check=number == 0)
         self.encoder = model.adapters[self.name]
         self.parameters = list(self.encoder.parameters())
         self.steps = plan.max_steps
@@ -204,7 +205,7 @@ def train(given: argparse.Namespace, plan: Any, base: Any, tokenizer: Any) -> No
                 for domain in run.get("domains", [None]):
                     rows = [i for i, name in enumerate(data_domains) if domain in (None, name)]
                     own = {"rate": float(rate), "seed": seed, "domain": domain}
-                    members.append(Member(model, len(members), run, plan, rows, **own))
+                    members.append(Member(model, len(members), run, plan, rows, tokenizer, **own))
     for member in members:
         member.encoder.requires_grad_(True)
     print(f"{len(members)} members, {len(data)} rows, {time.monotonic() - started:.0f} s", flush=True)

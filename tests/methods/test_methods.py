@@ -617,6 +617,13 @@ def test_a_text_without_tokens_is_refused():
         attach(tiny_llama(), PTConfig(init="text", init_text=" "), tokenizer=Words())
 
 
+def test_a_base_without_a_tokenizer_of_its_own_asks_for_one():
+    base = tiny_llama()
+    base.config._name_or_path = base.name_or_path = "nowhere at all"
+    with pytest.raises(PtmoeError, match=r"'nowhere at all' has none that can be loaded .*tokenizer=…"):
+        attach(base, PTConfig(init="text", init_text="Answer"))
+
+
 def test_a_config_cannot_be_changed_but_replaced():
     config = PTMoEConfig(rank=4)
     with pytest.raises(ValueError, match="frozen"):

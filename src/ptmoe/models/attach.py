@@ -72,7 +72,13 @@ def attach(
         if tokenizer is None:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+            except (OSError, ValueError) as error:
+                raise PtmoeError(
+                    f"init='text' needs the base's tokenizer, and {model.name_or_path!r} has none that can be loaded "
+                    f"({str(error).splitlines()[0]}): attach(base, config, tokenizer=…)"
+                ) from None
         return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def make(base: PreTrainedModel) -> PromptEncoder:
