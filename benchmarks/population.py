@@ -204,6 +204,8 @@ def train(given: argparse.Namespace, plan: Any, base: Any, tokenizer: Any) -> No
             for seed in range(run.get("seeds", 1)):
                 for domain in run.get("domains", [None]):
                     rows = [i for i, name in enumerate(data_domains) if domain in (None, name)]
+                    if not rows:
+                        raise SystemExit(f"{run['label']}: no example of domain {domain!r}: {sorted({*data_domains})}")
                     own = {"rate": float(rate), "seed": seed, "domain": domain}
                     members.append(Member(model, len(members), run, plan, rows, tokenizer, **own))
     for member in members:

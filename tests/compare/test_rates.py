@@ -92,8 +92,10 @@ def test_the_best_mean_is_for_the_cells_and_the_whole_grid_is_kept(tmp_path, tra
     assert {rate for name, rate, _ in trained.cells if name == "base"} == {None}
     assert trained.index(next(o for o in trained if not o.validation_examples)) == 30, "all trials before any cell"
     found = searches(tmp_path / "c")
-    chosen = {label: search.chosen / search.given for label, search in found.items()}
-    assert chosen == pytest.approx({"pt": 1, "dpt": 3})
+    assert {label: (search.given, search.chosen) for label, search in found.items()} == {
+        "pt": (usual["pt"], usual["pt"]),
+        "dpt": (usual["dpt"], threefold),
+    }
     for label, search in found.items():
         assert search.rates == pytest.approx([usual[label] * factor for factor in (1 / 9, 1 / 3, 1, 3, 9)], rel=5e-3)
         written = {tuple(trial.settings.values()): trial.scores for trial in search.trials}

@@ -134,7 +134,9 @@ def test_a_run_records_what_its_base_forgets_and_what_the_adapter_takes(tmp_path
     assert result.forgetting.loss > result.forgetting.base_loss + least, "four steps of lora, which starts at the base"
     files = list((tmp_path / "run" / "adapter").glob("*.safetensors"))
     assert result.adapter_bytes == sum(path.stat().st_size for path in files) > 4 * result.trainable_parameters
-    assert result.peak_memory is None or 10**7 < result.peak_memory < 10**11
+    # On a GPU what torch allocates there, on a CPU the whole process.
+    smallest = 10**7 if torch.cuda.is_available() else 10**8
+    assert result.peak_memory is None or smallest < result.peak_memory < 10**11
     scored = TrainOptions(method=method, output_dir=str(tmp_path / "trial"), validation_examples=6, **asked)
     trial = train(scored, say=lambda line: None)
     assert list(read_run(tmp_path / "trial").evaluations) == ["nano/mixed, validation"]

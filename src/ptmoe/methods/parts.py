@@ -179,16 +179,16 @@ def leading(module: nn.Module, rank: int, blocks: tuple[int, int] | None = None)
     state = id(weight), weight._version, blocks
     written, factors = vars(module).get("_leading", (None, ()))
     if written != state or len(factors[1]) < rank:
-        matrix = weight_of(module).float()
+        # In float64, so that an adapter finds the factors that it was trained on, whatever device decomposes: in
+        # float32 vectors of near values differ in the fifth digit between a CPU and a GPU.
+        matrix = weight_of(module).double()
         if weight.is_meta or not bool(matrix.isfinite().all()):
             fault = "is offloaded: load the base without offloading" if weight.is_meta else "holds NaN or infinity"
             raise PtmoeError(f"a method that decomposes the base's weights cannot read one that {fault}")
         if blocks is not None:
             matrix = matrix.unflatten(1, (blocks[1], -1)).unflatten(0, (blocks[0], -1))  # (m, p, n, q)
             matrix = matrix.transpose(1, 2).flatten(2).flatten(0, 1)  # (m·n, p·q)
-        # In float64, so that an adapter finds the factors that it was trained on, whatever device decomposes: in
-        # float32 vectors of near values differ in the fifth digit between a CPU and a GPU.
-        left, values, right = (one.float() for one in torch.linalg.svd(matrix.double(), full_matrices=False))
+        left, values, right = (one.float() for one in torch.linalg.svd(matrix, full_matrices=False))
         sign = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()  # (min(in, out), 1)
         factors = (left * sign.T)[:, :rank].clone(), values[:rank].clone(), (right * sign)[:rank].clone()
         vars(module)["_leading"] = state, factors
