@@ -379,6 +379,7 @@ MISTAKES = {
     ("--task", "nano/mixed", "--seeds", "0"): "seeds=0: needs at least one",
     ("--task", "nano/mixed", "--budget", "80q"): "budget '80q': needs a whole number of parameters",
     ("--task", "nano/mixed", "--learning-rate", "x"): "needs a number, or METHOD=NUMBER",
+    ("--preset", "quickstart", "--learning-rate", "x"): "needs a number, or METHOD=NUMBER",
     ("--task", "nano/mixed", "--learning-rate", "dpt=1"): "learning_rate of 'dpt', which is not compared",
     ("--task", "nano/mixed", "--model", "./nowhere"): "no model folder './nowhere'",
     (

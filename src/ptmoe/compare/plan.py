@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -253,7 +254,9 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
     if "budget" in changes:
         entries = [_without_size(entry) for entry in entries]
     if changes.get("learning_rate") is not None:
-        entries = [_without_rate(entry, changes["learning_rate"]) for entry in entries]
+        with suppress(ValueError):  # which the plan then says
+            rates = _learning_rates(changes["learning_rate"])
+            entries = [_without_rate(entry, rates) for entry in entries]
     if "methods" in changes:
         entries = [entry for asked in _entries(changes["methods"]) for entry in _matching(asked, entries) or [asked]]
     if entries:
@@ -269,9 +272,8 @@ def _matching(asked: Any, entries: list[Any]) -> list[Any]:
     return [entry for entry in entries if isinstance(entry, dict) and asked == {"name": entry.get("name")}]
 
 
-def _without_rate(entry: Any, asked: Any) -> Any:
+def _without_rate(entry: Any, rates: Any) -> Any:
     """A method's entry without a learning rate of its own, where one is asked for all methods or for this one."""
-    rates = _learning_rates(asked)
     if not isinstance(entry, dict) or (isinstance(rates, dict) and entry.get("name") not in rates):
         return entry
     return {name: value for name, value in entry.items() if name != "learning_rate"}
