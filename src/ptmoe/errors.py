@@ -17,6 +17,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "the disk is damaged or gone",
 }
+DIVERGED = "the loss became"  # how the message of a `DivergedError` begins, in whichever process it was raised
 
 
 class PtmoeError(ValueError):
@@ -38,11 +39,20 @@ def system_error(error: OSError) -> PtmoeError:
     return PtmoeError(f"{place}{error.strerror}{remedy}")
 
 
-def near(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest known word, else `"; known: a, b, c"`."""
+def near(word: str, known: Iterable[str], *, most: int = 1, otherwise: str | None = None) -> str:
+    """`"; did you mean 'x', 'y'?"` for the nearest known words, else `otherwise`, by default `"; known: a, b, c"`.
+
+    Args:
+        word: what was written.
+        known: what could have been.
+        most: how many words are named.
+        otherwise: where none is near, and there are too many to list.
+    """
     known = list(known)
-    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.6)  # its time grows with the square
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    close = difflib.get_close_matches(word[:100], known, n=most, cutoff=0.6)  # its time grows with the square
+    if close:
+        return f"; did you mean {', '.join(map(repr, close))}?"
+    return f"; known: {', '.join(known)}" if otherwise is None else otherwise
 
 
 def shown(value: object) -> str:

@@ -1,7 +1,6 @@
 """The command as a user meets it: options, exit codes, messages, start-up."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from ptmoe.compare.search import TunePlan
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.train import TrainOptions
+from testing.commands import run_command
 
 TRAIN = [
     "train",
@@ -37,13 +37,7 @@ TRAIN = [
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
-    # One thread, as in this process: another number of threads adds up in another order.
-    subprocess.run(
-        [sys.executable, "-m", "ptmoe", *TRAIN, "--output-dir", str(folder)],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    run_command(*TRAIN, "--output-dir", folder)
     return folder
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from ptmoe.errors import PtmoeError
 from ptmoe.files import append, check_name, replaced
 from ptmoe.runs.folders import evaluation_file, file_name, predictions_file
+from testing.commands import run_command
 
 SMALL = ["--max-steps", "4", "--eval-examples", "8", "--batch-size", "4", "--num-virtual-tokens", "4"]
 
@@ -28,9 +29,7 @@ def sources(tmp_path_factory):
     """A finished run of pt, data, and answers to it."""
     folder = tmp_path_factory.mktemp("sources")
     command = ["train", "--method", "pt", "--task", "nano/mixed", "--max-examples", "40", *SMALL]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    whole = [sys.executable, "-m", "ptmoe", *command, "--output-dir", str(folder / "run")]
-    subprocess.run(whole, check=True, capture_output=True, env=environment)
+    run_command(*command, "--output-dir", folder / "run")
     lines = [{"id": f"{number}", "prompt": f"{number} + 1 =", "completion": f" {number + 1}"} for number in range(8)]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     answers = [{"id": line["id"], "text": line["completion"]} for line in lines]
@@ -54,6 +53,11 @@ def commands(sources, target):
     }
 
 
+PRINTING = [
+    ["--version"],
+    ["tasks"],
+    *(pytest.param(one.split(), marks=pytest.mark.slow) for one in ("--help", "params")),
+]
 WRITING = ["train", "eval", "compare", "inspect", "score", "convert"]
 ALL = [*WRITING, pytest.param("quickstart", marks=pytest.mark.slow)]
 
@@ -226,7 +230,7 @@ def test_an_evaluation_that_is_done_anew_leaves_the_earlier_result_where_the_dis
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["tasks"], ["params", "--method", "pt"]])
+@pytest.mark.parametrize("arguments", PRINTING)
 def test_a_full_disk_behind_standard_output_is_said_once(arguments):
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "ptmoe", *arguments]

@@ -301,7 +301,7 @@ def test_errors_are_said_in_words_where_they_belong(visit, model, monkeypatch):
         page.evaluate("sides[1].model.add(new Option('routd', 'routd')); sides[1].model.value = 'routd'")
         page.click("#clear")
         send(page)
-        api.expect(side(page, 1).locator(".error")).to_have_text(re.compile("no model 'routd': did you mean 'routed'"))
+        api.expect(side(page, 1).locator(".error")).to_have_text(re.compile("no model 'routd'; did you mean 'routed'"))
 
 
 @in_browser

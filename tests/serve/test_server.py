@@ -230,6 +230,7 @@ def test_models_health_and_metrics(client, address):
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("fxed")
     assert httpx.get(f"{address}/health").json()["status"] == "ok"
+    client.completions.create(model="routed", prompt=PROMPT, **GREEDILY)
     page = httpx.get(f"{address}/metrics").text
     assert 'ptmoe_expert_use_total{adapter="routed"' in page
     for name in ("ptmoe_batch_rows_count", "ptmoe_first_token_seconds_bucket", "ptmoe_answers_in_progress 0.0"):

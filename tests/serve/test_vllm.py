@@ -304,7 +304,7 @@ for option in sys.argv[2:]:
 
 def test_options_that_vllm_does_not_have_or_the_server_sets_are_refused_in_words(model):
     messages = {
-        "max_modl_len=64": "did you mean max_model_len",
+        "max_modl_len=64": "did you mean 'max_model_len'",
         "xyzzy=1": "vllm serve --help",
         "max-model-len": "KEY=VALUE",
         "model=other": "use --model",

@@ -1,10 +1,28 @@
-"""A comparison in processes of its own, to stop and to kill."""
+"""Commands for fixtures, in this process; and a comparison in processes of its own, to stop and to kill."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
+
+from ptmoe.cli import main
+
+
+def run_command(*arguments):
+    """A `ptmoe` command in this process, which has to succeed."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = patch.object(sys, "argv", ["ptmoe", *map(str, arguments)])
+    status = None
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code
+    assert not status, out.getvalue() + err.getvalue()
 
 
 def started(folder, jobs, *options, command="compare", sign="metrics.jsonl"):

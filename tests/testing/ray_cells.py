@@ -38,3 +38,6 @@ class Quick(CellActor):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         workers.run_cell = run_cell
+
+    def prepare(self):
+        """Nothing of what training imports, which takes seconds."""

@@ -213,9 +213,11 @@ class CellActor:
         """Prepare to run cells; what makes that impossible, or None."""
         if version != __version__:
             return f"ptmoe is {__version__} on {socket.gethostname()} and {version} here: install one version on both"
-        import ptmoe.train.recipe  # noqa: F401  takes seconds, like what it imports
-
+        self.prepare()
         return None
+
+    def prepare(self) -> None:
+        import ptmoe.train.recipe  # noqa: F401  takes seconds, like what it imports
 
     def run(self, number: int, options: dict[str, Any], place: str) -> tuple[int | str, dict[str, Any], str]:
         """Run a cell.

@@ -22,12 +22,11 @@ from ptmoe.compare.executors import Executor
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.plan import ComparePlan
 from ptmoe.compare.watcher import Watcher
-from ptmoe.errors import PtmoeError
+from ptmoe.errors import DIVERGED, PtmoeError
 from ptmoe.runs.folders import RESULT_FILE, SEARCH_FOLDER, file_name
 from ptmoe.runs.records import EvaluationSummary, Result
 from ptmoe.runs.searches import RateSearch, State, TrialRecord, mean_score
 from ptmoe.train.examples import evaluation_split
-from ptmoe.train.steps import DIVERGED
 
 FIRST_SEED = 1000  # of the trials: no cell has it by default
 SHORTER = 3  # a trial has a third of a cell's steps

@@ -19,11 +19,13 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import REMEDIES, PtmoeError, system_error
 from ptmoe.train.options import BASE, TrainOptions
-from ptmoe.train.steps import Progress, StepsCallback
+
+if TYPE_CHECKING:
+    from ptmoe.train.steps import Progress
 
 
 def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], None]) -> int:
@@ -33,6 +35,7 @@ def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], Non
     from ptmoe.models.bases import quiet
     from ptmoe.train.interruption import InterruptedRunError
     from ptmoe.train.recipe import evaluate_base, train
+    from ptmoe.train.steps import StepsCallback
 
     quiet()
     try:

@@ -110,6 +110,7 @@ class GatewayEngine:
             for upstream in self.upstreams:
                 try:
                     await self._try(upstream)
+                    upstream.fault = None
                 except httpx.HTTPError as error:
                     faults[upstream.url] = _down(error)
         return faults

@@ -11,7 +11,6 @@ no running request.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import threading
 import time
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ptmoe.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, local_folder
-from ptmoe.errors import PtmoeError
+from ptmoe.errors import PtmoeError, near
 from ptmoe.models.adapter_set import BASE
 from ptmoe.serve.engine import Input
 from ptmoe.settings import read_yaml
@@ -147,9 +146,8 @@ class Registry:
         with self._lock:
             entry = self._entries.get(name)
         if entry is None or name in self._withdrawn:
-            close = difflib.get_close_matches(name[:LONGEST_NAME], self.names(), n=NEAR_NAMES)
-            known = f"did you mean {', '.join(map(repr, close))}?" if close else "GET /v1/models lists what is served"
-            raise UnknownModelError(f"no model {name[:LONGEST_NAME]!r}: {known}")
+            advice = near(name, self.names(), most=NEAR_NAMES, otherwise="; GET /v1/models lists what is served")
+            raise UnknownModelError(f"no model {name[:LONGEST_NAME]!r}{advice}")
         if entry.error is not None:
             raise UnknownModelError(f"the adapter {name!r} cannot be served: {entry.error}")
         return entry

@@ -6,7 +6,6 @@ vLLM loads the base. This side holds the embedding matrix alone, as the gateway 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ptmoe.errors import PtmoeError
+from ptmoe.errors import PtmoeError, near
 from ptmoe.serve.engine import LEAST, EngineError, Input, Sampling, Token, UnavailableError, check_room
 from ptmoe.serve.vllm_request import TRIED, agree, parameters, probe
 
@@ -210,9 +209,8 @@ def engine_arguments(options: Sequence[str], **ours: Any) -> AsyncEngineArgs:
             instead = f"use {OURS[key]}" if OURS[key] else "leave it out"
             raise PtmoeError(f"--engine-option {key}: the server sets it itself; {instead}")
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=3)
-            advice = f"did you mean {', '.join(close)}?" if close else "`vllm serve --help` lists its options"
-            raise PtmoeError(f"--engine-option {key}: vLLM {vllm.__version__} has no such argument; {advice}")
+            advice = near(key, known, most=3, otherwise="; `vllm serve --help` lists its options")
+            raise PtmoeError(f"--engine-option {key}: vLLM {vllm.__version__} has no such argument{advice}")
         theirs[key] = _value(value)
     fixed = {"enable_prompt_embeds": True, "skip_tokenizer_init": True, "generation_config": "vllm"}
     try:

@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-DIVERGED = "the loss became"  # how the message of `DivergedError` begins, wherever it was raised
 Progress = Callable[[int, int, float | None], None]  # steps done, steps in all, the last loss
 
 

@@ -26,7 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ptmoe.adapters.folder import read_adapter
-from ptmoe.errors import PtmoeError
+from ptmoe.errors import DIVERGED, PtmoeError
 from ptmoe.fast.paths import is_sharded
 from ptmoe.files import naming
 from ptmoe.methods.routing import RoutedEncoder
@@ -35,7 +35,6 @@ from ptmoe.runs.records import LogLine, append_line, write_lines
 from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
 from ptmoe.train.checkpoints import PARTIAL, publish, seal
 from ptmoe.train.optimizer import SCHEDULER, load_state, save_state, settle, updates_in_backward
-from ptmoe.train.steps import DIVERGED
 
 TRAINING_STATE = "training_state.safetensors"
 RANDOM_STATE = "random_state.json"
