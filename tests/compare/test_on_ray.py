@@ -15,8 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ptmoe.compare import on_ray, prepare, read_plan
-from ptmoe.compare.on_ray import RETRIES, room, session
+from ptmoe.compare import on_ray, prepare, ray_session, read_plan
+from ptmoe.compare.on_ray import RETRIES
+from ptmoe.compare.ray_session import room, session
 from ptmoe.compare.run import compare
 from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import PtmoeError
@@ -36,7 +37,7 @@ TIMED = {"train_seconds", "seconds", "examples_per_second"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_session(tmp_path_factory):
+def connected(tmp_path_factory):
     """Ray, which the tests' comparisons find connected; and the file of `ray_cells`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 4)
@@ -151,7 +152,7 @@ def test_a_machine_with_another_version_stops_the_comparison_before_a_cell(tmp_p
     assert not attempts()
 
 
-def test_a_session_within_another_leaves_the_environment_as_it_was(ray_session, monkeypatch):
+def test_a_session_within_another_leaves_the_environment_as_it_was(connected, monkeypatch):
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
     before = dict(os.environ)
     with session("ray://auto", 1, 1, 0):
@@ -159,15 +160,15 @@ def test_a_session_within_another_leaves_the_environment_as_it_was(ray_session, 
     assert dict(os.environ) == before
 
 
-def test_ray_of_its_own_takes_no_connection_from_another_machine(ray_session):
-    assert ray_session.get_runtime_context().gcs_address.startswith("127.0.0.1:")
+def test_ray_of_its_own_takes_no_connection_from_another_machine(connected):
+    assert connected.get_runtime_context().gcs_address.startswith("127.0.0.1:")
 
 
 # -- a Ray that cannot be had ------------------------------------------------------------------------------------------
 
 
 def test_ray_that_is_asked_for_and_missing_is_refused(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(on_ray.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_session.importlib.util, "find_spec", lambda name: None)
     folder = tmp_path / "c"
     status, _, err = run("compare", "--task", "nano/mixed", "--on", "ray", "--output-dir", folder)
     assert status == 2
@@ -213,7 +214,7 @@ def _silent(listening):
 @pytest.mark.parametrize("on", ["ray://", "ray://host", "ray://host:x", "ray:auto", "host:6379", "ray://a:1/x", "Ray"])
 def test_what_is_no_address_is_refused(on):
     with pytest.raises(PtmoeError, match="needs processes, ray, ray://auto"):
-        on_ray.check_place(on)
+        ray_session.check_place(on)
 
 
 def nodes(*resources):

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import yaml
 
-from ptmoe.compare import on_ray, tuning
+from ptmoe.compare import ray_session, tuning
 from ptmoe.compare.search import TunePlan, drawn, read_plan, resolved
 from ptmoe.compare.tuning import best_of, tune
 from ptmoe.errors import PtmoeError
@@ -37,7 +37,7 @@ def plan(**changes):
 
 @pytest.fixture
 def with_ray(monkeypatch):
-    monkeypatch.setattr(on_ray.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(ray_session.importlib.util, "find_spec", lambda name: object())
 
 
 def test_the_first_trial_is_the_training_as_given_and_the_others_follow_from_the_seed(with_ray):
@@ -95,7 +95,7 @@ def test_a_mistake_is_refused_before_a_trial(changes, message, with_ray):
 
 
 def test_a_search_without_ray_is_refused_with_what_to_install(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(on_ray.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_session.importlib.util, "find_spec", lambda name: None)
     status, _, err = run("tune", "--task", "nano/mixed", "--output-dir", tmp_path / "t")
     assert status == 2
     assert "--on ray needs Ray, which is not installed: pip install 'ptmoe[ray]'" in err

@@ -35,7 +35,8 @@ def executor(plan: ComparePlan, jobs: int) -> Iterator[Executor]:
         PtmoeError: Ray is not installed, its address does not answer, or it has no room for a cell.
     """
     if plan.on != "processes":
-        from ptmoe.compare.on_ray import run_cells, session
+        from ptmoe.compare.on_ray import run_cells
+        from ptmoe.compare.ray_session import session
 
         with session(plan.on, jobs, plan.jobs, plan.gpus_per_cell) as room:
             yield partial(run_cells, room)

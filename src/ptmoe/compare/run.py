@@ -13,9 +13,9 @@ from ptmoe import nano
 from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, trainable_tasks, variants
 from ptmoe.compare.executors import Executor, executor, inline
 from ptmoe.compare.folder import ComparisonFolder
-from ptmoe.compare.on_ray import check_place
 from ptmoe.compare.plan import ComparePlan
 from ptmoe.compare.rates import Trial, search_rates, searches, trials
+from ptmoe.compare.ray_session import check_place
 from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import check_quantization, commit_of, load_config

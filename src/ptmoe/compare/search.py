@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from ptmoe.compare.on_ray import LOCAL, NEAREST, check_place
 from ptmoe.compare.plan import Gpus
+from ptmoe.compare.ray_session import LOCAL, NEAREST, check_place
 from ptmoe.errors import PtmoeError, near
 from ptmoe.settings import Flag
 from ptmoe.train.options import Count, TrainOptions, method_config, scalar

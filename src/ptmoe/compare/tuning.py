@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ptmoe.compare.on_ray import RETRIES, session
+from ptmoe.compare.on_ray import RETRIES
+from ptmoe.compare.ray_session import session
 from ptmoe.compare.search import TunePlan, drawn
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.folders import BEST_FILE, TRIALS_FILE, TUNE_FILE, writing
