@@ -147,6 +147,7 @@ def adapter(index: int) -> str:
 
 def http(bench: Bench) -> Iterator[Measurement]:
     """What HTTP adds: an engine that answers at once, asked over a connection and in its process."""
+    import torch
     import uvicorn
 
     from ptmoe.models.adapter_set import AdapterSet
@@ -175,6 +176,7 @@ def http(bench: Bench) -> Iterator[Measurement]:
     registry = Registry(AdapterSet(read_embedding(str(bench.base))), bench.adapters, base=bench.base.name)
     registry.fill()  # which the server would do meanwhile
     tokenizer, _ = load_tokenizer(str(bench.base))
+    torch.set_num_threads(1)  # as a gateway does, which takes little time as well
     service = Service(registry, AtOnce(), tokenizer, frozenset(), Limits(), Metrics(registry))  # type: ignore[arg-type]
     with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:  # the loop of `ptmoe serve`
         rounds = runner.run(_http_rounds(service, bench))

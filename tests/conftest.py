@@ -1,5 +1,6 @@
 """Tests need no network, no GPU and no more than one thread."""
 
+import gc
 import os
 import sys
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from testing.bases import ARCHITECTURES, DEVICE, tiny
 
 torch.set_num_threads(1)
+gc.set_threshold(10_000, 10, 10)  # as in the command
 if DEVICE.type == "cuda":
     torch.backends.cuda.enable_cudnn_sdp(False)  # it has no heads as small as those of the tiny bases
     torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ptmoe.adapters.folder import local_folder, read_config_file
@@ -108,6 +109,8 @@ def gateway_service(adapters: Path | None, urls: Sequence[str], *, api_key: str 
         PtmoeError: no such folder or base, or an engine that can be reached and does not serve it.
     """
     from ptmoe.serve.gateway import GatewayEngine
+
+    torch.set_num_threads(1)  # a prompt is a small product: others would wait longer than they work, and busily
 
     def engine(base: Base) -> GatewayEngine:
         made = GatewayEngine(urls, base.embedding, positions=base.positions, api_key=api_key)
