@@ -78,7 +78,8 @@ def rates(path: Path) -> str:
             else ""
             for rate in columns
         ]
-        seeds = max(len(lines) for lines in tried.values())
+        counts = sorted({len(lines) for lines in tried.values()})
+        seeds = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         rows.append(f"| {task} | {label} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -92,4 +93,6 @@ if __name__ == "__main__":
     parser.add_argument("results", type=Path)
     parser.add_argument("--rates", action="store_true")
     given = parser.parse_args()
+    if not given.results.is_file():
+        parser.error(f"no file {given.results}: give the lines that `python -m benchmarks.population` wrote")
     print(rates(given.results) if given.rates else table(given.results))
