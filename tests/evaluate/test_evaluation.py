@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from ptmoe.fast.linear import use_onednn
 from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
 from ptmoe.models.causal import PromptedCausalLM
-from ptmoe.tasks import Example, load_task
+from ptmoe.tasks import Example, load_task, task_named
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 from ptmoe.tasks.tokens import encode_prompt
 from testing.bases import CONFIGS, prompted, tiny
@@ -290,3 +291,17 @@ def test_the_interval_is_the_binomials_for_marks_and_does_not_depend_on_their_or
     shuffled = random.Random(0).sample(marks, 100)
     assert bootstrap(shuffled) == (low, high)
     assert bootstrap([1.0] * 5) == (100.0, 100.0)
+
+
+def test_what_a_template_leaves_out_is_refused_in_an_evaluation_too(routed):
+    model, tokenizer = routed
+    template, tokenizer.chat_template = tokenizer.chat_template, "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    given = {"tools": [{"name": "adder"}], "documents": [{"text": "7"}], "chat_template_kwargs": {"level": "high"}}
+    try:
+        for part, value in given.items():
+            asked = Example("1", "", "4", ("4",), "t", messages=({"role": "user", "content": "2?"},), place="d.jsonl:1")
+            evaluate(model, tokenizer, [asked], task=task_named("gsm8k"), max_new_tokens=2)
+            with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:1: the chat template leaves out '\w+'"):
+                evaluate(model, tokenizer, [replace(asked, template={part: value})], task=task_named("gsm8k"))
+    finally:
+        tokenizer.chat_template = template

@@ -3,15 +3,18 @@
 import json
 import math
 import random
+import re
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from math_verify import parse, verify
 
 from ptmoe.tasks.expressions import is_expression, last_boxed
 from ptmoe.tasks.metrics import GRADERS, correct, exact_match, extract_answer, f1, normalize_answer, verbatim
@@ -543,6 +546,319 @@ def test_no_gold_of_the_word_problems_is_taken_for_an_expression():
     assert not any(map(is_expression, ASDIV))
 
 
+# ---- mathematics: families of answers, each right for itself and for none of its parts -------------------------------
+
+
+def boxed(text):
+    return rf"\boxed{{{text}}}"
+
+
+def judged(prediction, right=(), wrong=()):
+    """What must be right for the prediction is, what must be wrong is not; the verdicts are named that are not so."""
+    assert [gold for gold in right if not correct(prediction, [gold])] == [], prediction
+    assert [gold for gold in wrong if correct(prediction, [gold])] == [], prediction
+
+
+TERMS = ("x", "n", "a", "3x", "ab", "3ab", "x+1", "ab+c", r"\frac{bh}{2}", r"3\pi", "20", "b^2-4ac", r"2\sqrt{5}", "-y")
+MARKS = ("-({})", "({})!", "({})'", "({})+1", r"\frac{{1}}{{{}}}")
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_sign_a_factorial_or_a_prime_makes_another_answer(term):
+    judged(boxed(term), right=[term])
+    for mark in MARKS:
+        if term == "20" and "'" in mark:  # minutes, or feet
+            continue
+        marked = mark.format(term)
+        judged(boxed(marked), right=[marked], wrong=[term])
+        judged(boxed(term), wrong=[marked])
+        judged(f"The answer is ${marked}$.", right=[marked], wrong=[term])
+    if term.isalnum():
+        for marked in (f"-{term}", f"{term}!", *([f"|{term}|", f"{term}'"] if not term.isdigit() else [])):
+            judged(boxed(marked), right=[marked], wrong=[term])
+            judged(boxed(term), right=[f"${term}$"], wrong=[marked])
+
+
+@settings(max_examples=25)
+@given(EXPRESSION.filter(lambda text: is_expression(text) and re.search("[a-z]", text)))
+def test_a_generated_expression_is_met_by_itself_and_not_with_another_sign_or_mark(expression):
+    doubled = accuracy(boxed(f"{expression}+({expression})"), expression)  # right only where it is 0
+    judged(boxed(expression), right=[expression], wrong=[f"({expression})!", f"({expression})'"])
+    assert accuracy(boxed(f"-({expression})"), expression) == accuracy(boxed(expression), f"-({expression})") == doubled
+
+
+OPERATIONS = {  # as it is written: what it is
+    **{sign: lambda a, b: a + b for sign in ("+", " + ", "+ ")},
+    **{sign: lambda a, b: a - b for sign in ("-", " - ", " \u2212 ")},
+    **{sign: lambda a, b: a * b for sign in (r"\cdot ", r" \times ", "*", " \u00d7 ", "\u00b7")},
+    **{sign: lambda a, b: a / b for sign in (r"\div ", " \u00f7 ")},
+}
+MATHVERIFY_READS = ("+", " + ", "-", r"\cdot ", r" \times ", "*", r"\div ")
+OPERANDS = st.integers(1, 999).map(Fraction)
+
+
+@settings(max_examples=60)
+@given(OPERANDS, OPERANDS, st.sampled_from(list(OPERATIONS)), st.sampled_from(("", r"\text{ cm}", " apples", " km")))
+def test_arithmetic_in_a_box_has_its_value_and_not_that_of_its_first_number(a, b, sign, unit):
+    value = OPERATIONS[sign](a, b)
+    parts = {a, b, -b} - {value}
+    judged(boxed(f"{a}{sign}{b}{unit}"), right=[str(value)], wrong=map(str, parts))
+    judged(boxed(rf"\frac{{{a}{sign}{b}}}{{2}}"), right=[str(value / 2)], wrong=map(str, parts - {value / 2}))
+    judged(boxed(f"{a}{sign}{b} = {float(value)}"), right=[repr(float(value))], wrong=map(str, parts))
+    judged(f"The answer is {a} + {b}", wrong=[str(a), str(b)])
+    if sign in MATHVERIFY_READS and not unit:
+        for gold in (value, a, b):
+            theirs = verify(*(parse(boxed(text), parsing_timeout=None) for text in (gold, f"{a}{sign}{b}")))
+            assert theirs == correct(boxed(f"{a}{sign}{b}"), [str(gold)]), (a, sign, b, gold)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("-(-5)", 5),
+        ("|-5|", 5),
+        ("(2)(3)", 6),
+        ("2(3+4)", 14),
+        ("1,200 + 34", 1234),
+        ("10 km + 3 km", 13),
+        ("2^3+1", 9),
+        (r"\$10 + \$3", 13),
+        ("$10 - $3", 7),
+        ("5 - -3", 8),
+        (r"20\% \cdot 50", 10),
+    ],
+)
+def test_other_arithmetic_in_a_box_has_its_value(written, value):
+    numbers = "1 2 3 4 5 8 10 20 34 50 200 1200 -5".split()
+    judged(boxed(written), right=[str(value)], wrong=[number for number in numbers if number != str(value)])
+
+
+ALGEBRA = ("x+1", "1+x", "x-1", "2xy", "2yx", "xy+z", "z+yx", "x^2-y^2", "(x-y)(x+y)", "y/2", r"\frac{y}{2}", "-y/2")
+
+
+@pytest.mark.slow
+def test_pairs_of_expressions_are_judged_as_math_verify_judges_them():
+    parsed = {text: parse(boxed(text), parsing_timeout=None) for text in ALGEBRA}
+    theirs = {(a, b): verify(parsed[a], parsed[b]) for a in ALGEBRA for b in ALGEBRA}
+    assert {pair: correct(boxed(pair[1]), [pair[0]]) for pair in theirs} == theirs
+    assert sum(theirs.values()) == len(ALGEBRA) + 2 * 5
+
+
+LETTERS = "bh ab AB ac ai px qr uv xy nk PQ rt BH abc bcd abx x y n k i e a b p t c d r q P Q X".split()
+ABBREVIATIONS = "cm mm km kg mg ml mL L hr min mph ft lb oz in m s g h l km/h m/s^2 GB kW cm^2 apples men".split()
+
+
+@pytest.mark.parametrize("number", ["2", "12", "5/3"])
+@pytest.mark.slow
+def test_letters_behind_a_number_are_variables_unless_they_are_a_unit(number):
+    for letters in LETTERS:
+        term = f"{number}{letters}"
+        judged(
+            boxed(number), wrong=[term, f"{term}+1", *([rf"{number}\mathrm{{{letters}}}"] if letters in "ie" else [])]
+        )
+        judged(boxed(term), right=[term], wrong=[number])
+        judged(boxed(f"z+{term}"), right=[f"{term}+z"], wrong=[number, term])
+    for unit in ABBREVIATIONS:
+        for written in (f"{number} {unit}", rf"{number}\text{{ {unit}}}", rf"{number}\ \mathrm{{{unit}}}"):
+            judged(boxed(written), right=[number], wrong=["7"])
+            judged(number, right=[written])
+            judged(boxed(number), right=[written])
+
+
+def test_a_number_in_one_base_is_not_the_same_digits_in_another():
+    numbers = [f"{digits}_{base}" for digits in (1010, 11, 12021) for base in (2, 3, 8, 16)]
+    for number in numbers:
+        braces = number.replace("_", "_{") + "}"
+        others = [other for other in numbers if other != number]
+        judged(boxed(number), right=[number, braces], wrong=[*others, number.split("_")[0]])
+        judged(boxed(braces), right=[number], wrong=others)
+        judged(boxed(number.split("_")[0]), wrong=[number])
+
+
+STATED = ("{}", "The answer is {}.", "The answer is {}", "So it is {}", "#### {}", "Answer: {}", "A: {}", "We get {}")
+PARTS = (
+    "{}x",
+    "{}r^2",
+    "{}e",
+    "{}x + 7",
+    "7x + {}",
+    "7+{}i",
+    "{}^n",
+    "{}^{{n+1}}",
+    "ln {}",
+    "log({})",
+    "pi/{}",
+    "y/{}",
+)
+PARTS += ("sqrt(7)/{}", "(a+b)/{}", "\u221b{}", "\u221c({})", "cos {}", "{} + x", "{} + 7 + y")
+
+
+def test_a_number_in_plain_algebra_is_not_the_answer_and_one_with_a_unit_is():
+    for number in ("2", "5", "31"):
+        for part in PARTS:
+            for setting in (*STATED, boxed("{}")):
+                written = part.format(number)
+                judged(setting.replace("{}", written), wrong=[number])
+        for unit in (
+            " apples",
+            " m",
+            "x faster",
+            "x as many",
+            "m",
+            " km/h",
+            "th",
+            r"^\circ",
+            "k",
+            " - because 3",
+            "+ years",
+        ):
+            judged(f"The answer is {number}{unit}", right=[number])
+        for setting in STATED[1:3]:
+            judged(setting.format(f"7 + {number}"), wrong=["7", number])
+            judged(setting.format(f"then 7 + {number} = {7 + int(number)}"), right=[str(7 + int(number))], wrong=["7"])
+
+
+HORIZONTAL = ["", "\t", *(chr(i) for i in range(0x3001) if unicodedata.category(chr(i)) == "Zs")]
+DASHES = [chr(i) for i in range(0x10000) if re.search("HYPHEN|DASH|MINUS", unicodedata.name(chr(i), ""))]
+MINUSES = [sign for sign in DASHES if sign in "-\u2010\u2011\u2012\u2013\u2212\u2796\ufe58\ufe63\uff0d\u02d7"]
+LONG = [*"\u2014\u2015\u207b\u208b"]
+
+
+def test_a_number_is_negative_after_every_minus_sign_and_every_space():
+    assert len(HORIZONTAL) == 19
+    assert len(MINUSES) == 11
+    for number in ("5", "1,234", "0.5"):
+        for space in HORIZONTAL:
+            for minus in MINUSES:
+                for stated in (
+                    "The answer is {}",
+                    "#### {}",
+                    "{}",
+                    "It came to {}",
+                    "x = {}",
+                    "We get {}.",
+                    boxed("{}"),
+                ):
+                    judged(stated.replace("{}", minus + space + number), right=[f"-{number}"], wrong=[number])
+            word = f"minus{space or ' '}{number}"
+            judged(f"The answer is {word}", right=[f"-{number}"], wrong=[number])
+        for minus in LONG:
+            for stated in ("The answer is {}", "#### {}", "{}", "We got {}", boxed("{}")):
+                judged(stated.replace("{}", minus + number), right=[f"-{number}"], wrong=[number])
+            judged(f"3{minus}{number}", wrong=[f"-{number}"])
+
+
+NEGATIVE = ("It dropped to minus {}", "It came to - {}", "We get - {}", "They reached minus {}.", "about minus {}")
+NEGATIVE += (
+    "零下{}度",
+    "氷点下{}度",
+    "気温は氷点下{}度です",
+    "영하 {}도",
+    "It fell from 10 to minus {}",
+    "Result. Minus {}",
+)
+NEGATIVE += ("答案是零下{}度。", "Réponse : moins {}", "#### minus {}", "the total is negative {}")
+SUBTRACTED = (
+    "10 minus {}",
+    "10マイナス{}",
+    "A - {}",
+    "the total minus {}",
+    "x minus {}",
+    "10 apples minus {}",
+    "10 - {}",
+)
+
+
+def test_a_word_for_minus_is_a_sign_unless_something_is_before_that_it_is_taken_from():
+    for number in ("5", "7", "1,234"):
+        for stated in NEGATIVE:
+            judged(stated.format(number), right=[f"-{number}"], wrong=[number])
+        for stated in SUBTRACTED:
+            judged(stated.format(number), right=[number], wrong=[f"-{number}"])
+
+
+SCRIPTS = {  # tens, hundreds, thousands; 10^4, 10^8, 10^12; digits; whether 零 stands for noughts
+    "Chinese": ("十百千", "万亿兆", "一二三四五六七八九", True),
+    "Taiwanese": ("十百千", "萬億兆", "一二三四五六七八九", True),
+    "Japanese": ("十百千", "万億兆", "一二三四五六七八九", False),
+    "Korean": ("십백천", "만억조", "", False),
+}
+
+
+@st.composite
+def numerals(draw):
+    """A numeral with at least one digit and one power: its text, its value, and the numbers that are parts of it."""
+    small, large, digits, noughts = SCRIPTS[draw(st.sampled_from(list(SCRIPTS)))]
+    groups = draw(st.lists(st.integers(0, 9999), min_size=1, max_size=4))
+    written, value, parts, behind = "", 0, set(), False
+    for power, group in reversed(list(enumerate(groups))):
+        value = value * 10**4 + group
+        if not group:
+            continue
+        if draw(st.booleans()) and (power or (group >= 1000 and written)):
+            text = str(group)
+        else:
+            text = ""
+            for place in (3, 2, 1, 0):
+                digit = group // 10**place % 10
+                if not digit:
+                    continue
+                if place == 0 and (text or written) and group // 10 % 10 == 0:
+                    assume(noughts)
+                    text += "零"
+                named = digits and draw(st.booleans()) and place
+                text += (digits[digit - 1] if named else str(digit)) + (small[place - 1] if place else "")
+                parts |= {digit, digit * 10**place}
+        space = " " if small[0] == "십" and written and draw(st.booleans()) else ""
+        behind = behind or power > 0 or any(sign in text for sign in small)
+        written += space + text + (large[power - 1] if power else "")
+        parts |= {group, group * 10 ** (4 * power)}
+    assume(behind and re.search(r"\d", written))
+    return written, value, parts | {int(run) for run in re.findall(r"\d+", written)}
+
+
+@settings(max_examples=400)
+@given(
+    numerals(), st.sampled_from(("{}", "答案是{}", "答えは{}です", "정답은 {}입니다", "#### {}", "一共{}元", "{}원"))
+)
+def test_a_numeral_of_powers_has_its_value_and_that_of_no_part_of_it(numeral, stated):
+    written, value, parts = numeral
+    judged(stated.format(written), right=[str(value)], wrong=[str(part) for part in parts - {value}])
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("3割", "0.3"),
+        ("3割5分", "0.35"),
+        ("2と3分の1", "7/3"),
+        ("2又3分之1", "7/3"),
+        ("2와 3분의 1", "7/3"),
+        ("三分之2", "2/3"),
+        ("3分の一", "1/3"),
+        ("삼분의 2", "2/3"),
+        ("3万分の1", "1/30000"),
+        ("百分之50", "50"),
+        ("5百万", "5000000"),
+        ("1.5万", "15000"),
+        ("千5百", "1500"),
+        ("5千米", "5"),
+        ("5千克", "5"),
+        ("5조각", "5"),
+        ("3만큼", "3"),
+        ("5조", "5000000000000"),
+        ("3万5", None),
+        ("三万5", None),
+        ("3千5", None),
+        ("5万千億", None),
+    ],
+)
+def test_rates_parts_and_units_that_begin_like_a_power(written, value):
+    others = "1 2 3 4 5 10 30 50 1/3 1/2 2/3 1000 3000 30000 50000 35000 30005 3005 3500".split()
+    for stated in ("{}", "答案是{}", "答えは{}です", "#### {}"):
+        judged(stated.format(written), [value] if value else [], [other for other in others if other != value])
+
+
 # ---- mathematics: ASDiv's golds --------------------------------------------------------------------------------------
 
 ASDIV = {  # gold: (right, wrong)
@@ -689,7 +1005,7 @@ def test_a_gold_is_right_for_itself(gold):
 
 PIECE = (
     "1|1/|1,|111,|11,|1:|1 |1. |1 or |1 to |1e9|5 (|5 am |5;|5\u00b2|\u00bd|12/25/2020 |-|-(| |\n|'|**|the |####|"
-    "#### 1|answer is |answer is 1+1=|\nA:|\\boxed{|\\boxed{{a}|\\frac{|\\text{"
+    "#### 1|answer is |answer is 1+1=|3万|- 1|\nA:|\\boxed{|\\boxed{{a}|\\frac{|\\text{"
 ).split("|")
 
 

@@ -1,9 +1,16 @@
 """Records as other software exports them: every number and text as it was written, or refused by file and line."""
 
+import csv
+import gzip
+import io
 import json
 import re
+import shlex
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +18,8 @@ from hypothesis import strategies as st
 
 import ptmoe
 from ptmoe.tasks import Problems, load_task
-from ptmoe.tasks.local import load, other_form
+from ptmoe.tasks.local import Keys, load
+from ptmoe.tasks.other_files import other_form
 from ptmoe.tasks.problems import BadRecordError
 from ptmoe.tasks.records import number_text, text_of
 from ptmoe.tasks.written import Written
@@ -178,11 +186,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = st.sampled_from("id domain prompt completion question context answers messages tools role content".split())
+SOME_KEYS = st.sampled_from("id domain prompt completion question context answers messages tools role content".split())
 
 
 @settings(max_examples=200)
-@given(st.lists(st.dictionaries(KEYS, JSON, max_size=5), min_size=1, max_size=4))
+@given(st.lists(st.dictionaries(SOME_KEYS, JSON, max_size=5), min_size=1, max_size=4))
 def test_any_record_is_read_or_refused_by_its_line_and_none_is_lost(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("any") / "d.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in [{"prompt": "a", "completion": "b"}, *records]))
@@ -229,7 +237,15 @@ def test_a_conversation_without_a_text_to_grade_or_with_unfit_extras_is_refused(
         ('[\n  {"prompt": "a"}\n]', "a JSON array"),
         ("[]", "a JSON array"),
         ("prompt,completion\na,b\n", "CSV: convert it with: python -c"),
-        ("prompt\tcompletion\na\tb\n", "CSV"),
+        ("prompt\tcompletion\na\tb\n", "TSV: convert it with: python -c"),
+        ("prompt;completion\na, b;c\n", "CSV with ';' between its fields: convert it with: python -c"),
+        ("prompt|completion\na|b\n", "CSV with '|' between its fields"),
+        ("prompt,completion,prompt\na,b,c\n", "CSV whose header has 'prompt' twice"),
+        ('[["prompt", "completion"],\n ["a", "b"]]', "a JSON array, and not of objects"),
+        ('["a,b", "c,d"]', "a JSON array, and not of objects"),
+        ("PAR1\x15\x04,,;\0", "a Parquet file: convert it with: python -c"),
+        ("PK\x03\x04\x14,\0;", "a ZIP archive or a table of Excel"),
+        ("GGUF,\0\0;", "a binary file"),
         ('{\n  "prompt": "a",\n  "completion": "b"\n}', "one JSON object over several lines"),
         ("<html><body>404</body></html>", "XML or HTML"),
     ],
@@ -244,25 +260,166 @@ def test_a_file_that_holds_no_json_lines_is_named_once_with_what_to_do(text, for
 
 
 @pytest.mark.parametrize(
-    "text", ['{"prompt": "a", "completion": "b"}', '\n\n{"a": 1}', '["a"]\n{"b": 1}', "x, y\n{}", "x"]
+    "text",
+    [
+        '{"prompt": "a", "completion": "b"}',
+        '\n\n{"a": 1}',
+        '["a"]\n{"b": 1}',
+        "x, y\n{}",
+        "x",
+        "[1, 2]\n[3]",
+        '["a", "b"]\n["c", "d"]',
+    ],
 )
 def test_json_lines_are_read_as_such_even_where_some_are_damaged(text, written):
     assert other_form(written(text)) == ""
 
 
-def test_the_command_in_the_message_converts_the_file(written):
-    import subprocess
-    import sys
+def converted(path):
+    """The lines that the command in the message writes."""
+    python, option, code, *rest = shlex.split(other_form(path).partition("convert it with: ")[2])
+    assert (python, option, rest) == ("python", "-c", [">", "data.jsonl"])
+    with patch("sys.stdout", io.TextIOWrapper(io.BytesIO())) as out:
+        exec(code)
+        return out.buffer.getvalue().decode()
 
-    for name, text in {
-        "d.json": '[{"prompt": "ä", "completion": 12345678901234567891}]',
-        "d.csv": "prompt,completion\nä,7\n",
-    }.items():
-        path = written(text, name=name)
-        code = other_form(path).partition('python -c "')[2].partition('" >')[0]
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        (example,) = load(written(done.stdout))
-        assert (example.input, example.target) in (("ä", "12345678901234567891"), ("ä", "7"))
+
+FIELDS = st.text(st.sampled_from("aä5 ,;|\t\"'\n\u2028😀"), min_size=1, max_size=8).filter(str.strip)
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.tuples(FIELDS, FIELDS, FIELDS), min_size=1, max_size=4),
+    st.sampled_from(",;\t|"),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+)
+def test_the_command_converts_a_table_of_any_kind_to_the_texts_it_holds(
+    tmp_path_factory, rows, delimiter, encoding, end, zipped
+):
+    path = tmp_path_factory.mktemp("table") / "it's.csv"
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=end)
+    writer.writerows([("prompt", "completion", "note, or; more|"), *rows])
+    written = text.getvalue().encode(encoding)
+    path.write_bytes(gzip.compress(written) if zipped else written)
+    lines = path.with_name("data.jsonl")
+    lines.write_text(converted(path), encoding="utf-8")
+    assert [(example.input, example.target) for example in load(lines)] == [row[:2] for row in rows]
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(NUMBERS, FIELDS), min_size=1, max_size=4),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    st.sampled_from([None, 2]),
+)
+def test_the_command_converts_an_array_to_the_records_as_they_are_written(tmp_path_factory, rows, encoding, indent):
+    path = tmp_path_factory.mktemp("array") / "d.json"
+    records = [{"prompt": text, "completion": f"N{number}"} for number, (_, text) in enumerate(rows)]
+    text = json.dumps(records, ensure_ascii=False, indent=indent)
+    for number, (digits, _) in enumerate(rows):
+        text = text.replace(f'"N{number}"', digits)
+    path.write_bytes(text.encode(encoding))
+    lines = path.with_name("data.jsonl")
+    lines.write_text(converted(path), encoding="utf-8")
+    for (digits, prompt), line in zip(rows, lines.read_text(encoding="utf-8").split("\n"), strict=False):
+        assert digits in line
+        assert json.loads(line)["prompt"] == prompt
+    assert [example.target for example in load(lines)] == [number_text(digits) for digits, _ in rows]
+
+
+def test_what_is_wrong_with_a_record_is_still_found_behind_the_command(written):
+    path = written(
+        '[{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "prompt": "c"}]', name="d.json"
+    )
+    with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:2: has the key 'prompt' twice"):
+        load(written(converted(path)))
+    for text, message in (
+        ("prompt,completion\na,b\na,b,c\n", r"d\.csv: line 3: 3 fields, the header has 2"),
+        ('prompt,completion\na,"b\n', r"d\.csv: unexpected end of data"),
+        ('[{"prompt": "a"}] [{"prompt": "b"}]', r"d\.csv: more behind the array's end"),
+        ('[{"prompt": "a"}, ', r"d\.csv: "),
+        ('[{"prompt": "a"}{"prompt": "b"}]', r"d\.csv: no comma between two records"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            converted(written(text, name="d.csv"))
+    assert converted(written("[ ]", name="d.json")) == ""
+
+
+def test_the_command_is_one_of_a_shell(written, tmp_path):
+    path = written('[{"prompt": "ä", "completion": 2.50}]', name="it's `a` $HOME.json")
+    command = other_form(path).partition("convert it with: ")[2].replace("python", f"'{sys.executable}'", 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    (example,) = load(tmp_path / "data.jsonl")
+    assert (example.input, example.target) == ("ä", "2.50")
+
+
+def test_text_in_other_encodings_is_named(tmp_path):
+    line = '{"prompt": "ä", "completion": "b"}\n'
+    (tmp_path / "d.jsonl").write_bytes(line.encode("utf-16"))
+    with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl is text in UTF-16: convert it with: iconv"):
+        load(tmp_path / "d.jsonl")
+    (tmp_path / "d.csv").write_bytes("prompt,completion\nä,b\n".encode("latin-1"))
+    with pytest.raises(ptmoe.PtmoeError, match=r"d\.csv is CSV, and not in UTF-8: save it in UTF-8 first"):
+        load(tmp_path / "d.csv")
+
+
+def test_a_parquet_file_is_converted_with_its_values(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = {"prompt": ["ä", "b"], "completion": [0.1, 12345.678901234567]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "d.parquet")
+    code = shlex.split(other_form(tmp_path / "d.parquet").partition("convert it with: ")[2])[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (tmp_path / "d.jsonl").write_text(done.stdout)
+    assert [(example.input, example.target) for example in load(tmp_path / "d.jsonl")] == [
+        ("ä", "0.1"), ("b", "12345.678901234567")
+    ]  # fmt: skip
+
+
+def test_records_behind_an_arrays_end_are_not_lost_without_a_word(written):
+    row = '[{"question": "a", "answer": 1}]'
+    path = written(f"{row}\n\n{row}", name="m.json")
+    with pytest.raises(ptmoe.PtmoeError, match=r"m\.json:3: more behind the array's end"):
+        load_task("math_problems", data_dir=path)
+    assert len(load_task("math_problems", data_dir=written(f"{row}\n\n ", name="m.json"))) == 1
+
+
+# ---- forms of a line -------------------------------------------------------------------------------------------------
+
+ONE_FORM = {
+    "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+    "prompt": {"prompt": "a", "completion": "b"},
+    "question": {"question": "c", "answers": ["d"]},
+}
+
+
+@pytest.mark.parametrize("first", ONE_FORM)
+@pytest.mark.parametrize("second", ONE_FORM)
+def test_a_line_of_two_forms_is_refused_and_null_counts_as_not_given(first, second, written):
+    if first == second:
+        return
+    path = written(ONE_FORM["prompt"], {**ONE_FORM[first], **ONE_FORM[second]})
+    with pytest.raises(ptmoe.PtmoeError, match=r"d\.jsonl:2: has \w.* as well as \w.*: needs one of them alone"):
+        load(path)
+    assert len(load(path, problems=Problems(skip=True))) == 1
+    assert len(load(path, Keys("prompt", "completion"), Problems(skip=True))) == 1 + ("prompt" in (first, second))
+    nulls = written({**dict.fromkeys(ONE_FORM[second]), **ONE_FORM[first]}, ONE_FORM[first])
+    one, other = load(nulls)
+    assert one.contents == other.contents
+
+
+@pytest.mark.parametrize("form", ONE_FORM)
+def test_what_is_for_the_template_belongs_to_every_form(form, written):
+    extras = {"tools": [{"name": "f"}], "documents": [{"text": "t"}], "chat_template_kwargs": {"level": "high"}}
+    (example,) = load(written({**ONE_FORM[form], **extras}))
+    assert example.template == extras
+    assert load(written({**ONE_FORM[form], **dict.fromkeys(extras)}))[0].template == {}
+    (example,) = load(written({"tools": "a", "b": "c"}), Keys("tools", "b"))
+    assert (example.input, example.template) == ("a", {})
 
 
 def test_a_bad_record_is_an_error_in_words_wherever_it_is_met():

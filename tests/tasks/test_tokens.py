@@ -1,8 +1,10 @@
 """The tokens say what the user wrote: with tokenizers of every habit, and in every chat template that trl ships."""
 
 import datetime
+import re
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -268,8 +270,9 @@ def test_the_clock_of_a_template_stands_at_one_day_in_every_format(form):
 
 
 ECHO = (
-    "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}{% for m in messages %}{{ m.role }}: "
-    "{{ m.reasoning_content }}|{{ m.content }}|{{ m.name }}|{{ m.tool_calls }}|{{ extra }}\n{% endfor %}"
+    "{% for t in tools or [] %}<{{ t.function.name }} {{ t.function.description }}>{% endfor %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.reasoning_content }}|{{ m.content }}|{{ m.name }}|{{ m.tool_calls }}|"
+    "{{ extra }}\n{% endfor %}"
 )
 
 
@@ -292,7 +295,7 @@ def test_everything_that_a_line_gives_reaches_the_template(tmp_path):
     tokenizer.chat_template = ECHO
     (item,) = ptmoe.load_task(str(tmp_path / "d.jsonl"))
     prompt = decoded(tokenizer, encode_prompt(item, tokenizer).ids)
-    assert prompt.startswith("<adder>user: |2?|Ann||more\nassistant: ||")
+    assert prompt.startswith("<adder adds>user: |2?|Ann||more\nassistant: ||")
     assert "'arguments': {'a': 1.5}" in prompt
     assert decoded(tokenizer, encode_completion(item, tokenizer)[:-1]) == "assistant: I asked.|Four.|||more\n"
 
@@ -326,10 +329,182 @@ def test_a_template_that_leaves_out_an_earlier_turn_is_refused(left_out):
     earlier = "loop.last or m.tool_calls or m.role != " + repr(left_out)
     tokenizer.chat_template = f"{{% for m in messages %}}{{% if {earlier} %}}{whole}{{% endif %}}{{% endfor %}}"
     item = example("", "Seven.", messages=(SYSTEM, *TURNS, CALL, SAID, TURNS[0]))
-    with pytest.raises(BadRecordError, match="the chat template leaves out what a message says"):
+    what = "'tool_calls'" if left_out == "calls" else "what a message says"
+    with pytest.raises(BadRecordError, match=f"the chat template leaves out {what}"):
         encode_prompt(item, tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace(earlier, "true").replace("}}\n", "}}{{ m.tool_calls }}\n")
     assert "adder" in decoded(tokenizer, encode_prompt(item, tokenizer).ids)
+
+
+CALLS = [
+    {
+        "id": "1",
+        "type": "function",
+        "function": {"name": "adder", "arguments": {"first": "onyx", "deep": [{"er": 4711}]}},
+    },
+    {"id": "2", "type": "function", "function": {"name": "adder", "arguments": {"id": "opal"}}},
+]
+DEEP = {"type": "object", "properties": {"x": {"type": "integer", "description": "slate", "minimum": 3}}}
+TOOLS = [{"type": "function", "function": {"name": n, "description": d, "parameters": DEEP}} for n, d in ("ab", "cd")]
+DOCUMENTS = [{"title": "basalt", "text": "marble"}, {"title": "granite", "text": "gneiss", "year": 1789}]
+# What a line may give beside roles and texts, the words that show that a template has written it, and a template's way.
+PARTS = {
+    "tools": ("slate", "{{ tools | tojson }}"),
+    "documents": ("basalt marble granite gneiss 1789", "{{ documents | tojson }}"),
+    "tool_calls": ("onyx 4711 opal", "{% for m in messages %}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"),
+    "name": ("Ann", "{% for m in messages %}{{ m.name }}{% endfor %}"),
+    "weight": ("0.25", "{% for m in messages %}{{ m.weight }}{% endfor %}"),
+    "reasoning": ("jasper", "{{ m.reasoning }}"),
+    "level": ("high", "{{ level }}"),
+}
+
+
+def with_parts(names):
+    """A conversation that holds these, in its prompt; reasoning and, with it, calls in the answer."""
+    first = {"role": "user", "content": "2 and 2?"}
+    first |= {"name": "Ann"} if "name" in names else {}
+    first |= {"weight": 0.25} if "weight" in names else {}
+    turns = [first]
+    if "tool_calls" in names:
+        turns += [{"role": "assistant", "content": "", "tool_calls": CALLS}, {"role": "tool", "content": "Seven."}]
+    template = {"tools": TOOLS} if "tools" in names else {}
+    template |= {"documents": DOCUMENTS} if "documents" in names else {}
+    template |= {"chat_template_kwargs": {"level": "high"}} if "level" in names else {}
+    reply = {"reasoning": "jasper"} if "reasoning" in names else {}
+    return example("", "Seven.", messages=tuple(turns), template=template, reply=reply)
+
+
+@settings(max_examples=150)
+@given(st.sets(st.sampled_from(sorted(PARTS))), st.sets(st.sampled_from(sorted(PARTS))))
+def test_every_part_of_a_line_is_written_or_the_line_is_refused_in_training_and_in_evaluation(gives, writes):
+    """Any parts of a line, with a template that writes any parts."""
+    tokenizer, item = load_tokenizer("nano")[0], with_parts(gives)
+    before = "".join(PARTS[name][1] for name in sorted(writes - {"reasoning"}))
+    inside = PARTS["reasoning"][1] if "reasoning" in writes else ""
+    tokenizer.chat_template = (
+        f"{before}{{% for m in messages %}}{{{{ m.role }}}}: {inside}{{{{ m.content }}}}\n{{% endfor %}}"
+    )
+    lost = gives - writes - {"reasoning"}  # an answer that is not shown has nothing to lose
+    if lost:
+        with pytest.raises(ptmoe.PtmoeError, match="leaves out") as error:
+            usable([item], tokenizer, Problems())
+        assert named(error.value) == lost
+    else:
+        assert usable([item], tokenizer, Problems()) == [item]
+    if gives <= writes:
+        text = decoded(tokenizer, encode_prompt(item, tokenizer).ids + encode_completion(item, tokenizer))
+        assert all(word in text for name in gives for word in PARTS[name][0].split())
+        return
+    with pytest.raises(BadRecordError, match="leaves out") as error:
+        encode_completion(item, tokenizer)
+    assert named(error.value) == gives - writes
+
+
+def named(error):
+    return set(re.findall(r"'(\w+)'", str(error).partition("leaves out")[2].partition(": remove")[0]))
+
+
+def test_every_template_writes_a_part_or_the_line_is_refused():
+    """Over the templates that trl ships: none drops it without a word."""
+    taken = set()
+    for name, part in product(TEMPLATES, sorted(PARTS.keys() - {"level"})):
+        tokenizer, item = with_template(name), with_parts({part})
+        with suppress(BadRecordError):
+            text = decoded(tokenizer, encode_prompt(item, tokenizer).ids + encode_completion(item, tokenizer))
+            assert all(word in text for word in PARTS[part][0].split()), (name, part)
+            taken.add(part)
+    assert taken == {"reasoning", "tools", "tool_calls"}
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [("{{ m.tool_calls[0] | tojson if m.tool_calls }}", "'tool_calls.function.arguments.id'"),
+     ("{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}", "'tool_calls.function.arguments.first'"),
+     ("{% for c in m.tool_calls or [] %}{{ c.function.arguments }}{% endfor %}", "'tool_calls.function.name'")],
+)  # fmt: skip
+def test_a_part_of_a_part_that_is_left_out_is_named(template, lost):
+    tokenizer = load_tokenizer("nano")[0]
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{{{ m.role }}}}: {{{{ m.content }}}}{template}\n{{% endfor %}}"
+    )
+    with pytest.raises(BadRecordError, match=f"the chat template leaves out .*{lost}"):
+        encode_prompt(with_parts({"tool_calls"}), tokenizer)
+
+
+def test_the_reasoning_of_earlier_answers_may_be_left_out_where_the_last_ones_is_written():
+    turns = (TURNS[0], {**TURNS[1], "reasoning": "jasper"}, TURNS[2])
+    tokenizer, item = load_tokenizer("nano")[0], example("", "Seven.", messages=turns)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.reasoning if loop.last }}{{ m.content }}\n{% endfor %}"
+    )
+    assert "jasper" not in decoded(tokenizer, encode_prompt(item, tokenizer).ids)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(BadRecordError, match="the chat template leaves out 'reasoning'"):
+        encode_prompt(item, tokenizer)
+
+
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@settings(max_examples=60)
+@given(TEXTS, st.text(st.sampled_from("a5 \n\t"), min_size=1, max_size=8).filter(str.strip))
+def test_in_a_template_a_prompt_and_a_completion_are_what_was_written(prompt, completion):
+    """But for one space between the two, which a conversation does not need."""
+    tokenizer = load_tokenizer("nano")[0]
+    tokenizer.chat_template = PLAIN
+    item = example(prompt, completion)
+    whole = completion[1:] if completion[0] == " " and not completion[1:2].isspace() else completion
+    asked, answer = encode_prompt(item, tokenizer, chat=True).ids, encode_completion(item, tokenizer, chat=True)
+    assert decoded(tokenizer, asked) == f"user: {prompt}\nassistant: "
+    assert decoded(tokenizer, answer) == f"{whole}\n{tokenizer.eos_token}"
+    assert changed_text([item], tokenizer, chat=True) == ""
+    tokenizer.chat_template = PLAIN.replace("m.content", "m.content | trim")
+    said = changed_text([item], tokenizer, chat=True)
+    assert (said != "") is (prompt != prompt.strip() or whole != whole.strip())
+
+
+def test_a_template_that_strips_texts_is_named_once():
+    tokenizer, messages = load_tokenizer("nano")[0], []
+    tokenizer.chat_template = PLAIN.replace("m.content", "m.content | trim")
+    item = example("Write:", "    return 1\n")
+    fit([item] * 3, tokenizer, 100, chat=True, say=messages.append)
+    assert [text.partition(" (")[0] for text in messages] == [
+        "the chat template changes texts: '    return 1\\n' becomes 'return 1'"
+    ]
+
+
+@pytest.mark.parametrize("calls", ["adder", ["adder"], [{"function": "adder"}], {"function": {"name": 7}}, [[]], 3])
+def test_calls_of_any_form_are_no_traceback(calls):
+    tokenizer = load_tokenizer("nano")[0]
+    for template in (PLAIN, PLAIN.replace("m.content", "m.content ~ m.tool_calls")):
+        tokenizer.chat_template = template
+        turns = (TURNS[0], {"role": "assistant", "content": "", "tool_calls": calls}, {**SAID, "content": "7"})
+        with suppress(BadRecordError):
+            assert "tool: 7" in prompt_text(example("", "Seven.", messages=turns), tokenizer)
+
+
+def test_what_a_line_gives_twice_is_refused():
+    tokenizer = load_tokenizer("nano")[0]
+    tokenizer.chat_template = "{{ tools | tojson }}" + PLAIN
+    for options in ({"messages": []}, {"tools": []}):
+        item = example("", "b", messages=TURNS[:1], template={"tools": [TOOL], "chat_template_kwargs": options})
+        with pytest.raises(BadRecordError, match=f"'chat_template_kwargs' holds {next(iter(options))}, which the line"):
+            encode_prompt(item, tokenizer)
+
+
+def test_what_only_a_template_writes_is_refused_where_there_is_none():
+    tokenizer = load_tokenizer("nano")[0]
+    tokenizer.chat_template = PLAIN
+    item = example("a", "b", template={"tools": [TOOL]})
+    with pytest.raises(BadRecordError, match="'tools' would reach the model in a chat template alone"):
+        encode_prompt(item, tokenizer)
+    with pytest.raises(BadRecordError, match="the chat template leaves out 'tools'"):
+        encode_prompt(item, tokenizer, chat=True)
+    tokenizer.chat_template = "{{ tools | tojson }}" + PLAIN
+    assert "adder" in decoded(tokenizer, encode_prompt(item, tokenizer, chat=True).ids)
 
 
 REFUSING = (

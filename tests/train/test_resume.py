@@ -4,8 +4,10 @@ import html
 import json
 import re
 import shutil
+from contextlib import suppress
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 import ptmoe
@@ -13,7 +15,7 @@ from ptmoe.models.bases import load_base
 from ptmoe.report.page import write_run_report
 from ptmoe.runs.records import Environment, LogLine
 from ptmoe.train import TrainOptions, train
-from ptmoe.train.resume import FREE, recorded
+from ptmoe.train.resume import FREE, continued, recorded
 
 METHOD = {"name": "pt-moe", "num_virtual_tokens": 4, "num_experts": 2, "rank": 2}
 
@@ -72,29 +74,136 @@ def test_what_differs_from_the_record_is_named_and_nothing_is_written(name, stop
     assert state(run_folder) == before
 
 
+def other_values(record):
+    """Another value of each option that decides something, and of each field of the method, by its name."""
+    values = (77, 0.77, "other", True, "float32", "8bit", "cut", False, {"a": 1}, "momentum=0.9")
+    for name in TrainOptions.model_fields.keys() - FREE - {"method", "task"}:
+        needed = {"optim": "sgd"} if name.startswith("optim_") else {}
+        for value in values:
+            with suppress(ptmoe.PtmoeError):
+                changes = {**needed, name: value}
+                if getattr(TrainOptions(data=record.data, **changes), name) != getattr(record, name):
+                    yield name, changes
+                    break
+    for name, value in record.method.items():
+        if isinstance(value, (int, float)):
+            other = value + 1 if isinstance(value, int) else value / 2 + 0.01
+            yield name, {"method": {name: not value if isinstance(value, bool) else other}}
+
+
 def test_every_option_that_may_not_change_is_refused(run_folder):
     """Whatever options are added: each either decides nothing about the training, or is compared."""
-    from ptmoe.train.resume import continued
-
-    other = {int: 77, float: 0.77, str: "other", bool: True}
-    record = recorded(run_folder)
-    checked = set()
-    for name in TrainOptions.model_fields:
-        if name in FREE | {"method", "task"}:
-            continue
-        needed = {"optim": "sgd"} if name.startswith("optim_") else {}
-        for value in (*other.values(), "float32", "8bit", "cut", False, {"a": 1}, "momentum=0.9"):
-            try:
-                changed = TrainOptions(data=record.data, output_dir=str(run_folder), **{**needed, name: value})
-            except ptmoe.PtmoeError:
-                continue
-            if getattr(changed, name) == getattr(record, name):
-                continue
+    record, checked = recorded(run_folder), set()
+    for name, changes in other_values(record):
+        if "method" not in changes:
+            changed = TrainOptions(data=record.data, output_dir=str(run_folder), **changes)
             with pytest.raises(ptmoe.PtmoeError, match=f"{name} was "):
                 continued(changed, run_folder)
             checked.add(name)
-            break
     assert checked == TrainOptions.model_fields.keys() - FREE - {"method", "task"}
+
+
+def edited(run_folder, changes):
+    """The run with other options in its `config.yaml`."""
+    file = run_folder / "config.yaml"
+    written = yaml.safe_load(file.read_text())
+    method = {**written["method"], **changes.get("method", {})}
+    file.write_text(yaml.safe_dump({**written, **changes, "method": method}))
+
+
+def test_every_option_that_was_edited_in_the_config_is_refused_and_named(stopped, run_folder):
+    """Whether the same command is given again, or the folder alone, as `ptmoe train --resume --output-dir RUN` does."""
+    original, record, checked = (run_folder / "config.yaml").read_text(), recorded(run_folder), set()
+    for name, changes in other_values(record):
+        edited(run_folder, changes)
+        try:
+            folder_alone = recorded(run_folder, output_dir=str(run_folder))
+        except ptmoe.PtmoeError:  # no such value
+            continue
+        again = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder))
+        for options in (again, folder_alone):
+            with pytest.raises(
+                ptmoe.PtmoeError, match=rf"{name} was .*config.yaml was changed since, put .*{name}.* back"
+            ):
+                continued(options, run_folder)
+            with suppress(ptmoe.PtmoeError):
+                taken, differing = continued(options, run_folder, force=True)
+                assert name in differing
+                assert getattr(taken, name, taken.method.get(name)) == differing[name][1]
+        was = {"method": record.method} if "method" in changes else {name: getattr(record, name) for name in changes}
+        _, differing = continued(TrainOptions(data=record.data, output_dir=str(run_folder), **was), run_folder)
+        assert not differing, "what is given takes precedence over the file"
+        checked.add(name)
+        (run_folder / "config.yaml").write_text(original)
+    assert checked >= TrainOptions.model_fields.keys() - FREE - {"method", "task"}
+    assert checked >= {"router_noise", "num_virtual_tokens", "rank"}
+    edited(run_folder, {"save_steps": 7, "logging_steps": 3, "eval_examples": 5})
+    taken, differing = continued(recorded(run_folder), run_folder)
+    assert (taken.save_steps, taken.logging_steps, taken.eval_examples, differing) == (7, 3, 5, {})
+
+
+def test_an_edited_config_is_left_as_it_is_or_by_force_trained_with_and_recorded(stopped, run_folder):
+    options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder))
+    edited(run_folder, {"learning_rate": 0.5, "seed": 3, "method": {"router_noise": 0.7}})
+    before, old = state(run_folder), recorded(stopped / "run").learning_rate
+    with pytest.raises(
+        ptmoe.PtmoeError, match=rf"seed was 0, is 3, learning_rate was {old}, is 0.5, router_noise was 0.1"
+    ):
+        train(options, resume=True)
+    assert state(run_folder) == before
+    train(options, resume=True, force=True, say=lambda _: None)
+    (change,) = Environment.read(run_folder / "environment.json").changes
+    assert change.differences == {"seed": (0, 3), "learning_rate": (old, 0.5), "router_noise": (0.1, 0.7)}
+    rates = [line.learning_rate for line in LogLine.read_lines(run_folder / "metrics.jsonl")]
+    whole = [line.learning_rate for line in LogLine.read_lines(stopped / "run" / "metrics.jsonl")]
+    assert rates == pytest.approx([*whole[:2], *(rate * 0.5 / old for rate in whole[2:])])
+    continued(options, run_folder)  # it is the record now
+
+
+def test_a_run_of_an_earlier_version_goes_on_by_its_config(stopped, run_folder):
+    file = run_folder / "environment.json"
+    written = json.loads(file.read_text())
+    assert written.pop("options")["seed"] == 0
+    file.write_text(json.dumps(written))
+    options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder))
+    assert train(options, resume=True, say=lambda _: None).result.steps == 4
+    assert json.loads(file.read_text())["options"]["seed"] == 0
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({**written, "data": None}))
+    messages = []
+    train(options, resume=True, say=messages.append)
+    assert any("records no fingerprint of the data" in message for message in messages)
+
+
+@pytest.mark.parametrize("kept", ["checkpoints", "adapter", "result.json"])
+def test_what_a_run_has_made_is_not_overwritten_where_its_config_is_missing(kept, stopped, tmp_path):
+    folder = tmp_path / "run"
+    (shutil.copytree if (stopped / "run" / kept).is_dir() else copied_file)(stopped / "run" / kept, folder / kept)
+    options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(folder), method=METHOD, max_steps=2)
+    before = state(folder)
+    with pytest.raises(ptmoe.PtmoeError, match=rf"holds {kept}, and config.yaml, .* is missing: put it back"):
+        train(options, resume=True, say=lambda _: None)
+    after = state(folder)
+    assert {path: after[path] for path in before} == before
+    assert {path.name for path in after.keys() - before.keys()} <= {".lock"}
+
+
+def copied_file(source, target):
+    target.parent.mkdir()
+    shutil.copy(source, target)
+
+
+def test_where_the_record_of_the_data_is_missing_that_is_said_and_nothing_is_written(stopped, run_folder, tmp_path):
+    (run_folder / "environment.json").unlink()
+    before = state(run_folder)
+    for source in (str(stopped / "data.jsonl"), data(tmp_path / "other.jsonl", answer=4)):
+        options = TrainOptions(data=source, output_dir=str(run_folder))
+        with pytest.raises(ptmoe.PtmoeError, match=r"environment\.json is missing, which says what data .*--force"):
+            train(options, resume=True, say=lambda _: None)
+        assert state(run_folder) == before
+    train(options, resume=True, force=True, say=lambda _: None)
+    made = Environment.read(run_folder / "environment.json")
+    assert made.changes[0].differences == {"fingerprint of the data": (None, made.data)}
 
 
 def test_other_data_are_refused_by_their_fingerprint_and_moved_data_are_not(stopped, run_folder, tmp_path):

@@ -9,12 +9,10 @@ RUN/eval/TASK.json                    EvaluationSummary
 RUN/predictions/TASK.jsonl            Prediction, one for each answered example (`ptmoe.runs.predictions`)
 RUN/inspect/nearest.json routing.json NearestWords, RoutingSummary
 RUN/report.html  figures/  tables/
-
 COMPARISON/comparison.yaml            `ptmoe.compare.plan.ComparePlan`; below `compare`, a mapping
 COMPARISON/cells/LABEL/TASK/seed-N/   a run folder, and cell.json: CellRecord, written last
 COMPARISON/failed.jsonl               Failure, one for each cell that failed when it was last run
 COMPARISON/search.jsonl               RateSearch (`ptmoe.runs.searches`), one for each method, size and task
-
 SEARCH/tune.yaml                      `ptmoe.compare.search.TunePlan`
 SEARCH/trials.jsonl                   TrialRecord (`ptmoe.runs.searches`), one for each trial that ended
 SEARCH/best.yaml                      the best trial's `TrainOptions`
@@ -113,9 +111,10 @@ class Environment(Record):
     """What a run ran on. A version is None for a package that was not installed.
 
     Attributes:
-        changes: made by `ptmoe train --resume --force`, in order.
         fast_paths: by the name of each of `ptmoe.fast`'s paths, None where it was used, otherwise why it was not.
         data: a fingerprint of the tokens that the run was trained on; None where nothing was trained.
+        options: that its checkpoints were made with, as in config.yaml.
+        changes: made by `ptmoe train --resume --force`, in order.
     """
 
     versions: dict[str, str | None]
@@ -124,6 +123,7 @@ class Environment(Record):
     hardware: dict[str, Any]
     fast_paths: dict[str, str | None] | None = None
     data: str | None = None
+    options: dict[str, Any] | None = None
     changes: list[Change] = []
 
 

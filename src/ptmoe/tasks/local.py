@@ -7,13 +7,12 @@ r"""The user's own JSON lines; a line's keys decide its form.
 `id` and `domain` are optional. Other keys are mapped by name, as for GSM8K's own file:
 `Keys(prompt="question", completion="answer", separator="\n")`.
 
-A line with `messages` may have `tools`, `documents` and `chat_template_kwargs`, as for `trl`. They and every key of a
-message reach the chat template. The last message is the answer; earlier ones are part of the prompt.
+A line may have `tools`, `documents` and `chat_template_kwargs`, as for `trl`. They and every key of a message reach the
+chat template, or the line is refused. The last message is the answer; earlier ones are part of the prompt.
 """
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -23,8 +22,9 @@ from typing import Any
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks import prompts
 from ptmoe.tasks.base import Example, Format, Task, collect
+from ptmoe.tasks.other_files import other_form
 from ptmoe.tasks.problems import BadRecordError, Problems
-from ptmoe.tasks.records import has, head_text, json_lines, name_of, text_of
+from ptmoe.tasks.records import has, json_lines, name_of, text_of
 
 FOR_THE_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
 
@@ -67,21 +67,6 @@ def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[t
                 yield place, _example(record, keys, default_id, str(path)).read_at(place)
 
 
-def other_form(path: Path) -> str:
-    """What a file is that holds no JSON lines, not even damaged ones, and how to convert it; "" for JSON lines."""
-    text = (head_text(path) or "").strip()
-    convert = "convert it with: python -c \"import csv, json; [print(json.dumps(row)) for row in {}(open('{}'))]\""
-    if re.match(r"\[\s*(?:\{|\]|$)", text):
-        return f"a JSON array: {convert.format('json.load', path)} > data.jsonl"
-    if re.match(r"\{\s*\n", text):
-        return "one JSON object over several lines"
-    if text.startswith("<"):
-        return "XML or HTML"
-    if re.match(r"[^\n\0]*[,;\t]", text) and not re.search(r"^\s*\{", text, re.MULTILINE):
-        return f"CSV: {convert.format('csv.DictReader', path)} > data.jsonl"
-    return ""
-
-
 def task(name: str) -> Task:
     """The task of a JSON-lines file: graded verbatim."""
     form = Format(
@@ -96,20 +81,18 @@ def task(name: str) -> Task:
 def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> Example:
     messages: tuple[dict[str, Any], ...] = ()
     reply: dict[str, Any] = {}
-    template: dict[str, Any] = {}
     context, answer = (0, 0), None
     references: tuple[str, ...] = ()
+    form = "mapped" if keys.prompt is not None else _form(record)
     if keys.prompt is not None and keys.completion is not None:
         prompt, completion = text_of(record, keys.prompt) + keys.separator, text_of(record, keys.completion)
-    elif "messages" in record:
-        for key in ("messages", *FOR_THE_TEMPLATE):
-            _check_numbers(key, record.get(key))
+    elif form == "messages":
+        _check_numbers("messages", record["messages"])
         messages, completion, reply = _conversation(record["messages"])
         prompt = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
-        template = _for_the_template(record)
-    elif "prompt" in record:
+    elif form == "prompt":
         prompt, completion = text_of(record, "prompt"), text_of(record, "completion")
-    elif "question" in record:
+    elif form == "question":
         references = _answers(record)
         passage = text_of(record, "context") if record.get("context") is not None else ""
         prompt, context = prompts.question(text_of(record, "question"), passage)
@@ -132,10 +115,29 @@ def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> 
         domain=name_of(record, "domain", ""),
         messages=messages,
         reply=reply,
-        template=template,
+        template=_for_the_template(record, {keys.prompt, keys.completion}),
         context=context,
         answer=answer,
     )
+
+
+def _form(record: dict[str, Any]) -> str:
+    """The key that says which form a line has; a key that is null counts as not given, as exports of mixed lines have
+    it.
+
+    Raises:
+        BadRecordError: it has several, of which all but one would be ignored.
+    """
+    given = {key for key, value in record.items() if value is not None} or record.keys()
+    forms = [
+        *(["messages"] if "messages" in given else []),
+        *(["prompt"] if "prompt" in given or ("messages" in given and "completion" in given) else []),
+        *(["question"] if {"question", "answers"} <= given else []),
+    ]
+    if len(forms) > 1:
+        parts = {"messages": "messages", "prompt": "prompt and completion", "question": "question and answers"}
+        raise BadRecordError(f"has {' as well as '.join(parts[form] for form in forms)}: needs one of them alone")
+    return next((key for key in (*forms, "messages", "prompt", "question") if key in record), "")
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:
@@ -185,12 +187,14 @@ def _exact(value: float) -> bool:
         return False
 
 
-def _for_the_template(record: dict[str, Any]) -> dict[str, Any]:
-    given = {key: record[key] for key in FOR_THE_TEMPLATE if record.get(key)}
-    for key in ("tools", "documents"):
-        value = given.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+def _for_the_template(record: dict[str, Any], mapped: set[str | None]) -> dict[str, Any]:
+    given = {key: record[key] for key in FOR_THE_TEMPLATE if record.get(key) and key not in mapped}
+    for key, value in given.items():
+        _check_numbers(key, value)
+        if key == "chat_template_kwargs" and not isinstance(value, dict):
+            raise BadRecordError(f"{key!r} needs an object")
+        if key != "chat_template_kwargs" and (
+            not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value)
+        ):
             raise BadRecordError(f"{key!r} needs a list of objects")
-    if not isinstance(given.get("chat_template_kwargs", {}), dict):
-        raise BadRecordError("'chat_template_kwargs' needs an object")
     return given

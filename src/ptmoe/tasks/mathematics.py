@@ -12,10 +12,11 @@ r"""Mathematics: `correct`, by value. `extract_answer` finds the final answer, `
   boat" has the boat's first), so any order is correct; every number must be present, and no other.
 
 - MATH (https://github.com/hendrycks/math): golds such as `3\pi` or `(3, \frac{\pi}{2})`, by `ptmoe.tasks.expressions`.
+  Numbers are read by `ptmoe.tasks.numerals`.
 
 math-verify 0.9 is made for the expressions of MATH and judges the other golds differently: it accepts `10` for
 `5 (hr); 10 (hr)`, `9:2` for `9:7`, `2` for `Vendor 2` and `0.5` for `50%`, and rejects `They are equal` for itself,
-`3 1/2` for `3.5`, `−5` for `-5` and `0.1667` for `1/6`. It takes 0.7 ms an answer, against 0.02 to 0.05 ms here.
+`3 1/2` for `3.5`, `−5` for `-5` and `0.1667` for `1/6`. It takes 0.7 ms an answer, against 0.02 to 0.06 ms here.
 """
 
 import re
@@ -26,125 +27,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from ptmoe.tasks.expressions import LONGEST, equal, is_expression, last_boxed
-
-# ---- mathematics: reading numbers ------------------------------------------------------------------------------------
-
-# Letters of scripts in which a number may follow a letter: Thai, Lao, Burmese, Khmer; Chinese, Japanese, Korean.
-_UNSPACED = "\u0e00-\u0e4f\u0e5a-\u0ecf\u0eda-\u0eff\u1000-\u103f\u1780-\u17df" + (
-    "\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
-)
-_WORD = rf"[^\W_{_UNSPACED}]"
-# Behind a number it is a factor; µ and Ω are units.
-_SYMBOL = r"[√α-λν-ωΓΔΘΛΞΠΣΦΨ]|(?<=\d)i(?!\w)|(?:pi|sqrt)(?![A-Za-z])|\\(?:sqrt|pi)(?![A-Za-z])"
-# Every repetition below is bounded or over one class of characters, so matching takes linear time at most.
-_GROUPED = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d+)"  # 12,34,567 too
-_DECIMAL = rf"(?:{_GROUPED}(?:\.\d+)?|(?<!\.)\.\d+)"
-_NUMBER = re.compile(
-    rf"""
-    (?<!{_WORD}) (?<!\^) (?<!\^\{{)                             # not inside a word (m2), not an exponent (m^2)
-    (?<!\\sqrt) (?<!sqrt[{{(]) (?<!√) (?<!√\() (?<!\}}\{{)        # nor in √5, \sqrt{{5}} or \frac{{…}}{{5}}
-    (?<![±∓]) (?<![±∓][ ])                                     # two numbers
-    (?P<sign> (?: (?<![)\]}}%]) - )?                            # and the - of 10-3, (2)-3, 5%-3 is not a sign
-              (?: (?: US\$ | [$£€¥₹] | [Rr]s\.? | USD | EUR | GBP | INR ) [ \u00a0]? -? )? )
-    (?P<number> {_DECIMAL} )
-    (?: / (?P<over> {_DECIMAL} ) (?! [.,/:]?\d )                # 1/2
-      | [ \u00a0] (?P<top>\d+) / (?P<bottom>\d+) (?! [.,/:]?\d ) # 3 1/2
-      | [eE] (?P<e> [-+]?\d+ ) (?! {_WORD} )                     # 1e3
-      | [ ]? [x×*·] [ ]? 10\^\{{? (?P<ten> [-+]?\d+ ) \}}?      # 3.2 × 10^4
-      | (?P<other> (?: (?: [.,/:万萬만億亿억] | [ ]:[ ] ) \d+ )+ | \^\{{? -?\d+ \}}? )  # none: 9:7, 3,5, 5^2, 3万5
-    )?
-    (?P<symbol> [ ]? (?: [*·] [ ]? )? (?: {_SYMBOL} ) )?       # nor is 3π
-    """,
-    re.VERBOSE,
-)
-_LONGEST = 300  # of a number's characters and of its exponent: longer numbers are no answers and slow to parse
-
-_LATEX_FRACTION = re.compile(r"(\d?)\\[dt]?frac(?:\{([^{}]{1,80})\}\{([^{}]{1,80})\}|(\d)(\d))")
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s?\{([^{}]{0,200})\}")
-_LATEX_SPACE = re.compile(r"\\[,;:! ]|\\[()\[\]]")
-_SIGNED_BRACKET = re.compile(r"(?<![^\W_)])-\(([\d.,/]{1,80})\)")  # ASDiv's -(1/3)
-_VULGAR = re.compile(r"(\d?)[ ]?([¼-¾⅐-⅞])")
-_RAISED = re.compile("[⁻⁰¹²³⁴-⁹]+")
-_PARTS_OF = re.compile(r"(\d+)\s?(?:分之|分の|분의)\s?(\d+)")  # denominator first
-_MYRIADS = re.compile(r"(?<=\d)(?:([万萬만])|[億亿억])(?!\d)")
-_FROM_RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-_TO_ASCII = str.maketrans("−–－‐‑﹣，．：／％＄￥٬٫∶⁄", "------,.:/%$¥,.:/")
-# A minus that stands apart, where no number is before it: of a lone answer, after a mark, `=` or a bracket. At the
-# start of one of several lines it is a bullet.
-_APART = r"(?:negative|minus|-)[ \t\u00a0]{1,3}(?=[$£€¥₹]?\.?\d)"
-_MINUS = re.compile(
-    r"(?:(?<![担擔胜勝自背肩承抱])[负負]|マイナス|마이너스|영하)\s{0,3}(?=[$£€¥₹]?\.?\d)"
-    rf"|(?:(?<![^\W_])negative[ \t\u00a0]{{1,3}}(?=[$£€¥₹]?\.?\d)|\A\s*\$?\s{{0,3}}{_APART}(?=[^\n]*\Z)"
-    rf"|((?:[=:(\[{{#]|(?<![^\W_])(?:is|are|was|be|equals))\s{{0,3}}[$£€¥₹]?){_APART})",
-    re.IGNORECASE,
-)
-
-
-def _plain(text: str) -> str:
-    """The text with signs, fractions and exponents in ASCII, and without LaTeX and Markdown markup."""
-    if not text.isascii():
-        text = text.translate(_TO_ASCII)
-        text = _VULGAR.sub(lambda m: f"{m[1]} {unicodedata.normalize('NFKC', m[2])}".replace("⁄", "/").lstrip(), text)
-        text = _MYRIADS.sub(lambda m: "e4" if m[1] else "e8", _PARTS_OF.sub(r"\2/\1", text))
-        text = _RAISED.sub(lambda m: "^" + m[0].translate(_FROM_RAISED), text)
-    if "\\" in text:
-        text = text.replace("\\$", "$").replace("\\%", "%").replace("\\times", "×")
-        text = _LATEX_TEXT.sub(r" \1 ", _LATEX_SPACE.sub("", text))
-        text = _LATEX_FRACTION.sub(lambda m: f"{m[1]} {m[2] or m[4]}/{m[3] or m[5]}".lstrip(), text)
-    if "**" in text:
-        text = text.replace("\n**", "\n").replace("**", " ")
-    if "-(" in text:
-        text = _SIGNED_BRACKET.sub(r"-\1", text)
-    return _MINUS.sub(r"\1-", text.replace("{,}", ",").strip())
-
-
-def _value(number: re.Match[str]) -> Fraction | None:
-    """The number's value; None for what only looks like a number (`10:30`, `5^2`), for `1/0` and if overlong."""
-    if number["other"] or number["symbol"] or len(number[0]) > _LONGEST:
-        return None
-    value = _decimal(number["number"])
-    if number["over"]:
-        if not (divisor := _decimal(number["over"])):
-            return None
-        value /= divisor
-    elif number["top"]:
-        top, bottom = int(number["top"]), int(number["bottom"])
-        if top >= bottom or value.denominator != 1:  # `48 24/2` are two numbers
-            return None
-        value += Fraction(top, bottom)
-    elif exponent := number["e"] or number["ten"]:
-        if abs(int(exponent)) > _LONGEST:
-            return None
-        value *= Fraction(10) ** int(exponent)
-    return -value if "-" in number["sign"] else value
-
-
-def _decimal(text: str) -> Fraction:
-    return Fraction(int(text)) if text.isdecimal() else Fraction(re.sub("[,\u00a0\u2009\u202f]", "", text))
-
-
-# A unit after a number is ignored; but `5 p.m.` is not 5, and neither is a number followed by more digits.
-_UNIT = re.compile(r"(?<=[\d%])\s{0,3}\([^()]{0,100}\)")
-_STARTS = re.compile(r"[\W_]*(?:\d|US|[Rr]s|EUR|GBP|INR)")
-_LETTER = re.compile(r"[^\W_]")
-_NO_UNIT = re.compile(r"\s{0,3}[ap]\.?\s?m\b|\s{0,3}o'clock|[^\sA-Za-z]{0,2}\d", re.IGNORECASE)
-
-
-def _numbers(answer: str) -> tuple[Fraction, ...] | None:
-    """The values of an answer that consists of numbers and units only (`$5`, `9 (apples)`, `5; 15 km`), else None."""
-    if len(answer) > _LONGEST:
-        return None
-    values = []
-    for part in _UNIT.sub("", answer).strip(" \t\n;").split(";"):
-        found = list(_NUMBER.finditer(part)) if _STARTS.match(part) else []
-        if len(found) != 1 or _LETTER.search(part, 0, found[0].start()) or _NO_UNIT.match(part, found[0].end()):
-            return None
-        if (value := _value(found[0])) is None:
-            return None
-        values.append(value)
-    return tuple(values)
-
+from ptmoe.tasks.expressions import LONGEST, equal, has_arithmetic, is_expression, last_boxed, without_words
+from ptmoe.tasks.numerals import LONGEST_NUMBER, NUMBER, UNIT, decimal, numbers_of, plain, value_of
 
 # ---- mathematics: finding the answer ---------------------------------------------------------------------------------
 
@@ -154,11 +38,20 @@ _LABEL = re.compile(
     r"|(?<=A)(?<![^\n]A)[ \t*_]{0,4}:)"
 )
 _SENTENCE_END = re.compile(r"(?<![Rr]s)[.!?](?=\s|$)|[。！？]")
+_FULL_STOP = re.compile(r"[.?](?=\s|$)")
 _IN_DOLLARS = re.compile(r"\$\$?([^$\n]{1,200})\$|\\[(\[](.{1,200}?)\\[)\]]")
 _LEFT_SIDE = re.compile(r"[-+*/×÷·x^()\s$£€\d.,%]*[\d)]\s*=")
 _OPERATOR = re.compile(r"\d\s{0,3}[-+*/×÷·x^(]")
 _OR = re.compile(r"\s?(?P<unit>[^\W\d_]{0,20})[\s,]{0,3}\bor\b[\s$£€]{0,3}")
 _SEPARATORS = re.compile(r"(?:[\s,;&$£€]|\band\b|\bor\b)*")
+# What is before or behind a number that is a part of an expression: ln 2, ∛5, pi/3, (a+b)/2, 5x + 2, 10 + 3. A minus
+# may be a dash, and is one unless the sentence ends with what it takes away.
+_PART_BEHIND = re.compile(
+    r"(?:(?<![^\W_])(?:ln|log|sin|cos|tan|exp|sqrt)\s?[({]?|[√∛∜]\s?[({]?|(?:(?<![^\W_])(?:pi|[a-z])|[π)\]}])\s?/\s?"
+    r"|\d[a-z](?:\^\d)?\s?[-+*]\s?)\Z"
+)
+_PLUS_LETTER = re.compile(r"\s?[+*×·÷]\s?[A-Za-z](?![A-Za-z])")
+_PART_BEFORE = re.compile(r"\s?(?:[+*×·÷]\s?[\d(√π]|-\s?[\d.,]{1,30}\s?[^\W\d_]{0,20}\s?[.!]?\Z)|\)\s?[-+*/^]\s?[\d(]")
 
 
 def extract_answer(completion: str) -> str:
@@ -175,12 +68,12 @@ def extract_answer(completion: str) -> str:
     follows, it is the first sentence. An expression (`\boxed{3\pi}`), a list of numbers and `12 or 13` are returned
     whole. Only 1. tolerates text that continues with the next question.
     """
-    return _expression(completion) or _final(_plain(completion))
+    return _expression(completion) or _final(plain(completion))
 
 
 def _final(text: str) -> str:
     kind, line, rest = _marked(text)
-    if _numbers(line) is not None:
+    if numbers_of(line) is not None:
         return line.rstrip(" .")
     if kind == "is" and (answer := _first_number(_first_sentence(line))):
         return answer
@@ -205,19 +98,19 @@ def _marked(text: str) -> tuple[str, str, str]:
 def _expression(text: str) -> str:
     """The final answer where it is an expression of mathematics, else "". What is in a box or in dollars is written as
     mathematics, so letters in it are variables."""
-    if not re.search(r"[\\$√π∞]", text):
+    if not re.search(r"[\\$√∛∜π∞]", text):
         return ""
     box = last_boxed(text)
     kind, line, rest = _marked(text)
     if box and line == box[1].strip():
-        return line if is_expression(line) else ""
+        return line if is_expression(line) or has_arithmetic(line) else ""
     if kind == ":" and rest.strip() != line:  # an explanation
         return ""
     line = _first_sentence(line if kind else _last_line(text))
     dollars = _IN_DOLLARS.match(line)
     if dollars:
         inner = str(dollars[1] or dollars[2])
-        return inner if is_expression(inner, in_mathematics=bool(kind)) else ""
+        return inner if is_expression(inner, in_mathematics=bool(kind)) or (kind and has_arithmetic(inner)) else ""
     return line if is_expression(line, in_mathematics=False) else ""
 
 
@@ -236,18 +129,31 @@ def _first_sentence(text: str) -> str:
 
 def _first_number(text: str) -> str:
     """The first number as written, after the left side of an equation; "" if there is none."""
-    start = 0
-    while (left := _LEFT_SIDE.match(text, start)) and _OPERATOR.search(text, start, left.end()):
-        start = left.end()
-    found = list(_NUMBER.finditer(text, start))
+    start = _right_side(text, 0) or _right_side(text, first.start() if (first := NUMBER.search(text)) else 0)
+    found = list(NUMBER.finditer(text, start))
+    if found and (_is_part(text, found[0]) or _PART_BEFORE.match(text, found[0].end())):
+        return text
     return _alternatives(text, *found[:2]) or found[0][0] if found else ""
+
+
+def _right_side(text: str, start: int) -> int:
+    """Where the right side starts of an equation of numbers that starts there, of the last of `3 + 4 = 14 / 2 = 7`."""
+    end = 0
+    while (left := _LEFT_SIDE.match(text, start)) and _OPERATOR.search(text, start, left.end()):
+        start = end = left.end()
+    return end
 
 
 def _last_number(text: str) -> str:
     for line in reversed(text.split("\n")):  # numbers do not span lines, so most of a completion need not be read
-        if found := list(_NUMBER.finditer(line)):
-            return _alternatives(line, *found[-2:]) or found[-1][0]
+        if found := list(NUMBER.finditer(line)):
+            return line if _is_part(line, found[-1]) else _alternatives(line, *found[-2:]) or found[-1][0]
     return ""
+
+
+def _is_part(text: str, number: re.Match[str]) -> bool:
+    behind = text[max(0, number.start() - 12) : number.start()]
+    return (_PART_BEHIND.search(behind) or _PLUS_LETTER.match(text, number.end())) is not None
 
 
 def _alternatives(text: str, first: re.Match[str], other: re.Match[str] | None = None) -> str:
@@ -256,10 +162,10 @@ def _alternatives(text: str, first: re.Match[str], other: re.Match[str] | None =
         return ""
     if either := _OR.fullmatch(text, first.end(), other.start()):  # `12 apples or 13 apples`, but not `90 min or 1.5 h`
         same_unit = text[other.end() : other.end() + 50].lstrip().startswith(either["unit"])
-        return text[first.start() : other.end()] if same_unit and _value(first) != _value(other) else ""
-    if len(text) > _LONGEST or not _SEPARATORS.fullmatch(text[first.end() : other.start()].rpartition(")")[2]):
+        return text[first.start() : other.end()] if same_unit and value_of(first) != value_of(other) else ""
+    if len(text) > LONGEST_NUMBER or not _SEPARATORS.fullmatch(text[first.end() : other.start()].rpartition(")")[2]):
         return ""
-    return text.strip() if _SEPARATORS.fullmatch(_NUMBER.sub(" ", _UNIT.sub("", text).rstrip(" ."))) else ""
+    return text.strip() if _SEPARATORS.fullmatch(NUMBER.sub(" ", UNIT.sub("", text).rstrip(" ."))) else ""
 
 
 # ---- mathematics: comparing ------------------------------------------------------------------------------------------
@@ -268,6 +174,7 @@ _TOLERANCE = Fraction(1, 10**4)
 _RATIO = re.compile(
     r"(?<![\w.:/])\d{1,50}(?:\.\d{1,50})?(?:(?:\s?[:/]\s?|\s(?:is\s)?to\s)\d{1,50}(?:\.\d{1,50})?){1,7}(?![\w:/]|\.\d)"
 )
+_RANGE = re.compile(r"\d{1,50}(?:-\d{1,50}){1,7}")  # pages 10-15, a score, a date: as a reference no subtraction
 _TIME = re.compile(r"(\d)\s{0,3}([ap])\.?\s?m\b\.?", re.IGNORECASE)
 _EDGES = string.punctuation + "“”‘’«»…"
 
@@ -278,17 +185,20 @@ def correct(prediction: str, references: Sequence[str]) -> bool:
     What counts as equal depends on the reference:
 
     - a number (`72`, `1,080`, `$5`, `50%`, `9 (apples)`, `1/6`, `-(1/3)`, `#### 72`): the same value, in any of these
-      forms. Units are ignored, and so is `%`: `50%` equals 50 and not 0.5. A fraction is a value (`2/4` is 1/2), its
-      parts are not (`1/2` is not 2). A whole number must match exactly, any other to 1e-4 (and to 0.1 % of itself).
+      forms, or of arithmetic in a box (`\\boxed{10 + 3}` is 13). Units are ignored, and so is `%`: `50%` equals 50 and
+      not 0.5. A fraction is a value (`2/4` is 1/2), its parts are not (`1/2` is not 2). A whole number must match
+      exactly, any other to 1e-4 (and to 0.1 % of itself).
     - several numbers (`5 (hr); 10 (hr)`): the same values in any order, no more and no fewer.
-    - an expression (`3\\pi`, `(3, \\frac{\\pi}{2})`, `x+1`): an equal one.
+    - an expression (`3\\pi`, `(3, \\frac{\\pi}{2})`, `x+1`, `3ab`, `n!`, `1010_2`): an equal one. Letters behind a
+      number are variables unless they are in a closed list of units. Factorials, primes and numerals in a base are
+      equal only as they are written.
     - a ratio (`9:7`): the same ratio, also as `18:14`, `9/7` or `9 to 7`; a time of day such as `10:30` counts as one.
     - words (`Ted`, `Vendor 2`, `They are equal`, `11:45 p.m.`): the same words, ignoring case, punctuation and
       articles, as the line or first sentence after a marker or of the completion. `five` is a word, not a number.
     """
     if not prediction.strip():
         return False
-    text, expression, folded = _plain(prediction), _expression(prediction), " ".join(prediction.split())
+    text, expression, folded = plain(prediction), _expression(prediction), " ".join(prediction.split())
     return any(
         folded == " ".join(reference.split()) or _satisfies(text, expression, prediction, _gold(reference))
         for reference in references
@@ -296,8 +206,7 @@ def correct(prediction: str, references: Sequence[str]) -> bool:
 
 
 class _Gold(NamedTuple):
-    """What a reference requires: one of the first three is not empty, unless the reference itself is; an expression may
-    be written in words that are met as well."""
+    """What a reference requires: one of them is not empty, unless the reference itself is."""
 
     numbers: tuple[Fraction, ...] = ()
     ratio: tuple[Fraction, ...] = ()
@@ -307,15 +216,14 @@ class _Gold(NamedTuple):
 
 @lru_cache(maxsize=2**14)
 def _gold(reference: str) -> _Gold:
-    text, written = (form.rpartition("####")[2].strip() for form in (_plain(reference), reference))
+    text, written = (form.rpartition("####")[2].strip() for form in (plain(reference), reference))
     if box := last_boxed(written):
         written = box[1].strip()
-    if is_expression(written):
-        in_words = written[0] not in "([" and "\\" not in written  # without its brackets it would be another
-        return _Gold(words=_words(text) if in_words else (), expression=written)
-    if (numbers := _numbers(text)) is not None:
+    if is_expression(written) and not _RANGE.fullmatch(written):
+        return _Gold(expression=written)
+    if (numbers := numbers_of(text)) is not None:
         return _Gold(numbers=numbers)
-    if ratio := _RATIO.fullmatch(_UNIT.sub("", text)):
+    if ratio := _RATIO.fullmatch(UNIT.sub("", text)):
         return _Gold(ratio=_terms(ratio[0]))
     return _Gold(words=_words(text))
 
@@ -326,14 +234,19 @@ def _satisfies(text: str, expression: str, prediction: str, gold: _Gold) -> bool
     if len(gold.numbers) == 1:
         if expression:
             number = gold.numbers[0]
-            return bool(equal(rf"\frac{{{number.numerator}}}{{{number.denominator}}}", expression))
-        return _same(_numbers(_final(text)), gold.numbers)
+            wanted = rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
+            return bool(equal(wanted, without_words(expression)))
+        return _same(numbers_of(_final(text)), gold.numbers)
     if gold.numbers:
-        return any(_same(_every_number(line), gold.numbers) for line in _statements(text))
+        return not has_arithmetic(expression) and any(
+            _same(_every_number(line), gold.numbers) for line in _statements(text)
+        )
     if gold.ratio:
         kind, line, rest = _marked(text)
         found = _RATIO.findall(line)[:1] if kind == "is" else _RATIO.findall(rest)[-1:]
         return bool(found) and _terms(found[0]) == gold.ratio
+    if expression and len(gold.words) == 1 and len(gold.words[0]) <= 3:  # variables
+        return bool(equal(gold.words[0], expression))
     lines = _statements(text) if gold.words else []
     return any(gold.words in (_words(line), _words(_first_sentence(line))) for line in lines)
 
@@ -347,18 +260,19 @@ def _statements(text: str) -> list[str]:
 def _stated(text: str) -> list[str]:
     """Where an expression may be."""
     kind, line, rest = _marked(text)
-    lines = [line, _first_sentence(line), *([] if kind == "is" else [_last_line(rest)])]
+    sentence = _FULL_STOP.split(line, maxsplit=1)[0].strip()  # `!` makes another expression
+    lines = [line, sentence, *([] if kind == "is" else [_last_line(rest)])]
     inner = [str(found[1] or found[2]) for line in lines[-2:] for found in list(_IN_DOLLARS.finditer(line))[-1:]]
     return [stated for stated in dict.fromkeys(lines + inner) if len(stated) <= LONGEST]
 
 
 def _every_number(text: str) -> tuple[Fraction, ...] | None:
     values = []
-    for found in _NUMBER.finditer(_UNIT.sub("", text)):
-        if found["other"] and set(found["other"]) <= set("0123456789,") and len(found[0]) <= _LONGEST:  # 11,12,13
-            first = _decimal(found["number"])
-            values += [-first if "-" in found["sign"] else first, *map(_decimal, found["other"][1:].split(","))]
-        elif (value := _value(found)) is None:
+    for found in NUMBER.finditer(UNIT.sub("", text)):
+        if found["other"] and set(found["other"]) <= set("0123456789,") and len(found[0]) <= LONGEST_NUMBER:  # 11,12,13
+            first = decimal(found["number"])
+            values += [-first if "-" in found["sign"] else first, *map(decimal, found["other"][1:].split(","))]
+        elif (value := value_of(found)) is None:
             return None
         else:
             values.append(value)
@@ -388,7 +302,11 @@ def _words(text: str) -> tuple[str, ...]:
     words = []
     for token in _TIME.sub(r"\1\2m", unicodedata.normalize("NFC", text).casefold()).split():
         if word := token.strip(_EDGES):
-            word = word.replace("'", "").replace("’", "")
-            sign = "-" if word[0].isdigit() and token.lstrip("($£€").startswith("-") else ""
+            one = len(word) == 1 and word.isalpha()  # of a letter, x, the marks of -x, |x| and y' count as well
+            sign = "-" if (word[0].isdigit() or one) and token.lstrip("($£€").startswith("-") else ""
+            if one and ("|" in token or re.search(r"(?<!['’])\w['’]", token)):
+                word = token.strip("$.,;:*")
+            else:
+                word = word.replace("'", "").replace("’", "")
             words.append(sign + (word if word[-1].isdigit() else word.replace(".", "")))
     return tuple(word for word in words if word not in ("a", "an", "the")) or tuple(words)

@@ -82,13 +82,19 @@ def head(path: Path) -> tuple[str, frozenset[str]]:
     return ",", frozenset(next(csv.reader([first]), []))
 
 
-def head_text(path: Path) -> str | None:
-    """The beginning of a file, without white space before it; None for a damaged gzip."""
+def head_bytes(path: Path) -> bytes | None:
+    """The beginning of a file, unzipped if necessary; None for a damaged gzip."""
     try:
         with opened(path) as file:
-            return file.read(_HEAD).decode("utf-8-sig", errors="replace").lstrip()
+            return file.read(_HEAD)
     except _DAMAGED:
         return None
+
+
+def head_text(path: Path) -> str | None:
+    """The beginning of a file, without white space before it; None for a damaged gzip."""
+    start = head_bytes(path)
+    return None if start is None else start.decode("utf-8-sig", errors="replace").lstrip()
 
 
 def _first_keys(text: str) -> Iterator[str]:
@@ -186,7 +192,10 @@ def json_array(path: Path, problems: Problems, *, key: str | None = None) -> Ite
                 if mark is None:
                     damage = "not a JSON array" if key is None else f"no array under {key!r}"
                 elif mark[1].endswith("]"):
-                    return
+                    text, end = text + file.read(_CHUNK), 0
+                    if key is not None or not text[mark.end() :].strip():
+                        return
+                    damage, where = "more behind the array's end", mark.end()
                 elif not mark[1]:
                     raise json.JSONDecodeError("no comma between two records", text, mark.end())
                 else:

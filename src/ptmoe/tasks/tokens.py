@@ -6,7 +6,8 @@ Both are the user's text, no more and no less:
 - A prompt gets what the tokenizer puts before a text (a beginning-of-text token), unless it begins with that already,
   and nothing that the tokenizer puts behind one. An end token that the prompt itself holds stays.
 - A completion continues the prompt: some tokenizers put a space before every text, which would stand between the two.
-- A conversation is what the chat template writes (`ptmoe.tasks.chat`).
+- A conversation is what the chat template writes (`ptmoe.tasks.chat`). Where a prompt and a completion become one, the
+  space between the two, which belongs to neither, is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from ptmoe.errors import PtmoeError
-from ptmoe.tasks.chat import render, require_parts, require_template
+from ptmoe.tasks.chat import render, require_template, respaced
 from ptmoe.tasks.problems import BadRecordError, Problems
 from ptmoe.tasks.records import check_unicode
 
@@ -161,8 +162,18 @@ def encode_completion(example: Example, tokenizer: PreTrainedTokenizerBase, *, c
 
 
 def prompt_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
-    """The text of a prompt, in the chat template for a conversation and with `chat`."""
+    """The text of a prompt, in the chat template for a conversation and with `chat`.
+
+    Raises:
+        BadRecordError: the chat template refuses it or leaves a part of it out, or there is something for the template,
+            and none is used.
+    """
     if not (example.messages or chat):
+        if example.template:
+            raise BadRecordError(
+                f"{' and '.join(map(repr, example.template))} would reach the model in a chat template alone: put the "
+                "prompt into one with --chat, or remove it"
+            )
         return example.input
     return render(example, tokenizer, _messages(example), add_generation_prompt=True)
 
@@ -171,11 +182,7 @@ def completion_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, cha
     """The text that follows the prompt's."""
     if not (example.messages or chat):
         return example.target
-    messages = _messages(example)
-    text = example.target if example.messages else example.target.strip()
-    answer = {"role": "assistant", "content": text, **example.reply}
-    whole = render(example, tokenizer, [*messages, answer], add_generation_prompt=False)
-    require_parts(example, tokenizer, messages, answer, whole)
+    whole = render(example, tokenizer, [*_messages(example), _answer(example)], add_generation_prompt=False)
     before = prompt_text(example, tokenizer, chat=chat)
     if not whole.startswith(before):
         raise BadRecordError(
@@ -206,23 +213,31 @@ def usable(
 
 
 def changed_text(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
-    """What the tokenizer makes of a text that it cannot keep, in words, from the first of `examples` that shows it;
-    "" if there is none. A space before the whole text does not count."""
+    """What the chat template or the tokenizer makes of a text that it does not keep, in words, from the first of
+    `examples` that shows it; "" if there is none. A space before the whole text does not count."""
     for example in islice(examples, CHECKED):
         try:
             texts = prompt_text(example, tokenizer, chat=chat), completion_text(example, tokenizer, chat=chat)
+            in_template = example.messages or chat
+            change = respaced(example, tokenizer, [*_messages(example), _answer(example)]) if in_template else None
         except BadRecordError:  # reported where it is tokenised
             continue
+        if change is not None:
+            return _change("chat template", *change, example)
         ids = _ids(tokenizer, texts[0]), _continuation(tokenizer, texts[1])
         wanted, got = "".join(texts), _text(tokenizer, ids[0] + ids[1])
         if wanted not in (got, f" {got}", got.removeprefix(" ")):
-            pairs = zip(wanted + "\0", got + "\0", strict=False)
-            start = max(0, next(i for i, (one, other) in enumerate(pairs) if one != other) - 15)
-            return (
-                f"the tokenizer changes texts: {wanted[start : start + 40]!r} becomes {got[start : start + 40]!r} "
-                f"({example.where}); `ptmoe tasks show … --tokens` shows what the model reads"
-            )
+            return _change("tokenizer", wanted, got, example)
     return ""
+
+
+def _change(who: str, wanted: str, got: str, example: Example) -> str:
+    pairs = zip(wanted + "\0", got + "\0", strict=False)
+    start = max(0, next(i for i, (one, other) in enumerate(pairs) if one != other) - 15)
+    return (
+        f"the {who} changes texts: {wanted[start : start + 40]!r} becomes {got[start : start + 40]!r} "
+        f"({example.where}); `ptmoe tasks show … --tokens` shows what the model reads"
+    )
 
 
 def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -260,6 +275,12 @@ def row_length(positions: int | None, num_virtual_tokens: int, max_length: int |
 def _messages(example: Example) -> list[dict[str, Any]]:
     """The messages before the answer."""
     return list(example.messages) or [{"role": "user", "content": example.input}]
+
+
+def _answer(example: Example) -> dict[str, Any]:
+    """The message of the answer. Only a plain prompt needs a space between itself and the completion."""
+    space = not example.messages and example.target[:1] == " " and not example.target[1:2].isspace()
+    return {"role": "assistant", "content": example.target[space:], **example.reply}
 
 
 # ---- the tokenizer's habits ------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from ptmoe.train.examples import askable, evaluation_examples, evaluation_split,
 from ptmoe.train.optimizer import check_optimizer, check_targets
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
 from ptmoe.train.processes import ALONE, TIMEOUT, Processes
-from ptmoe.train.resume import Differences, check_base, check_data, continued
+from ptmoe.train.resume import Differences, check_base, check_data, continued, is_run
 
 # `transformers` and all that needs it take seconds to import, so functions import them: bad options and missing data
 # are reported at once.
@@ -115,7 +115,7 @@ def _train(
     if force and not resume:
         raise PtmoeError("--force is for a run that is resumed: give --resume as well")
     checkpoint, different = None, Differences()
-    if resume and (folder / CONFIG_FILE).exists():
+    if resume and is_run(folder):
         options, different = continued(options, folder, force)
         checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, say)
     if resume and checkpoint is None:
@@ -158,7 +158,7 @@ def _train(
     data = rows.fingerprint()
     processes.agree(data=data)
     if resume:
-        different |= check_data(folder, data, options, force)
+        different |= check_data(folder, data, options, force, say)
     size = options.per_device_train_batch_size
     batches = sample_batches(rows, collate, size) if config.needs_batches else None
     attach(model, config, seed=options.seed, tokenizer=tokenizer, batches=batches)
@@ -270,8 +270,8 @@ def _begin(
     changes = [*(Environment.read(known).changes if known.exists() else []), *([change] if change else [])]
     options.write(folder / CONFIG_FILE)
     compiled = {"compiled_layers": compile_failure or fast_paths["compiled_layers"]}
-    made = environment(options.seed, fast_paths | compiled).model_copy(update={"data": data, "changes": changes})
-    made.write(folder / ENVIRONMENT_FILE)
+    recorded = {"data": data, "options": options.model_dump(exclude=options.unwritten), "changes": changes}
+    environment(options.seed, fast_paths | compiled).model_copy(update=recorded).write(folder / ENVIRONMENT_FILE)
 
 
 def _finish(

@@ -1,18 +1,20 @@
 """Whether a run may be resumed: with the base, the method, the data and the options that its folder records.
 
-Whatever was not given is taken from the record. All checks come before anything is written. With `--force` what differs
-is taken as it is given, and both values are recorded with the step.
+Whatever was not given is taken from the record. What the checkpoints were made with stands in `environment.json`, so
+that a `config.yaml` which was changed since is noticed. All checks come before anything is written. With `--force` what
+differs is taken as it is given, and both values are recorded with the step.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import commit_of
-from ptmoe.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE
+from ptmoe.runs.folders import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE
 from ptmoe.runs.records import Environment
 from ptmoe.train.options import TrainOptions, method_config
 
@@ -30,6 +32,28 @@ Differences = dict[str, tuple[Any, Any]]  # by name, the recorded and the given 
 RESOLVED = {"chat", "learning_rate", "revision"}  # None stands for what the run chose, which its record has
 
 
+def is_run(folder: Path) -> bool:
+    """Whether there is a run to go on with.
+
+    Raises:
+        PtmoeError: there is what a run has made, and not what it was made with.
+    """
+    if (folder / CONFIG_FILE).exists():
+        return True
+    held = [name for name in (RESULT_FILE, ADAPTER_FOLDER) if (folder / name).exists()]
+    held += [CHECKPOINTS_FOLDER] if _has_checkpoints(folder) else []
+    if held:
+        raise PtmoeError(
+            f"{folder} holds {', '.join(held)}, and {CONFIG_FILE}, which says how they were made, is missing: put it "
+            "back, or choose another --output-dir"
+        )
+    return False
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any((folder / CHECKPOINTS_FOLDER).glob("checkpoint-*"))
+
+
 def recorded(folder: Path, **changes: Any) -> TrainOptions:
     """The options of a run that was interrupted; `changes` take precedence.
 
@@ -42,58 +66,93 @@ def recorded(folder: Path, **changes: Any) -> TrainOptions:
 
 
 def continued(options: TrainOptions, folder: Path, force: bool = False) -> tuple[TrainOptions, Differences]:
-    """The recorded options of a run, with those of `options` that may change, or by force with all; and what differs.
+    """The options that a run's checkpoints were made with, with those of `options` and of its `config.yaml` that may
+    change, or by force with all; and what differs.
 
     Raises:
-        PtmoeError: an option that was given differs from the record; all that do are named. The method itself cannot be
-            changed even by force.
+        PtmoeError: an option that was given, or that `config.yaml` has, differs; all that do are named. The method
+            itself cannot be changed even by force.
     """
-    record = recorded(folder)
+    config = recorded(folder)
+    known = folder / ENVIRONMENT_FILE
+    made = Environment.read(known).options if known.exists() and _has_checkpoints(folder) else None
+    record = config if made is None else TrainOptions(**made)
     given = options.model_dump(include=options.model_fields_set)
     if given.get("revision") is not None:  # the record has the commit
         given["revision"] = commit_of(options.model, given["revision"])
+    written, written_fields = _differing(config.model_dump(), record)
+    asked, asked_fields = _differing(given, record)
+    set_fields = method_config(options.method).model_fields_set if "method" in given else set()
+    # What is given takes precedence over what stands in the file.
+    chosen = {name: values for name, values in written.items() if name not in given} | asked
+    fields = {name: values for name, values in written_fields.items() if name not in set_fields} | asked_fields
+    differing = chosen | fields
+    if differing and (not force or "method" in chosen):
+        places = [name for name in ("data", "data_dir") if name in given and given[name] != getattr(record, name)]
+        named = differing | {name: (getattr(record, name), given[name]) for name in places}
+        changes = ", ".join(f"{name} was {before!r}, is {value!r}" for name, (before, value) in named.items())
+        otherwise = "" if "method" in chosen else f", {FORCE}"
+        edited = [name for name, values in (written | written_fields).items() if differing.get(name) == values]
+        raise PtmoeError(
+            f"{folder} was trained otherwise ({changes}): "
+            + (
+                f"its {CONFIG_FILE} was changed since, put {', '.join(edited)} back as before"
+                if edited
+                else f"continue it as it was, with `ptmoe train --resume --output-dir {folder}`"
+            )
+            + f"{otherwise}, or choose another --output-dir"
+        )
+    free = {name: given.get(name, value) for name, value in config.model_dump(include=FREE).items()}
+    changed = {name: value for name, (_, value) in chosen.items()}
+    method = {**record.method, **{name: value for name, (_, value) in fields.items()}}
+    return record.replace(**free, **changed, method=method), differing
+
+
+def _differing(given: dict[str, Any], record: TrainOptions) -> tuple[Differences, Differences]:
+    """The options that are not as recorded, and the fields of the method."""
     was = record.model_dump()
-    differing: Differences = {
+    options = {
         name: (was[name], value)
         for name, value in given.items()
         if name not in FREE | {"method"} and value != was[name] and not (name in RESOLVED and value is None)
     }
-    if "method" in given:
-        method, before = method_config(options.method), method_config(record.method).model_dump()
-        if options.method["name"] != record.method["name"]:
-            differing["method"], force = (record.method["name"], options.method["name"]), False
-        else:
-            asked = method.model_dump(include=method.model_fields_set)
-            differing |= {name: (before[name], value) for name, value in asked.items() if value != before[name]}
-    if differing and not force:
-        places = [name for name in ("data", "data_dir") if name in given and given[name] != was[name]]
-        differing |= {name: (was[name], given[name]) for name in places}
-        changes = ", ".join(f"{name} was {before!r}, is {value!r}" for name, (before, value) in differing.items())
-        otherwise = "" if "method" in differing else f", {FORCE}"
-        raise PtmoeError(
-            f"{folder} was trained otherwise ({changes}): continue it as it was, with `ptmoe train --resume "
-            f"--output-dir {folder}`{otherwise}, or choose another --output-dir"
-        )
-    changed = {name: value for name, value in given.items() if name in FREE or name in differing}
-    fields = {name: value for name, (_, value) in differing.items() if name not in given}  # those of the method
-    return record.replace(**changed, method={**record.method, **fields}), differing
+    if "method" not in given:
+        return options, {}
+    method, before = method_config(given["method"]), method_config(record.method).model_dump()
+    if given["method"]["name"] != record.method["name"]:
+        return options | {"method": (record.method["name"], given["method"]["name"])}, {}
+    asked = method.model_dump(include=method.model_fields_set)
+    return options, {name: (before[name], value) for name, value in asked.items() if value != before[name]}
 
 
-def check_data(folder: Path, data: str, options: TrainOptions, force: bool = False) -> Differences:
+def check_data(
+    folder: Path, data: str, options: TrainOptions, force: bool = False, say: Callable[[str], None] = print
+) -> Differences:
     """
     Args:
         folder: of the run.
         data: the fingerprint of its data as they are now.
         options: which say where that is.
         force: return the difference instead.
+        say: gets a line where an earlier version recorded no fingerprint.
 
     Raises:
-        PtmoeError: the folder records another fingerprint.
+        PtmoeError: the folder records another fingerprint, or what recorded it is missing.
     """
-    if not (folder / ENVIRONMENT_FILE).exists():  # interrupted before it was written, and before any training
+    known, before = folder / ENVIRONMENT_FILE, None
+    if known.exists():
+        before = Environment.read(known).data
+        if before is None:
+            say(f"{known} records no fingerprint of the data: whether they are those of the first steps is not known")
+            return {}
+    elif not _has_checkpoints(folder):  # interrupted before it was written, and before any training
         return {}
-    before = Environment.read(folder / ENVIRONMENT_FILE).data
-    if before is None or before == data:
+    elif not force:
+        raise PtmoeError(
+            f"{known} is missing, which says what data {folder} was trained on, and with what options: put it back, "
+            f"{FORCE}, or choose another --output-dir"
+        )
+    if before == data:
         return {}
     if not force:
         record = recorded(folder)
