@@ -43,6 +43,9 @@ SMALL: dict[str, Any] = {
 MLA = {"num_key_value_heads": 4, "head_dim": None}  # heads of latent attention
 FOUR = {"num_hidden_layers": 4}  # so that there is a layer of each kind
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LONG = ("phi3", "phi4_multimodal", "phimoe")
+LONGROPE = ROPE | {"rope_type": "longrope", "original_max_position_embeddings": 12, "factor": 4.0}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0], "short_mscale": 1.0, "long_mscale": 1.2}
 INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
 HEADS = {"num_key_value_heads": 4}
 SCALED = {"scale_embedding": True}
@@ -69,6 +72,8 @@ OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 12},
     "xmod": ROBERTA | {"default_language": "en_XX"},
     "xlm-roberta-xl": ROBERTA,
+    # As those of Phi-3 for 128k positions, Phi-3.5-MoE and Phi-4-multimodal.
+    **{key: {"original_max_position_embeddings": 12, "rope_parameters": {**LONGROPE}} for key in LONG},
     "xlstm": {"num_heads": 4},
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 16} | FOUR | HEADS,
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 4, "mamba_ngroups": 1},
@@ -144,6 +149,7 @@ def tried(model_type: str) -> tuple[str, str]:
         f"positions from {path.first_position}" if path.first_position else "",
         "inputs for each layer" if path.per_layer is not None else "",
         "padded batches no wider than its index_topk" if path.chosen is not None else "",
+        "rows on either side of original_max_position_embeddings apart" if path.switches else "",
     ]
     return "works" if path.left_padding else "works, row by row", "; ".join(filter(None, carried))
 

@@ -593,3 +593,20 @@ def test_files_of_one_name_are_evaluated_together(run, tmp_path, once):
     assert run(*command)[0] == 0  # resumed: the same names
     status, _, err = run(*command, "--task", tmp_path / "c" / ".." / "a" / "test.jsonl")
     assert (status, "is given twice" in err) == (2, True), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--do-sample", "--temperature", "0"], "--temperature 0: needs a number above 0"),
+        (["--do-sample", "--temperature", "-1"], "--temperature -1: needs a number above 0"),
+        (["--do-sample", "--temperature", "nan"], "--temperature nan: needs a number above 0"),
+        (["--do-sample", "--top-p", "1.5"], "--top-p 1.5: needs a number above 0 and at most 1"),
+        (["--temperature", "0.7"], "--temperature 0.7 is for sampling, and has no effect without it: add --do-sample"),
+        (["--top-p", "0.9"], "--top-p 0.9 is for sampling, and has no effect without it: add --do-sample"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused_before_an_adapter_is_read(run, arguments, said):
+    code, _, error = run("generate", "no-such-folder", "2 and 3", *arguments)
+    assert code == 2
+    assert said in error

@@ -315,6 +315,34 @@ def test_a_method_that_the_base_cannot_have_is_refused_and_leaves_no_trace(kind,
         ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
 
 
+NO_MODELS = {
+    "nano": (lambda: "nano", "'nano' is not a model: give one alone"),
+    "what load_base returns": (lambda: (tiny_llama(), None), "a tuple is not a model: give one alone"),
+    "DataParallel": (lambda: torch.nn.DataParallel(tiny_llama()), "DataParallel is not .* the LlamaForCausalLM in it"),
+    "a module": (lambda: torch.nn.Linear(2, 2), "Linear is not a model of transformers: give a causal"),
+    "nothing": (lambda: None, "NoneType is not a model of transformers: give a causal"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), NO_MODELS.values(), ids=NO_MODELS)
+def test_what_is_no_model_is_refused_in_words(make, message):
+    with pytest.raises(PtmoeError, match=message):
+        ptmoe.attach(make(), ptmoe.PTConfig(num_virtual_tokens=4))
+
+
+def test_a_name_in_place_of_a_config_is_refused_in_words():
+    with pytest.raises(PtmoeError, match="'pt' is not a method's config"):
+        ptmoe.attach(tiny_llama(), "pt")
+
+
+def test_broken_weights_are_refused_also_where_the_configuration_has_been_checked():
+    PromptedCausalLM(tiny_llama())
+    broken = tiny_llama()
+    broken.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(PtmoeError, match="its own logits are NaN"):
+        PromptedCausalLM(broken)
+
+
 def test_a_difference_that_nothing_carries_is_named_with_its_size(monkeypatch):
     """Routing by token id, say: whatever the base does with ids alone."""
     base = tiny_llama(rms_norm_eps=1.5e-6)

@@ -157,20 +157,6 @@ def test_so_it_has_where_the_method_changes_the_base_or_fills_the_cache(config):
     assert decoded(decoder, margin=EVERY_TOKEN) == generated(decoder.model)
 
 
-@pytest.mark.slow
-def test_where_length_rotates_a_row_alone_takes_its_own_steps():
-    """Keys that were rotated when the row was short stay as they are, and one pass would rotate them anew."""
-    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 16}
-    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0], "factor": 4.0}
-    base = tiny(rope_parameters=rope, max_position_embeddings=64)
-    decoder = Decoder(prompted(base, ROUTED).eval())
-    assert decoder.rotates_by_length
-    expected = [decoded(decoder, [row])[0] for row in ROWS]
-    assert [decoded(decoder, [row], margin=EVERY_TOKEN)[0] for row in ROWS] == expected
-    decoder.rotates_by_length = False
-    assert [decoded(decoder, [row], margin=EVERY_TOKEN)[0] for row in ROWS] != expected, "it does not: tells nothing"
-
-
 def lfm2():
     """Convolutions, whose state is no keys and values, between attention."""
     sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}

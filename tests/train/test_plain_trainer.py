@@ -48,7 +48,7 @@ def dataset(count=24):
     return rows
 
 
-def trainer(folder, config, *, callbacks=True, trainer_class=Trainer, **arguments):
+def trainer(folder, config, *, callbacks=True, trainer_class=Trainer, compute_loss_func=None, **arguments):
     options = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.03} | arguments
     return trainer_class(
         model=ptmoe.attach(tiny_llama(), config),
@@ -63,6 +63,7 @@ def trainer(folder, config, *, callbacks=True, trainer_class=Trainer, **argument
         train_dataset=dataset(),
         data_collator=collate,
         callbacks=[ptmoe.RoutingCallback()] if callbacks else None,
+        compute_loss_func=compute_loss_func,
     )
 
 
@@ -170,6 +171,69 @@ def test_with_its_callback_a_routed_model_is_refused_before_it_is_evaluated(tmp_
     trainer(tmp_path, METHODS["pt"](**SIZES["pt"]), label_smoothing_factor=0.1)
 
 
+READING = ROUTED | {
+    "attempt": METHODS["attempt"](num_virtual_tokens=4),
+    "id-spam": METHODS["id-spam"](num_virtual_tokens=4, bottleneck=3),
+    "mept": METHODS["mept"](num_virtual_tokens=2),
+}
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    """As `compute_loss_func`: the trainer gives it the labels, and the model none."""
+    logits = outputs.logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def test_every_method_whose_prompt_depends_on_the_input_is_among_those_that_read_it():
+    reading = {name for name, config in METHODS.items() if config.reads_input or config.routes}
+    assert reading == {config.method for config in READING.values()}
+
+
+@pytest.mark.parametrize("config", READING.values(), ids=READING)
+@pytest.mark.parametrize("callbacks", [False, True], ids=["alone", "callback"])
+@pytest.mark.parametrize("keeping", ["smoothing", "function"])
+def test_an_evaluation_whose_trainer_keeps_the_labels_does_not_let_the_prompt_read_the_answers(
+    keeping, callbacks, config, tmp_path
+):
+    options = {"label_smoothing_factor": 0.1} if keeping == "smoothing" else {"compute_loss_func": own_loss}
+    for asked in ("evaluate", "predict"):
+        with pytest.raises(PtmoeError, match=r"the router would read the answers|would depend on the answers"):
+            getattr(trainer(tmp_path, config, callbacks=callbacks, **options), asked)(dataset(4))
+
+
+@pytest.mark.parametrize("config", READING.values(), ids=READING)
+def test_with_the_tokens_that_decide_the_prompt_such_a_loss_is_that_of_the_model(config, tmp_path):
+    def with_masks(rows):
+        made = collate(rows)
+        return made | {"input_mask": made["attention_mask"].bool() & ((made["labels"] != -100).cumsum(1) == 0)}
+
+    rows = [row for row in dataset(24) if len(row["input_ids"]) == 6]
+    run = trainer(tmp_path, config, callbacks=False, compute_loss_func=own_loss)
+    run.data_collator = with_masks
+    plain = trainer(tmp_path, config, callbacks=False)
+    found, expected = (one.evaluate(rows)["eval_loss"] for one in (run, plain))
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["pt", "lora", "pt-moe", "smop"])
+def test_noise_on_the_embeddings_trains(method, tmp_path):
+    run = trainer(tmp_path, READING.get(method) or METHODS[method](**SIZES[method]), neftune_noise_alpha=5, max_steps=2)
+    before = {name: value.clone() for name, value in run.model.encoder.named_parameters()}
+    run.train()
+    assert run.model.can_pack()
+    assert any(not torch.equal(value, before[name]) for name, value in run.model.encoder.named_parameters())
+    quiet = trainer(tmp_path, run.model.method_config, max_steps=2)
+    quiet.train()
+    assert run.state.log_history[-1]["train_loss"] != quiet.state.log_history[-1]["train_loss"]
+
+
+def test_a_checkpoint_of_other_sizes_is_refused_in_words(tmp_path):
+    trainer(tmp_path, ROUTED["smop"], max_steps=2).train()
+    other = ROUTED["smop"].model_copy(update={"num_experts": 3})
+    with pytest.raises(PtmoeError, match=r"has shape \(2, .* in what is to be loaded and \(3, .* in this adapter"):
+        trainer(tmp_path, other).train(resume_from_checkpoint=True)
+
+
 CAST = {name: METHODS[name](**fields) for name, fields in SIZES.items() if name != "ft"} | ROUTED
 
 
@@ -195,6 +259,29 @@ def test_a_cast_of_the_whole_model_leaves_the_adapter_in_float32(config, dtype):
             parameter.copy_(before[name])
     assert_close(model.eval()(**batch).loss, loaded.eval()(**batch).loss)
     assert model.generate(tokens(5)[None], max_new_tokens=2).shape == (1, 7)
+
+
+DOUBLED = READING | {
+    name: METHODS[name](**{key: 2 for key in ("rank",) if key in METHODS[name].model_fields} | OF_SHORT.get(name, {}))
+    for name, config in METHODS.items()
+    # The last three decompose as `peft` does, which it refuses in double precision.
+    if not (config.needs_batches or config.reads_input or name in ("ft", "pissa", "sorsa", "ba-lora"))
+}
+
+
+@pytest.mark.parametrize("config", DOUBLED.values(), ids=DOUBLED)
+def test_a_model_in_double_precision_is_one_attached_to_a_base_in_double_precision(config):
+    cast, attached = ptmoe.attach(tiny_llama(), config).double(), ptmoe.attach(tiny_llama().double(), config)
+    pairs = zip(cast.encoder.named_parameters(), attached.encoder.named_parameters(), strict=True)
+    for (name, one), (other, two) in pairs:
+        assert name == other
+        with torch.no_grad():
+            two.copy_(one)
+    batch = on_device(collate(dataset(4)))
+    found, expected = (model.eval()(**batch) for model in (cast, attached))
+    assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    found.loss.backward()
+    assert any(one.grad is not None for one in cast.encoder.parameters())
 
 
 def test_full_fine_tuning_is_cast_with_its_base():

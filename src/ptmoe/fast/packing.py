@@ -299,11 +299,11 @@ def packing_obstacle(base: PreTrainedModel) -> str | None:
     embedding = base.get_input_embeddings()
     count = sum(PROBED)
     ids = torch.arange(count, device=embedding.weight.device) * (len(embedding.weight) // count)
-    embeds = embedding(ids)[None]
     positions = torch.cat([torch.arange(length) for length in PROBED]).to(ids.device)[None]
     was_training = base.training
-    base.eval()
+    base.eval()  # the embedding, too: NEFTune adds noise to what it looks up in training
     try:
+        embeds = embedding(ids[None])
         with packed_attention(base, groups_of(PROBED, ids.device)) as attention:
             packed = base(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits[0]
         alone = [

@@ -207,6 +207,7 @@ class PromptEncoder(nn.Module):
     """Composes a soft prompt for each input. Parameters are float32 whatever the base's dtype."""
 
     config: MethodConfig
+    widens: ClassVar[bool] = False  # computes in the base's dtype where that is wider than float32
 
     def __init__(self, config: MethodConfig) -> None:
         super().__init__()
@@ -225,8 +226,8 @@ class PromptEncoder(nn.Module):
         return Prompt(prompt.expand(len(input_embeds), -1, -1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """A cast of the whole model to half precision (`model.to(torch.bfloat16)`, DeepSpeed) leaves it in float32."""
-        return cast(Self, super()._apply(in_full_precision(fn), recurse))
+        """A cast of the whole model (`model.to(torch.bfloat16)`, `.double()`, DeepSpeed) leaves it in float32."""
+        return cast(Self, super()._apply(in_full_precision(fn, wider=self.widens), recurse))
 
     def initialise(self, source: InitialEmbeddings) -> None:
         """Fill the tensors from the base's embeddings, with no randomness but that of `source`'s generator."""
@@ -285,13 +286,13 @@ class PromptEncoder(nn.Module):
         self.load_state_dict(tensors)
 
 
-def in_full_precision(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `move` does to a tensor, but for a cast to a narrower floating point type."""
+def in_full_precision(move: Callable[[Tensor], Tensor], *, wider: bool = True) -> Callable[[Tensor], Tensor]:
+    """What `move` does to a tensor, but for a cast to a narrower floating point type or, without `wider`, to any."""
 
     def moved(tensor: Tensor) -> Tensor:
         to = move(tensor)
-        narrower = tensor.is_floating_point() and to.dtype.itemsize < tensor.dtype.itemsize
-        return tensor.to(to.device) if narrower else to
+        kept = to.dtype.itemsize < tensor.dtype.itemsize if wider else to.dtype != tensor.dtype
+        return tensor.to(to.device) if tensor.is_floating_point() and kept else to
 
     return moved
 

@@ -87,6 +87,7 @@ class Parts(WeightEncoder):
     """Tensors: each part's, by the full name of its module, and those of `shared`."""
 
     config: PartsConfig
+    widens = False
     targets: list[tuple[nn.Module, Part]]  # each module of the base with its part
 
     def __init__(self, config: PartsConfig, base: PreTrainedModel) -> None:

@@ -95,6 +95,7 @@ class WeightEncoder(PromptEncoder):
     """The trainable part of a weight-side method. Its parameters may be the base's own objects, shared with it."""
 
     base: PreTrainedModel
+    widens = True
 
     def __init__(self, config: WeightConfig, base: PreTrainedModel) -> None:
         super().__init__(config)

@@ -50,10 +50,12 @@ def attach(
             (`ptmoe.models.checks`).
 
     Raises:
-        PtmoeError: a base that is no causal language model or does not work from embeddings, a size that does not fit
-            it, a base without the modules that the method changes, a text without tokens, or a method that needs
-            `batches` and has none.
+        PtmoeError: a base that is no causal language model or does not work from embeddings, what is no method's
+            config, a size that does not fit the base, a base without the modules that the method changes, a text
+            without tokens, or a method that needs `batches` and has none.
     """
+    if not isinstance(config, MethodConfig):
+        raise PtmoeError(f"{config!r:.80} is not a method's config: give one, as in attach(base, ptmoe.PTMoEConfig())")
     if config.needs_batches and batches is None:
         raise PtmoeError(
             f"{config.method} starts from the activations of training data: train it with `ptmoe train --method "

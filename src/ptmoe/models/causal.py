@@ -13,17 +13,21 @@ from transformers.utils import ModelOutput
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import without_plans
-from ptmoe.fast.loss import IGNORED, TokenStatistics, cross_entropy, supervised_positions
-from ptmoe.fast.paths import FastPaths
+from ptmoe.fast.loss import IGNORED, TokenStatistics, cross_entropy
+from ptmoe.fast.paths import FastPaths, is_sharded
 from ptmoe.methods.base import Routing
 from ptmoe.models.adapter_set import BASE, Prompts, check_shapes
 from ptmoe.models.checks import check_base, check_decoder
 from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import stepping_obstacle
-from ptmoe.models.splice import Spliced, align
+from ptmoe.models.rotation import joined, sides
+from ptmoe.models.splice import Spliced, Supervised, align, predicting, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+OUTPUTS = ("logits", "hidden_states", "attentions")  # of a base
 
 
 @dataclass
@@ -125,12 +129,14 @@ class PromptedCausalLM(GeneratingModel):
             input_mask = readable_tokens(attention_mask, labels)
         spliced, prompts = self.compose(input_ids, attention_mask, input_mask, adapter_names)
         composed = prompts.embeds if prompts.cache is None else prompts.cache
-        if self.training and input_mask is None and composed.requires_grad and self._reads_input(adapter_names):
+        # `Trainer` counts the items of the labels that it keeps to itself, in training and in evaluation.
+        scored = (self.training and composed.requires_grad) or num_items_in_batch is not None
+        if scored and input_mask is None and self._reads_input(adapter_names):
             raise PtmoeError(
-                "training with neither labels nor input_mask: the prompt would depend on the answers in input_ids, "
-                "which are not there in generation. Pass labels, or input_mask with the tokens that decide it; where "
-                "a trainer keeps the labels (label smoothing, a loss function of its own, trl), use SFTTrainer from "
-                "ptmoe.train.trl"
+                f"{'training' if self.training else 'a loss'} with neither labels nor input_mask: the prompt would "
+                "depend on the answers in input_ids, which are not there in generation. Pass labels, or input_mask "
+                "with the tokens that decide it; where a trainer keeps the labels (label smoothing, a loss function "
+                "of its own, trl), use SFTTrainer from ptmoe.train.trl"
             )
         if self.training and labels is None and prompts.auxiliary_loss is not None and torch.is_grad_enabled():
             raise PtmoeError(
@@ -145,7 +151,8 @@ class PromptedCausalLM(GeneratingModel):
             )
         result = PromptedOutput()
         result.routing = prompts.routing
-        supervised = None if labels is None else _supervised(spliced, prompts, labels, attention_mask)
+        every = prompts.lengths is None and prompts.embeds.shape[1] > 0  # each row's first token has a predictor
+        supervised = None if labels is None else predicting(spliced, labels, attention_mask, every=every)
         place = None
         if not self.path.left_padding:
             order = align(spliced.attention_mask, "left")
@@ -153,30 +160,21 @@ class PromptedCausalLM(GeneratingModel):
             if supervised is not None:
                 rows, before, targets = supervised
                 supervised = rows, place[rows, before], targets
-        inputs, virtual = self.base_inputs(spliced, prompts), prompts.embeds.shape[1]
         with self.lock, without_plans(self.base_model):
             if supervised is not None and (self.training if skip_logits is None else skip_logits):
-                packed = self._packs(spliced, prompts, options)
-                result.loss, out = self._fast.loss(
-                    inputs,
-                    supervised,
-                    num_items_in_batch,
-                    packed=packed,
-                    whole=self._rows_obstacle() is not None,
-                    statistics=token_statistics,
-                    options=options,
-                )
+                counts = num_items_in_batch, token_statistics
+                result.loss, out = self._loss(spliced, prompts, supervised, *counts, options)
             else:
-                out = self.base_model(**inputs, **options)
-                logits = out.logits
+                out = self._outputs(spliced, prompts, options)
+                logits = out["logits"]
                 if place is not None:
                     logits = logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))
-                logits = logits[:, virtual:]
+                logits = logits[:, prompts.embeds.shape[1] :]
                 result.logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
         if supervised is not None:
             rows, before, targets = supervised
             if result.loss is None:
-                scores = out.logits[rows, before]
+                scores = out["logits"][rows, before]
                 result.loss = cross_entropy(scores, targets, num_items_in_batch)
                 if token_statistics is not None:
                     token_statistics.add(scores, targets)
@@ -186,6 +184,50 @@ class PromptedCausalLM(GeneratingModel):
                 result.loss = result.loss + share * prompts.auxiliary_loss
         result.hidden_states, result.attentions = out.get("hidden_states"), out.get("attentions")
         return result
+
+    def _outputs(self, spliced: Spliced, prompts: Prompts, options: dict[str, Any]) -> dict[str, Any]:
+        """The base's output, from a pass over the rows on each side of its switches."""
+        parts = self._parts(spliced, prompts)
+        inputs = [self.base_inputs(part, of_part) for _, part, of_part in parts]
+        return joined([self.base_model(**one, **options) for one in inputs], [rows for rows, *_ in parts], OUTPUTS)
+
+    def _loss(
+        self,
+        spliced: Spliced,
+        prompts: Prompts,
+        supervised: Supervised,
+        num_items: Tensor | int | None,
+        statistics: TokenStatistics | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss, and the base's output without logits, from passes as in `_outputs`."""
+        parts = self._parts(spliced, prompts)
+        made = [
+            self._fast.loss(
+                self.base_inputs(part, of_part),
+                supervised if len(parts) == 1 else within(rows, supervised),
+                max(len(supervised[0]), 1) if num_items is None else num_items,
+                packed=self._packs(part, of_part, options),
+                whole=self._rows_obstacle() is not None,
+                statistics=statistics,
+                options=options,
+            )
+            for rows, part, of_part in parts
+        ]
+        losses, outs = zip(*made, strict=True)
+        return sum(losses[1:], losses[0]), joined(outs, [rows for rows, *_ in parts], OUTPUTS[1:])
+
+    def _parts(self, spliced: Spliced, prompts: Prompts) -> list[tuple[Tensor, Spliced, Prompts]]:
+        """Rows, `(n,)`, that the base rotates alike, and what it reads of them."""
+        rows = sides(spliced.attention_mask.sum(1) + prompts.cached_length, self.path.switches)
+        if len(rows) == 1:
+            return [(rows[0], spliced, prompts)]
+        if is_sharded(self.base_model):
+            raise PtmoeError(
+                f"{type(self.base_model).__name__} is sharded over processes, which take a pass together, and rotates "
+                f"rows of up to {self.path.switches[0]} positions and longer ones apart: give it batches of either"
+            )
+        return [(one, spliced.rows(one), prompts.rows(one)) for one in rows]
 
     def fast_paths(self) -> dict[str, str | None]:
         """Each fast path by name, and why it is not taken with this base and adapter; None where it is.
@@ -255,17 +297,3 @@ def readable_tokens(attention_mask: Tensor, labels: Tensor) -> Tensor:
     """`(B, L)`, true at the real tokens before each row's first supervised one: what the router may read."""
     supervised = (labels != IGNORED) & attention_mask.bool()
     return attention_mask.bool() & (supervised.long().cumsum(1) == 0)
-
-
-def _supervised(
-    spliced: Spliced, prompts: Prompts, labels: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(S,)` each: the row, the position in `spliced` that predicts, and the token to be predicted."""
-    rows, columns, targets = supervised_positions(labels, attention_mask)
-    virtual = prompts.embeds.shape[1]
-    before = columns + (virtual - 1)
-    # A row without a prompt has nothing before its first token to predict it from.
-    if prompts.lengths is not None or virtual == 0:
-        predicted = (before >= 0) & spliced.attention_mask[rows, before.clamp(min=0)].bool()
-        rows, before, targets = rows[predicted], before[predicted], targets[predicted]
-    return rows, before, targets

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from itertools import pairwise
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (5, 3)
 NEW = 2  # tokens: one from embeddings, one from the cache
+NAN = "its own logits are NaN"
 TOLERANCE, HALF, OF_8_BITS = 1e-3, 0.05, 0.15  # relative, of float32 and float64, of other dtypes, of LLM.int8()
 
 _checked: dict[str, bool] = {}  # `InputPath.left_padding` of bases that agree
@@ -34,9 +37,19 @@ _checked: dict[str, bool] = {}  # `InputPath.left_padding` of bases that agree
 def check_decoder(base: PreTrainedModel) -> None:
     """
     Raises:
-        PtmoeError: a class that is no causal language model, or takes no embeddings.
+        PtmoeError: what is no model of `transformers`, or is of a class that is no causal language model or takes no
+            embeddings.
     """
     name = type(base).__name__
+    if isinstance(base, str | PathLike | tuple | list):
+        what = repr(base) if isinstance(base, str) else f"a {name}"
+        raise PtmoeError(f"{what} is not a model: give one alone, as in model, tokenizer = ptmoe.load_base('nano')")
+    if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
+        inner = getattr(base, "module", None)  # of DataParallel and its like
+        give = "give a causal language model, loaded by AutoModelForCausalLM"
+        if inner is not None:
+            give = f"give the {type(inner).__name__} in it (its .module), and wrap what attach returns"
+        raise PtmoeError(f"{name} is not a model of transformers: {give}")
     if base.config.is_encoder_decoder:
         raise PtmoeError(f"{name} is not a decoder that takes inputs_embeds: give a causal language model")
     if not base.can_generate() or base.get_output_embeddings() is None:
@@ -66,13 +79,11 @@ def check_base(model: GeneratingModel) -> None:
         return
     about = (type(base), base.dtype, model.device.type, quantization_of(base), base.config._attn_implementation)
     key = repr((*about, base.config.to_dict()))
-    if key not in _checked:
-        with model.lock, evaluating(base):
-            obstacle = _obstacle(model)
-        if obstacle is not None:
-            raise PtmoeError(f"{type(base).__name__} cannot be used behind a prompt: {obstacle}")
-        _checked[key] = model.path.left_padding
-    model.path.left_padding = _checked[key]
+    with model.lock, evaluating(base):
+        obstacle = _obstacle(model) if key not in _checked else _broken_weights(model)
+    if obstacle is not None:
+        raise PtmoeError(f"{type(base).__name__} cannot be used behind a prompt: {obstacle}")
+    model.path.left_padding = _checked.setdefault(key, model.path.left_padding)
 
 
 def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
@@ -121,7 +132,7 @@ def _obstacle(model: GeneratingModel) -> str | None:
     if any(logits.dim() != 2 or len(logits) != len(row) for logits, row in zip(own, rows, strict=True)):
         return "it gives no logits for each token"
     if whole.isnan().any():
-        return "its own logits are NaN"
+        return NAN
     if _off_by(base, own[0], whole[: LENGTHS[0]]):
         return "it is not causal: logits change with later tokens (a BERT-like model needs is_decoder=True)"
     expected = [own[0], own[1], own[1]]
@@ -139,7 +150,43 @@ def _obstacle(model: GeneratingModel) -> str | None:
     if obstacle is not None and model.path.left_padding:
         model.path.left_padding = False
         obstacle = _generation_obstacle(model, rows)
-    return obstacle
+    return obstacle or _rotation_obstacle(model, rows[0])
+
+
+def _broken_weights(model: GeneratingModel) -> str | None:
+    """What other weights of a configuration that was checked may have: one pass says."""
+    (ids,) = probe_ids(model.base_model, LENGTHS[0])
+    return NAN if _own_logits(model.base_model, ids).isnan().any() else None
+
+
+def _rotation_obstacle(model: GeneratingModel, row: Tensor) -> str | None:
+    """Why rows cannot share a batch: what a row's first tokens are depends on how far off the last one is, otherwise
+    than `path.switches` says.
+
+    A base rotates by the highest position that it is given, so a few tokens, of which the last is far off, tell.
+    """
+    base, limit, short = model.base_model, model.max_positions, len(row)
+    rotary = any(name.endswith("inv_freq") for name, _ in base.named_buffers())  # others have a table of positions
+    if not rotary or not model.takes_positions or limit is None or limit <= short:
+        return None
+    bounds = [short - 1, *(switch for switch in model.path.switches if short <= switch < limit), limit]
+    for before, longest in pairwise(bounds):
+        near, far = (_at_positions(model, row, last) for last in (before, longest - 1))
+        if _off_by(base, near, far):
+            return (
+                f"its first tokens' logits depend on a row's length between {before + 1} and {longest} positions, so "
+                "on the longest row of a batch, otherwise than its config's rope_type says"
+            )
+    return None
+
+
+def _at_positions(model: GeneratingModel, row: Tensor, last: int) -> Tensor:
+    """`(L - 1, V)`: the logits of all tokens but the last, which is at position `last`."""
+    positions = torch.arange(len(row), device=row.device)
+    positions[-1] = last
+    given = {"position_ids": positions[None] + model.path.first_position, "attention_mask": torch.ones_like(row)[None]}
+    logits: Tensor = model.base_model(input_ids=row[None], use_cache=False, **given).logits[0, :-1]
+    return logits
 
 
 def _off(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.greedy import GREEDY, stepping_obstacle
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-ROPE_BY_LENGTH = ("dynamic", "longrope")  # the rotation of the first keys depends on the length
+from ptmoe.models.rotation import rotates_by_length as rotates_by_length
 
 
 class Decoder:
@@ -52,7 +48,6 @@ class Decoder:
                 f"{type(self.base).__name__} is decoded by transformers, which is slower: {obstacle}", stacklevel=2
             )
         self.takes_positions = "position_ids" in parameters
-        self.rotates_by_length = rotates_by_length(self.base)
         self.prefix: list[tuple[Tensor, Tensor]] | None = None  # each layer's keys and values, (N, heads, T, d)
         self.shapes: list[tuple[Tensor, Tensor]] = []  # likewise of any input, for the shapes and dtypes of a cache
         if not self.steps:
@@ -60,7 +55,7 @@ class Decoder:
         prompts = model.fixed_prompts()
         # With padding between prompt and tokens only explicit positions tell where a token is.
         with model.lock:
-            if prompts is not None and self.takes_positions and not self.rotates_by_length:
+            if prompts is not None and self.takes_positions and not model.path.switches:
                 self.shapes = self.prefix = self._read(prompts)
             else:
                 token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -88,8 +83,15 @@ class Decoder:
         Raises:
             PtmoeError: a row too long for the base's positions.
         """
+        positions = [self.model.num_virtual_tokens + len(prompt) for prompt in prompts]
+        apart = self.model.path.straddled(min(positions), max(positions) + max_new_tokens - 1)
+        if apart and len(prompts) > 1:  # a row must not be rotated by another's length
+            return [
+                self([row], [expert], max_new_tokens=max_new_tokens, ended=ended)[0]
+                for row, expert in zip(prompts, experts, strict=True)
+            ]
         with self.model.lock, fast_kernels(self.base):
-            if self.steps:
+            if self.steps and not apart:  # else `generate` reads again what the switch rotates otherwise
                 return self._decode(prompts, experts, max_new_tokens, ended, margin)
             return self._generate(prompts, max_new_tokens, ended, margin if len(prompts) > 1 else 0.0)
 
@@ -111,7 +113,7 @@ class Decoder:
             unfinished = []
             for index, (row, lead) in enumerate(zip(running, margins, strict=True)):
                 if not lead >= margin:  # also where it is NaN
-                    tokens[index] = self._alone(prompts[row], experts[row], generated[row])
+                    tokens[index] = self._alone(prompts[row], generated[row])
             for index, (row, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
                 generated[row].append(token)
                 if not ended(generated[row]):
@@ -134,10 +136,8 @@ class Decoder:
                 inputs["position_ids"] = positions
         return generated
 
-    def _alone(self, prompt: list[int], expert: int, generated: list[int]) -> int:
+    def _alone(self, prompt: list[int], generated: list[int]) -> int:
         """The next token of a row decoded by itself: the same whatever batch it is in."""
-        if self.rotates_by_length:  # one pass rotates otherwise than the row's own steps
-            return self._decode([prompt], [expert], len(generated) + 1, lambda _: False, 0.0)[0][-1]
         ids, mask = padded([prompt + generated], self.model.device)
         readable = torch.arange(ids.shape[1], device=ids.device)[None] < len(prompt)
         inputs = self.model.decoder_inputs(ids, mask, 1, readable)
@@ -213,13 +213,6 @@ def padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Ten
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
-
-
-def rotates_by_length(base: PreTrainedModel) -> bool:
-    """Whether a key's rotation depends on how long the sequence becomes."""
-    parameters = getattr(base.config.get_text_config(), "rope_parameters", None) or {}
-    of_layers = [one for one in parameters.values() if isinstance(one, dict)]
-    return any(one.get("rope_type") in ROPE_BY_LENGTH for one in (parameters, *of_layers))
 
 
 def _best(scores: Tensor, margin: float) -> tuple[Tensor, list[float]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +17,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import without_plans
 from ptmoe.models.adapter_set import Prompts
 from ptmoe.models.input_path import PER_LAYER, taking_embeddings
+from ptmoe.models.rotation import reading_again
 from ptmoe.models.splice import Spliced, align, splice
 from ptmoe.models.wrapper import ModelWrapper
 
@@ -45,11 +48,14 @@ class GeneratingModel(ModelWrapper):
         """
         spliced, prompts = self.adapters.compose(input_ids, attention_mask, input_mask, adapter_names)
         self.check_length(spliced, prompts)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self._with_token_ids(spliced, prompts, input_ids, mask), prompts
+
+    def _with_token_ids(self, spliced: Spliced, prompts: Prompts, input_ids: Tensor, mask: Tensor) -> Spliced:
         if self.path.per_layer is not None:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             virtual = input_ids.new_full((len(input_ids), prompts.embeds.shape[1], 1), self.path.placeholder)
             spliced.token_ids = splice(virtual, prompts.lengths, input_ids[..., None], mask).embeds[..., 0]
-        return spliced, prompts
+        return spliced
 
     def base_inputs(self, spliced: Spliced, prompts: Prompts, expand: int = 1) -> dict[str, Any]:
         """The arguments of the base's `forward`; a prompt in the key-value cache is repeated `expand` times per row."""
@@ -145,7 +151,12 @@ class GeneratingModel(ModelWrapper):
         room = None if limit is None else limit - virtual - int(spliced.attention_mask.sum(1).max())
         options, new = self._with_new_tokens(options, input_ids.shape[1], room)
         self.check_length(spliced, prompts, new)
-        if not self.path.left_padding and not bool(spliced.attention_mask.all()):
+        again: list[int] = []  # lengths of token ids at which all is rotated anew
+        if self.path.switches:
+            lengths = spliced.attention_mask.sum(1) + virtual
+            if self.path.straddled(int(lengths.min()), int(lengths.max()) + new - 1):
+                again = [switch + 1 - prompts.length for switch in self.path.switches]
+        if (again or not self.path.left_padding) and not bool(spliced.attention_mask.all()):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             return self._row_by_row(input_ids, mask, input_mask, adapter_names, options)
         base_inputs = self.base_inputs(spliced, prompts, self._copies(options) if virtual else 1)
@@ -161,8 +172,22 @@ class GeneratingModel(ModelWrapper):
         if own.get("use_cache") is False:
             options["use_cache"] = True
         per_layer = base_inputs.pop(PER_LAYER, None)
-        with self.lock, without_plans(self.base_model), taking_embeddings(self.base_model, per_layer):
+        with ExitStack() as around:
+            around.enter_context(self.lock)
+            around.enter_context(without_plans(self.base_model))
+            around.enter_context(taking_embeddings(self.base_model, per_layer))
+            if again:
+                around.enter_context(reading_again(self.base_model, again, partial(self._whole_inputs, prompts)))
             return self.base_model.generate(input_ids, **base_inputs, **options)
+
+    def _whole_inputs(self, prompts: Prompts, input_ids: Tensor) -> dict[str, Any]:
+        """The arguments of the base's `forward` for `(B · copies, L)` token ids without padding, behind the prompts of
+        `B` rows."""
+        rows = torch.arange(len(prompts.embeds), device=input_ids.device)
+        prompts = prompts.rows(rows.repeat_interleave(len(input_ids) // len(rows)))
+        mask = torch.ones_like(input_ids)
+        spliced = splice(prompts.embeds, prompts.lengths, self.adapters.embedding(input_ids), mask)
+        return self.base_inputs(self._with_token_ids(spliced, prompts, input_ids, mask), prompts)
 
     def _row_by_row(
         self,
@@ -175,8 +200,8 @@ class GeneratingModel(ModelWrapper):
         """As `generate`, of each row without its padding."""
         if self._setting(options, "return_dict_in_generate", False):
             raise PtmoeError(
-                f"{type(self.base_model).__name__} does not mask padding, so rows of different lengths are "
-                "generated one after another, as token ids alone: give it one row at a time"
+                f"{type(self.base_model).__name__} does not mask padding, or rotates a row by its batch's longest, so "
+                "rows of several lengths are generated one after another, as token ids alone: give it one row at a time"
             )
         made = []
         for row, real in enumerate(attention_mask.bool()):

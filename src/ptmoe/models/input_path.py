@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
+from ptmoe.models.rotation import switches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +41,7 @@ class InputPath:
         placeholder: the token id that stands for a virtual token there, as it does for an image's.
         left_padding: whether a row is the same behind padding; else it is brought to the front, and generates alone.
         chosen: how many positions sparse attention chooses; None where it attends to all, or to a window.
+        switches: the lengths above which all positions are rotated otherwise (`ptmoe.models.rotation`).
     """
 
     scale: float = 1.0
@@ -48,6 +50,11 @@ class InputPath:
     placeholder: int = 0
     left_padding: bool = True
     chosen: int | None = None
+    switches: tuple[int, ...] = ()
+
+    def straddled(self, shortest: int, longest: int) -> bool:
+        """Whether rows from `shortest` to `longest` positions are on both sides of a switch."""
+        return any(shortest <= switch < longest for switch in self.switches)
 
 
 class ScaledEmbedding(nn.Module):
@@ -130,6 +137,7 @@ def measure(base: PreTrainedModel) -> InputPath:
     # Some choose padding, too, but in rows too long to be tried out.
     path.chosen = getattr(config, "index_topk", None) or getattr(config, "indexer_budget", None)
     path.left_padding = path.chosen is None
+    path.switches = switches(base)
     with evaluating(base):
         ids = probe_ids(base)
         embeds = embedding(ids)

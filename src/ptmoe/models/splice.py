@@ -15,6 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ptmoe.fast.loss import supervised_positions
+
+Supervised = tuple[Tensor, Tensor, Tensor]  # row, position that predicts, token to be predicted; (S,) each
+
 
 @dataclass
 class Spliced:
@@ -31,6 +35,11 @@ class Spliced:
     attention_mask: Tensor
     position_ids: Tensor
     token_ids: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Spliced:
+        """Some rows, `(n,)`."""
+        ids = None if self.token_ids is None else self.token_ids[index]
+        return Spliced(self.embeds[index], self.attention_mask[index], self.position_ids[index], ids)
 
     def reordered(self, order: Tensor) -> Spliced:
         """Each row's positions in this order, `(B, T + L)`."""
@@ -75,3 +84,27 @@ def align(mask: Tensor, side: str) -> Tensor:
     generation, which needs every row to end at the last position, whichever side was padded."""
     moved = mask.bool() if side == "right" else ~mask.bool()
     return moved.to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def predicting(spliced: Spliced, labels: Tensor, attention_mask: Tensor, *, every: bool) -> Supervised:
+    """What is supervised, by row and the position in `spliced` that predicts it.
+
+    Args:
+        spliced: from `splice`.
+        labels: `(B, L)`, -100 at what is not supervised.
+        attention_mask: `(B, L)`, of the input.
+        every: all of it is predicted; else a row without a prompt has nothing before its first token to predict it.
+    """
+    rows, columns, targets = supervised_positions(labels, attention_mask)
+    before = columns + (spliced.embeds.shape[1] - labels.shape[1] - 1)
+    if not every:
+        predicted = (before >= 0) & spliced.attention_mask[rows, before.clamp(min=0)].bool()
+        rows, before, targets = rows[predicted], before[predicted], targets[predicted]
+    return rows, before, targets
+
+
+def within(index: Tensor, supervised: Supervised) -> Supervised:
+    """What is supervised in some rows, `(n,)` ascending, numbered anew."""
+    rows, before, targets = supervised
+    chosen = torch.isin(rows, index)
+    return torch.searchsorted(index, rows[chosen]), before[chosen], targets[chosen]

@@ -252,9 +252,8 @@ class ModelWrapper(nn.Module):
         return cast(dict[str, Any], self.encoders.state_dict(*arguments, prefix=f"{prefix}encoders.", **options))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        return self.encoders.load_state_dict(
-            {key.removeprefix("encoders."): value for key, value in state_dict.items()}, strict=strict, assign=assign
-        )
+        tensors = {key.removeprefix("encoders."): value for key, value in state_dict.items()}
+        return self.adapters.load_state(tensors, strict=strict, assign=assign)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
