@@ -205,8 +205,11 @@ def test_what_cannot_be_batched_is_refused_in_words():
     assert "9 tokens with 5 virtual and 27 new ones need 41 positions, and the base has 40" in str(refused)
 
 
-def test_a_rotation_that_depends_on_the_length_is_not_shared():
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotation_that_depends_on_the_length_is_not_shared(kind):
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0]}
     model = served(tiny("llama", rope_parameters=rope, max_position_embeddings=128))
     engine = LocalEngine(model)
     assert engine.max_batch == 1

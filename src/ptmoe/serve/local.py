@@ -219,6 +219,13 @@ class LocalEngine:
         self._choose(rows, logits)
 
     def _step(self) -> None:
+        lengths = (len(row.input.embeds) + len(row.tokens) for row in self._running)
+        if any(length - 1 in self.model.path.switches for length in lengths):
+            # With this token all positions are rotated otherwise (`ptmoe.models.rotation`); the row is alone.
+            rows, self._running = self._running, []
+            self._rows.clear()
+            self._join(rows)
+            return
         tokens = torch.tensor([row.tokens[-1:] for row in self._running], device=self.model.device)
         inputs = self._rows.step(self.model.device)
         if not self._takes_positions:
