@@ -258,7 +258,7 @@ def test_the_resolved_plan_is_complete_and_gives_the_same_cells(tmp_path, traine
     assert again.plan.replace(jobs=1) == first.plan
     assert again.cells == first.cells
     assert again.plan.methods[0]["learning_rate"] == 0.5
-    assert again.plan.methods[1]["learning_rate"] == METHODS["dpt"].default_learning_rate
+    assert again.plan.methods[1]["learning_rate"] == METHODS["dpt"].narrow_learning_rate
     assert again.plan.methods[1]["rank"] == 3
 
 
@@ -293,7 +293,7 @@ def test_learning_rates_and_recipes_can_be_varied(tmp_path):
 def test_labels_are_unique_and_folders_safe(tmp_path):
     both = [{"name": "pt", "num_virtual_tokens": 3}, {"name": "pt", "num_virtual_tokens": 4}]
     variants = prepared(tmp_path / "c", methods=both, budget=None).variants
-    rate = METHODS["pt"].default_learning_rate
+    rate = METHODS["pt"].narrow_learning_rate
     assert [variant.label for variant in variants] == ["pt", f"pt num_virtual_tokens=4 learning_rate={rate}"]
     assert len(prepared(tmp_path / "c", methods=[both[0], both[0]], budget=None).variants) == 1
     named = [{**entry, "label": "a/b"} for entry in both]
@@ -343,9 +343,18 @@ def test_a_rate_that_is_asked_for_replaces_those_of_a_preset():
 
     usual = {name: rate for name, rate in rates().items() if rate is not None}
     assert usual["ft"] == 0.001
-    assert usual["pt-moe"] == 0.03
+    assert usual["attempt"] == 0.1
     assert set(rates("0.5").values()) == {None}, "the plan's rate holds for all"
-    assert rates("pt=0.5") == rates() | {"pt": None}
+    assert rates("lora=0.5") == rates() | {"lora": None}
+
+
+def test_a_narrow_base_has_learning_rates_of_its_own(tmp_path, llama_1b):
+    def rates(model):
+        found = prepared(tmp_path / "c", model=model, methods=["pt", "dpt", "pt-moe", "lora"], budget=None).variants
+        return [variant.learning_rate for variant in found]
+
+    assert rates("nano") == [0.03, 0.03, 0.03, 0.002]
+    assert rates(llama_1b) == [0.1, 0.1, 0.1, 0.002]
 
 
 def test_a_preset_can_be_narrowed_and_given_another_budget(llama_1b):

@@ -80,7 +80,7 @@ def peak_at(best):
 
 
 def test_the_best_mean_is_for_the_cells_and_the_whole_grid_is_kept(tmp_path, trained):
-    usual = {name: METHODS[name].default_learning_rate for name in ("pt", "dpt")}
+    usual = {name: METHODS[name].narrow_learning_rate for name in ("pt", "dpt")}
     threefold = float(f"{3 * usual['dpt']:.3g}")
     trained.score = peak_at({"pt": usual["pt"], "dpt": threefold})
     watcher = Notes()
@@ -114,8 +114,8 @@ def test_the_plan_stays_as_it_is_and_its_folder_keeps_what_was_chosen(tmp_path, 
     written = (tmp_path / "c" / "comparison.yaml").read_text()
     assert {entry["name"]: entry["learning_rate"] for entry in read_plan(tmp_path / "c").methods} == {
         "base": None,
-        "pt": METHODS["pt"].default_learning_rate,
-        "dpt": METHODS["dpt"].default_learning_rate,
+        "pt": METHODS["pt"].narrow_learning_rate,
+        "dpt": METHODS["dpt"].narrow_learning_rate,
     }
     again = prepare(read_plan(tmp_path / "c"))
     assert (again.trials, again.unfinished) == ([], [])
@@ -160,12 +160,12 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, trained):
 
 
 def test_a_rate_that_diverges_is_out_and_a_trial_that_fails_holds_its_cells_up(tmp_path, trained):
-    usual = METHODS["pt"].default_learning_rate
+    usual = METHODS["pt"].narrow_learning_rate
 
     def broken(method, rate, seed):
         if rate > 2 * usual and seed == 1001:
             raise PtmoeError("the loss became nan at step 3, and no checkpoint holds earlier weights")
-        if method == "dpt" and rate == METHODS["dpt"].default_learning_rate and seed == 1000:
+        if method == "dpt" and rate == METHODS["dpt"].narrow_learning_rate and seed == 1000:
             raise RuntimeError("out of memory")
         return 50 + rate
 
@@ -183,7 +183,7 @@ def test_a_rate_that_diverges_is_out_and_a_trial_that_fails_holds_its_cells_up(t
     trained.clear()
     trained.score = lambda method, rate, seed: 50 + rate
     assert compare(prepared(tmp_path / "c")) == []
-    assert trained.trials == [("dpt", METHODS["dpt"].default_learning_rate, 1000)]
+    assert trained.trials == [("dpt", METHODS["dpt"].narrow_learning_rate, 1000)]
     assert [seed for *_, seed in trained.cells] == [0, 1]
 
 
@@ -282,6 +282,6 @@ def test_the_command_says_how_many_trials_there_are(run, tmp_path):
     text = " ".join(out.split())
     assert "search: 3 learning rates × 3 seeds × 2 (method, size, task), 18 trials of 134 steps scored" in text
     assert "18 to run" in text
-    usual = METHODS["pt"].default_learning_rate
+    usual = METHODS["pt"].narrow_learning_rate
     assert f"{usual / 10:g} to {usual * 10:g}" in text
     assert not (tmp_path / "c").exists()

@@ -154,7 +154,7 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
             except PtmoeError as error:
                 left_out.append(LeftOut(label, str(error)))
                 continue
-            variant = Variant(label, config, rate or config.default_learning_rate, budget, count)
+            variant = Variant(label, config, rate or config.learning_rate_on(base_config), budget, count)
             settings = {**sizes_of(config), **fields, "learning_rate": variant.learning_rate}
             choose(variant, " ".join([label, *(f"{key}={value}" for key, value in settings.items())]))
     return chosen, left_out

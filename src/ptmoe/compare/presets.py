@@ -17,16 +17,7 @@ Plan = dict[str, Any]
 BUDGET = 81_920  # 40 tokens of Llama-3.2-1B, the paper's 81k
 NANO_BUDGET = 3_840  # 20 tokens of nano, as in the quickstart
 PT_MOE: Plan = {"name": "pt-moe", "num_virtual_tokens": 40, "num_experts": 2, "rank": 36}
-# A model as small as nano wants other learning rates than a real one, which the defaults are for: those that
-# benchmarks/learning_rates.py and docs/findings.md found.
-NANO_RATE = 0.03
-NANO_PT_MOE: Plan = {
-    "name": "pt-moe",
-    "num_virtual_tokens": 10,
-    "num_experts": 4,
-    "rank": 10,
-    "learning_rate": NANO_RATE,
-}
+NANO_PT_MOE: Plan = {"name": "pt-moe", "num_virtual_tokens": 10, "num_experts": 4, "rank": 10}
 
 # The paper's sizes, worked out from its rounded counts (docs/mathematics.md). They are given, not picked: `budget` None
 # keeps a method out of the plan's.
@@ -40,16 +31,17 @@ PAPER_METHODS: list[Plan] = [
     {"name": "attempt", "num_virtual_tokens": 40, "bottleneck": 2, "num_sources": 2},
     PT_MOE,
 ]
-# On nano four domains of one world want four experts; what is free is picked at the budget.
+# On nano four domains of one world want four experts; what is free is picked at the budget. Learning rates that differ
+# from the defaults are those that benchmarks/learning_rates.py found.
 NANO_METHODS: list[Plan] = [
     {"name": "ft", "budget": None, "learning_rate": 0.001},
     {"name": "lora", "learning_rate": 0.01},
     {"name": "hydralora", "rank": 1, "budget": None, "learning_rate": 0.01},
-    {"name": "pt", "learning_rate": NANO_RATE},
-    {"name": "dpt", "num_virtual_tokens": 20, "learning_rate": NANO_RATE},
+    {"name": "pt"},
+    {"name": "dpt", "num_virtual_tokens": 20},
     {"name": "smop", "num_experts": 4},
     {"name": "attempt", "bottleneck": 1, "learning_rate": 0.1},
-    {"name": "pt-moe", "num_virtual_tokens": 10, "num_experts": 4, "learning_rate": NANO_RATE},
+    {"name": "pt-moe", "num_virtual_tokens": 10, "num_experts": 4},
 ]
 
 MODEL = "meta-llama/Llama-3.2-1B-Instruct"
@@ -84,7 +76,7 @@ NANO_MATHEMATICS: Plan = NANO_TRAINING | {"eval_tasks": ["nano/mixed", "nano/ski
 # parameters, in under three minutes. docs/findings.md has ten seeds of it.
 QUICKSTART: Plan = NANO_TRAINING | {
     "title": "Quickstart",
-    "methods": [{"name": "base"}, {"name": "pt", "num_virtual_tokens": 20, "learning_rate": NANO_RATE}, NANO_PT_MOE],
+    "methods": [{"name": "base"}, {"name": "pt", "num_virtual_tokens": 20}, NANO_PT_MOE],
     "eval_examples": 1000,
     "seeds": 1,
 }

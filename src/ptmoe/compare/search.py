@@ -110,7 +110,11 @@ def resolved(plan: TunePlan) -> TunePlan:
         raise PtmoeError(f"on {plan.on!r}: a search runs on ray, or with ray://auto on a machine of the cluster")
     check_place(plan.on)
     config = method_config(plan.method)
-    plan = plan.replace(learning_rate=plan.learning_rate or config.default_learning_rate)
+    if plan.learning_rate is None:
+        from ptmoe.models.bases import load_config
+
+        base_config = load_config(plan.model, revision=plan.revision)
+        plan = plan.replace(learning_rate=config.learning_rate_on(base_config))
     search = plan.search or _usual(config, float(plan.learning_rate or 0))
     known = {**type(config).model_fields, **TrainOptions.model_fields}
     kept = {"method", "task", "data", "model", "output_dir", "max_steps", "num_train_epochs", "max_examples", "trainer"}

@@ -29,6 +29,7 @@ else:
 Batches = Iterable[dict[str, Tensor]]  # training data: `input_ids`, `attention_mask` and `labels`, (B, L) each
 Size = Annotated[int, Field(ge=1)]  # a field of this type is part of what a table calls the method's size
 QUANTIZATIONS = ("8bit", "4bit")
+NARROW = 384  # hidden size: learning rates were searched at 192 (nano) and 576 (SmolLM2), this is midway
 
 
 def quantization_of(base: PreTrainedModel) -> str | None:
@@ -81,6 +82,7 @@ class MethodConfig(Settings):
     figure_color: ClassVar[tuple[str, str] | None] = None  # on a light and on a dark background
     figure_marker: ClassVar[str | None] = None  # of matplotlib
     default_learning_rate: ClassVar[float] = 0.03
+    narrow_learning_rate: ClassVar[float | None] = None  # on a base that is narrower than `NARROW`; None is the same
     free_sizes: ClassVar[tuple[str, ...]] = ()  # fields that a parameter budget may set, the first choice first
     routes: ClassVar[bool] = False  # its prompts carry a `Routing`
     needs_batches: ClassVar[bool] = False  # is initialised from the activations of training data
@@ -121,6 +123,12 @@ class MethodConfig(Settings):
     def soft_gate(self) -> bool:
         """Whether an input's prompt mixes several experts, instead of choosing one."""
         return False
+
+    @classmethod
+    def learning_rate_on(cls, base_config: Any) -> float:
+        """The learning rate where none is given, on a base with this config of `transformers`."""
+        width = getattr(base_config.get_text_config(), "hidden_size", NARROW)
+        return cls.narrow_learning_rate if width < NARROW and cls.narrow_learning_rate else cls.default_learning_rate
 
     @classmethod
     def shares_batch(cls) -> bool:

@@ -20,6 +20,7 @@ class DPTConfig(PromptConfig):
     method = "dpt"
     order = 30
     default_learning_rate = 0.1
+    narrow_learning_rate = 0.03
     figure_color = ("#00805d", "#2fc79b")
     figure_marker = "^"
     free_sizes = ("rank", "num_virtual_tokens")

@@ -15,6 +15,7 @@ class PTConfig(PromptConfig):
     method = "pt"
     order = 20
     default_learning_rate = 0.1
+    narrow_learning_rate = 0.03
     figure_color = ("#d55e00", "#f08a3c")
     figure_marker = "s"
 

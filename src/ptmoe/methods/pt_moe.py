@@ -60,6 +60,7 @@ class PTMoEConfig(RoutedConfig):
     method = "pt-moe"
     order = 10
     default_learning_rate = 0.1
+    narrow_learning_rate = 0.03
     figure_color = ("#0072b2", "#4fa8e0")
     figure_marker = "o"
     free_sizes = ("rank", "num_virtual_tokens")

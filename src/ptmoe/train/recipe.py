@@ -173,7 +173,7 @@ def _train(
     options = options.replace(
         method={"name": config.method, **model.method_config.model_dump()},
         chat=chat,
-        learning_rate=options.learning_rate or config.default_learning_rate,
+        learning_rate=options.learning_rate or config.learning_rate_on(model.base_model.config),
         revision=model.identity.revision or options.revision,
     )
     model.packing = options.packing
