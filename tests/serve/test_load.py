@@ -115,6 +115,8 @@ def test_no_answer_is_lost_wrong_or_for_another_client(folder, seconds):
         ]
         mover = asyncio.create_task(come_and_go(folder, stop))
         await asyncio.sleep(seconds)
+        while counts["right"] <= 5 * seconds:  # on a busy machine it takes longer
+            await asyncio.sleep(0.1)
         stop.set()
         process.send_signal(signal.SIGTERM)
         await asyncio.gather(*clients)
@@ -125,5 +127,4 @@ def test_no_answer_is_lost_wrong_or_for_another_client(folder, seconds):
         assert process.wait(60) in (0, -signal.SIGTERM)
     finally:
         process.kill()
-    assert counts["right"] > 5 * seconds
     assert counts["left"]
