@@ -40,12 +40,13 @@ KINDS_OF_METHOD = {
     "prefix": METHODS["prefix-tuning"](num_virtual_tokens=3),
 }
 PAIRS = [  # a sliding window, as those have by default, does not keep a prefix
-    (kind, method) for kind in SWITCHING for method in KINDS_OF_METHOD if kind == "llama" or method != "prefix"
+    pytest.param(kind, method, marks=[pytest.mark.slow] * (kind not in ("llama", "phi3")), id=f"{kind}-{method}")
+    for kind in SWITCHING
+    for method in KINDS_OF_METHOD
+    if kind == "llama" or method != "prefix"
 ]
 # On both sides of 12 positions, with a prompt and without.
-ROWS = [
-    tokens(length, length) % 80 + 3 for length in (20, 3, 7, 14, 12, 13)
-]  # both sides of 12, with a prompt and without
+ROWS = [tokens(length, length) % 80 + 3 for length in (20, 3, 7, 14, 12, 13)]
 LEFTS = [0, 17, 5, 2, 0, 7]
 NEW = 9  # tokens, that carry the short rows past 12
 
