@@ -33,7 +33,7 @@ def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> str | No
         layer.compile(dynamic=True, backend=backend)
     try:
         for length in (5, 9):  # the second shows whether lengths may differ
-            embeds = embedding(torch.arange(length, device=embedding.weight.device))[None].detach().requires_grad_()
+            embeds = embedding(torch.arange(length, device=embedding.weight.device)[None]).detach().requires_grad_()
             base(inputs_embeds=embeds, use_cache=False).logits.float().sum().backward()
     except Exception as error:  # whatever the compiler, or the one behind it, runs into
         reason = " ".join(str(error).split())[:200]
