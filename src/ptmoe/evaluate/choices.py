@@ -24,7 +24,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import NEAR_TIE, Completion, nearly_tied, rounded_gate
 from ptmoe.evaluate.routing import route
 from ptmoe.fast.paths import fast_kernels
-from ptmoe.models.decoding import padded, rotates_by_length
+from ptmoe.models.decoding import padded
 from ptmoe.tasks import TASKS, check_labels
 from ptmoe.tasks.tokens import encode_completion
 
@@ -91,7 +91,7 @@ def choose(model: PromptedCausalLM, prompts: Sequence[list[int]], labels: Sequen
         labels: of each prompt (`label_tokens`).
     """
     exact = model.dtype == torch.float32
-    together = model.path.left_padding and not rotates_by_length(model.base_model)
+    together = model.path.left_padding and not model.path.switches
     size = len(prompts) if together else 1
     scores = likelihoods(model, prompts, labels, size)
     completions = []

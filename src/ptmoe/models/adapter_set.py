@@ -59,8 +59,9 @@ class Prompts:
     def rows(self, index: Tensor) -> Prompts:
         """Those of some rows, `(n,)`, which may repeat."""
         lengths = None if self.lengths is None else self.lengths[index]
-        shared = self.cache is None or self.cache.shape[2] == 1
-        cache = self.cache if shared or self.cache is None else self.cache[:, :, index]
+        cache = self.cache
+        if cache is not None and cache.shape[2] > 1:  # of 1, all rows share it
+            cache = cache[:, :, index]
         return Prompts(self.embeds[index], lengths, cache=cache)
 
 

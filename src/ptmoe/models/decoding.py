@@ -23,7 +23,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.greedy import GREEDY, stepping_obstacle
-from ptmoe.models.rotation import rotates_by_length as rotates_by_length
 
 
 class Decoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -172,12 +172,9 @@ class GeneratingModel(ModelWrapper):
         if own.get("use_cache") is False:
             options["use_cache"] = True
         per_layer = base_inputs.pop(PER_LAYER, None)
-        with ExitStack() as around:
-            around.enter_context(self.lock)
-            around.enter_context(without_plans(self.base_model))
-            around.enter_context(taking_embeddings(self.base_model, per_layer))
-            if again:
-                around.enter_context(reading_again(self.base_model, again, partial(self._whole_inputs, prompts)))
+        whole = partial(self._whole_inputs, prompts)
+        anew = reading_again(self.base_model, again, whole) if again else nullcontext()
+        with self.lock, without_plans(self.base_model), taking_embeddings(self.base_model, per_layer), anew:
             return self.base_model.generate(input_ids, **base_inputs, **options)
 
     def _whole_inputs(self, prompts: Prompts, input_ids: Tensor) -> dict[str, Any]:

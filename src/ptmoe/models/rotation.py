@@ -38,11 +38,6 @@ def switches(base: PreTrainedModel) -> tuple[int, ...]:
     return tuple(sorted(switch for switch in found if switch))
 
 
-def rotates_by_length(base: PreTrainedModel) -> bool:
-    """Whether a key's rotation depends on how long the sequence becomes."""
-    return bool(switches(base))
-
-
 def sides(lengths: Tensor, at: Sequence[int]) -> list[Tensor]:
     """The indices of the rows, `(n,)` each, that are on one side of every switch.
 

@@ -28,7 +28,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import NEAR_TIE
 from ptmoe.fast.paths import fast_kernels
-from ptmoe.models.decoding import rotates_by_length
 from ptmoe.models.greedy import stepping_obstacle
 from ptmoe.serve.engine import LEAST, EngineError, Input, Sampling, Token, check_room
 from ptmoe.serve.rows import Rows
@@ -87,9 +86,9 @@ class LocalEngine:
             )
         self.model, self.base = model, base
         self.positions = model.max_positions
-        self.rotates_by_length = rotates_by_length(base)
+        self.switches = model.path.switches
         # What rotates by the longest row of a batch would rotate the others' keys as well.
-        self.max_batch = 1 if self.rotates_by_length else max_batch
+        self.max_batch = 1 if self.switches else max_batch
         self.margin = NEAR_TIE if model.dtype == torch.float32 and self.max_batch > 1 else 0.0
         self.near_ties = 0
         self.on_step: Callable[[int], None] = lambda rows: None
@@ -219,12 +218,9 @@ class LocalEngine:
         self._choose(rows, logits)
 
     def _step(self) -> None:
-        lengths = (len(row.input.embeds) + len(row.tokens) for row in self._running)
-        if any(length - 1 in self.model.path.switches for length in lengths):
-            # With this token all positions are rotated otherwise (`ptmoe.models.rotation`); the row is alone.
-            rows, self._running = self._running, []
-            self._rows.clear()
-            self._join(rows)
+        first = self._running[0]  # alone, where the base has switches
+        if self.switches and len(first.input.embeds) + len(first.tokens) - 1 in self.switches:
+            self._join(self._taken_out())  # with this token all positions are rotated otherwise
             return
         tokens = torch.tensor([row.tokens[-1:] for row in self._running], device=self.model.device)
         inputs = self._rows.step(self.model.device)
@@ -235,9 +231,7 @@ class LocalEngine:
         except Exception as error:
             # Nobody knows which row it was, nor what is in the cache: each is read again, alone.
             log.exception("a step of %d rows failed", len(self._running))
-            rows, self._running = self._running, []
-            self._rows.clear()
-            for row in rows:
+            for row in self._taken_out():
                 row.faults += 1
                 if row.faults > FAULTS:
                     self._end(row, _fault(error))
@@ -247,6 +241,12 @@ class LocalEngine:
         self._rows.advance()
         self.on_step(len(self._running))
         self._choose(list(self._running), logits)
+
+    def _taken_out(self) -> list[_Row]:
+        """All rows of the batch, which is empty then."""
+        rows, self._running = self._running, []
+        self._rows.clear()
+        return rows
 
     def _choose(self, rows: list[_Row], logits: Tensor) -> None:
         """Append a token to each of the rows, from logits `(rows, V)`; those that end with it leave."""
@@ -320,7 +320,7 @@ class LocalEngine:
 
     def _kept(self, row: _Row) -> int:
         """How many of the row's virtual tokens have their keys and values computed once and kept."""
-        if row.input.prefix is None or not self._takes_positions or self.rotates_by_length:
+        if row.input.prefix is None or not self._takes_positions or self.switches:
             return 0
         # A window counts the padding between the prompt and the tokens as well.
         if self._window is not None and len(row.input.embeds) + len(row.tokens) > self._window:

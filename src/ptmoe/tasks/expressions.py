@@ -38,6 +38,7 @@ _ENGLISH = frozenset(
     "an as at be by do go he if is it me my no of on or so to up us we yo and the ok mr ms dr vs".split()
 )
 _FUNCTIONS = frozenset("ln log sin cos tan exp sqrt".split())
+_NO_PRODUCTS = _UNITS | _ENGLISH | _FUNCTIONS
 # A number of metres, grams, …; capitals: litres, amperes, kelvins, … Of `5t` and `5p`, the letter is a variable:
 # tonnes, days, cents, pence, weeks stand apart.
 _UNIT = r"(?:(?<=\s)[tdcpw]|[mgshlABCFGHJKLMNTVW])(?![A-Za-z])(?:\^\{?-?\d\}?|[²³])?"
@@ -158,7 +159,7 @@ def _is_variable(run: re.Match[str]) -> bool:
     letters, text = run[0].rstrip(" ."), run.string
     if len(letters) == 1 or set(letters) <= set("xyz"):
         return letters.isascii()
-    if len(letters) > 3 or not letters.isascii() or letters.lower() in _UNITS | _ENGLISH | _FUNCTIONS:
+    if len(letters) > 3 or not letters.isascii() or letters.lower() in _NO_PRODUCTS:
         return False
     beside = text[max(0, run.start() - 1) : run.start()] + text[run.end() : run.end() + 1]
     return len(letters) == 2 or re.search(r"[\d^+*/=]", beside) is not None
@@ -192,7 +193,7 @@ def _parsed(text: str) -> Any:
     """As SymPy has it; None for what cannot be parsed or could take long."""
     from math_verify import LatexExtractionConfig, parse
 
-    text = _TEXT.sub(lambda found: found[0] if _letters(found) == " " else _letters(found), text)
+    text = _TEXT.sub(lambda found: found[0] if (letters := _letters(found)) == " " else letters, text)
     for sign, command in _UNICODE:
         text = sign.sub(command, text)
     text = _PRODUCT.sub(lambda run: "".join(map("{{{}}}".format, run[0])) if _is_variable(run) else run[0], text)
