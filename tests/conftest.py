@@ -20,6 +20,7 @@ if DEVICE.type == "cuda":
     torch.backends.cuda.enable_cudnn_sdp(False)  # it has no heads as small as those of the tiny bases
     torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=5)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)  # --hypothesis-profile explore
 hypothesis.settings.load_profile("tests")
 
 

@@ -133,6 +133,22 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader)  # derived from the safe one
 
 
+def yaml_text(value: Any) -> str:
+    """The YAML of a value of JSON's types, keys in their order, that `parse_yaml` reads as the same value."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    options: dict[str, Any] = {"Dumper": Dumper, "sort_keys": False}
+    text: str = yaml.dump(value, allow_unicode=True, **options)
+    # PyYAML writes "next line" as it stands, where reading folds it to a space.
+    if "\x85" in text:
+        text = yaml.dump(value, allow_unicode=False, **options)
+    return text
+
+
 def _read(path: Path, kind: str, largest: int, parse: Callable[[str], Any]) -> dict[str, Any]:
     if path.stat().st_size > largest:
         raise PtmoeError(f"{path} has {path.stat().st_size:,} bytes: needs at most {largest:,}")

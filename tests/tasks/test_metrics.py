@@ -795,7 +795,8 @@ def numerals(draw):
         value = value * 10**4 + group
         if not group:
             continue
-        if draw(st.booleans()) and (power or (group >= 1000 and written)):
+        # Behind the last power are as many digits as it has noughts: in 1亿1000 they may stand for 1000万 as well.
+        if draw(st.booleans()) and (power or (group >= 1000 and groups[1:2] not in ([], [0]))):
             text = str(group)
         else:
             text = ""

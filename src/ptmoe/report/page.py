@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
-
 from ptmoe.files import write_whole
 from ptmoe.report.comparison import AVERAGE, Comparison, counted_states, read_comparison, single_run
 from ptmoe.report.costs import rate_warnings
@@ -19,6 +17,7 @@ from ptmoe.report.results import ALPHA, Board, Score, boards
 from ptmoe.report.sections import p_text, sections, trained_text
 from ptmoe.report.table import file_name, metric_name
 from ptmoe.runs.folders import CONFIG_FILE, PLAN_FILE, is_run
+from ptmoe.settings import yaml_text
 
 LONGEST_PART = 11  # letters of a word that is too long for a column
 
@@ -192,8 +191,7 @@ def _documents(comparison: Comparison, plan: Path) -> Iterator[tuple[str, str]]:
     found: dict[str, list[str]] = {}
     for cell in comparison.cells:
         environment = cell.run.environment.model_dump(exclude=None if comparison.single else {"seed"})
-        text = yaml.safe_dump(environment, sort_keys=False, allow_unicode=True)
-        found.setdefault(text, []).append(f"{cell.label}/{cell.task}/seed-{cell.seed}")
+        found.setdefault(yaml_text(environment), []).append(f"{cell.label}/{cell.task}/seed-{cell.seed}")
     for text, cells in found.items():
         more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
         yield f"Versions, commit and hardware of {cells[0]}{more}", text

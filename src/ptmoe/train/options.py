@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near, shown
 from ptmoe.files import LONGEST_NAME, write_whole
-from ptmoe.settings import Flag, Settings, method_name, parse_yaml, read_yaml
+from ptmoe.settings import Flag, Settings, method_name, parse_yaml, read_yaml, yaml_text
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -147,9 +147,7 @@ class SharedOptions(Settings):
 
     def write(self, path: Path) -> None:
         """As YAML, at once: an interruption leaves no partial file."""
-        import yaml
-
-        write_whole(path, yaml.safe_dump(self.model_dump(exclude=self.unwritten), sort_keys=False, allow_unicode=True))
+        write_whole(path, yaml_text(self.model_dump(exclude=self.unwritten)))
 
 
 class TrainOptions(SharedOptions):
