@@ -47,6 +47,10 @@ class Case:
     def key(self) -> tuple[str, str, str, str]:
         return self.part, self.name, self.shape, self.dtype
 
+    def request(self, system: str) -> dict[str, Any]:
+        """What its worker is told."""
+        return {"shape": self.shape, "dtype": self.dtype, "warm_up": self.warm_up, **self.systems[system]}
+
 
 @dataclass(frozen=True)
 class Amount:

@@ -25,17 +25,18 @@ class FailedError(Exception):
 
 
 class Worker:
-    """The process of one system, ready for a round."""
+    """The process of one system, ready for a round, of this checkout or of another."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any], root: Path = ROOT) -> None:
         self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", json.dumps(request)],
-            cwd=ROOT,
+            cwd=root,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.complaints,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ
+            | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(root / "src")},
             text=True,
         )
         try:
@@ -82,13 +83,11 @@ def measure(case: Case, rounds: int, say: Callable[[str], None]) -> tuple[dict[s
     failures: dict[str, str] = {}
     try:
         for number in range(rounds):
-            for name, options in case.systems.items():
+            for name in case.systems:
                 if name in failures:
                     continue
                 try:
-                    worker = workers.pop(name, None) or Worker(
-                        {"shape": case.shape, "dtype": case.dtype, "warm_up": case.warm_up, **options}
-                    )
+                    worker = workers.pop(name, None) or Worker(case.request(name))
                     workers[name] = worker  # it is closed with the others, whatever happens in its round
                     results[name].append(worker.round())
                     if not case.resident:

@@ -68,6 +68,7 @@ class Bench:
         vocabulary: of the base.
         vllm: the Python that has vLLM.
         requests: of a load.
+        only: the engines of parts that go through all of them; None is every one.
     """
 
     base: Path
@@ -77,11 +78,14 @@ class Bench:
     rounds: int
     vllm: str | None
     requests: int
+    only: Sequence[str] | None = None
     drawn: random.Random = field(default_factory=lambda: random.Random(0))
 
     def engines(self, stack: ExitStack, *names: str) -> Iterator[tuple[str, Server]]:
         """`ptmoe serve` on these engines, one after the other, as far as there is a vLLM."""
-        for name in names:
+        for name in self.only or names:
+            if name not in names:
+                continue
             if name == "local":
                 yield name, stack.enter_context(self.served("local", "--device", "cpu"))
             elif self.vllm and name == "vllm":
@@ -521,6 +525,7 @@ def main() -> None:
     parser.add_argument("--vllm", help="the Python of an environment that holds vLLM")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=96, help="of a load")
+    parser.add_argument("--engine", nargs="+", choices=("local", "vllm", "gateway"), help="by default each")
     chosen = parser.parse_args()
     unknown = sorted(set(chosen.parts) - set(PARTS))
     if unknown:
@@ -537,7 +542,8 @@ def main() -> None:
         ),
     }
     with tempfile.TemporaryDirectory() as folder:
-        bench = prepare(chosen.model, Path(folder), rounds=chosen.rounds, vllm=chosen.vllm, requests=chosen.requests)
+        options = {"vllm": chosen.vllm, "requests": chosen.requests, "only": chosen.engine}
+        bench = prepare(chosen.model, Path(folder), rounds=chosen.rounds, **options)
         for part in chosen.parts or PARTS:
             print(part, flush=True)
             for measurement in PARTS[part](bench):

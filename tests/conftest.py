@@ -33,6 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         of = {chosen.params.get(name) for name in ("architecture", "base")} if chosen else set()
         if {name for name in of if isinstance(name, str)} & (ARCHITECTURES.keys() - QUICK):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "ci"]
+        elif item.get_closest_marker("ci"):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -82,6 +82,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(GRADERS, "shared digits", shared_digits)
 
 
+@pytest.mark.ci
 def test_they_are_trained_evaluated_and_reported_as_one_run(tmp_path):
     folder = tmp_path / "run"
     method = {"name": "mirrored", "num_virtual_tokens": 6}

@@ -44,6 +44,7 @@ def stays_in_its_folder():
     os.chdir(before)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", TARGETS)
 def test_as_they_are_the_files_are_read(name):
     target = TARGETS[name]()

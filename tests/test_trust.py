@@ -48,6 +48,7 @@ def test_no_options_hold_a_secret(arguments):
         assert "aB3aB3" not in str(refused.value)
 
 
+@pytest.mark.ci
 def test_a_secret_is_in_no_file_of_a_run_or_comparison(tmp_path, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     tiny = {"max_steps": 1, "max_examples": 4, "eval_examples": 4}
@@ -163,6 +164,7 @@ def test_a_planted_download_is_not_used(tmp_path, monkeypatch):
     assert sources.local(TASKS["mrqa/drop"], "test") is None
 
 
+@pytest.mark.ci
 def test_a_run_records_the_commit_of_its_base_and_is_repeated_with_it(tmp_path, monkeypatch):
     """With a copy of the Hub's cache, in which another commit appears later."""
     commits, repository = ("a" * 40, "b" * 40), tmp_path / "hub" / "models--owner--tiny"

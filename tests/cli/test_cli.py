@@ -323,6 +323,7 @@ def test_more_virtual_tokens_than_positions_are_refused_by_name(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.ci
 def test_a_prompt_that_is_no_unicode_is_an_error_in_words(run, run_folder):
     status, _, err = run("generate", run_folder, "\udcff =>")
     assert status == 2
@@ -603,6 +604,7 @@ def test_files_of_one_name_are_evaluated_together(run, tmp_path, once):
         (["--do-sample", "--temperature", "nan"], "--temperature nan: needs a number above 0"),
         (["--do-sample", "--top-p", "1.5"], "--top-p 1.5: needs a number above 0 and at most 1"),
         (["--temperature", "0.7"], "--temperature 0.7 is for sampling, and has no effect without it: add --do-sample"),
+        (["--seed", "12345678"], "--seed 12345678 is for sampling, and has no effect without it: add --do-sample"),
         (["--top-p", "0.9"], "--top-p 0.9 is for sampling, and has no effect without it: add --do-sample"),
     ],
 )

@@ -156,6 +156,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("command", ALL)
 @pytest.mark.parametrize(("after", "number"), FAULTS)
 def test_a_disk_that_refuses_a_file_ends_a_command_in_words(run, sources, tmp_path, command, after, number):
@@ -172,6 +173,7 @@ def test_a_disk_that_refuses_a_file_ends_a_command_in_words(run, sources, tmp_pa
     check_recovers(run, command, arguments, target)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("command", WRITING)
 @pytest.mark.parametrize("size", [100, *(pytest.param(size, marks=pytest.mark.slow) for size in (0, 4000, 20000))])
 def test_a_disk_that_fills_within_a_file_ends_a_command_in_words(run, sources, tmp_path, command, size):
@@ -275,6 +277,7 @@ def test_every_text_has_a_file_name_of_its_own(first, other):
         assert file_name(first) != file_name(other)
 
 
+@pytest.mark.ci
 def test_a_label_of_300_characters_is_compared(run, tmp_path):
     label = "a long name " * 25
     method = f"pt:num_virtual_tokens=4,label={label.strip()}"

@@ -25,6 +25,7 @@ from ptmoe.models.attach import count_parameters
 from ptmoe.report import read_comparison
 from ptmoe.report.results import boards
 from ptmoe.runs.folders import read_run
+from ptmoe.settings import read_yaml
 from ptmoe.train import TrainOptions
 from ptmoe.train.options import SharedOptions
 from testing.bases import tiny
@@ -90,6 +91,31 @@ def prepared(folder, **changes):
 
 def listed(comparison):
     return [(cell.variant.config.method, cell.task, cell.seed) for cell in comparison.cells]
+
+
+# -- every method ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ci
+def test_every_method_goes_from_training_to_its_folder_an_evaluation_and_the_report(run, tmp_path):
+    names = [*METHODS, "peft:hira"]
+    methods = [part for name in names for part in ("--method", name)]
+    few = ("--max-steps", 3, "--max-examples", 64, "--batch-size", 4, "--eval-examples", 4, "--seeds", 1, "--jobs", 1)
+    status, _, err = run(
+        "compare", "--model", "nano", "--task", "nano/mixed", *methods, *few, "--strict", "--output-dir", tmp_path / "c"
+    )
+    assert status == 0, err
+    report = (tmp_path / "c" / "report.html").read_text()
+    assert [name for name in names if name not in report] == []
+    runs = {read_yaml(path)["method"]["name"]: path.parent for path in (tmp_path / "c").rglob("config.yaml")}
+    assert runs.keys() == set(names)
+    for name, folder in runs.items():
+        again = tmp_path / "e" / name
+        status, _, err = run("eval", folder, "--task", "nano/mixed", "--examples", 4, "--output-dir", again)
+        assert status == 0, (name, err)
+        written = (root / "predictions" / "nano__mixed.jsonl" for root in (folder, again))
+        trained, loaded = ([json.loads(line)["completion"] for line in path.open()] for path in written)
+        assert trained == loaded, name
 
 
 # -- budgets ---------------------------------------------------------------------------------------------------------

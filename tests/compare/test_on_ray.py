@@ -113,6 +113,7 @@ def test_a_search_for_learning_rates_chooses_what_it_chooses_in_this_process(tmp
             assert TrainOptions.read(config).validation_examples is None
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_forty_cells_end_once_each_though_a_worker_is_killed(tmp_path, attempts, workers):
     comparison, watcher = prepared(tmp_path / "c", seeds=20, jobs=workers), Recorder()
@@ -246,6 +247,7 @@ def test_there_are_as_many_cells_at_once_as_there_is_room_for(machines, on, jobs
     assert (found.jobs, found.gpus) == expected
 
 
+@pytest.mark.ci
 def test_a_cell_that_no_machine_has_room_for_is_refused():
     with pytest.raises(PtmoeError, match=r"a cell needs 1 GPUs, and no machine of ray://auto has more than 0: lower"):
         room(nodes(BOX), "ray://auto", 2, None, 1)

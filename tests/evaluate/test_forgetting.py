@@ -122,6 +122,7 @@ def test_other_bases_have_no_texts_by_default_and_files_without_any_are_refused(
 SLOW = [pytest.param(*row, marks=pytest.mark.slow) for row in (("ft", 0.05), ("lora:rank=1", 0.0))]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("method", "least"), [("pt:num_virtual_tokens=4", 0.05), *SLOW])
 def test_a_run_records_what_its_base_forgets_and_what_the_adapter_takes(tmp_path, method, least):
     asked = {"task": "nano/mixed", "max_steps": 4, "per_device_train_batch_size": 4, "eval_examples": 5}

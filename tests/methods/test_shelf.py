@@ -278,24 +278,6 @@ def test_the_shelf_is_part_of_what_users_import():
     assert list(METHODS) == sorted(METHODS, key=lambda name: (METHODS[name].order, name))
 
 
-@pytest.mark.slow
-def test_every_short_form_trains_evaluates_and_is_reported_by_a_comparison(run, tmp_path):
-    methods = [part for name in [*shelf.SHORT, "peft:hira:r=2"] for part in ("--method", name)]
-    few = ("--max-steps", 3, "--max-examples", 64, "--batch-size", 4, "--eval-examples", 4, "--seeds", 1)
-    status, out, err = run(
-        "compare", "--model", "nano", "--task", "nano/mixed", *methods, *few, "--strict", "--output-dir", tmp_path / "c"
-    )
-    assert status == 0, err
-    report = (tmp_path / "c" / "report.html").read_text()
-    for name in (*shelf.SHORT, "peft:hira"):
-        assert name in report, out
-    adapter = next((tmp_path / "c").rglob("adapter"))
-    status, _, err = run(
-        "eval", adapter.parent, "--task", "nano/mixed", "--examples", 4, "--output-dir", tmp_path / "e"
-    )
-    assert status == 0, err
-
-
 def test_a_saved_adapter_of_numbers_where_indices_belong_is_refused(tmp_path):
     attach(tiny_llama(), config_of("SHIRA")).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")

@@ -127,6 +127,7 @@ TUNERS = {"lora": ["rank"], "pissa": ["rank"], "eva": ["rank"], "corda": ["rank"
 SLOWLY = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in TYPES]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", SLOWLY)
 def test_a_tuner_fits_a_class_or_is_refused_when_it_is_attached(kind, tmp_path):
     try:

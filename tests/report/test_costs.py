@@ -46,6 +46,7 @@ def rows(folder, name):
         return {row["method"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.ci
 def test_what_a_method_costs_is_what_its_runs_recorded(folder, page):
     found = rows(folder, "cost")
     assert list(found) == ["base", *SIZES]

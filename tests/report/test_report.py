@@ -56,6 +56,7 @@ def page(run):
     return Page(write_run_report(run))
 
 
+@pytest.mark.ci
 def test_a_run_has_the_page_of_a_comparison_of_one_cell(run, page):
     summary = read_run(run).evaluations["nano/mixed"]
     low, high = summary.interval["accuracy"]

@@ -118,6 +118,43 @@ def test_tokens_come_back_with_their_log_probabilities():
     assert (body["repetition_penalty"], body["presence_penalty"], body["frequency_penalty"]) == (1, 0, 0)
 
 
+def test_an_engine_that_drops_the_connections_it_has_answered_on_loses_no_request():
+    async def run(port):
+        async def relay(reader, writer):
+            """One request and its answer; the connection is dropped when the next one comes."""
+            answers, requests = await asyncio.open_connection("127.0.0.1", port)
+            answered = asyncio.Event()
+
+            async def back():
+                while data := await answers.read(65_536):
+                    writer.write(data)
+                    answered.set()
+                writer.close()
+
+            returning = asyncio.create_task(back())
+            while (data := await reader.read(65_536)) and not answered.is_set():
+                requests.write(data)
+            writer.transport.abort()
+            returning.cancel()
+            requests.close()
+
+        async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+            address, between = server.sockets[0].getsockname()
+            engine = GatewayEngine([f"http://{address}:{between}"], MATRIX)
+            await engine.start()
+            try:
+                made = [[token.id async for token in engine.generate(row(), Sampling(3))] for _ in range(4)]
+                await engine._look()
+                return made, await engine.health()
+            finally:
+                await engine.stop()
+
+    with listening(spoken()) as url:
+        made, health = asyncio.run(run(int(url.rpartition(":")[2])))
+    assert made == [[7, 6, 5]] * 4
+    assert health["ok"], health
+
+
 def test_a_view_is_sent_without_what_it_is_a_view_of():
     embeds = torch.zeros(10_000, 64)[5:8]
     assert len(encoded(embeds)) < 10_000
@@ -165,6 +202,7 @@ def test_one_that_is_down_is_passed_over_and_found_when_it_comes(monkeypatch):
         asyncio.run(asyncio.wait_for(later(), 20))
 
 
+@pytest.mark.ci
 def test_a_busy_or_silent_one_is_replaced_before_its_first_token_and_not_after():
     with listening(spoken(busy=True)) as busy, listening(spoken()) as fine:
         (tokens,), _ = asked(GatewayEngine([busy, fine], MATRIX), Sampling(3))
@@ -219,6 +257,7 @@ print([name for name in heavy if name in sys.modules])
 """
 
 
+@pytest.mark.ci
 def test_it_needs_neither_an_engine_nor_a_model_in_its_process(tmp_path):
     save(tmp_path)
     command = [sys.executable, "-c", SMALL, tmp_path / "adapters"]

@@ -102,6 +102,7 @@ async def come_and_go(folder, stop):
             await asyncio.sleep(3)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("seconds", [4, pytest.param(300, marks=pytest.mark.slow)])
 def test_no_answer_is_lost_wrong_or_for_another_client(folder, seconds):
     answers = json.loads((folder / "answers.json").read_text())

@@ -56,6 +56,7 @@ def ask_everything(address, examples, after):
     return asked
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("examples", "least"), [(15, 60), pytest.param(5000, 20_000, marks=pytest.mark.slow)])
 def test_generated_requests_meet_no_fault_and_leave_nothing_behind(server, examples, least):
     service, address = server

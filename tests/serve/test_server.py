@@ -262,6 +262,7 @@ def with_engine(model, engine, **limits):
     return service
 
 
+@pytest.mark.ci
 def test_a_full_queue_refuses_and_says_when_to_come_back(model):
     engine = slow(0.05)
     with running(with_engine(model, engine, max_batch=1, queue=1)) as address:
@@ -336,6 +337,7 @@ def test_a_fault_of_the_engine_is_one_requests_error(model, client, service):
         assert "it broke" in streamed
 
 
+@pytest.mark.ci
 def test_accepted_requests_finish_when_the_server_is_told_to_stop(model):
     engine, got = slow(0.05), []
     with running(with_engine(model, engine)) as address:

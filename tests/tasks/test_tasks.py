@@ -150,6 +150,7 @@ def test_gsm8k_loads_with_its_own_keys_mapped():
     assert examples[0].target.endswith("#### 72")
 
 
+@pytest.mark.ci
 def test_a_new_data_set_and_a_new_metric_are_known_by_their_registration_alone(tmp_path, monkeypatch):
     """As in docs/add-a-task.md: a function, a `Task` and an entry in `TASKS`; for a metric an entry in `GRADERS`."""
 

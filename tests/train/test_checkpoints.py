@@ -74,6 +74,7 @@ def damages(path):
     yield "a bit flipped", lambda: path.write_bytes(data[:-9] + bytes([data[-9] ^ 4]) + data[-8:])
 
 
+@pytest.mark.ci
 def test_every_damage_to_every_file_of_a_checkpoint_is_found(undisturbed, tmp_path):
     original = undisturbed / "checkpoints" / "checkpoint-7"
     assert ours.fault(original) is None
@@ -87,6 +88,7 @@ def test_every_damage_to_every_file_of_a_checkpoint_is_found(undisturbed, tmp_pa
             assert ours.fault(copy) is not None, (name, damage)
 
 
+@pytest.mark.ci
 def test_the_newest_whole_checkpoint_is_used_and_the_others_are_named(undisturbed, tmp_path):
     run = copied(undisturbed, tmp_path / "run")
     (run / "checkpoints" / "checkpoint-7" / "optimizer.safetensors").unlink()
@@ -194,6 +196,7 @@ QUICK = (1, 9, 27, 54)  # writes
 SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in range(3, 70, 2) if n not in QUICK]
 
 
+@pytest.mark.ci
 @forks
 @pytest.mark.parametrize("event", [*QUICK, *SLOW])
 def test_a_run_killed_at_any_write_ends_the_same_by_the_same_command(undisturbed, tmp_path, event):
@@ -216,6 +219,7 @@ def test_a_run_killed_at_any_moment_ends_the_same_by_the_same_command(undisturbe
     survives(run, undisturbed)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(undisturbed, tmp_path, number):
     run, before = tmp_path / "run", signal.getsignal(number)
@@ -301,6 +305,7 @@ def test_a_run_refuses_to_keep_the_best_of_what_it_does_not_evaluate(tmp_path, a
 # -- clocks ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 def test_no_clock_and_no_time_zone_decides_anything(undisturbed, tmp_path, monkeypatch):
     """A clock that runs backwards, files from the future, and another time zone for each half of a run."""
     run, now = copied(undisturbed, tmp_path / "run"), [4e9]

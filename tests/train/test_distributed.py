@@ -238,6 +238,7 @@ def check_same_answers(first: Path, other: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
+@pytest.mark.ci
 def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
     options: dict[str, object] = {"by_tokens": False, "per_device_train_batch_size": 2}
     for name in ("one", "sharded", "answers"):
@@ -364,6 +365,7 @@ main()
 LONG = ["--task", "nano/mixed", "--method", "pt", "--max-steps", "100000", "--eval-examples", "4", "--batch-size", "2"]
 
 
+@pytest.mark.ci
 @needs_proc
 @pytest.mark.parametrize("frozen", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_frozen_process_ends_the_other_in_words(tmp_path: Path, frozen: int) -> None:

@@ -51,6 +51,7 @@ def quiet(*arguments, **more):
     return train(*arguments, **more, say=lambda _: None)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ft_trains_with_it_and_resumes(name, tmp_path):
     package, kind, more, whole = OPTIMIZERS[name]

@@ -67,6 +67,7 @@ def trainer(folder, config, *, callbacks=True, trainer_class=Trainer, compute_lo
     )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", [pytest.param(name, marks=[] if name == "vblora" else SLOW) for name in OF_SHORT])
 def test_a_resumed_run_of_a_type_of_peft_ends_at_the_numbers_of_the_undisturbed_one(method, tmp_path):
     whole, resumed = (trainer(tmp_path, METHODS[method](**OF_SHORT[method])) for _ in range(2))
@@ -99,6 +100,7 @@ def test_a_resumed_run_ends_at_the_adapter_of_the_undisturbed_one(config, after,
     assert torch.equal(model(ids).logits, whole.model.eval()(ids).logits)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("trainer_class", [pytest.param(Trainer, marks=pytest.mark.slow), PromptTrainer])
 def test_a_prompt_between_earlier_ones_resumes_where_it_was(trainer_class, tmp_path):
     ptmoe.attach(tiny_llama(), METHODS["pt"](num_virtual_tokens=4), seed=3).save_pretrained(tmp_path / "earlier")
@@ -215,6 +217,7 @@ def test_with_the_tokens_that_decide_the_prompt_such_a_loss_is_that_of_the_model
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["pt", "lora", "pt-moe", "smop"])
 def test_noise_on_the_embeddings_trains(method, tmp_path):
     run = trainer(tmp_path, READING.get(method) or METHODS[method](**SIZES[method]), neftune_noise_alpha=5, max_steps=2)

@@ -272,6 +272,7 @@ def test_a_folder_that_holds_a_run_is_refused(trained):
     assert sorted(path.stat().st_mtime_ns for path in trained.folder.rglob("*")) == before
 
 
+@pytest.mark.ci
 def test_long_examples_are_left_out_or_cut_and_counted(tmp_path):
     lines = [{"prompt": "x " * length, "completion": " y"} for length in (5, 3000, 7, 4000)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -324,6 +325,7 @@ def squad_file(path, questions=6):
     return path
 
 
+@pytest.mark.ci
 def test_a_question_trains_on_the_passage_around_its_answer_and_is_asked_as_it_was_trained(tmp_path):
     file = squad_file(tmp_path / "squad.json")
     messages = []
@@ -349,6 +351,7 @@ def test_a_question_trains_on_the_passage_around_its_answer_and_is_asked_as_it_w
     assert set(evaluation.metrics) == {"exact_match", "f1"}
 
 
+@pytest.mark.ci
 def test_a_mixture_of_named_tasks_trains_and_several_are_evaluated(tmp_path):
     for name in ("gsm8k", "svamp"):
         (tmp_path / name).mkdir()

@@ -111,6 +111,7 @@ def edited(run_folder, changes):
     file.write_text(yaml.safe_dump({**written, **changes, "method": method}))
 
 
+@pytest.mark.ci
 def test_every_option_that_was_edited_in_the_config_is_refused_and_named(stopped, run_folder):
     """Whether the same command is given again, or the folder alone, as `ptmoe train --resume --output-dir RUN` does."""
     original, record, checked = (run_folder / "config.yaml").read_text(), recorded(run_folder), set()
@@ -142,6 +143,7 @@ def test_every_option_that_was_edited_in_the_config_is_refused_and_named(stopped
     assert (taken.save_steps, taken.logging_steps, taken.eval_examples, differing) == (7, 3, 5, {})
 
 
+@pytest.mark.ci
 def test_an_edited_config_is_left_as_it_is_or_by_force_trained_with_and_recorded(stopped, run_folder):
     options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder))
     edited(run_folder, {"learning_rate": 0.5, "seed": 3, "method": {"router_noise": 0.7}})
@@ -160,6 +162,7 @@ def test_an_edited_config_is_left_as_it_is_or_by_force_trained_with_and_recorded
     continued(options, run_folder)  # it is the record now
 
 
+@pytest.mark.ci
 def test_a_run_of_an_earlier_version_goes_on_by_its_config(stopped, run_folder):
     file = run_folder / "environment.json"
     written = json.loads(file.read_text())
@@ -193,6 +196,7 @@ def copied_file(source, target):
     shutil.copy(source, target)
 
 
+@pytest.mark.ci
 def test_where_the_record_of_the_data_is_missing_that_is_said_and_nothing_is_written(stopped, run_folder, tmp_path):
     (run_folder / "environment.json").unlink()
     before = state(run_folder)
@@ -206,6 +210,7 @@ def test_where_the_record_of_the_data_is_missing_that_is_said_and_nothing_is_wri
     assert made.changes[0].differences == {"fingerprint of the data": (None, made.data)}
 
 
+@pytest.mark.ci
 def test_other_data_are_refused_by_their_fingerprint_and_moved_data_are_not(stopped, run_folder, tmp_path):
     before = state(run_folder)
     other = data(tmp_path / "other.jsonl", answer=4)
@@ -275,6 +280,7 @@ CHANGED = {name: change for name, change in OTHER.items() if name not in NOT_FOR
 QUICK = ("a field of the method", "two at once")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CHANGED]
 )
@@ -300,6 +306,7 @@ def test_force_goes_on_with_what_differs_and_records_both(name, stopped, run_fol
     assert resumed.result.steps == trained.result.steps
 
 
+@pytest.mark.ci
 def test_a_forced_learning_rate_is_the_one_of_the_steps_that_follow(stopped, run_folder):
     options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder), learning_rate=1.5)
     train(options, resume=True, force=True, say=lambda _: None)
@@ -310,6 +317,7 @@ def test_a_forced_learning_rate_is_the_one_of_the_steps_that_follow(stopped, run
     assert rates[2:] == pytest.approx(expected[2:])
 
 
+@pytest.mark.ci
 def test_other_data_and_another_base_go_on_by_force(tmp_path):
     base, tokenizer = load_base("nano")
     for part in (base, tokenizer):

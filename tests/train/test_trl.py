@@ -151,6 +151,7 @@ def test_training_routes_each_example_as_its_prompt_alone_is_routed(tokenizer, t
         assert not torch.equal(routing.probabilities, with_answers.probabilities)
 
 
+@pytest.mark.ci
 def test_another_answer_changes_the_loss_and_no_bit_of_the_routing(tokenizer, tmp_path):
     seen, lost = [], []
     for completions in (COMPLETIONS, OTHER_COMPLETIONS):
@@ -183,6 +184,7 @@ def test_a_routed_model_is_not_trained_with_neither_labels_nor_input_mask(tokeni
         model(ids)
 
 
+@pytest.mark.ci
 def test_splitting_a_batch_into_accumulation_steps_changes_nothing(tokenizer, tmp_path):
     # Of experts that start alike the router's first gradient is rounding error, which Adam makes a whole step of.
     whole, split = prompted(distinct_experts=True), prompted(distinct_experts=True)
@@ -227,6 +229,7 @@ def test_a_data_set_without_prompts_leaves_the_router_nothing_to_read(tokenizer,
         trainer.train()
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated:FutureWarning")
 def test_a_loss_function_of_the_users_own_leaves_the_routing_alone(tokenizer, tmp_path):
     def shifted(outputs, labels, num_items_in_batch) -> Tensor:

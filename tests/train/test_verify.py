@@ -52,6 +52,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.ci
 def test_an_untouched_run_is_as_recorded_and_stays_so(trained, run):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     status, printed, error = run("verify", trained)
@@ -80,6 +81,7 @@ def test_other_versions_are_told_and_decide_nothing(trained, tmp_path, run):
     assert "differs, which decides nothing" in line
 
 
+@pytest.mark.ci
 def test_each_cell_of_a_comparison_is_verified(tmp_path, run):
     options = ["--max-steps", "2", "--max-examples", "8", "--eval-examples", "6", "--jobs", "1", "--seeds", "1"]
     methods = ["--method", "base", "--method", "pt:num_virtual_tokens=4"]

@@ -41,7 +41,7 @@ def generate(
     ] = False,
 ) -> None:
     """Complete prompts with an adapter."""
-    check_sampling(do_sample, temperature, top_p)
+    check_sampling(do_sample, temperature, top_p, seed)
     prompts = prompt or [line.rstrip("\n") for line in sys.stdin]
     if not any(text.strip() for text in prompts):
         raise PtmoeError("no prompt: give one as an argument, or lines on standard input")
@@ -83,15 +83,18 @@ def generate(
             print(f"expert {int(routing.gate[0].argmax())}, gate [{gate}]", file=sys.stderr)
 
 
-def check_sampling(do_sample: bool, temperature: float | None, top_p: float | None) -> None:
+def check_sampling(do_sample: bool, temperature: float | None, top_p: float | None, seed: int | None = None) -> None:
     """
     Raises:
         PtmoeError: options of sampling without it, or values that it does not have.
     """
-    for name, value in given(temperature=temperature, top_p=top_p).items():
-        option = f"--{name.replace('_', '-')}"
+    chosen = given(temperature=temperature, top_p=top_p)
+    for name, value in {**chosen, **given(seed=seed)}.items():
         if not do_sample:
-            raise PtmoeError(f"{option} {value:g} is for sampling, and has no effect without it: add --do-sample")
+            option = f"--{name.replace('_', '-')} {value}"
+            raise PtmoeError(f"{option} is for sampling, and has no effect without it: add --do-sample")
+    for name, value in chosen.items():
+        option = f"--{name.replace('_', '-')}"
         most = 1 if name == "top_p" else math.inf
         if not (0 < value <= most and math.isfinite(value)):  # also where it is NaN
             needed = "above 0 and at most 1" if name == "top_p" else "above 0; for the likeliest token omit --do-sample"

@@ -82,7 +82,9 @@ class GatewayEngine:
         self.upstreams = [Upstream(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.positions = positions
         self._embedding, self._timeout = embedding, timeout
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        # A connection of its own for each request: one that is kept may be closed by the engine just as it is used
+        # again, which looks like an engine that is gone.
+        self._headers = {"Connection": "close"} | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"})
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -144,7 +146,7 @@ class GatewayEngine:
 
     def _open(self) -> httpx.AsyncClient:
         timeout = httpx.Timeout(self._timeout, connect=CONNECT, pool=None)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         return httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits)
 
     async def _watch(self) -> None:

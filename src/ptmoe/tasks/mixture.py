@@ -26,7 +26,8 @@ def parse(name: str, tasks: Collection[str], groups: Mapping[str, tuple[str, ...
         members = groups.get(task, (task,))
         for member in members:
             if member not in tasks:
-                raise PtmoeError(f"unknown task {member!r}{near(member, [*tasks, *groups])}; or give a JSON-lines file")
+                known = near(member, [*tasks, *groups])
+                raise PtmoeError(f"unknown task {member!r}{known} (there is no such file either)")
             if member in weights:
                 raise PtmoeError(
                     f"task {member!r} appears twice in {name!r}: give each once, with a weight (gsm8k=2,mawps=1)"
