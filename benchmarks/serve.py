@@ -196,9 +196,9 @@ async def _http_rounds(service: Service, bench: Bench) -> Rounds:
 
     from ptmoe.serve.app import create_app
     from ptmoe.serve.engine import Sampling
-    from ptmoe.serve.start import bind
+    from ptmoe.serve.start import bind, configured
 
-    config = uvicorn.Config(create_app(service), port=0, log_level="error", access_log=False)
+    config = configured(create_app(service), port=0)
     server, listening = uvicorn.Server(config), bind(config)
     serving = asyncio.create_task(server.serve([listening]))
     port = str(listening.getsockname()[1])

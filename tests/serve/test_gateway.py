@@ -143,7 +143,9 @@ def test_an_engine_that_drops_the_connections_it_has_answered_on_loses_no_reques
             engine = GatewayEngine([f"http://{address}:{between}"], MATRIX)
             await engine.start()
             try:
-                made = [[token.id async for token in engine.generate(row(), Sampling(3))] for _ in range(4)]
+                made = []
+                for _ in range(4):
+                    made.append([token.id async for token in engine.generate(row(), Sampling(3))])
                 await engine._look()
                 return made, await engine.health()
             finally:

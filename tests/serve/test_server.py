@@ -4,7 +4,9 @@ import itertools
 import json
 import socket
 import threading
+import time
 from contextlib import suppress
+from http.client import HTTPConnection
 
 import httpx
 import pytest
@@ -14,7 +16,7 @@ from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
 from ptmoe.serve.engine import EngineError
 from ptmoe.serve.limits import Limits
-from ptmoe.serve.start import bind
+from ptmoe.serve.start import bind, configured
 from testing.serving import Paced, alone, running, save, service_of, until
 
 openai = pytest.importorskip("openai")
@@ -49,12 +51,20 @@ def post(address, body, **options):
 
 
 def test_an_answer_does_not_wait_for_the_client_to_acknowledge_its_headers():
-    import uvicorn
-
-    with bind(uvicorn.Config(None, port=0, log_level="error")) as listening:
+    with bind(configured(None, port=0)) as listening:
         listening.listen()
         with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.ci
+def test_a_connection_that_a_client_keeps_is_there_when_it_asks_again(address):
+    connection = HTTPConnection(address.removeprefix("http://"))
+    for wait in (0, 6):  # httpx keeps one for 5 seconds
+        time.sleep(wait)
+        connection.request("GET", "/health")
+        assert json.load(connection.getresponse())["engine"]["ok"]
+    connection.close()
 
 
 def expected(model, service, name, prompt=PROMPT, new=12):

@@ -85,9 +85,9 @@ def listening(app):
     """The address of an application while it runs."""
     import uvicorn
 
-    from ptmoe.serve.start import bind
+    from ptmoe.serve.start import bind, configured
 
-    config = uvicorn.Config(app, port=0, log_level="error", access_log=False)
+    config = configured(app, port=0)
     server, bound = uvicorn.Server(config), bind(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()

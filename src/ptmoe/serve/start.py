@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
+KEEP_ALIVE = 75  # seconds
+
 log = logging.getLogger(__name__)
 
 
@@ -216,13 +218,18 @@ def listen(service: Service, app: FastAPI, host: str, port: int) -> None:
             _return_memory()
             await super().startup(sockets)
 
-    drain = int(service.limits.deadline) + 1
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain
-    )
+    config = configured(app, host=host, port=port, timeout_graceful_shutdown=int(service.limits.deadline) + 1)
     listening = bind(config)
     bound = listening.getsockname()[1]
     Server(config).run(sockets=[listening])
+
+
+def configured(app: Any, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves here. A client's connection stays open for longer than clients keep it, where uvicorn's own 5
+    seconds are httpx's as well: the server would close it just as it is used again."""
+    import uvicorn
+
+    return uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE, **options)
 
 
 def bind(config: uvicorn.Config) -> socket.socket:
