@@ -37,6 +37,7 @@ def spoken(mode="fine", **options):
 
     @app.get("/health")
     async def health():
+        await asyncio.sleep(options.get("health", 0))
         return {}
 
     @app.get("/v1/models")
@@ -218,6 +219,30 @@ def test_a_busy_or_silent_one_is_replaced_before_its_first_token_and_not_after()
         (failed,), _ = asked(GatewayEngine([broken, fine], MATRIX), Sampling(4))
         assert isinstance(failed, EngineError)
         assert "middle" in str(failed)
+
+
+def test_one_that_is_too_busy_to_be_looked_at_is_used_where_no_other_is(monkeypatch):
+    monkeypatch.setattr(gateway, "CONNECT", 0.2)
+
+    async def run(urls):
+        engine = GatewayEngine(urls, MATRIX)
+        await engine.start()
+        await engine._look()
+        try:
+            tokens = [token.id async for token in engine.generate(row(), Sampling(2))]
+            return tokens, await engine.health()
+        finally:
+            await engine.stop()
+
+    slow, quick = spoken(health=2), spoken()
+    with listening(slow) as busy, listening(quick) as free:
+        tokens, health = asyncio.run(run([busy]))
+        assert (tokens, health) == ([7, 6], {"ok": True, "upstreams": {busy: "slow to answer"}})
+        seen = len(slow.state.asked)
+        tokens, health = asyncio.run(run([busy, free]))
+        assert tokens == [7, 6]
+        assert len(slow.state.asked) == seen + 2  # that it was tried out with
+        assert health["upstreams"] == {busy: "slow to answer", free: "ok"}
 
 
 def test_the_matrix_is_the_bases_own_and_nothing_else_is_read(tmp_path):

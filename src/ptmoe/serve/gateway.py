@@ -49,6 +49,7 @@ class Upstream:
         tried: whether it was found to fit.
         model: its own name of the base.
         rows: that it is answering.
+        late: whether it was too busy for the last look; it is used where no other can be.
     """
 
     url: str
@@ -56,6 +57,7 @@ class Upstream:
     tried: bool = False
     model: str = ""
     rows: int = 0
+    late: bool = False
 
 
 class GatewayEngine:
@@ -98,8 +100,8 @@ class GatewayEngine:
         await self._client.aclose()
 
     async def health(self) -> dict[str, Any]:
-        about = {upstream.url: upstream.fault or "ok" for upstream in self.upstreams}
-        return {"ok": any(fault == "ok" for fault in about.values()), "upstreams": about}
+        about = {one.url: one.fault or ("slow to answer" if one.late else "ok") for one in self.upstreams}
+        return {"ok": any(one.fault is None for one in self.upstreams), "upstreams": about}
 
     async def check(self) -> dict[str, str]:
         """Try the upstreams out before anything is served; the faults of those that cannot be reached.
@@ -121,7 +123,7 @@ class GatewayEngine:
         """As `Engine.generate`. An upstream that fails before its first token is replaced by another."""
         check_room(row, sampling.max_tokens, self.positions)
         body = parameters(sampling) | {"prompt_embeds": encoded(row.embeds)}
-        left = sorted((one for one in self.upstreams if one.fault is None), key=lambda one: one.rows)
+        left = sorted((one for one in self.upstreams if one.fault is None), key=lambda one: (one.late, one.rows))
         while left:
             upstream, started = left.pop(0), False
             upstream.rows += 1
@@ -156,7 +158,7 @@ class GatewayEngine:
 
     async def _look(self) -> None:
         for upstream in self.upstreams:
-            before = upstream.fault
+            before, late, upstream.late = upstream.fault, upstream.late, False
             try:
                 if upstream.tried and before is None:
                     (await self._client.get(f"{upstream.url}/health", timeout=CONNECT)).raise_for_status()
@@ -166,9 +168,11 @@ class GatewayEngine:
             except MisfitError as error:
                 upstream.fault = str(error)
             except httpx.HTTPError as error:
-                upstream.fault = _down(error)
-            if upstream.fault != before:
-                log.warning("%s: %s", upstream.url, upstream.fault or "ok")
+                # One that is loaded is slow to say so; the requests to it have a time-out of their own.
+                upstream.late = before is None and isinstance(error, httpx.TimeoutException)
+                upstream.fault = None if upstream.late else _down(error)
+            if (upstream.fault, upstream.late) != (before, late):
+                log.warning("%s: %s", upstream.url, upstream.fault or ("slow to answer" if upstream.late else "ok"))
 
     async def _try(self, upstream: Upstream) -> None:
         """
