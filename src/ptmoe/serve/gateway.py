@@ -158,9 +158,9 @@ class GatewayEngine:
 
     async def _look(self) -> None:
         for upstream in self.upstreams:
-            before, late, upstream.late = upstream.fault, upstream.late, False
+            before, late = (upstream.fault, upstream.late), False
             try:
-                if upstream.tried and before is None:
+                if upstream.tried and upstream.fault is None:
                     (await self._client.get(f"{upstream.url}/health", timeout=CONNECT)).raise_for_status()
                 else:  # it may be another one by now
                     await self._try(upstream)
@@ -169,9 +169,10 @@ class GatewayEngine:
                 upstream.fault = str(error)
             except httpx.HTTPError as error:
                 # One that is loaded is slow to say so; the requests to it have a time-out of their own.
-                upstream.late = before is None and isinstance(error, httpx.TimeoutException)
-                upstream.fault = None if upstream.late else _down(error)
-            if (upstream.fault, upstream.late) != (before, late):
+                late = upstream.fault is None and isinstance(error, httpx.ReadTimeout)
+                upstream.fault = None if late else _down(error)
+            upstream.late = late
+            if (upstream.fault, upstream.late) != before:
                 log.warning("%s: %s", upstream.url, upstream.fault or ("slow to answer" if upstream.late else "ok"))
 
     async def _try(self, upstream: Upstream) -> None:
