@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 PROMPT, NEW = 24, 32  # tokens of a request and of its answer
 VIRTUAL, EXPERTS, RANK = 40, 2, 36  # the paper's
 ADAPTERS, CLIENTS = 1_000, 32
+ENGINES = ("local", "vllm", "gateway")
 PAPER_HIDDEN, PAPER_ADAPTERS = 2_048, 10_000
 PATIENCE = 600.0  # seconds until a server answers
 POSITIONS = 1_024  # of a row in vLLM
@@ -68,7 +69,7 @@ class Bench:
         vocabulary: of the base.
         vllm: the Python that has vLLM.
         requests: of a load.
-        only: the engines of parts that go through all of them; None is every one.
+        only: the engines that are measured.
     """
 
     base: Path
@@ -78,14 +79,12 @@ class Bench:
     rounds: int
     vllm: str | None
     requests: int
-    only: Sequence[str] | None = None
+    only: Sequence[str]
     drawn: random.Random = field(default_factory=lambda: random.Random(0))
 
     def engines(self, stack: ExitStack, *names: str) -> Iterator[tuple[str, Server]]:
         """`ptmoe serve` on these engines, one after the other, as far as there is a vLLM."""
-        for name in self.only or names:
-            if name not in names:
-                continue
+        for name in filter(self.only.__contains__, names):
             if name == "local":
                 yield name, stack.enter_context(self.served("local", "--device", "cpu"))
             elif self.vllm and name == "vllm":
@@ -352,7 +351,7 @@ def plain(bench: Bench) -> Iterator[Measurement]:
 
 def adapters(bench: Bench) -> Iterator[Measurement]:
     """1,000 adapters against one."""
-    for engine, server in bench.engines(ExitStack(), "local", "vllm", "gateway"):
+    for engine, server in bench.engines(ExitStack(), *ENGINES):
         systems = {name: partial(bench.rate, server, name) for name in ("one", "uniform", "zipf")}
         rounds = in_turns(bench.rounds, systems)
         goals = [Goal(name, "at least", 0.97, "one") for name in ("uniform", "zipf")]
@@ -525,7 +524,7 @@ def main() -> None:
     parser.add_argument("--vllm", help="the Python of an environment that holds vLLM")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=96, help="of a load")
-    parser.add_argument("--engine", nargs="+", choices=("local", "vllm", "gateway"), help="by default each")
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=ENGINES, help="by default each")
     chosen = parser.parse_args()
     unknown = sorted(set(chosen.parts) - set(PARTS))
     if unknown:

@@ -100,12 +100,22 @@ def listed(comparison):
 @pytest.mark.parametrize("part", range(4))
 def test_every_method_goes_from_training_to_its_folder_an_evaluation_and_the_report(part, run, tmp_path):
     names = [*METHODS, "peft:hira"][part::4]
-    methods = [part for name in names for part in ("--method", name)]
+    methods = [word for name in names for word in ("--method", name)]
     (tmp_path / "known.txt").write_text("what the base could do before\n")
     few = ("--max-steps", 3, "--max-examples", 64, "--batch-size", 4, "--eval-examples", 4, "--seeds", 1, "--jobs", 1)
-    few = (*few, "--forgetting", tmp_path / "known.txt")
+    texts = ("--forgetting", tmp_path / "known.txt")
     status, _, err = run(
-        "compare", "--model", "nano", "--task", "nano/mixed", *methods, *few, "--strict", "--output-dir", tmp_path / "c"
+        "compare",
+        "--model",
+        "nano",
+        "--task",
+        "nano/mixed",
+        *methods,
+        *few,
+        *texts,
+        "--strict",
+        "--output-dir",
+        tmp_path / "c",
     )
     assert status == 0, err
     report = (tmp_path / "c" / "report.html").read_text()

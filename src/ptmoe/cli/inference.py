@@ -88,13 +88,12 @@ def check_sampling(do_sample: bool, temperature: float | None, top_p: float | No
     Raises:
         PtmoeError: options of sampling without it, or values that it does not have.
     """
-    chosen = given(temperature=temperature, top_p=top_p)
-    for name, value in {**chosen, **given(seed=seed)}.items():
-        if not do_sample:
-            option = f"--{name.replace('_', '-')} {value}"
-            raise PtmoeError(f"{option} is for sampling, and has no effect without it: add --do-sample")
-    for name, value in chosen.items():
+    for name, value in given(temperature=temperature, top_p=top_p, seed=seed).items():
         option = f"--{name.replace('_', '-')}"
+        if not do_sample:
+            raise PtmoeError(f"{option} {value} is for sampling, and has no effect without it: add --do-sample")
+        if name == "seed":  # any is one
+            continue
         most = 1 if name == "top_p" else math.inf
         if not (0 < value <= most and math.isfinite(value)):  # also where it is NaN
             needed = "above 0 and at most 1" if name == "top_p" else "above 0; for the likeliest token omit --do-sample"

@@ -59,6 +59,10 @@ class Upstream:
     rows: int = 0
     late: bool = False
 
+    @property
+    def state(self) -> str:
+        return self.fault or ("slow to answer" if self.late else "ok")
+
 
 class GatewayEngine:
     """
@@ -84,9 +88,7 @@ class GatewayEngine:
         self.upstreams = [Upstream(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.positions = positions
         self._embedding, self._timeout = embedding, timeout
-        # A connection of its own for each request: one that is kept may be closed by the engine just as it is used
-        # again, which looks like an engine that is gone.
-        self._headers = {"Connection": "close"} | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"})
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -100,8 +102,8 @@ class GatewayEngine:
         await self._client.aclose()
 
     async def health(self) -> dict[str, Any]:
-        about = {one.url: one.fault or ("slow to answer" if one.late else "ok") for one in self.upstreams}
-        return {"ok": any(one.fault is None for one in self.upstreams), "upstreams": about}
+        about = {upstream.url: upstream.state for upstream in self.upstreams}
+        return {"ok": any(upstream.fault is None for upstream in self.upstreams), "upstreams": about}
 
     async def check(self) -> dict[str, str]:
         """Try the upstreams out before anything is served; the faults of those that cannot be reached.
@@ -148,6 +150,8 @@ class GatewayEngine:
 
     def _open(self) -> httpx.AsyncClient:
         timeout = httpx.Timeout(self._timeout, connect=CONNECT, pool=None)
+        # A connection of its own for each request: one that is kept may be closed by the engine just as it is used
+        # again, which looks like an engine that is gone.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         return httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits)
 
@@ -158,7 +162,7 @@ class GatewayEngine:
 
     async def _look(self) -> None:
         for upstream in self.upstreams:
-            before, late = (upstream.fault, upstream.late), False
+            before, late = upstream.state, False
             try:
                 if upstream.tried and upstream.fault is None:
                     (await self._client.get(f"{upstream.url}/health", timeout=CONNECT)).raise_for_status()
@@ -172,8 +176,8 @@ class GatewayEngine:
                 late = upstream.fault is None and isinstance(error, httpx.ReadTimeout)
                 upstream.fault = None if late else _down(error)
             upstream.late = late
-            if (upstream.fault, upstream.late) != before:
-                log.warning("%s: %s", upstream.url, upstream.fault or ("slow to answer" if upstream.late else "ok"))
+            if upstream.state != before:
+                log.warning("%s: %s", upstream.url, upstream.state)
 
     async def _try(self, upstream: Upstream) -> None:
         """
