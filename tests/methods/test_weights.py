@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import pkgutil
 import warnings
 
 import numpy as np
@@ -16,7 +17,7 @@ import ptmoe
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.adapters.peft import to_peft
 from ptmoe.evaluate.choices import likelihoods
-from ptmoe.methods import METHODS, PiSSAConfig, PTConfig
+from ptmoe.methods import METHODS, PiSSAConfig, PTConfig, method_named
 from ptmoe.methods.injected import Injected, InjectedConfig
 from ptmoe.methods.parts import PartsConfig
 from ptmoe.models.attach import attach, count_parameters, load_adapter
@@ -674,6 +675,59 @@ def test_what_peft_refuses_is_said_and_leaves_the_base_as_it_was():
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
     attach(base, METHODS["lora"]())
+
+
+STAGES = {  # of attaching a method: a function that is called for each module
+    "lora": "peft.tuners.lora.layer.LoraLayer.update_layer",
+    "pissa": "torch.linalg.svd",
+    "eva": "peft.tuners.lora.eva.IncrementalPCA.partial_fit",
+    "corda": "torch.linalg.svd",
+    "peft:hira": "peft.tuners.hira.layer.HiraLayer.update_layer",
+    "hydralora": "torch.rand",
+    "bilora": "torch.linalg.qr",
+    "nora": "torch.linalg.svd",
+    "soka": "torch.linalg.svd",
+}
+
+
+def attributes(base):
+    """Of all its modules, by name, without the decompositions that are kept."""
+    return {name: vars(module).keys() - {"_leading"} for name, module in base.named_modules()}
+
+
+@pytest.mark.parametrize("method", STAGES)
+def test_attaching_that_is_interrupted_leaves_the_base_as_it_was(method, monkeypatch):
+    base, ids, own = tiny_llama(), TRAINING["input_ids"][:1], pkgutil.resolve_name(STAGES[method])
+    before, logits, calls = attributes(base), base(ids).logits, []
+
+    def second_time_interrupted(*arguments, **options):
+        calls.append(method)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(*arguments, **options)
+
+    config = method_named(method)(**SIZES.get(method, {}) | ({"energy": 0.9} if method == "soka" else {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(STAGES[method], second_time_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            attach(base, config, batches=[TRAINING])
+    assert torch.equal(base(ids).logits, logits)
+    assert attributes(base) == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    attach(base, METHODS["lora"]())
+
+
+@pytest.mark.parametrize("method", ["corda", "eva"])
+def test_data_that_the_base_cannot_read_leaves_the_base_as_it_was(method):
+    """Ids beyond the vocabulary, in the second batch."""
+    base, ids = tiny_llama(), TRAINING["input_ids"]
+    before = attributes(base)
+    with pytest.raises(ptmoe.PtmoeError, match=f"peft refuses {method}: .*index"):
+        attach(base, METHODS[method](), batches=[TRAINING, TRAINING | {"input_ids": torch.full_like(ids, 5000)}])
+    assert not any(module._forward_hooks for module in base.modules())
+    assert attributes(base) == before
+    tensors = [attached(method, one).encoder.tensors() for one in (base, tiny_llama())]
+    assert all(torch.equal(value, tensors[1][key]) for key, value in tensors[0].items())
 
 
 @pytest.mark.parametrize(

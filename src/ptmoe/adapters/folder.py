@@ -81,7 +81,7 @@ class SavedAdapter:
             if self.config.needs_memory:
                 self.check(encoder)
             encoder.load_tensors(self.tensors)
-        except PtmoeError:
+        except BaseException:
             encoder.remove()
             raise
         return encoder

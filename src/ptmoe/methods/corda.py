@@ -10,6 +10,7 @@ from typing import Any
 from ptmoe.methods.base import Batches, PreTrainedModel, quantization_of
 from ptmoe.methods.injected import Injected, PeftConfig, model_inputs, peft_errors, require_inputs
 from ptmoe.methods.pissa import PiSSAConfig
+from ptmoe.methods.weights import modules_named
 
 
 class CorDAConfig(PiSSAConfig):
@@ -41,9 +42,18 @@ class CorDAConfig(PiSSAConfig):
                     base(input_ids=ids[mask.bool()][None].to(base.device), use_cache=False)
 
         was_training = base.training
+        targets = modules_named(base, common["target_modules"]).values()
+        before = [(module, vars(module).copy(), module._forward_hooks.copy()) for module in targets]
         try:
             with peft_errors(self.method):
                 preprocess_corda(base, peft_config, run_model=run)
+        except BaseException:  # its hooks and sums are still there
+            for module, attributes, hooks in before:
+                for name in vars(module).keys() - attributes.keys():
+                    delattr(module, name)
+                module._forward_hooks.clear()
+                module._forward_hooks.update(hooks)
+            raise
         finally:
             base.train(was_training)
         return self.encoder_class(config, base, peft_config)

@@ -9,7 +9,6 @@ The rank is the same in all modules: the paper's redistribution would change the
 
 from typing import Any
 
-from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches, PreTrainedModel
 from ptmoe.methods.injected import ADAPTER, Injected, PeftConfig, model_inputs, peft_errors, require_inputs
 from ptmoe.methods.lora import LoRAFamilyConfig
@@ -48,7 +47,7 @@ class EVAConfig(LoRAFamilyConfig):
                     forward_fn=lambda model, batch: base(**model_inputs(batch), use_cache=False),
                     show_progress_bar=False,
                 )
-        except PtmoeError:
+        except BaseException:
             encoder.remove()
             raise
         finally:

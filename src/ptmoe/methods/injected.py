@@ -95,7 +95,7 @@ class Injected(WeightEncoder):
             with peft_errors(f"{config.method} on {type(base).__name__}"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # advice for those who call peft themselves
                 vars(self)["peft_model"] = get_peft_model(base, peft_config)
-        except PtmoeError:
+        except BaseException:  # an interrupt, too, leaves the base as it was
             self.remove()
             raise
         base.train(base.training)  # with what is new in it

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.methods.base import QUANTIZATIONS, Size
-from ptmoe.methods.parts import Part, PartsConfig, check_rank, weight_of
+from ptmoe.methods.parts import Part, PartsConfig, check_rank, decomposed_weight
 
 
 class NLoRAPart(Part):
@@ -34,7 +34,7 @@ class NLoRAPart(Part):
 
     @torch.no_grad()
     def initialise(self, module: nn.Module, generator: torch.Generator) -> None:
-        weight = weight_of(module).double()
+        weight = decomposed_weight(module)
         rows, columns = crossing(weight, self.rank)
         inverse = torch.linalg.pinv(weight[rows][:, columns], rtol=1e-5)  # below are the roundings of lower ranks
         start = {"A": weight[rows], "N": inverse, "B": weight[:, columns]}

@@ -119,14 +119,10 @@ class Parts(WeightEncoder):
 
     @torch.no_grad()
     def initialise(self, source: InitialEmbeddings) -> None:
-        try:
-            if self.shared is not None:
-                cast(Any, self.shared).initialise(source.generator)
-            for module, part in self.targets:
-                part.initialise(module, source.generator)
-        except PtmoeError:  # the base stays as it was
-            self.remove()
-            raise
+        if self.shared is not None:
+            cast(Any, self.shared).initialise(source.generator)
+        for module, part in self.targets:
+            part.initialise(module, source.generator)
 
     def tensors(self) -> dict[str, Tensor]:
         shared = {} if self.shared is None else self.shared.state_dict(prefix="shared.")
@@ -149,6 +145,19 @@ def weight_of(module: nn.Module) -> Tensor:
     """The frozen weight `(out, in)` of a linear module, in its own dtype; a quantized one's is of another shape."""
     weight = cast(Tensor, module.weight).detach()
     return weight if isinstance(module, nn.Linear) else weight.T  # GPT-2's `Conv1D`
+
+
+def decomposed_weight(module: nn.Module) -> Tensor:
+    """`weight_of` in float64, for a decomposition.
+
+    Raises:
+        PtmoeError: a weight that is offloaded, or that holds NaN or infinity.
+    """
+    weight = weight_of(module).double()
+    if weight.is_meta or not bool(weight.isfinite().all()):
+        fault = "is offloaded: load the base without offloading" if weight.is_meta else "holds NaN or infinity"
+        raise PtmoeError(f"a method that decomposes the base's weights cannot read one that {fault}")
+    return weight
 
 
 def check_rank(rank: int, in_features: int, out_features: int) -> None:
@@ -174,7 +183,7 @@ def leading(module: nn.Module, rank: int, blocks: tuple[int, int] | None = None)
         blocks: `(m, n)`; the SVD is then that of the matrix whose `m·n` rows are the weight's `m × n` blocks.
 
     Raises:
-        PtmoeError: a weight that is offloaded, or that holds NaN or infinity.
+        PtmoeError: as `decomposed_weight`.
     """
     weight = cast(Tensor, module.weight)
     state = id(weight), weight._version, blocks
@@ -182,10 +191,7 @@ def leading(module: nn.Module, rank: int, blocks: tuple[int, int] | None = None)
     if written != state or len(factors[1]) < rank:
         # In float64, so that an adapter finds the factors that it was trained on, whatever device decomposes: in
         # float32 vectors of near values differ in the fifth digit between a CPU and a GPU.
-        matrix = weight_of(module).double()
-        if weight.is_meta or not bool(matrix.isfinite().all()):
-            fault = "is offloaded: load the base without offloading" if weight.is_meta else "holds NaN or infinity"
-            raise PtmoeError(f"a method that decomposes the base's weights cannot read one that {fault}")
+        matrix = decomposed_weight(module)
         if blocks is not None:
             matrix = matrix.unflatten(1, (blocks[1], -1)).unflatten(0, (blocks[0], -1))  # (m, p, n, q)
             matrix = matrix.transpose(1, 2).flatten(2).flatten(0, 1)  # (m·n, p·q)

@@ -91,7 +91,7 @@ class Shelf(Injected):
             for parameter in self.weights.parameters():
                 if parameter.dtype.itemsize < 4:
                     self._widen(parameter)
-        except PtmoeError:
+        except BaseException:
             self.remove()
             raise
         if isinstance(live.target_modules, (set, list)):

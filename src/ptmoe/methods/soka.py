@@ -105,15 +105,18 @@ class SoKAConfig(PartsConfig):
         ranks = self.ranks
         if self.energy is None:
             return encoder
-        if ranks is None and base.device.type != "meta":
-            ranks = [cast(SoKAPart, part).rank_by(self.energy, module) for module, part in encoder.targets]
-        if ranks is None or len(ranks) != len(encoder.targets):
+        try:
+            if ranks is None and base.device.type != "meta":
+                ranks = [cast(SoKAPart, part).rank_by(self.energy, module) for module, part in encoder.targets]
+            if ranks is None or len(ranks) != len(encoder.targets):
+                raise PtmoeError(
+                    f"soka with energy={self.energy} has a rank for each of {len(encoder.targets)} modules, read off "
+                    f"their weights, and {'no weights are here' if ranks is None else f'ranks has {len(ranks)}'}: "
+                    "leave energy out where parameters are counted or fitted to a budget"
+                )
+        except BaseException:
             encoder.remove()
-            raise PtmoeError(
-                f"soka with energy={self.energy} has a rank for each of {len(encoder.targets)} modules, read off their "
-                f"weights, and {'no weights are here' if ranks is None else f'ranks has {len(ranks)}'}: leave energy "
-                "out where parameters are counted or fitted to a budget"
-            )
+            raise
         for (_, part), rank in zip(encoder.targets, ranks, strict=True):
             cast(SoKAPart, part).allocate(rank)
         encoder.config = encoder.config.replace(ranks=ranks)

@@ -88,7 +88,11 @@ def attach(
             encoder = config.encoder_for(base, batches)
             generator = torch.Generator().manual_seed(seed)
             read = partial(read_prompt, embedding=base.get_input_embeddings().weight)
-            encoder.initialise(InitialEmbeddings(model.adapters.embedding, generator, tokenize, read))
+            try:
+                encoder.initialise(InitialEmbeddings(model.adapters.embedding, generator, tokenize, read))
+            except BaseException:  # an interrupt, too, leaves the base as it was
+                encoder.remove()
+                raise
         return encoder
 
     before = model.active_adapter
