@@ -669,6 +669,10 @@ def test_what_peft_refuses_is_said_and_leaves_the_base_as_it_was():
     with pytest.raises(ptmoe.PtmoeError, match="peft refuses kasa on GPT2LMHeadModel: KaSA does not support"):
         attach(base, METHODS["kasa"](rank=2))
     base = tiny_llama()
+    with pytest.raises(
+        ptmoe.PtmoeError, match="feedforward_modules names q_proj, and target_modules down_proj, k_proj"
+    ):
+        attach(base, METHODS["ia3"](feedforward_modules=["q_proj", "down_proj"]))
     before = {key: value.clone() for key, value in base.state_dict().items()}
     with pytest.raises(ptmoe.PtmoeError, match="peft refuses kasa"):  # the first module has room for it, the second not
         attach(base, METHODS["kasa"](rank=16))

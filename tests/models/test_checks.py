@@ -307,6 +307,7 @@ def test_a_method_that_the_base_cannot_have_is_refused_and_leaves_no_trace(kind,
             ptmoe.attach(model, ptmoe.METHODS[method](), adapter_name="other")
         assert set(model.encoders) == {"default"}
         assert model.active_adapter == "default"
+        assert all(parameter.requires_grad for parameter in model.encoder.parameters())
     else:
         base = tiny_of(kind)
         before = own_logits(base, ROWS[0])

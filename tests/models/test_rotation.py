@@ -153,6 +153,34 @@ def test_a_row_that_passes_a_switch_is_generated_as_without_a_cache(kind, method
         assert [model.generate(row[None], **options)[0, len(row) :].tolist() for row in ROWS] != expected
 
 
+def test_so_is_one_of_a_base_that_takes_inputs_for_each_layer(monkeypatch):
+    rotations = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": LONG}
+    own = tabulate_bases.OWN["gemma3n_text"] | {"rope_parameters": rotations}
+    monkeypatch.setitem(tabulate_bases.OWN, "gemma3n_text", own)
+    model = prompted(switching("gemma3n_text"), CONFIGS["PT"]).eval()
+    assert model.path.switches == (SWITCH,)
+    expected = [without_a_cache(model, row, NEW) for row in ROWS[1:3]]
+    made = model.generate(*batch(ROWS[1:3], LEFTS[1:3]), max_new_tokens=NEW, pad_token_id=0, do_sample=False)
+    assert made[:, -NEW:].tolist() == expected
+
+
+@pytest.mark.parametrize("rotation", ["default", "longrope"])
+def test_a_base_whose_user_prepares_its_inputs_keeps_that(rotation):
+    base = tiny() if rotation == "default" else switching("llama")
+    lengths = []
+
+    def prepare(input_ids, own=base.prepare_inputs_for_generation, **options):
+        lengths.append(input_ids.shape[1])
+        return own(input_ids, **options)
+
+    model = prompted(base, CONFIGS["PT"]).eval()
+    base.prepare_inputs_for_generation = prepare
+    for _ in range(2):
+        model.generate(ROWS[1][None], max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, do_sample=False)
+    assert base.prepare_inputs_for_generation is prepare
+    assert lengths == 2 * list(range(3, 3 + NEW))
+
+
 @pytest.mark.parametrize("kind", SWITCHING)
 def test_beams_that_pass_a_switch_are_scored_as_their_tokens_are_without_a_cache(kind):
     model = prompted(switching(kind), CONFIGS["PT"]).eval()

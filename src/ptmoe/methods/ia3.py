@@ -41,10 +41,14 @@ class IA3Config(InjectedConfig):
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as DEFAULTS
 
         config, common = super().resolved(base)
-        inner = self.feedforward_modules
+        inner, names = self.feedforward_modules, common["target_modules"]
         if inner is None:
-            names = common["target_modules"]
             inner = sorted(name for name in DEFAULTS.get(base.config.model_type, []) if name in names)
+        if others := sorted(set(inner) - set(names)):
+            raise PtmoeError(
+                f"feedforward_modules names {', '.join(others)}, and target_modules {', '.join(names)}: it has to name "
+                "some of these"
+            )
         return config.replace(feedforward_modules=inner), common | {"feedforward_modules": inner}
 
     def initial_peft_config(self, **common: Any) -> PeftConfig:

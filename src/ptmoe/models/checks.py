@@ -43,7 +43,7 @@ def check_decoder(base: PreTrainedModel) -> None:
     name = type(base).__name__
     if isinstance(base, str | PathLike | tuple | list):
         what = repr(base) if isinstance(base, str) else f"a {name}"
-        raise PtmoeError(f"{what} is not a model: give one alone, as in model, tokenizer = ptmoe.load_base('nano')")
+        raise PtmoeError(f"{what} is not a model: give one alone, as in model, tokenizer = load_base('nano')")
     if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
         inner = getattr(base, "module", None)  # of DataParallel and its like
         give = "give a causal language model, loaded by AutoModelForCausalLM"
@@ -115,8 +115,10 @@ def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
         if config.changes_layers:
             model.delete_adapter(name)
         else:
-            model.adapters.active = before
             del model.encoders[name]
+            model.adapters.active = ""
+            if before:
+                model.set_adapter(before)
         raise PtmoeError(f"{config.method} does not fit {type(base).__name__}: {obstacle}")
 
 

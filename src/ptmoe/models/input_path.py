@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.models.rotation import switches
+from ptmoe.models.rotation import preparing, switches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -180,11 +180,8 @@ def taking_embeddings(base: PreTrainedModel, per_layer: Tensor | None) -> Iterat
             prepared[PER_LAYER] = per_layer.repeat_interleave(len(input_ids) // len(per_layer), 0)
         return prepared
 
-    vars(base)["prepare_inputs_for_generation"] = prepare
-    try:
+    with preparing(base, prepare):
         yield
-    finally:
-        del vars(base)["prepare_inputs_for_generation"]
 
 
 class _Arrived(Exception):  # noqa: N818

@@ -85,8 +85,18 @@ def reading_again(
             return prepared
         return prepared | {"input_ids": None, "past_key_values": None} | inputs(input_ids)
 
-    vars(base)["prepare_inputs_for_generation"] = prepare
+    with preparing(base, prepare):
+        yield
+
+
+@contextmanager
+def preparing(base: PreTrainedModel, prepare: Callable[..., dict[str, Any]]) -> Iterator[None]:
+    """Within it `prepare` stands for the base's `prepare_inputs_for_generation`, which may be one of these itself."""
+    name = "prepare_inputs_for_generation"
+    before = {name: vars(base)[name]} if name in vars(base) else {}
+    vars(base)[name] = prepare
     try:
         yield
     finally:
-        del vars(base)["prepare_inputs_for_generation"]
+        del vars(base)[name]
+        vars(base).update(before)
