@@ -44,7 +44,7 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, *, architecture="llama", tokenizer=True, kind="F32", seed=0):
+def write_gguf(path, *, architecture="llama", tokenizer=True, kind="F32", seed=0, lacking=""):
     """A tiny random Llama and its tokenizer in a GGUF file; returns the model."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(TEXT, vocab_size=280, special_tokens=["<s>", "</s>"], show_progress=False)
@@ -71,6 +71,8 @@ def write_gguf(path, *, architecture="llama", tokenizer=True, kind="F32", seed=0
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
     for name, value in model.state_dict().items():
+        if gguf_name(name) == lacking:
+            continue
         weight = value.float().cpu()
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             weight = interleaved(weight, heads) if part in name else weight
@@ -186,12 +188,17 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
     [
         ({"architecture": "unheard"}, "transformers cannot read .*unheard"),
         ({"tokenizer": False}, "holds no tokenizer"),
+        (
+            {"lacking": "blk.1.attn_q.weight"},
+            "lacks weights of a Llama.*random: model.layers.1.self_attn.q_proj.weight",
+        ),
     ],
 )
 def test_what_transformers_cannot_read_is_refused_in_words(tmp_path, changes, message):
     write_gguf(tmp_path / "tiny.gguf", **changes)
     with pytest.raises(ptmoe.PtmoeError, match=message):
         load_base(str(tmp_path / "tiny.gguf"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_a_quantization_that_transformers_cannot_read_is_refused_in_words(tmp_path, monkeypatch):

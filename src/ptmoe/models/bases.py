@@ -14,7 +14,7 @@ from ptmoe import nano
 from ptmoe.errors import PtmoeError, near
 from ptmoe.files import names_repository
 from ptmoe.methods.base import QUANTIZATIONS, quantization_of
-from ptmoe.models.gguf import dequantized, gguf_in_package, gguf_of
+from ptmoe.models.gguf import check_whole, dequantized, gguf_in_package, gguf_of
 from ptmoe.models.sharding import finish_sharding, loading_shards
 
 if TYPE_CHECKING:
@@ -74,11 +74,8 @@ def load_base(
         model, found = AutoModelForCausalLM.from_pretrained(
             where, revision=revision, dtype=dtype, output_loading_info=True, **options, **shards
         )
-    if sharding is None and (missing := sorted(found["missing_keys"])):
-        raise PtmoeError(
-            f"{name!r} lacks weights of a {type(model).__name__}, which would be random: {missing[0]}, {len(missing)} "
-            "in all; give a whole causal language model"
-        )
+    if sharding is None:
+        check_whole(name, model, found)
     if quantization is not None and model.hf_quantizer.pre_quantized:
         raise PtmoeError(f"{name!r} is saved in {quantization_of(model)} already: leave {quantization} out")
     _prepare_4bit(model)

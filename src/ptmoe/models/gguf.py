@@ -14,10 +14,14 @@ import tempfile
 import warnings
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError
 from ptmoe.files import cache_folder, sha256
 from ptmoe.settings import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MANIFEST = "sha256.json"  # what a folder's files have to be
 
@@ -94,14 +98,31 @@ def _dequantize(file: Path, folder: Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype="float32", quantization_config=GgufConfig(dequantize=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype="float32",
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
     except Exception as error:  # parsers of a foreign format end in whatever they end in
         raise PtmoeError(f"transformers cannot read {file}: {' '.join(str(error).split())[:300]}") from None
+    check_whole(str(file), model, found)
     model.config.name_or_path = file.stem
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_whole(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """
+    Raises:
+        PtmoeError: `from_pretrained` has found, as it says, not all of a model's weights, and made up the others.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise PtmoeError(
+            f"{name!r} lacks weights of a {type(model).__name__}, which would be random: {missing[0]}, {len(missing)} "
+            "in all; give a whole causal language model"
+        )
 
 
 def _check(file: Path) -> None:
