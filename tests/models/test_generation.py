@@ -278,13 +278,30 @@ def test_inputs_is_another_name_for_input_ids():
         model.generate(max_new_tokens=3)
 
 
-@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "prefill_chunk_size"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt_lookup_num_tokens", 2),
+        ("prefill_chunk_size", 2),
+        ("assistant_early_exit", 0),
+        ("use_mtp", True),
+        ("token_healing", True),
+        ("cache_implementation", "paged"),
+    ],
+)
 @pytest.mark.parametrize("in_config", [False, True])
-def test_what_would_read_the_input_again_without_its_prompt_is_refused(name, in_config):
+def test_what_would_read_the_input_again_without_its_prompt_is_refused(name, value, in_config):
     model = prompted(tiny_llama(), ROUTED)
-    options = {"generation_config": GenerationConfig(**{name: 2})} if in_config else {name: 2}
+    options = {"generation_config": GenerationConfig(**{name: value})} if in_config else {name: value}
     with pytest.raises(PtmoeError, match=name):
         model.generate(ROWS[0][None], **options)
+
+
+def test_what_is_off_is_not_refused():
+    model = prompted(tiny_llama(), ROUTED)
+    off = {"use_mtp": False, "token_healing": False, "prompt_lookup_num_tokens": None}
+    expected = model.generate(ROWS[0][None], max_new_tokens=3)
+    assert torch.equal(model.generate(ROWS[0][None], max_new_tokens=3, **off), expected)
 
 
 def test_an_assistant_is_refused():

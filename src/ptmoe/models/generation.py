@@ -24,6 +24,8 @@ from ptmoe.models.wrapper import ModelWrapper
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Settings of `generate` that take the token ids again: a draft's, one that reads them in pieces, one that changes them.
+REREADING = "assistant_model prompt_lookup_num_tokens assistant_early_exit use_mtp prefill_chunk_size token_healing"
 DEFAULT_NEW_TOKENS = 20  # of transformers, where neither the caller nor the base sets a length
 
 
@@ -135,9 +137,11 @@ class GeneratingModel(ModelWrapper):
         input_ids = inputs if input_ids is None else input_ids
         if input_ids is None:
             raise PtmoeError("generate needs input_ids: the prompt is composed from the input")
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
-            if any(source.get(name) is not None for source in self._generation_settings(options)):
+        for name in REREADING.split():
+            if self._setting(options, name, False) is not False:
                 raise PtmoeError(f"{name} re-reads the input without its prompt: leave it out")
+        if self._setting(options, "cache_implementation", None) == "paged":
+            raise PtmoeError("cache_implementation='paged' reads the input without its prompt: leave it out")
         for name in ("position_ids", "inputs_embeds", "past_key_values", PER_LAYER):
             if options.pop(name, None) is not None:
                 raise PtmoeError(
