@@ -860,6 +860,81 @@ def test_rates_parts_and_units_that_begin_like_a_power(written, value):
         judged(stated.format(written), [value] if value else [], [other for other in others if other != value])
 
 
+# ---- mathematics: fractions, lists and large numbers as models write them --------------------------------------------
+
+VULGAR = [chr(code) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))]
+STATEMENTS = ("{}", "The answer is {}.", "She needs {} cups", "#### {}", "Answer: {}", "x = {}", boxed("{}"))
+
+
+@pytest.mark.parametrize("sign", VULGAR)
+def test_a_fraction_of_one_sign_is_read_beside_words_and_behind_a_number(sign):
+    value = Fraction(unicodedata.numeric(sign)).limit_denominator(100)
+    for stated in STATEMENTS:
+        judged(stated.replace("{}", sign), [str(value)], [str(value.numerator + 1), str(value.denominator)])
+        for mixed in (f"3{sign}", f"3 {sign}"):
+            judged(stated.replace("{}", mixed), [str(3 + value)], ["3", str(value), str(value.denominator)])
+
+
+FRACTIONS = (r"\frac{{{}}}{{{}}}", r"\frac{{ {} }}{{ {} }}", r"\frac {} {}", r"\dfrac{{{}}}{}", r"\tfrac{}{{{}}}")
+FRACTIONS += (r"\frac {}{}", r"\cfrac{{{}}}{{{}}}", "{}/{}", "{} / {}")
+
+
+@pytest.mark.parametrize("form", FRACTIONS)
+def test_a_fraction_is_read_however_it_is_set_and_no_part_of_it_is(form):
+    for top, bottom in ((1, 2), (3, 4), (7, 3)):
+        written, parts = form.format(top, bottom), [str(top), str(bottom), f"{bottom}/{top}", f"{top}{bottom}"]
+        for stated in (*STATEMENTS, "It is ${}$ cups"):
+            judged(stated.replace("{}", written), right=[f"{top}/{bottom}"], wrong=parts)
+        judged(f"{top}/{bottom}", right=[written], wrong=[form.format(bottom, top)])
+        if "{{{}}}{{{}}}" in form:
+            judged(boxed(form.format(top, -bottom)), right=[f"-{top}/{bottom}"], wrong=parts)
+            judged(boxed(form.format(-top, -bottom)), right=[f"{top}/{bottom}"], wrong=parts)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(-99, 99).map(Fraction), min_size=2, max_size=4, unique=True), st.randoms())
+def test_a_list_is_met_by_the_same_values_in_any_order_and_by_no_other(values, rng):
+    gold = rng.choice((",", ", ", " , ", " and ")).join(map(str, values))
+    other = rng.sample(values, len(values))
+    for between in (",", ", ", "; ", " and ", r" \text{ and } ", " or "):
+        listed = between.join(map(str, other))
+        judged(boxed(listed), right=[gold], wrong=[*map(str, values), str(sum(values))])
+        judged(boxed(between.join(map(str, other[1:]))), wrong=[gold])
+        judged(boxed(between.join(map(str, [*other, 100]))), wrong=[gold])
+    equations = " or ".join(f"x = {value}" for value in other)
+    judged(f"The answer is {equations}.", right=[gold], wrong=map(str, values))
+
+
+@pytest.mark.parametrize(
+    ("word", "power"), [("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12), ("hundred", 2), ("lakh", 5)]
+)
+def test_a_large_number_in_words_has_its_value_or_its_word_for_a_unit(word, power):
+    for number in ("3", "1.5", "250"):
+        value = Fraction(number) * 10**power
+        for stated in ("{}", "The answer is ${}.", "It sold {} copies", "#### {}", boxed(r"{}\text{ dollars}")):
+            judged(
+                stated.replace("{}", f"{number} {word}"),
+                right=[f"{int(value):,}", number, f"{number} {word}"],
+                wrong=[str(value * 10), f"{number} dozen", "7"],
+            )
+            judged(stated.replace("{}", str(value)), right=[f"{number} {word}", f"${number} {word}s"])
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("rs . 30", "30"), ("usd 30", "30"), ("3 / 8", "3/8"), ("8 1 / 3 %", "25/3"), ("12 , 15", "15, 12")],
+)
+def test_options_of_mathqa_are_met_by_their_values(written, value):
+    for stated in ("{}", "The answer is {}", "#### {}", boxed("{}")):
+        judged(stated.replace("{}", value), right=[written], wrong=["rs . 31", "3 / 9", "8 2 / 3 %", "12 , 16"])
+        judged(stated.replace("{}", written), right=[value], wrong=["3", "8", "12", "1"])
+
+
+def test_a_number_and_a_half_is_no_whole_number():
+    for stated in ("The answer is {} hours", "{}", "It takes {} years."):
+        judged(stated.format("2 and a half"), right=["2.5"], wrong=["2", "1/2"])
+
+
 # ---- mathematics: ASDiv's golds --------------------------------------------------------------------------------------
 
 ASDIV = {  # gold: (right, wrong)

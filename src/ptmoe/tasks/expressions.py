@@ -48,7 +48,7 @@ _ARITHMETIC = re.compile(
     r"(?:\d\s*[A-Za-z]{2,12}|[\d)}\]%!|])\s*[-+*·×÷]\s*[-+]?\s*[$£€]?[\d.({\\√|]|[\d)}]\s*\(\s*-?\s*\.?\d[^A-Za-z]*\)|-\s*\(\s*-|\|[^|]*\d[^|]*\|"
 )
 _MAY_BE_ARITHMETIC = re.compile(r"[-−–－‐‑‒﹣+*·×÷(|]|\\(?:times|cdot|div)")
-_NO_ARITHMETIC = re.compile(r"[=≈<>~]|\\(?:approx|sim|leq?|geq?|to)(?![A-Za-z])")
+_NO_ARITHMETIC = re.compile(r"[=≈<>~]|\b(?:and|or)\b|\\(?:approx|sim|leq?|geq?|to)(?![A-Za-z])")
 _WORDS_BEHIND = re.compile(
     r"(?<=[\d)}\s])(?<![A-Za-z][ ])[A-Za-z]{2,20}(?:[ ][A-Za-z]{1,20}){0,8}(?=\s*(?:[-+*·×÷.]|$))"
 )

@@ -28,7 +28,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ptmoe.tasks.expressions import LONGEST, equal, has_arithmetic, is_expression, last_boxed, without_words
-from ptmoe.tasks.numerals import LONGEST_NUMBER, NUMBER, UNIT, decimal, numbers_of, plain, value_of
+from ptmoe.tasks.numerals import LONGEST_NUMBER, NUMBER, SCALES, UNIT, decimal, numbers_of, plain, value_of
 
 # ---- mathematics: finding the answer ---------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ _FULL_STOP = re.compile(r"[.?](?=\s|$)")
 _IN_DOLLARS = re.compile(r"\$\$?([^$\n]{1,200})\$|\\[(\[](.{1,200}?)\\[)\]]")
 _LEFT_SIDE = re.compile(r"[-+*/×÷·x^()\s$£€\d.,%]*[\d)]\s*=")
 _OPERATOR = re.compile(r"\d\s{0,3}[-+*/×÷·x^(]")
-_OR = re.compile(r"\s?(?P<unit>[^\W\d_]{0,20})[\s,]{0,3}\bor\b[\s$£€]{0,3}")
+_OR = re.compile(r"\s?(?P<unit>[^\W\d_]{0,20})[\s,]{0,3}\bor\b[\s$£€]{0,3}(?:[A-Za-z]\s?=[\s$£€]{0,3})?")
 _SEPARATORS = re.compile(r"(?:[\s,;&$£€]|\band\b|\bor\b)*")
 # What is before or behind a number that is a part of an expression: ln 2, ∛5, pi/3, (a+b)/2, 5x + 2, 10 + 3. A minus
 # may be a dash, and is one unless the sentence ends with what it takes away.
@@ -165,7 +165,12 @@ def _alternatives(text: str, first: re.Match[str], other: re.Match[str] | None =
         return text[first.start() : other.end()] if same_unit and value_of(first) != value_of(other) else ""
     if len(text) > LONGEST_NUMBER or not _SEPARATORS.fullmatch(text[first.end() : other.start()].rpartition(")")[2]):
         return ""
-    return text.strip() if _SEPARATORS.fullmatch(NUMBER.sub(" ", UNIT.sub("", text).rstrip(" ."))) else ""
+    return text.strip() if _is_list(text) else ""
+
+
+def _is_list(text: str) -> bool:
+    """Whether a text is a list of numbers and nothing else."""
+    return _SEPARATORS.fullmatch(NUMBER.sub(" ", UNIT.sub("", text).rstrip(" ."))) is not None
 
 
 # ---- mathematics: comparing ------------------------------------------------------------------------------------------
@@ -187,8 +192,8 @@ def correct(prediction: str, references: Sequence[str]) -> bool:
     - a number (`72`, `1,080`, `$5`, `50%`, `9 (apples)`, `1/6`, `-(1/3)`, `#### 72`): the same value, in any of these
       forms, or of arithmetic in a box (`\\boxed{10 + 3}` is 13). Units are ignored, and so is `%`: `50%` equals 50 and
       not 0.5. A fraction is a value (`2/4` is 1/2), its parts are not (`1/2` is not 2). A whole number must match
-      exactly, any other to 1e-4 (and to 0.1 % of itself).
-    - several numbers (`5 (hr); 10 (hr)`): the same values in any order, no more and no fewer.
+      exactly, any other to 1e-4 (and to 0.1 % of itself). `3 million` is 3,000,000 or 3, as questions ask for either.
+    - several numbers (`5 (hr); 10 (hr)`, `-1, 3`): the same values in any order, no more and no fewer.
     - an expression (`3\\pi`, `(3, \\frac{\\pi}{2})`, `x+1`, `3ab`, `n!`, `1010_2`): an equal one. Letters behind a
       number are variables unless they are in a closed list of units. Factorials, primes and numerals in a base are
       equal only as they are written.
@@ -209,6 +214,7 @@ class _Gold(NamedTuple):
     """What a reference requires: one of them is not empty, unless the reference itself is."""
 
     numbers: tuple[Fraction, ...] = ()
+    scale: int = 1
     ratio: tuple[Fraction, ...] = ()
     words: tuple[str, ...] = ()
     expression: str = ""
@@ -222,7 +228,9 @@ def _gold(reference: str) -> _Gold:
     if is_expression(written) and not _RANGE.fullmatch(written):
         return _Gold(expression=written)
     if (numbers := numbers_of(text)) is not None:
-        return _Gold(numbers=numbers)
+        return _Gold(numbers, _scale(text))
+    if _is_list(text) and (numbers := _every_number(text)):
+        return _Gold(numbers)
     if ratio := _RATIO.fullmatch(UNIT.sub("", text)):
         return _Gold(ratio=_terms(ratio[0]))
     return _Gold(words=_words(text))
@@ -236,7 +244,8 @@ def _satisfies(text: str, expression: str, prediction: str, gold: _Gold) -> bool
             number = gold.numbers[0]
             wanted = rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
             return bool(equal(wanted, without_words(expression)))
-        return _same(numbers_of(_final(text)), gold.numbers)
+        answer = _final(text)
+        return _same_scaled(numbers_of(answer), _scale(answer), gold)
     if gold.numbers:
         return not has_arithmetic(expression) and any(
             _same(_every_number(line), gold.numbers) for line in _statements(text)
@@ -277,6 +286,21 @@ def _every_number(text: str) -> tuple[Fraction, ...] | None:
         else:
             values.append(value)
     return tuple(values)
+
+
+def _scale(text: str) -> int:
+    """What the first number is multiplied by: 10**6 for `3 million`."""
+    number = NUMBER.search(text)
+    return SCALES.get(number["scale"] or "", 1) if number else 1
+
+
+def _same_scaled(values: tuple[Fraction, ...] | None, scale: int, gold: _Gold) -> bool:
+    """Whether one value is the gold's; where only one of the two has a scale, that may also be its unit, as in answers
+    to `how many millions`."""
+    if values is None or len(values) != 1:
+        return False
+    as_unit = 1 in (scale, gold.scale) and _same(values, gold.numbers)
+    return as_unit or _same_value(values[0] * scale, gold.numbers[0] * gold.scale)
 
 
 def _same(values: tuple[Fraction, ...] | None, wanted: tuple[Fraction, ...]) -> bool:

@@ -1,7 +1,7 @@
 r"""Numbers as they are written: `NUMBER` finds them in a text that `plain` has brought into one form, `value_of` reads
 one.
 
-Forms: `72`, `1,080`, `12,34,567`, `.5`, `-$5`, `5%`, `1/6`, `3 1/2`, `3½`, `\frac{1}{6}`, `1e3`, `3.2 × 10^4`,
+Forms: `72`, `1,080`, `12,34,567`, `.5`, `-$5`, `5%`, `1/6`, `1 / 6`, `3 1/2`, `3½`, `\frac{1}{6}`, `1e3`, `3.2 × 10^4`,
 `negative 5`, `零下5度`, `3분의 1`, `三分之2`, `1億2000万`, `3만 5천`. A minus may be any of Unicode's
 minus signs and dashes.
 
@@ -27,33 +27,40 @@ _DEGREE = r"\{?\s{0,3}(?:\\circ|\\degree|o(?!\w)|'|st(?!\w)|nd(?!\w)|rd(?!\w)|th
 # Every repetition below is bounded or over one class of characters, so matching takes linear time at most.
 _GROUPED = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d+)"  # 12,34,567 too
 _DECIMAL = rf"(?:{_GROUPED}(?:\.\d+)?|(?<!\.)\.\d+)"
+_CURRENCY = r"(?i:rs[ ]?\.?|usd|eur|gbp|inr)"  # `rs . 5` is MathQA's
+SCALES = {"hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7, "billion": 10**9}
+SCALES |= {"trillion": 10**12, "dozen": 12}
+_MORE = r"[.,/:]?\d|[ ]/[ ]\d"
 NUMBER = re.compile(
     rf"""
     (?<!{_WORD}) (?<!\^) (?<!\^\{{)                             # not inside a word (m2), not an exponent (m^2)
     (?<!\\sqrt) (?<!sqrt[{{(]) (?<![√∛∜]) (?<![√∛∜]\() (?<!\}}\{{)  # nor in √5, \sqrt{{5}} or \frac{{…}}{{5}}
     (?<![±∓]) (?<![±∓][ ])                                     # two numbers
     (?P<sign> (?: (?<![)\]}}%]) - )?                            # and the - of 10-3, (2)-3, 5%-3 is not a sign
-              (?: (?: US\$ | [$£€¥₹] | [Rr]s\.? | USD | EUR | GBP | INR ) [ \u00a0]? -? )? )
+              (?: (?: US\$ | [$£€¥₹] | {_CURRENCY} ) [ \u00a0]? -? )? )
     (?P<number> {_DECIMAL} )
-    (?: / (?P<over> {_DECIMAL} ) (?! [.,/:]?\d )                # 1/2
-      | [ \u00a0] (?P<top>\d+) / (?P<bottom>\d+) (?! [.,/:]?\d ) # 3 1/2
+    (?: [ ]?/[ ]? (?P<over> {_DECIMAL} ) (?! {_MORE} )          # 1/2
+      | [ \u00a0] (?P<top>\d+) [ ]?/[ ]? (?P<bottom>\d+) (?! {_MORE} )  # 3 1/2
       | [eE] (?P<e> [-+]?\d+ ) (?! {_WORD} )                     # 1e3
       | [ ]? [x×*·] [ ]? 10\^\{{? (?P<ten> [-+]?\d+ ) \}}?      # 3.2 × 10^4
-      | (?P<other> (?: (?: [.,/:] | [ ]:[ ] ) \d+ )+             # none: 9:7, 3,5
+      | (?P<other> (?: (?: [.,/:] | [ ][:/][ ] ) \d+ )+            # none: 9:7, 3,5
                  | \^ (?! {_DEGREE} ) (?: \{{ [^{{}}]{{0,80}} \}} | [-+{{(\\]{{0,3}} [\w.]{{0,80}} ) )  # 5^2, 2^n
     )?
     (?P<symbol> [ ]? (?: [*·] [ ]? )? (?: {_SYMBOL} ) )?       # nor is 3π
+    (?: [ \u00a0]? (?P<scale> {"|".join(SCALES)} ) s? (?! {_WORD} ) )?  # 3 million
     """,
     re.VERBOSE,
 )
 LONGEST_NUMBER = 300  # of a number's characters and of its exponent: longer numbers are no answers and slow to parse
 
-_LATEX_FRACTION = re.compile(r"(\d?)\\[dt]?frac(?:\{([^{}]{1,80})\}\{([^{}]{1,80})\}|(\d)(\d))")
+_LATEX_TERM = r"\s{0,3}(?:\{\s{0,3}([^{}]{1,80}?)\s{0,3}\}|([A-Za-z\d]))"  # in braces, or one letter or digit
+_LATEX_FRACTION = re.compile(rf"([\d,]?)\\[cdt]?frac(?![A-Za-z]){_LATEX_TERM}{_LATEX_TERM}")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s?\{([^{}]{0,200})\}")
 _LATEX_SIGN = re.compile(r"\\(cdot|div)(?![A-Za-z])")
 _LATEX_SPACE = re.compile(r"\\[,;:! ]|\\[()\[\]]")
 _SIGNED_BRACKET = re.compile(r"(?<![^\W_)])-\(([\d.,/]{1,80})\)")  # ASDiv's -(1/3)
-_VULGAR = re.compile(r"(\d?)[ ]?([¼-¾⅐-⅞])")
+_VULGAR = re.compile(r"((?<=\d)[ ]?)?([¼-¾⅐-⅞])")
+_AND_A_HALF = re.compile(r"(?<=\d) and (?:a|one)[ -]half\b")
 _RAISED = re.compile("⁻?[⁰¹²³⁴-⁹]+")
 _FROM_RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 # Spaces that do not group digits, and marks of a text's direction, which may stand between a sign and its number.
@@ -179,18 +186,32 @@ def _cardinal(written: str) -> Fraction | None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+def _vulgar(found: re.Match[str]) -> str:
+    """½ as 1/2, and behind a number as a part of it: 3½ as 3 1/2."""
+    return ("" if found[1] is None else " ") + unicodedata.normalize("NFKC", found[2]).replace("⁄", "/")
+
+
+def _latex_fraction(found: re.Match[str]) -> str:
+    """As 1/2, with the sign of the denominator before it."""
+    whole, top, bottom = found[1], found[2] or found[3], found[4] or found[5]
+    if bottom.startswith("-"):
+        top, bottom = top.removeprefix("-") if top.startswith("-") else f"-{top}", bottom[1:]
+    return f"{whole} {top}/{bottom}".lstrip()
+
+
 def plain(text: str) -> str:
     """The text with signs, fractions and exponents in ASCII, and without LaTeX and Markdown markup."""
     if not text.isascii():
         text = _LONG_DASH.sub("-", text.translate(_TO_ASCII))
-        text = _VULGAR.sub(lambda m: f"{m[1]} {unicodedata.normalize('NFKC', m[2])}".replace("⁄", "/").lstrip(), text)
+        text = _VULGAR.sub(_vulgar, text)
         text = _COMPOSED.sub(_composed, _PARTS_OF.sub(_parts, _RATE.sub(_rate, text)))
         text = _RAISED.sub(lambda m: "^" + m[0].translate(_FROM_RAISED), text)
     if "\\" in text:
         text = text.replace("\\$", "$").replace("\\%", "%").replace("\\times", "×")
         text = _LATEX_SIGN.sub(lambda m: "·" if m[1] == "cdot" else "÷", text)
         text = _LATEX_TEXT.sub(r" \1 ", _LATEX_SPACE.sub("", text))
-        text = _LATEX_FRACTION.sub(lambda m: f"{m[1]} {m[2] or m[4]}/{m[3] or m[5]}".lstrip(), text)
+        text = _LATEX_FRACTION.sub(_latex_fraction, text)
+    text = _AND_A_HALF.sub(" 1/2", text)
     if "**" in text:
         text = text.replace("\n**", "\n").replace("**", " ")
     if "-(" in text:
@@ -226,7 +247,7 @@ def decimal(text: str) -> Fraction:
 # A unit after a number is ignored; but `5 p.m.` is not 5, and neither is a number followed by more digits, or by an
 # operator and a letter.
 UNIT = re.compile(r"(?<=[\d%])\s{0,3}\([^()]{0,100}\)")
-_STARTS = re.compile(r"[\W_]*(?:\d|US|[Rr]s|EUR|GBP|INR)")
+_STARTS = re.compile(rf"[\W_]*(?:\d|US\$|{_CURRENCY})")
 _LETTER = re.compile(r"[^\W_]")
 _NO_UNIT = re.compile(
     r"\s{0,3}[ap]\.?\s?m\b|\s{0,3}o'clock|[^\sA-Za-z]{0,2}\d|\s?[-+*×·÷]\s?[A-Za-z](?![A-Za-z])", re.IGNORECASE
