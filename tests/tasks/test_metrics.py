@@ -930,6 +930,22 @@ def test_options_of_mathqa_are_met_by_their_values(written, value):
         judged(stated.replace("{}", written), right=[value], wrong=["3", "8", "12", "1"])
 
 
+COMPOUND = (
+    "{} hours and {} minutes",
+    "{} feet {} inches",
+    "{} dollars and {} cents",
+    "{} days, {} hours",
+    "{} h {} min",
+)
+
+
+@pytest.mark.parametrize("form", COMPOUND)
+def test_no_part_of_a_quantity_in_two_units_is_the_answer(form):
+    for setting in ("{}", "The answer is {}.", "It comes to {}", "#### {}", boxed("{}"), "Answer: {}"):
+        judged(setting.replace("{}", form.format(2, 30)), wrong=["2", "30"])
+    judged("The answer is 5 days and 3 of them are wet.", right=["5"])
+
+
 def test_a_number_and_a_half_is_no_whole_number():
     for stated in ("The answer is {} hours", "{}", "It takes {} years."):
         judged(stated.format("2 and a half"), right=["2.5"], wrong=["2", "1/2"])

@@ -43,6 +43,14 @@ _IN_DOLLARS = re.compile(r"\$\$?([^$\n]{1,200})\$|\\[(\[](.{1,200}?)\\[)\]]")
 _LEFT_SIDE = re.compile(r"[-+*/×÷·x^()\s$£€\d.,%]*[\d)]\s*=")
 _OPERATOR = re.compile(r"\d\s{0,3}[-+*/×÷·x^(]")
 _OR = re.compile(r"\s?(?P<unit>[^\W\d_]{0,20})[\s,]{0,3}\bor\b[\s$£€]{0,3}(?:[A-Za-z]\s?=[\s$£€]{0,3})?")
+# Between and behind the numbers of `2 hours and 30 minutes`, of which neither is the answer.
+_LARGE_UNIT = re.compile(
+    r"\s{0,3}(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|dollars?|pounds?|lbs?|feet|foot|ft)[\s,]{1,3}"
+    r"(?:and\s{1,3})?"
+)
+_SMALL_UNIT = re.compile(
+    r"\s{0,3}(?:months?|weeks?|days?|hours?|hrs?|minutes?|mins?|seconds?|secs?|cents?|pence|ounces?|oz|inch(?:es)?|in)\b"
+)
 _SEPARATORS = re.compile(r"(?:[\s,;&$£€]|\band\b|\bor\b)*")
 # What is before or behind a number that is a part of an expression: ln 2, ∛5, pi/3, (a+b)/2, 5x + 2, 10 + 3. A minus
 # may be a dash, and is one unless the sentence ends with what it takes away.
@@ -157,9 +165,11 @@ def _is_part(text: str, number: re.Match[str]) -> bool:
 
 
 def _alternatives(text: str, first: re.Match[str], other: re.Match[str] | None = None) -> str:
-    """The whole of `12 or 13`, or of a mere list of numbers, as no single number is the answer; else ""."""
+    """The whole of `12 or 13`, `2 h 30 min` or a mere list of numbers, as no single number is the answer; else ""."""
     if not other:
         return ""
+    if _LARGE_UNIT.fullmatch(text, first.end(), other.start()) and _SMALL_UNIT.match(text, other.end()):
+        return text[first.start() :]
     if either := _OR.fullmatch(text, first.end(), other.start()):  # `12 apples or 13 apples`, but not `90 min or 1.5 h`
         same_unit = text[other.end() : other.end() + 50].lstrip().startswith(either["unit"])
         return text[first.start() : other.end()] if same_unit and value_of(first) != value_of(other) else ""
