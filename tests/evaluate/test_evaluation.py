@@ -12,6 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import ptmoe
 from ptmoe.evaluate import evaluate
@@ -249,6 +251,21 @@ def test_an_answer_ends_before_its_stop_text_and_generation_stops_there(routed, 
         model.base_model.forward = forward
     assert cut == whole[: whole.index(stop)]
     assert len(steps) < 12
+
+
+def test_an_answer_has_the_spaces_that_its_tokens_have(routed):
+    """A tokenizer that is configured to remove spaces before punctuation would spoil verbatim answers."""
+    model, _ = routed
+    pieces = [("<unk>", 0.0), *((piece, -1.0) for piece in "▁ ▁it ▁' ' s ▁s , ▁, . ▁.".split())]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), clean_up_tokenization_spaces=True
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁")
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace("▁")
+    ids = tokenizer("it , it 's .")["input_ids"]
+    decoder = lambda prompts, experts, **options: [ids] * len(prompts)  # noqa: E731
+    (said,) = complete(model, tokenizer, [[5, 6]], max_new_tokens=9, decoder=decoder)
+    assert said.text == "it , it 's ."
 
 
 def test_greedy_means_greedy_whatever_the_bases_generation_config_asks_for(routed, examples):

@@ -52,7 +52,7 @@ def generate(
     from ptmoe.models.attach import load_run
     from ptmoe.models.bases import quiet
     from ptmoe.tasks.base import Example
-    from ptmoe.tasks.tokens import encode_prompt
+    from ptmoe.tasks.tokens import decoded, encode_prompt
 
     quiet()
     loaded = load_run(adapter, model=model, device=device, **context.obj)
@@ -76,7 +76,7 @@ def generate(
         assert encoded is not None  # without a limit every prompt fits
         ids = torch.tensor([encoded.ids], device=prompted.device)
         completed = prompted.generate(input_ids=ids, **options)
-        print(tokenizer.decode(completed[0, ids.shape[1] :], skip_special_tokens=True))
+        print(decoded(tokenizer, completed[0, ids.shape[1] :].tolist(), special=False))
         routing = prompted.route(ids) if show_routing else None
         if routing is not None:
             gate = ", ".join(f"{value:.3f}" for value in routing.gate[0].tolist())

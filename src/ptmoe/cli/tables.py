@@ -144,6 +144,7 @@ def tasks_show(
     from ptmoe.tasks import Problems, is_file, stream_task, task_named
     from ptmoe.tasks.tokens import (
         changed_text,
+        decoded,
         encode_completion,
         encode_prompt,
         row_length,
@@ -174,9 +175,9 @@ def tasks_show(
             if prompt is None:
                 continue
             (before, after), (first, last) = prompt.cut, prompt.context
-            texts = [tokenizer.decode(ids) for ids in (prompt.ids[:first], prompt.ids[first:last], prompt.ids[last:])]
+            texts = [decoded(tokenizer, ids) for ids in (prompt.ids[:first], prompt.ids[first:last], prompt.ids[last:])]
             shown = texts[0] + f"✂{before}✂" * bool(before) + texts[1] + f"✂{after}✂" * bool(after) + texts[2]
-            _print(f"{virtual}{shown}⟦{tokenizer.decode(completion)}⟧")
+            _print(f"{virtual}{shown}⟦{decoded(tokenizer, completion)}⟧")
             if tokens:
                 parts = [" ".join(token_texts(ids, tokenizer)) for ids in (prompt.ids, completion)]
                 _print(f"tokens: {virtual} {parts[0]} ⟦{parts[1]}⟧")

@@ -26,7 +26,7 @@ from ptmoe.runs.records import EvaluationSummary, Prediction
 from ptmoe.tasks import task_named
 from ptmoe.tasks.metrics import GRADERS
 from ptmoe.tasks.scoring import overall, summarise
-from ptmoe.tasks.tokens import Prompt, changed_text, encode_prompts, row_length
+from ptmoe.tasks.tokens import Prompt, changed_text, decoded, encode_prompts, row_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -293,7 +293,7 @@ def _predictions(
         predictions.append(
             Prediction(
                 id=example.id,
-                prompt=tokenizer.decode(prompt.ids) if prompt and rewritten else example.input,
+                prompt=decoded(tokenizer, prompt.ids) if prompt and rewritten else example.input,
                 completion=completion.text,
                 references=list(example.references),
                 scores=scores if prompt else dict.fromkeys(scores, 0.0),

@@ -16,6 +16,7 @@ import torch
 
 from ptmoe.evaluate.routing import route
 from ptmoe.models.decoding import Decoder
+from ptmoe.tasks.tokens import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,9 +69,9 @@ def complete(
     for rows in ([together] if together else []) + [[row] for row in alone]:
         batch = [prompts[row] for row in rows], [experts[row] for row in rows]
         margin = NEAR_TIE if exact else 0.0
-        decoded = decoder(*batch, max_new_tokens=max_new_tokens, ended=ended, margin=margin)
-        new.update(zip(rows, decoded, strict=True))
-    texts = tokenizer.batch_decode([new[row] for row in range(len(prompts))], skip_special_tokens=True)
+        made = decoder(*batch, max_new_tokens=max_new_tokens, ended=ended, margin=margin)
+        new.update(zip(rows, made, strict=True))
+    texts = [decoded(tokenizer, new[row], special=False) for row in range(len(prompts))]
     gates = [None if routing is None else rounded_gate(routing) for routing in routings]
     return [Completion(_before(text, until), gate) for text, gate in zip(texts, gates, strict=True)]
 
@@ -104,7 +105,7 @@ def _end_test(
     model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, until: Sequence[str]
 ) -> Callable[[list[int]], bool]:
     """Whether a row of new tokens has ended: with an end token, or with one of the texts `until`."""
-    ends, text = end_tokens(model, tokenizer), partial(tokenizer.decode, skip_special_tokens=True)
+    ends, text = end_tokens(model, tokenizer), partial(decoded, tokenizer, special=False)
     window = max(map(len, until), default=0) + 8  # tokens; each is at least a byte, so the text is within
 
     def ended(row: list[int]) -> bool:
@@ -113,7 +114,7 @@ def _end_test(
         recent = text(row[-window:]) if until else ""
         if not any(stop in recent for stop in until):
             return False
-        whole: str = text(row)
+        whole = text(row)
         return _before(whole, until) != whole
 
     return ended

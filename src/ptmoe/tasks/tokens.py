@@ -225,7 +225,7 @@ def changed_text(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase
         if change is not None:
             return _change("chat template", *change, example)
         ids = _ids(tokenizer, texts[0]), _continuation(tokenizer, texts[1])
-        wanted, got = "".join(texts), _text(tokenizer, ids[0] + ids[1])
+        wanted, got = "".join(texts), decoded(tokenizer, ids[0] + ids[1])
         if wanted not in (got, f" {got}", got.removeprefix(" ")):
             return _change("tokenizer", wanted, got, example)
     return ""
@@ -243,13 +243,19 @@ def _change(who: str, wanted: str, got: str, example: Example) -> str:
 def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Each token in quotes, with its spaces; a special token in ‹› instead."""
     probe = _ids(tokenizer, _PROBE)
-    before, special = _text(tokenizer, probe), set(tokenizer.all_special_ids)
+    before, special = decoded(tokenizer, probe), set(tokenizer.all_special_ids)
     shown = []
     for token in ids:
-        text = _text(tokenizer, [*probe, token]).removeprefix(before)
+        text = decoded(tokenizer, [*probe, token]).removeprefix(before)
         name = str(tokenizer.convert_ids_to_tokens(token))
         shown.append(f"‹{name}›" if token in special else repr(name if "\ufffd" in text or not text else text))
     return shown
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = True) -> str:
+    """What tokens say, with or without special tokens, and with all spaces: some tokenizers would remove those before
+    punctuation."""
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
 
 def row_length(positions: int | None, num_virtual_tokens: int, max_length: int | None = None) -> int:
@@ -291,10 +297,6 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return cast(list[int], tokenizer(check_unicode(text), add_special_tokens=False)["input_ids"])
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
 @lru_cache(maxsize=16)
 def _habits(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[str, list[int]]]]:
     """What a tokenizer puts before a text, and the texts behind which it puts no space of its own, with their tokens;
@@ -307,7 +309,7 @@ def _habits(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[s
         kept = True
         for probe in ("5", " 5", "a", " a", "\n"):
             behind = _behind(tokenizer, lead, ids, probe)
-            kept &= behind is not None and _text(tokenizer, bare + behind) == _text(tokenizer, bare) + probe
+            kept &= behind is not None and decoded(tokenizer, bare + behind) == decoded(tokenizer, bare) + probe
         leads += [(lead, ids)] if kept else []
     return whole[: next(starts, 0)], leads
 
