@@ -173,6 +173,48 @@ def test_predictions_of_another_evaluation_are_not_resumed(routed, examples, tmp
         evaluated(routed, examples[:10], tmp_path, max_new_tokens=5)
 
 
+CHANGES = {"id": "other", "input": "harbor: 1 and 2 =>", "references": ("3",), "domain": "elsewhere"}
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "chat template"])
+def test_no_evaluation_is_resumed_with_anything_else_that_is_asked_or_reported(change, examples, tmp_path):
+    model, tokenizer = load_base("nano")
+    routed = attach(model, ptmoe.PTConfig(num_virtual_tokens=4)), tokenizer
+    tokenizer.chat_template = TEMPLATE
+
+    def stop(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(routed, examples[:10], tmp_path, chat=True, progress=stop)
+    last = examples[9]
+    changed = last
+    if change == "chat template":
+        tokenizer.chat_template = TEMPLATE.replace("m.role", "m.role | upper")
+    else:
+        changed = replace(last, **{change: CHANGES[change]})
+    with pytest.raises(ptmoe.PtmoeError, match=r"predictions of another evaluation \(data was"):
+        evaluated(routed, [*examples[:9], changed], tmp_path, chat=True)
+    tokenizer.chat_template = TEMPLATE
+    assert len(evaluated(routed, examples[:10], tmp_path, chat=True).predictions) == 10
+
+
+def test_the_results_of_predictions_that_are_discarded_go_with_them(routed, examples, tmp_path):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    evaluated(routed, examples[:10], tmp_path)
+    results = tmp_path / "eval" / "nano__all.json"
+    whole = results.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(routed, examples[:10], tmp_path, overwrite=True, progress=stop)
+    assert not results.exists()
+    evaluated(routed, examples[:10], tmp_path)
+    assert json.loads(results.read_bytes())["metrics"] == json.loads(whole)["metrics"]
+
+
 def test_a_line_says_all_that_was_asked_and_answered(routed, examples, tmp_path):
     evaluation = evaluated(routed, examples[:9], tmp_path)
     lines = [json.loads(line) for line in predictions(tmp_path).splitlines()]
@@ -295,6 +337,10 @@ def test_bad_limits_and_no_examples_are_refused(routed, examples):
         evaluated(routed, [], None)
     with pytest.raises(ptmoe.PtmoeError, match="max_new_tokens=3000 leaves no room"):
         evaluated(routed, examples, None, max_new_tokens=3000)
+    for limit in ("max_new_tokens", "max_length"):
+        for least in (0, -1):
+            with pytest.raises(ptmoe.PtmoeError, match=f"{limit}={least}: needs at least 1"):
+                evaluated(routed, examples, None, **{limit: least})
 
 
 def test_the_interval_is_the_binomials_for_marks_and_does_not_depend_on_their_order():

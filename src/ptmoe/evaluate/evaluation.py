@@ -161,7 +161,7 @@ def evaluate(
             )
         batches = batches_within(rows, needs, tokens_per_batch)
     settings = {
-        **_identity(model, examples),
+        **_identity(model, rows),
         "task": task.name,
         "split": split,
         "max_new_tokens": new,
@@ -180,6 +180,8 @@ def evaluate(
         path = predictions_file(folder, task.name, split)
         ids = [example.id for example, _ in rows]
         file = PredictionsFile(path, settings, ids, overwrite=overwrite and own == 0)
+        if overwrite and own == 0:  # its predictions are gone
+            evaluation_file(folder, task.name, split).unlink(missing_ok=True)
         done = file.resume() if count == 1 else from_first(file.resume)
     progress = progress or (lambda done, total: None)
     progress(len(done), len(rows))
@@ -239,6 +241,9 @@ def batches_within(items: Iterable[T], needs: Iterable[int], budget: int, *, pad
 
 def _limits(model: PromptedCausalLM, asked: int | None, usual: int, max_length: int | None) -> tuple[int, int | None]:
     """The maximum numbers of tokens of an answer and of a prompt."""
+    for name, limit in (("max_new_tokens", asked), ("max_length", max_length)):
+        if limit is not None and limit < 1:
+            raise PtmoeError(f"{name}={limit}: needs at least 1")
     positions = model.max_positions
     if positions is None:
         return asked or usual, max_length
@@ -252,8 +257,8 @@ def _limits(model: PromptedCausalLM, asked: int | None, usual: int, max_length: 
     return new, left - new if max_length is None else min(max_length, left - new)
 
 
-def _identity(model: PromptedCausalLM, examples: Sequence[Example]) -> dict[str, Any]:
-    """The model, and the questions it is asked."""
+def _identity(model: PromptedCausalLM, rows: Sequence[tuple[Example, Prompt | None]]) -> dict[str, Any]:
+    """The model, and the questions it is asked, as it reads them."""
     adapter = None
     if model.uses_adapter:
         tensors = hashlib.sha256(model.method_config.model_dump_json().encode())
@@ -261,9 +266,9 @@ def _identity(model: PromptedCausalLM, examples: Sequence[Example]) -> dict[str,
             tensors.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
         adapter = tensors.hexdigest()[:16]
     data = hashlib.sha256()
-    for example in examples:
-        asked = [example.id, example.input, example.messages, example.references]
-        data.update(json.dumps(asked + [example.template] * bool(example.template)).encode())
+    for example, prompt in rows:
+        asked = [example.id, example.domain, example.input, example.references, prompt and prompt.ids]
+        data.update(json.dumps(asked).encode())
     quantization = quantization_of(model.base_model)
     return {
         "version": __version__,
@@ -271,7 +276,7 @@ def _identity(model: PromptedCausalLM, examples: Sequence[Example]) -> dict[str,
         "dtype": str(model.dtype).removeprefix("torch."),
         **({} if quantization is None else {"quantization": quantization}),
         "adapter": adapter,
-        "examples": len(examples),
+        "examples": len(rows),
         "data": data.hexdigest()[:16],
     }
 
