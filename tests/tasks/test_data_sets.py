@@ -330,6 +330,47 @@ def test_damage_in_every_other_format_is_named_by_file_and_line(tmp_path):
     refused("squad", without(b'"id": "s2"', b'"name": "s2"'), "paragraph 1, question 2: lacks the key 'id'", 1)
 
 
+ODD = (None, True, 5, 0.5, float("nan"), "", " ", "zz", [], [5], [[]], [["zz", 1]], {}, {"text": 5})
+
+
+def with_odd_values(value):
+    """The value with each value in it, at any depth, replaced by each odd one, or taken out."""
+    if isinstance(value, (dict, list)):
+        for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            for changed in (*ODD, *with_odd_values(inner)):
+                yield type(value)(value | {key: changed} if isinstance(value, dict) else [*value[:key], changed])
+            yield {k: v for k, v in value.items() if k != key} if isinstance(value, dict) else value[:key]
+
+
+@pytest.mark.parametrize(
+    ("task", "records"),
+    {
+        "gsm8k": GSM8K,
+        "svamp": SVAMP,
+        "mawps": MAWPS_JSON,
+        "math_problems": MATHQA,
+        "mrqa/newsqa": MRQA_LINES,
+        "mrqa/squad": [SQUAD],
+        "superglue/wic": [{"word": "a", "sentence1": "b", "sentence2": "c", "label": True}],
+    }.items(),
+)
+def test_an_odd_value_anywhere_in_a_record_is_named_or_leaves_a_whole_example(task, records, tmp_path):
+    path, refused = tmp_path / "data.jsonl", 0
+    for number, record in enumerate(records):
+        for changed in with_odd_values(record):
+            lines(path, *records[:number], changed, *records[number + 1 :])
+            try:
+                examples = load_task(task, "test", path)
+            except ptmoe.PtmoeError:
+                refused += 1
+                continue
+            for example in examples:
+                assert example.input.strip(), changed
+                assert example.target.strip(), changed
+                assert all(reference not in ("nan", "True") for reference in example.references), changed
+    assert refused > 10
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_where_a_chunk_ends_changes_nothing(chunk, tmp_path, monkeypatch):
     def read():
@@ -680,6 +721,7 @@ def test_predictions_are_read_in_each_form(tmp_path):
         '{"id": "a", "completion": "1"}\n\n{"id": "b", "completion": "2"}\n',
         '{"qid": "a", "prediction_text": "1"}\n{"qid": "b", "prediction_text": "2"}\n',
         '[{"id": "a", "prediction": 1}, {"id": "b", "prediction": 2}]',
+        '[{"id": "a", "answer": "gold", "completion": 1}, {"id": "b", "answer": "gold", "completion": 2}]',
     ):
         path.write_text(written)
         assert read_predictions(path) == {"a": "1", "b": "2"}
@@ -697,6 +739,8 @@ def test_bad_predictions_are_named(tmp_path):
         '{"id": "a"}\n': "p:1: lacks the predicted text",
         '{"a": 1.5, "b": ["x"]}': "id 'b': the prediction is list",
         '{"id": "a", "text": "1"}\n{"id": ': "p:2: not JSON",
+        '{"id": "a", "answer": "gold", "output": "1"}\n': "p:1: has 'answer' and 'output': call the predicted text",
+        '{"id": "a", "text": "Where?", "output": "1"}\n': "p:1: has 'output' and 'text': call the predicted text",
         "a,b\n1,2\n": "neither JSON nor JSON lines",
         "{}": "holds no prediction",
         "": "is empty",

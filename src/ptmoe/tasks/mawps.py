@@ -43,9 +43,10 @@ def json_example(record: dict[str, Any], origin: Origin) -> Example:
     if "sQuestion" in record:
         solutions = record.get("lSolutions")
         solutions = solutions if isinstance(solutions, list) else [solutions]
-        if not solutions or not all(isinstance(solution, (int, float, str)) for solution in solutions):
+        if not solutions:
             raise BadRecordError("'lSolutions' needs a list of numbers")
-        name, question, answer = "iIndex", text_of(record, "sQuestion"), "; ".join(map(number_text, solutions))
+        numbers = [number_text(text_of({"lSolutions": solution}, "lSolutions")) for solution in solutions]
+        name, question, answer = "iIndex", text_of(record, "sQuestion"), "; ".join(numbers)
     else:
         name, question, answer = "id", text_of(record, "original_text"), text_of(record, "ans")
     return word_problem(origin, name_of(record, name, origin.id), question, answer=number_text(answer))

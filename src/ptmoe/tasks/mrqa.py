@@ -92,11 +92,15 @@ def mrqa_example(record: dict[str, Any], origin: Origin) -> Example:
     answers = record.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise BadRecordError("'answers' needs a list of one text or more")
-    for found in record.get("detected_answers") or []:
-        if isinstance(found, dict) and isinstance(found.get("text"), str) and found.get("char_spans"):
-            start, end = found["char_spans"][0]
-            return _example(record, "qid", answers, found["text"], (start, end + 1), origin)
-    return _example(record, "qid", answers, answers[0], None, origin)
+    text, span = answers[0], None
+    try:
+        found = next((found for found in record.get("detected_answers") or [] if found["char_spans"]), None)
+        if found is not None:
+            (start, end), text = found["char_spans"][0], text_of(found, "text")
+            span = (int(start), int(end) + 1)
+    except (TypeError, ValueError, LookupError):
+        raise BadRecordError('\'detected_answers\' needs a list of {"text": …, "char_spans": [[…, …], …]}') from None
+    return _example(record, "qid", answers, text, span, origin)
 
 
 def squad_example(record: dict[str, Any], origin: Origin) -> Example:
@@ -129,6 +133,8 @@ def _example(
     record: dict[str, Any], key: str, answers: list[str], target: str, span: tuple[int, int] | None, origin: Origin
 ) -> Example:
     name, context = text_of(record, key), text_of(record, "context")
+    if not target.strip():
+        raise BadRecordError("the answer is empty")
     if span is not None and not 0 <= span[0] < span[1] <= len(context):
         span = None  # still a target; only the cut depends on the span
     text, place = prompts.question(text_of(record, "question"), context)

@@ -15,6 +15,7 @@ from ptmoe.tasks.records import READERS, has, head, unique
 
 ID_KEYS = ("id", "qid", "ID")
 TEXT_KEYS = ("completion", "prediction", "prediction_text", "text", "answer", "output")
+UNSURE = frozenset(TEXT_KEYS[3:])  # beside one another, one of these may be the question or the right answer
 
 LARGEST_OBJECT = 50_000_000  # bytes; it is read whole
 
@@ -54,6 +55,8 @@ def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str
             name, text = (next((record[key] for key in keys if key in record), None) for keys in (ID_KEYS, TEXT_KEYS))
             if isinstance(name, bool) or not isinstance(name, (str, int)):
                 raise BadRecordError(f"lacks an id {has(record)}: needs 'id' in each record")
+            if record.keys().isdisjoint(TEXT_KEYS[:3]) and len(several := sorted(record.keys() & UNSURE)) > 1:
+                raise BadRecordError(f"has {' and '.join(map(repr, several))}: call the predicted text 'completion'")
             if isinstance(text, bool) or not isinstance(text, (str, int, float)) or text != text:
                 wanted = ", ".join(map(repr, TEXT_KEYS[:3]))
                 raise BadRecordError(f"lacks the predicted text {has(record)}: needs {wanted} or another")
