@@ -24,7 +24,7 @@ from ptmoe.models.bases import load_base
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.tasks import Example, load_task, task_named
 from ptmoe.tasks.resampling import Group, bootstrap_interval
-from ptmoe.tasks.tokens import encode_prompt
+from ptmoe.tasks.tokens import completion_text, encode_prompt
 from testing.bases import CONFIGS, prompted, tiny
 
 TASK = "nano/all"
@@ -308,6 +308,53 @@ def test_an_answer_has_the_spaces_that_its_tokens_have(routed):
     decoder = lambda prompts, experts, **options: [ids] * len(prompts)  # noqa: E731
     (said,) = complete(model, tokenizer, [[5, 6]], max_new_tokens=9, decoder=decoder)
     assert said.text == "it , it 's ."
+
+
+SAYING = "{% for m in messages %}<{{ m.role }}>{{ LEAD if m.role == 'assistant' }}{{ m.content }}\n{% endfor %}"
+SAYING += "{% if add_generation_prompt %}<assistant>{{ ASKED }}{% endif %}"
+LEADS = {  # what a template puts before an answer, and how much of it stands in the prompt already
+    "none": ("", ""),
+    "Qwen3": ("<think>\n\n</think>\n\n", ""),
+    "Qwen3.5": ("<think>\n\n</think>\n\n", "<think>\n"),
+    "GLM": ("\n<think></think>\n", ""),
+}
+
+
+@pytest.mark.parametrize("task", ["mrqa/drop", "trec", "gsm8k", "own.jsonl"])
+@pytest.mark.parametrize("thoughts", ["", "number?\nNo, no location.\n\n#### 7 or 8\n"])
+@pytest.mark.parametrize("lead", LEADS)
+def test_a_model_that_says_what_it_was_taught_is_right_in_a_template_that_writes_reasoning(
+    lead, thoughts, task, routed, monkeypatch
+):
+    model, tokenizer = routed
+    whole, asked = LEADS[lead]
+    monkeypatch.setattr(tokenizer, "chat_template", SAYING.replace("LEAD", repr(whole)).replace("ASKED", repr(asked)))
+    answer = {"trec": "human", "gsm8k": "18"}.get(task, "He.")
+    example = Example("1", "Who?", f" {answer}", (answer,), task)
+    said = completion_text(example, tokenizer, chat=True).removesuffix("\n")
+    assert said == whole.removeprefix(asked) + answer
+    if thoughts and lead != "none":
+        said = whole.replace("</think>", thoughts + "</think>").removeprefix(asked) + answer
+    ids = tokenizer(said + "\nQuestion: More? human 7", add_special_tokens=False)["input_ids"]
+
+    def decoder(prompts, experts, *, ended, **options):
+        return [ids[: next((n for n in range(1, len(ids)) if ended(ids[:n])), len(ids))] for _ in prompts]
+
+    monkeypatch.setattr("ptmoe.evaluate.evaluation.Decoder", lambda model: decoder)
+    if not task_named(task).until:
+        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    evaluation = evaluate(model, tokenizer, [example], chat=True)
+    assert set(evaluation.predictions[0].scores.values()) == {1.0}, evaluation.predictions
+    assert evaluation.predictions[0].completion.strip() == said.strip()
+    assert evaluation.summary().no_label == 0
+    texts = {"1": evaluation.predictions[0].completion}
+    assert ptmoe.score(task, texts, [example]) == evaluation.metrics
+
+
+def test_reasoning_that_is_a_part_of_the_reference_is_graded():
+    example = Example("1", "Who?", "<think>a</think>b", ("<think>a</think>b",), "own.jsonl")
+    verdicts = [ptmoe.score("own.jsonl", [text], [example])["accuracy"] for text in ("<think>a</think>b", "b")]
+    assert verdicts == [100.0, 0.0]
 
 
 def test_greedy_means_greedy_whatever_the_bases_generation_config_asks_for(routed, examples):

@@ -24,7 +24,7 @@ from ptmoe.runs.folders import evaluation_file, predictions_file
 from ptmoe.runs.predictions import PredictionsFile
 from ptmoe.runs.records import EvaluationSummary, Prediction
 from ptmoe.tasks import task_named
-from ptmoe.tasks.metrics import GRADERS
+from ptmoe.tasks.metrics import mark
 from ptmoe.tasks.scoring import overall, summarise
 from ptmoe.tasks.tokens import Prompt, changed_text, decoded, encode_prompts, row_length
 
@@ -293,7 +293,7 @@ def _predictions(
     predictions = []
     for example, prompt in rows:
         completion = Completion("", None) if prompt is None else next(answers)
-        scores = GRADERS[task.grader](completion.text, example.references)
+        scores = mark(task.grader, completion.text, example.references)
         rewritten = prompt is not None and (prompt.is_cut or example.messages or chat)
         predictions.append(
             Prediction(

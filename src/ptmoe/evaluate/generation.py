@@ -16,6 +16,7 @@ import torch
 
 from ptmoe.evaluate.routing import route
 from ptmoe.models.decoding import Decoder
+from ptmoe.tasks.metrics import END_OF_REASONING
 from ptmoe.tasks.tokens import decoded
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Scores of a row alone and in a batch were never more than a tenth of this apart in float32 (tests/test_evaluate.py).
 NEAR_TIE = 1e-3
+START_OF_REASONING = "<think>"
 NEAR_TIE_OF_EXPERTS = 1e-4  # of two probabilities
 
 
@@ -54,11 +56,13 @@ def complete(
         tokenizer: the base's.
         prompts: token ids, at least one each.
         max_new_tokens: of each completion.
-        until: a completion ends before the first of these texts.
+        until: a completion ends before the first of these texts behind its reasoning.
         decoder: of the model, to be shared by several batches: the keys and values of a fixed prompt are kept.
     """
     decoder = decoder or Decoder(model)
-    ended = _end_test(model, tokenizer, until)
+    thinks = decoded(tokenizer, prompts[0][-8:]).rstrip().endswith(START_OF_REASONING)  # so the chat template ends
+    before = partial(_before, until=until, thinks=thinks)
+    ended = _end_test(model, tokenizer, until, before)
     routings = [route(model, prompt) for prompt in prompts]
     experts = [0 if routing is None else int(routing.gate[0].argmax()) for routing in routings]
 
@@ -73,7 +77,7 @@ def complete(
         new.update(zip(rows, made, strict=True))
     texts = [decoded(tokenizer, new[row], special=False) for row in range(len(prompts))]
     gates = [None if routing is None else rounded_gate(routing) for routing in routings]
-    return [Completion(_before(text, until), gate) for text, gate in zip(texts, gates, strict=True)]
+    return [Completion(before(text), gate) for text, gate in zip(texts, gates, strict=True)]
 
 
 def rounded_gate(routing: Routing) -> list[float]:
@@ -88,9 +92,14 @@ def nearly_tied(routing: Routing) -> bool:
     return 0 < kept < len(probabilities) and probabilities[kept - 1] - probabilities[kept] < NEAR_TIE_OF_EXPERTS
 
 
-def _before(text: str, until: Sequence[str]) -> str:
-    """The text before the first of `until`; white space at the beginning of a completion does not end it."""
-    start = len(text) - len(text.lstrip())
+def _before(text: str, *, until: Sequence[str], thinks: bool) -> str:
+    """The text before the first of `until` behind its reasoning, which `thinks` says it begins with; white space at the
+    beginning of an answer does not end it."""
+    reasoning = text.rfind(END_OF_REASONING)
+    if reasoning < 0 and (thinks or text.lstrip().startswith(START_OF_REASONING)):
+        return text
+    start = 0 if reasoning < 0 else reasoning + len(END_OF_REASONING)
+    start += len(text[start:]) - len(text[start:].lstrip())
     places = [place for stop in until if (place := text.find(stop, start)) >= 0]
     return text[: min(places)] if places else text
 
@@ -102,7 +111,7 @@ def end_tokens(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def _end_test(
-    model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, until: Sequence[str]
+    model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, until: Sequence[str], before: Callable[[str], str]
 ) -> Callable[[list[int]], bool]:
     """Whether a row of new tokens has ended: with an end token, or with one of the texts `until`."""
     ends, text = end_tokens(model, tokenizer), partial(decoded, tokenizer, special=False)
@@ -115,6 +124,6 @@ def _end_test(
         if not any(stop in recent for stop in until):
             return False
         whole = text(row)
-        return _before(whole, until) != whole
+        return before(whole) != whole
 
     return ended

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptmoe.errors import PtmoeError
+from ptmoe.tasks.metrics import answer_of
 from ptmoe.tasks.resampling import RESAMPLES, SEED
 
 Counts = NDArray[np.int64]
@@ -33,7 +34,8 @@ def confusion(labels: Sequence[str], answers: Answers) -> Counts:
     for text, references in answers:
         if references[0] not in place:
             raise PtmoeError(f"the reference {references[0]!r} is none of the task's labels: {', '.join(labels)}")
-        counts[place[references[0]], place.get(" ".join((text or "").split()), len(labels))] += 1
+        answer = " ".join(answer_of(text or "", references).split())
+        counts[place[references[0]], place.get(answer, len(labels))] += 1
     return counts
 
 

@@ -58,6 +58,18 @@ def f1(prediction: str, references: Sequence[str]) -> float:
     return best
 
 
+# ---- reasoning -------------------------------------------------------------------------------------------------------
+
+END_OF_REASONING = "</think>"  # as Qwen3, GLM and DeepSeek-R1 write it before an answer, even an empty one
+
+
+def answer_of(text: str, references: Sequence[str]) -> str:
+    """What a completion says behind its reasoning, which is not graded unless a reference holds it, too."""
+    if any(END_OF_REASONING in reference for reference in references):
+        return text
+    return text.rpartition(END_OF_REASONING)[2]
+
+
 # ---- by name ---------------------------------------------------------------------------------------------------------
 
 GRADERS: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
@@ -68,7 +80,13 @@ GRADERS: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
     },
     "mathematics": lambda prediction, references: {"accuracy": float(correct(prediction, references))},
 }
-"""The scores of one prediction, each in 0..1, by the name of the grader."""
+"""The scores of one answer, each in 0..1, by the name of the grader."""
+
+
+def mark(grader: str, text: str, references: Sequence[str]) -> dict[str, float]:
+    """The scores of a completion, each in 0..1."""
+    return GRADERS[grader](answer_of(text, references), references)
+
 
 MACRO_F1 = "macro_f1"
 """Of classifications besides: a metric of all answers together (`ptmoe.tasks.labels`), not a mean of theirs."""

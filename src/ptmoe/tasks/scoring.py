@@ -9,7 +9,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.tasks.base import Example, Task
 from ptmoe.tasks.labels import Answers, Counts, confusion, macro_f1_interval, mean_macro_f1
 from ptmoe.tasks.loading import TASKS, task_named
-from ptmoe.tasks.metrics import GRADERS, MACRO_F1
+from ptmoe.tasks.metrics import MACRO_F1, mark
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
 Marks = dict[str, float]  # by metric, from 0 to 1
@@ -70,10 +70,10 @@ def grade(
         texts = predictions
     if len(texts) != len(examples):
         raise PtmoeError(f"{len(texts)} predictions for {len(examples)} examples: give one for each")
-    grader = GRADERS[task_named(name).grader]
+    grader = task_named(name).grader
     marks = []
     for text, example in zip(texts, examples, strict=True):
-        scores = grader(text or "", example.references)
+        scores = mark(grader, text or "", example.references)
         marks.append(dict.fromkeys(scores, 0.0) if text is None else scores)
     return marks
 
