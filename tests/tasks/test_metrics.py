@@ -690,7 +690,19 @@ PARTS = (
     "pi/{}",
     "y/{}",
 )
-PARTS += ("sqrt(7)/{}", "(a+b)/{}", "\u221b{}", "\u221c({})", "cos {}", "{} + x", "{} + 7 + y")
+PARTS += (
+    "{}/x",
+    "{} / n",
+    r"\frac{{{}}}{{x}}",
+    r"\frac {}y",
+    "sqrt(7)/{}",
+    "(a+b)/{}",
+    "\u221b{}",
+    "\u221c({})",
+    "cos {}",
+    "{} + x",
+    "{} + 7 + y",
+)
 
 
 def test_a_number_in_plain_algebra_is_not_the_answer_and_one_with_a_unit_is():
@@ -887,6 +899,7 @@ def test_a_fraction_is_read_however_it_is_set_and_no_part_of_it_is(form):
             judged(stated.replace("{}", written), right=[f"{top}/{bottom}"], wrong=parts)
         judged(f"{top}/{bottom}", right=[written], wrong=[form.format(bottom, top)])
         if "{{{}}}{{{}}}" in form:
+            judged(boxed(f"{top}/-{bottom}"), right=[f"-{top}/{bottom}"], wrong=parts)
             judged(boxed(form.format(top, -bottom)), right=[f"-{top}/{bottom}"], wrong=parts)
             judged(boxed(form.format(-top, -bottom)), right=[f"{top}/{bottom}"], wrong=parts)
 

@@ -58,7 +58,7 @@ _PART_BEHIND = re.compile(
     r"(?:(?<![^\W_])(?:ln|log|sin|cos|tan|exp|sqrt)\s?[({]?|[√∛∜]\s?[({]?|(?:(?<![^\W_])(?:pi|[a-z])|[π)\]}])\s?/\s?"
     r"|\d[a-z](?:\^\d)?\s?[-+*]\s?)\Z"
 )
-_PLUS_LETTER = re.compile(r"\s?[+*×·÷]\s?[A-Za-z](?![A-Za-z])")
+_PLUS_LETTER = re.compile(r"\s?(?:[+*×·÷]\s?[A-Za-z]|/\s?[knxyz])(?![A-Za-z])")
 _PART_BEFORE = re.compile(r"\s?(?:[+*×·÷]\s?[\d(√π]|-\s?[\d.,]{1,30}\s?[^\W\d_]{0,20}\s?[.!]?\Z)|\)\s?[-+*/^]\s?[\d(]")
 
 

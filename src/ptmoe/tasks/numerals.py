@@ -39,7 +39,7 @@ NUMBER = re.compile(
     (?P<sign> (?: (?<![)\]}}%]) - )?                            # and the - of 10-3, (2)-3, 5%-3 is not a sign
               (?: (?: US\$ | [$£€¥₹] | {_CURRENCY} ) [ \u00a0]? -? )? )
     (?P<number> {_DECIMAL} )
-    (?: [ ]?/[ ]? (?P<over> {_DECIMAL} ) (?! {_MORE} )          # 1/2
+    (?: [ ]?/[ ]? (?P<over> -?{_DECIMAL} ) (?! {_MORE} )        # 1/2, 1/-2
       | [ \u00a0] (?P<top>\d+) [ ]?/[ ]? (?P<bottom>\d+) (?! {_MORE} )  # 3 1/2
       | [eE] (?P<e> [-+]?\d+ ) (?! {_WORD} )                     # 1e3
       | [ ]? [x×*·] [ ]? 10\^\{{? (?P<ten> [-+]?\d+ ) \}}?      # 3.2 × 10^4
@@ -191,14 +191,6 @@ def _vulgar(found: re.Match[str]) -> str:
     return ("" if found[1] is None else " ") + unicodedata.normalize("NFKC", found[2]).replace("⁄", "/")
 
 
-def _latex_fraction(found: re.Match[str]) -> str:
-    """As 1/2, with the sign of the denominator before it."""
-    whole, top, bottom = found[1], found[2] or found[3], found[4] or found[5]
-    if bottom.startswith("-"):
-        top, bottom = top.removeprefix("-") if top.startswith("-") else f"-{top}", bottom[1:]
-    return f"{whole} {top}/{bottom}".lstrip()
-
-
 def plain(text: str) -> str:
     """The text with signs, fractions and exponents in ASCII, and without LaTeX and Markdown markup."""
     if not text.isascii():
@@ -210,7 +202,7 @@ def plain(text: str) -> str:
         text = text.replace("\\$", "$").replace("\\%", "%").replace("\\times", "×")
         text = _LATEX_SIGN.sub(lambda m: "·" if m[1] == "cdot" else "÷", text)
         text = _LATEX_TEXT.sub(r" \1 ", _LATEX_SPACE.sub("", text))
-        text = _LATEX_FRACTION.sub(_latex_fraction, text)
+        text = _LATEX_FRACTION.sub(lambda m: f"{m[1]} {m[2] or m[3]}/{m[4] or m[5]}".lstrip(), text)
     text = _AND_A_HALF.sub(" 1/2", text)
     if "**" in text:
         text = text.replace("\n**", "\n").replace("**", " ")
@@ -250,7 +242,8 @@ UNIT = re.compile(r"(?<=[\d%])\s{0,3}\([^()]{0,100}\)")
 _STARTS = re.compile(rf"[\W_]*(?:\d|US\$|{_CURRENCY})")
 _LETTER = re.compile(r"[^\W_]")
 _NO_UNIT = re.compile(
-    r"\s{0,3}[ap]\.?\s?m\b|\s{0,3}o'clock|[^\sA-Za-z]{0,2}\d|\s?[-+*×·÷]\s?[A-Za-z](?![A-Za-z])", re.IGNORECASE
+    r"\s{0,3}[ap]\.?\s?m\b|\s{0,3}o'clock|[^\sA-Za-z]{0,2}\d|\s?(?:[-+*×·÷]\s?[A-Za-z]|/\s?[knxyz])(?![A-Za-z])",
+    re.IGNORECASE,
 )
 
 
