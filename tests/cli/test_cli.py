@@ -1,5 +1,6 @@
 """The command as a user meets it: options, exit codes, messages, start-up."""
 
+import io
 import json
 import re
 import subprocess
@@ -612,3 +613,27 @@ def test_sampling_that_cannot_be_is_refused_before_an_adapter_is_read(run, argum
     code, _, error = run("generate", "no-such-folder", "2 and 3", *arguments)
     assert code == 2
     assert said in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "no-such-folder"],
+        ["eval", "no-such-folder", "--task", "no-such-task"],
+        ["eval", "no-such-folder", "--task", "math-out", "--ids", "no-such-file"],
+        ["generate", "no-such-folder"],
+        ["generate", "no-such-folder", " "],
+        ["inspect", "no-such-folder", "--task", "no-such-task"],
+    ],
+    ids=" ".join,
+)
+def test_a_missing_adapter_is_named_before_what_else_is_wrong(run, arguments, monkeypatch):
+    class Asked(io.StringIO):
+        def readline(self, *_):
+            raise AssertionError("prompts are asked for")
+
+        __next__ = readline
+
+    monkeypatch.setattr(sys, "stdin", Asked())
+    status, _, err = run(*arguments)
+    assert (status, err.startswith("error: no adapter folder no-such-folder: ")) == (2, True), err

@@ -421,6 +421,17 @@ def test_the_command_line_reports_an_error_and_exits_with_status_2(
     assert "error: no adapter: give --model_args adapter=" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [["--model_args", "dtype=float32,adapter=nowhere"], ["--model_args=adapter=nowhere"]])
+def test_the_command_line_names_a_missing_adapter_before_it_loads_tasks(
+    given: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["unused"])
+    with pytest.raises(SystemExit) as stopped:
+        harness.main(["--model", "ptmoe", *given, "--tasks", "no_such_task"])
+    assert stopped.value.code == 2
+    assert "error: no adapter folder nowhere" in capsys.readouterr().err
+
+
 def test_without_the_harness_the_module_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     spec = importlib.util.spec_from_file_location("again", harness.__file__)

@@ -74,11 +74,13 @@ def evaluate(
     """Answer tasks greedily and grade the answers. An interrupted evaluation is resumed."""
     from contextlib import nullcontext
 
+    from ptmoe.adapters.folder import local_folder, read_config_file
     from ptmoe.runs.environment import rank, world_size
     from ptmoe.runs.folders import distinct_tasks, writing
     from ptmoe.tasks import check_labels, listed_names
     from ptmoe.train.processes import Processes
 
+    adapter = None if run is None else local_folder(run)  # a missing run is reported before what else is wrong
     if not task:
         raise PtmoeError("nothing to answer: give a task with --task (`ptmoe tasks` lists them)")
     if run is None and model is None:
@@ -93,10 +95,8 @@ def evaluate(
         raise PtmoeError(f"{len(tasks)} tasks and one list of ids {ids}: evaluate that task by itself")
     if score == "choices":
         check_labels(graded.values())
-    if run is not None:
-        from ptmoe.adapters.folder import local_folder, read_config_file
-
-        read_config_file(local_folder(run))  # a missing run is reported before any data is read or downloaded
+    if adapter is not None:
+        read_config_file(adapter)  # so is a damaged one, before any data is read or downloaded
     folder = output_dir or Path(str(run))
     check_name(folder)
     if not folder.is_dir() and output_dir is None:

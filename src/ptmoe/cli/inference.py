@@ -41,7 +41,10 @@ def generate(
     ] = False,
 ) -> None:
     """Complete prompts with an adapter."""
+    from ptmoe.adapters.folder import local_folder, read_config_file
+
     check_sampling(do_sample, temperature, top_p, seed)
+    read_config_file(local_folder(adapter))  # a missing one is reported before prompts are asked for
     prompts = prompt or [line.rstrip("\n") for line in sys.stdin]
     if not any(text.strip() for text in prompts):
         raise PtmoeError("no prompt: give one as an argument, or lines on standard input")

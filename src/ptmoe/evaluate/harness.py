@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from ptmoe.adapters.folder import local_folder
 from ptmoe.errors import PtmoeError
 from ptmoe.models.attach import load_adapter, load_run
 from ptmoe.models.bases import locate, place
@@ -297,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is not None:
         sys.argv = ["lm_eval", *arguments]  # where the harness reads its arguments
     try:
+        for adapter in re.findall(r"(?:^|[,=])adapter=([^,\n]+)", "\n".join(sys.argv), re.MULTILINE):
+            local_folder(adapter)  # the harness would first load its tasks
         cli_evaluate()
     except PtmoeError as error:
         print(f"error: {error}", file=sys.stderr)
