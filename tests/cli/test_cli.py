@@ -358,7 +358,7 @@ MISTAKES = {
         "--leerning-rate",
         "1",
     ): "No such option: --leerning-rate (Possible options: --learn",
-    ("train", "--task", "nano/mixed", "--rnk", "1"): "No such option: --rnk (Possible options: --rank",
+    ("train", "--task", "nano/mixed", "--rnk", "1"): "No such option: --rnk (Possible options: --low-rank, --rank",
     (
         "train",
         "--task",

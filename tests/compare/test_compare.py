@@ -138,7 +138,7 @@ def test_a_budget_is_read_as_people_write_it():
     written = {"80k": 80_000, "1.5M": 1_500_000, "80_000": 80_000, "80,000": 80_000, "80000": 80_000, "2B": 2 * 10**9}
     assert {text: parse_budget(text) for text in written} == written
     assert parse_budget(3840) == 3840
-    for text in ("", "k", "80q", "-5", "0", "1.5", "0.0001k"):
+    for text in ("", "k", "80q", "-5", "0", "1.5", "0.0001k", "1,5M", "80,00", ",5", "1,,000"):
         with pytest.raises(PtmoeError, match="needs a whole number"):
             parse_budget(text)
 
@@ -329,6 +329,35 @@ def test_learning_rates_and_recipes_can_be_varied(tmp_path):
     assert [left_out.what for left_out in recipes.left_out] == ["pt recipe=default", "pt recipe=paper"]
 
 
+@pytest.mark.parametrize("rate", ["0.25", 0.25, 0, -1, "x", float("nan")])
+def test_a_rate_in_a_methods_entry_or_varied_is_the_one_that_trains_or_is_refused(rate, tmp_path):
+    for changes in ({"methods": [{"name": "pt", "learning_rate": rate}]}, {"vary": {"learning_rate": [rate]}}):
+        try:
+            (variant,) = {cell.variant for cell in prepared(tmp_path / "c", **{"methods": ["pt"], **changes}).cells}
+        except PtmoeError as error:
+            assert rate not in ("0.25", 0.25), changes
+            assert f"learning_rate={rate!r}" in str(error)  # noqa: PT017
+        else:
+            assert (rate in ("0.25", 0.25), variant.learning_rate) == (True, 0.25), changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vary": ["num_virtual_tokens=4", "num_virtual_tokens=8"]}, "vary 'num_virtual_tokens' is given twice"),
+        ({"learning_rate": ["0.01", "0.02"]}, "learning_rate '0.02' after 0.01: give one number"),
+        ({"learning_rate": ["pt=0.01", "pt=0.02"]}, "learning_rate 'pt=0.02' after 0.01: give one number"),
+        ({"search": True, "search_factors": "0.1,1,1.0001"}, "1.0 and 1.0001 are too close"),
+        ({"train": {"trainer": 3}}, "trainer=3: input should be a valid dictionary"),
+        ({"seeds": [2**32]}, "seeds.0=4294967296: input should be less than 4294967296"),
+        ({"tasks": ["train.jsonl"], "eval_tasks": []}, "is a file to train on: name the tasks to evaluate on"),
+    ],
+)
+def test_what_would_be_lost_in_silence_is_refused(changes, message, tmp_path):
+    with pytest.raises(PtmoeError, match=message.replace(".", r"\.")):
+        prepare(read_plan(None, {**TWO, "output_dir": str(tmp_path / "c"), **changes}), data=False)
+
+
 def test_labels_are_unique_and_folders_safe(tmp_path):
     both = [{"name": "pt", "num_virtual_tokens": 3}, {"name": "pt", "num_virtual_tokens": 4}]
     variants = prepared(tmp_path / "c", methods=both, budget=None).variants
@@ -338,8 +367,9 @@ def test_labels_are_unique_and_folders_safe(tmp_path):
     named = [{**entry, "label": "a/b"} for entry in both]
     place = prepared(tmp_path / "c", methods=named[:1]).cells[0].place
     assert place.parts == ("cells", "a__b", "nano__mixed", "seed-0")
-    with pytest.raises(PtmoeError, match="cannot name a folder"):
-        prepared(tmp_path / "c", methods=[{"name": "pt", "label": "../x"}])
+    for label in ("../x", "", " ", "/.jsonl", "a\nb", "\\"):
+        with pytest.raises(PtmoeError, match="cannot name a folder"):
+            prepared(tmp_path / "c", methods=[{"name": "pt", "label": label}])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

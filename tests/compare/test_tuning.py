@@ -81,6 +81,7 @@ def test_whole_ends_give_whole_numbers_and_every_one_of_them(with_ray):
     ("changes", "message"),
     [
         ({"search": ["rank"]}, "search 'rank': needs FIELD=LOW..HIGH or FIELD=VALUE,VALUE"),
+        ({"search": ["rank=1,2", "rank=4"]}, "search: a field is given twice"),
         ({"search": ["rank=5..2"]}, "search rank=5..2: needs two numbers, the lower one first"),
         ({"search": ["rank=1,2"]}, "search: pt has no 'rank' to vary"),
         ({"search": ["task=a,b"]}, "search: pt has no 'task' to vary"),

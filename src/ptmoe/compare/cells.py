@@ -17,12 +17,19 @@ from ptmoe.models.attach import count_parameters
 from ptmoe.models.bases import max_positions
 from ptmoe.runs.folders import cell_folder, file_name
 from ptmoe.runs.records import CellRecord
+from ptmoe.settings import Settings
 from ptmoe.tasks import TASKS, Problems, check_labels, check_size, is_file, load_task, task_named, task_names
 from ptmoe.train.examples import evaluation_data_dir
-from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
+from ptmoe.train.options import BASE, DEFAULT_METHOD, Rate, TrainOptions, method_config
 
 OWN_KEYS = ("name", "label", "learning_rate", "budget")  # of a method's entry, beside the fields of its config
 TYPICAL_INPUT = 64  # tokens, to sort cells by their cost
+
+
+class _OwnRate(Settings):
+    """What a method's entry or `vary` says of its learning rate; the plan checks neither."""
+
+    learning_rate: Rate | None
 
 
 class UntouchedConfig(MethodConfig):
@@ -140,7 +147,8 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
             parts = [f"{key}={value}" for key, value in varied.items()]
             parts += [f"budget={budget}"] if len(limits) > 1 else []
             label = " ".join([str(entry.get("label", name)), *parts])
-            rate = varied.pop("learning_rate", entry.get("learning_rate") or rates.get(name))
+            given = (varied.pop("learning_rate", None), entry.get("learning_rate"), rates.get(name))
+            rate = _OwnRate(learning_rate=next((rate for rate in given if rate is not None), None)).learning_rate
             known_fields = config_class.model_fields | config_class.shorthands
             if unknown := next((field for field in varied if field not in known_fields), None):
                 reason = f"{name} has no {unknown!r} to vary{near(unknown, config_class.model_fields)}"
@@ -175,7 +183,7 @@ def _with_label(variant: Variant, long_label: str, others: Sequence[Variant], kn
             return replace(variant, label=earlier.label)
     taken = {file_name(other.label) for other in (*others, *known)}
     for label in (variant.label, long_label):
-        if label.startswith(".") or not label.isprintable() or "\\" in label:
+        if not file_name(label).strip() or label.startswith(".") or not label.isprintable() or "\\" in label:
             raise PtmoeError(f"label {label!r} cannot name a folder: choose another word")
         if file_name(label) not in taken:
             return replace(variant, label=label)
@@ -189,7 +197,7 @@ def evaluated(plan: ComparePlan, task: str) -> tuple[str, ...]:
         PtmoeError: an unknown task, one without a test split, a file together with others, fewer examples than a
             mixture has parts, or choices of a task without labels.
     """
-    if plan.eval_tasks is None and is_file(task):
+    if not plan.eval_tasks and is_file(task):
         raise PtmoeError(f"{task} is a file to train on: name the tasks to evaluate on with --eval-task")
     names = list(dict.fromkeys(name for tasks in plan.eval_tasks or [task] for name in task_names(tasks)))
     for name in names:
@@ -287,6 +295,7 @@ def cells_of(plan: ComparePlan, chosen: Sequence[Variant], base_config: Any) -> 
 def _train_options(plan: ComparePlan, variant: Variant, task: str, seed: int) -> TrainOptions:
     shared = {name: getattr(plan, name) for name in TrainOptions.model_fields.keys() & ComparePlan.model_fields.keys()}
     own = {*shared, "method", "task", "data", "eval_task", "seed"}
+    trainer = plan.train.get("trainer", {})
     for name in plan.train:
         if name in own:
             raise PtmoeError(f"train: {name!r} is an option of the comparison itself: give it there")
@@ -298,6 +307,6 @@ def _train_options(plan: ComparePlan, variant: Variant, task: str, seed: int) ->
         "learning_rate": variant.learning_rate,
         "output_dir": None,
         # An interrupted cell starts again, so it needs no checkpoints.
-        "trainer": {"save_strategy": "no", **plan.train.get("trainer", {})},
+        "trainer": {"save_strategy": "no", **trainer} if isinstance(trainer, dict) else trainer,
     }
     return TrainOptions(**{**shared, **plan.train, **cell})

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -50,6 +51,8 @@ def _variations(value: Any) -> Any:
         name, equals, values = text.partition("=")
         if not equals or not values:
             raise ValueError(f"vary {text!r}: needs FIELD=VALUE,VALUE,…")
+        if name.strip() in varied:
+            raise ValueError(f"vary {name.strip()!r} is given twice: give all of its values at once, as rank=4,8")
         varied[name.strip()] = [scalar(item) for item in values.split(",")]
     return varied
 
@@ -77,6 +80,9 @@ def _factors(value: Any) -> Any:
         raise ValueError(f"search_factors {value!r}: needs numbers, as 0.1,1,10") from None
     if len(found) < 2:
         raise ValueError(f"search_factors {value!r}: needs two at least, or there is nothing to choose from")
+    for low, high in pairwise(found):
+        if low > 0 and high < 1.01 * low:  # rates are rounded to three digits
+            raise ValueError(f"search_factors {value!r}: {low!r} and {high!r} are too close to tell their rates apart")
     return found
 
 
@@ -87,6 +93,8 @@ def _learning_rates(value: Any) -> Any:
     rates: dict[str, float] = {}
     for text in map(str, value):
         name, _, rate = text.rpartition("=")
+        if name in rates:
+            raise ValueError(f"learning_rate {text!r} after {rates[name]:g}: give one number, or several with --vary")
         try:
             rates[name] = float(rate)
         except ValueError:
@@ -98,12 +106,12 @@ def _learning_rates(value: Any) -> Any:
 
 
 def parse_budget(text: str | int) -> int:
-    """A number of parameters: `80k`, `1.5M`, `80_000`, `80,000` or `80000`.
+    """A number of parameters: `80k`, `1.5M`, `80_000`, `80,000` or `80000`; a comma parts thousands.
 
     Raises:
         PtmoeError: anything else, or less than 1.
     """
-    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kmb]?)", str(text).strip().lower())
+    found = re.fullmatch(r"((?:\d{1,3}(?:,\d{3})+|\d[\d_]*)(?:\.\d+)?)([kmb]?)", str(text).strip().lower())
     units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
     number = float(re.sub("[_,]", "", found[1])) * units[found[2]] if found else 0.0
     if number < 1 or number != round(number):
@@ -165,7 +173,7 @@ class ComparePlan(SharedOptions):
     """to train on: a task, a group, a mixture (a,b is one) or a JSON-lines file; several times"""
     eval_tasks: Annotated[list[str] | None, BeforeValidator(_listed), Flag(("--eval-task",))] = None
     """to evaluate on: tasks, groups, or one file; by default the training task's own test split; several times"""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_seeds), Flag(repeatable=False)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], BeforeValidator(_seeds), Flag(repeatable=False)] = [0]
     """how many, counted from 0; or which: 0,3,5"""
     learning_rate: Annotated[Rate | dict[str, Rate] | None, BeforeValidator(_learning_rates), Flag(repeatable=True)] = (
         None

@@ -35,6 +35,8 @@ def _search(value: Any) -> Any:
         if wrong := next((text for text, pair in zip(texts, pairs, strict=True) if not pair[2]), None):
             raise ValueError(f"search {wrong!r}: needs FIELD=LOW..HIGH or FIELD=VALUE,VALUE,…")
         value = {field.strip(): text for field, _, text in pairs}
+        if len(value) < len(pairs):
+            raise ValueError("search: a field is given twice: give all of its values at once, as rank=4,8")
     if not isinstance(value, dict):
         return value
     found: dict[str, Any] = {}
