@@ -673,6 +673,64 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path, trained):
     prepared(tmp_path / "killed")  # a command that ended before it wrote its plan leaves a folder that can be used
 
 
+@pytest.mark.parametrize("change", [{"methods": ["smop"]}, {"max_steps": 9}, {"seeds": 5}])
+def test_a_plan_that_another_command_has_changed_meanwhile_is_not_overwritten(change, tmp_path, trained):
+    late, early = prepared(tmp_path / "c", **change), prepared(tmp_path / "c")
+    compare(early)
+    plan = (tmp_path / "c" / "comparison.yaml").read_text()
+    with pytest.raises(PtmoeError, match=r"another command has changed .*comparison\.yaml: give the command again"):
+        compare(late)
+    assert (tmp_path / "c" / "comparison.yaml").read_text() == plan
+    assert trained == listed(early)
+    compare(early)  # which has changed it itself
+
+
+def test_a_title_stays_until_another_one_is_given(tmp_path, trained):
+    titles = []
+    for title in ("Mine", None, "Ours"):
+        compare(prepared(tmp_path / "c", title=title))
+        titles.append(read_plan(tmp_path / "c").title)
+    assert titles == ["Mine", "Mine", "Ours"]
+
+
+@pytest.mark.parametrize(
+    ("written", "edited", "said"),
+    [
+        ("max_steps: 4", "max_steps: 8", "max_steps was 4, is 8"),
+        ("learning_rate: 0.03", "learning_rate: 0.05", "learning_rate was 0.03, is 0.05"),
+        ("init: vocabulary", "init: random", "init was 'vocabulary', is 'random'"),
+    ],
+)
+def test_a_plan_that_was_edited_in_its_folder_does_not_pass_for_what_was_trained(
+    written, edited, said, tmp_path, trained
+):
+    trained.does = lambda options: options.write(Path(options.output_dir) / "config.yaml")
+    compare(prepared(tmp_path / "c"))
+    plan = tmp_path / "c" / "comparison.yaml"
+    text = plan.read_text()
+    assert written in text
+    plan.write_text(text.replace(written, edited))
+    with pytest.raises(PtmoeError, match=f"was trained otherwise than the plan says .*{said}"):
+        prepare(read_plan(tmp_path / "c"))
+    plan.write_text(text)
+    assert prepare(read_plan(tmp_path / "c")).unfinished == []
+
+
+def test_what_could_not_be_read_again_stops_before_a_cell_is_trained(tmp_path, trained, monkeypatch):
+    comparison = prepared(tmp_path / "c")
+    size = len(comparison.whole.text().encode())
+    monkeypatch.setattr("ptmoe.compare.run.LARGEST_YAML", size - 1)
+    with pytest.raises(PtmoeError, match=f"would have {size:,} bytes, and none with more than {size - 1:,} is read"):
+        prepared(tmp_path / "c")
+    monkeypatch.setattr("ptmoe.compare.run.LARGEST_YAML", size)
+    prepared(tmp_path / "c")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "failed.jsonl").write_text("{\n")
+    with pytest.raises(PtmoeError, match=r"failed.jsonl, line 1"):
+        compare(comparison)
+    assert trained == []
+
+
 @pytest.mark.slow
 def test_a_cell_is_a_run_folder_and_the_command_reports(run, tmp_path):
     """End to end, in this process; one of the methods diverges."""

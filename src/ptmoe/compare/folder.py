@@ -11,9 +11,10 @@ from ptmoe.compare.cells import Cell
 from ptmoe.compare.plan import ComparePlan, read_plan
 from ptmoe.errors import PtmoeError
 from ptmoe.files import check_name
-from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, SEARCH_FILE, writing
+from ptmoe.runs.folders import CELL_FILE, CONFIG_FILE, FAILED_FILE, PLAN_FILE, SEARCH_FILE, writing
 from ptmoe.runs.records import CellRecord, Failure, write_lines
 from ptmoe.runs.searches import RateSearch
+from ptmoe.settings import read_yaml
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class ComparisonFolder:
             raise PtmoeError(f"{self.path} holds something other than a comparison: choose another --output-dir")
         return None
 
+    def written(self) -> str | None:
+        """The text of the plan's file; None where there is none."""
+        path = self.path / PLAN_FILE
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
     def held(self) -> AbstractContextManager[None]:
         """Create the folder, and keep other commands out of it until this one ends, however it ends.
 
@@ -51,6 +57,28 @@ class ComparisonFolder:
         except PtmoeError:
             return False
         return record == cell.record(record.trainable_parameters)
+
+    def differences(self, cell: Cell, unseen: set[str]) -> list[str]:
+        """In what a finished cell was trained otherwise than is planned now: the plan's file was edited. What the plan
+        leaves at None the run has decided.
+
+        Args:
+            cell: that is finished.
+            unseen: names of options that may differ.
+        """
+        try:
+            trained = read_yaml(self.run_folder(cell) / CONFIG_FILE)
+        except (PtmoeError, OSError):  # the report says that it is damaged
+            return []
+        planned = cell.options.model_dump(mode="json")
+        pairs = [(name, trained[name], value) for name, value in planned.items() if name in trained.keys() - {"method"}]
+        own = trained.get("method")
+        pairs += [(name, own[name], value) for name, value in planned["method"].items() if own and name in own]
+        return [
+            f"{name} was {before!r}, is {now!r}"
+            for name, before, now in pairs
+            if now is not None and before != now and name not in unseen
+        ]
 
     def finish(self, cell: Cell, outcome: int | str) -> None:
         """Record the number of trainable parameters of a cell, which is then never run again, or why it failed."""

@@ -21,6 +21,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import check_quantization, commit_of, load_config
 from ptmoe.runs.folders import PLAN_FILE
 from ptmoe.runs.records import Failure
+from ptmoe.settings import LARGEST_YAML
 from ptmoe.train.examples import check_examples, forgetting_examples
 
 MOST_JOBS = 8  # by default; each loads the base once more
@@ -36,6 +37,7 @@ class Comparison:
     cells: tuple[Cell, ...]  # of `plan`, in the order they are run
     variants: tuple[Variant, ...]  # of `plan`
     left_out: tuple[LeftOut, ...]  # what cannot be run
+    before: str | None  # the text of the folder's plan when `whole` was made of it
 
     @property
     def unfinished(self) -> list[Cell]:
@@ -63,8 +65,9 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
         data: check that the data is there.
 
     Raises:
-        PtmoeError: an unknown model, method, task or option; no data; a folder of another comparison; no cell that can
-            be run, or with `strict` one that cannot; Ray, where it is asked for and not installed.
+        PtmoeError: an unknown model, method, task or option; no data; a folder of another comparison, or with a cell
+            that was trained otherwise; a plan too large to be read again; no cell that can be run, or with `strict`
+            one that cannot; Ray, where it is asked for and not installed.
     """
     check_place(plan.on)
     check_quantization(plan.quantization)
@@ -77,7 +80,7 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             plan, missing = available(plan, say)
             left_out += missing
     folder = ComparisonFolder(Path(plan.output_dir or Path("runs") / _folder_name(plan)))
-    before = folder.plan()
+    before, written = folder.plan(), folder.written()
     known: list[Variant] = []
     if before is not None:
         # Without a look at the data it is not known which of a preset's evaluations there are.
@@ -99,12 +102,25 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
     if before is not None:
         whole = plan.replace(
             preset=before.preset,
+            title=plan.title or before.title,
             methods=list(entries.values()),
             tasks=list(dict.fromkeys([*before.tasks, *plan.tasks])),
             seeds=list(dict.fromkeys([*before.seeds, *plan.seeds])),
         )
+    if (size := len(whole.text().encode())) > LARGEST_YAML:
+        raise PtmoeError(
+            f"the plan of {folder.path} would have {size:,} bytes, and none with more than {LARGEST_YAML:,} is read "
+            "again: compare fewer methods, values or seeds in one folder"
+        )
     cells = tuple(cells_of(plan, chosen, config))
-    comparison = Comparison(plan, whole, folder, cells, tuple(chosen), tuple(dict.fromkeys(left_out)))
+    finished = {cell.variant.label: cell for cell in cells if folder.is_finished(cell)}
+    for cell in finished.values():
+        if different := folder.differences(cell, {"learning_rate"} if plan.search else set()):
+            raise PtmoeError(
+                f"{folder.run_folder(cell)} was trained otherwise than the plan says ({'; '.join(different)}): choose "
+                "another --output-dir, or delete the cells that are to be trained again"
+            )
+    comparison = Comparison(plan, whole, folder, cells, tuple(chosen), tuple(dict.fromkeys(left_out)), written)
     forgetting_examples(plan)
     for trial in {trial.task: trial for trial in comparison.trials}.values() if data else ():
         check_examples(trial.options, say)
@@ -130,11 +146,15 @@ def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[Fail
         The cells of the plan that failed.
 
     Raises:
-        PtmoeError: another command is using the folder, or Ray cannot be had as the plan asks.
+        PtmoeError: another command is using the folder or has changed its plan, its failures are damaged, or Ray
+            cannot be had as the plan asks.
     """
     watcher = watcher or Watcher()
     folder = comparison.folder
     with folder.held():
+        if folder.written() not in (comparison.before, comparison.whole.text()):
+            raise PtmoeError(f"another command has changed {folder.path / PLAN_FILE}: give the command again")
+        folder.failures()  # where it is damaged, that is said before a cell is trained
         cells = comparison.unfinished
         chosen = executor(comparison.plan, comparison.jobs) if cells else nullcontext[Executor](inline)
         with chosen as run:

@@ -145,9 +145,13 @@ class SharedOptions(Settings):
             raise ValueError(f"max_steps={self.max_steps}: needs at least 1, or -1 for num_train_epochs")
         return self
 
+    def text(self) -> str:
+        """As YAML."""
+        return yaml_text(self.model_dump(exclude=self.unwritten))
+
     def write(self, path: Path) -> None:
-        """As YAML, at once: an interruption leaves no partial file."""
-        write_whole(path, yaml_text(self.model_dump(exclude=self.unwritten)))
+        """`text`, at once: an interruption leaves no partial file."""
+        write_whole(path, self.text())
 
 
 class TrainOptions(SharedOptions):
