@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import re
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pandas as pd
@@ -181,6 +181,35 @@ def test_unfinished_failed_and_missing_cells_are_told_apart(tmp_path):
     }
 
 
+def test_a_failed_cell_is_one_cell_whatever_its_label_and_its_file_are_called(tmp_path):
+    file, labels = "/data/my__set/train.jsonl", ("pt", "a__b", "c/d", "_", "x" * 300)
+    write_plan(tmp_path, methods=[{"name": "pt", "label": label} for label in labels], tasks=[file], seeds=[0, 1])
+    write_cell(tmp_path, "pt", file, 0, tasks=["nano/mixed"])
+    write_cell(tmp_path, "pt", file, 1, method="pt", tasks=["nano/mixed"], finished=False)
+    for label in labels[1:]:
+        for seed in range(2):
+            write_cell(tmp_path, label, file, seed, method="dpt", tasks=["nano/mixed"], finished=False)
+    failures = [Failure(label=label, task=file, seed=0, error="no memory") for label in labels[1:]]
+    write_lines(tmp_path / FAILED_FILE, failures)
+    left_out = {(each.label, each.task, each.seed): each.state for each in read_comparison(tmp_path).left_out}
+    unfinished = {(label, file, 1): "unfinished" for label in labels}
+    assert left_out == {(label, file, 0): "failed" for label in labels[1:]} | unfinished
+
+
+def test_a_base_that_failed_is_not_missing_for_every_seed(tmp_path):
+    for task, seed in product(TASKS, range(3)):
+        write_cell(tmp_path, "pt", task, seed)
+    write_cell(tmp_path, "untouched", TASKS[0], 0, method="base")
+    write_lines(tmp_path / FAILED_FILE, [Failure(label="untouched", task=TASKS[1], seed=0, error="no memory")])
+    write_plan(tmp_path, methods=[{"name": "base", "label": "untouched"}, "pt"], tasks=list(TASKS), seeds=[0, 1, 2])
+    assert [each.state for each in read_comparison(tmp_path).left_out] == ["failed"]
+
+
+def write_score(cell, score):
+    path = cell / "eval" / "nano__mixed.json"
+    path.write_text(re.sub(r'("metrics": \{\s*"accuracy": )[\d.]+', rf"\g<1>{score}", path.read_text()))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -188,6 +217,8 @@ def test_unfinished_failed_and_missing_cells_are_told_apart(tmp_path):
         (lambda cell: (cell / "cell.json").write_text("{"), "cell.json"),
         (lambda cell: (cell / "metrics.jsonl").write_text('{"step": "many"}'), "line 1: step"),
         (lambda cell: (cell / "eval" / "nano__mixed.json").unlink(), "lacks nano/mixed"),
+        (lambda cell: write_score(cell, "NaN"), "metrics.accuracy: Input should be a finite number"),
+        (lambda cell: write_score(cell, "1e999"), "metrics.accuracy: Input should be a finite number"),
         (
             lambda cell: (cell / "cell.json").write_text(
                 (cell / "cell.json").read_text().replace('"seed": 1', '"seed": 0')
@@ -357,6 +388,23 @@ def test_the_first_two_by_average_are_tested_on_the_same_examples(folder, compar
     assert average.difference.mean == pytest.approx(np.mean([each.mean() for each in everything]))
 
 
+@pytest.mark.parametrize("by_domain", [False, True])
+def test_examples_that_several_trainings_were_tested_on_are_counted_once(tmp_path, by_domain):
+    """Two trainings to the same answers say no more than one of them."""
+    task = "svamp" if by_domain else "gsm8k"
+    for folder, trainings in ((tmp_path / "one", TASKS[:1]), (tmp_path / "two", TASKS)):
+        for trained_on, (label, skill) in product(trainings, (("pt", 0.5), ("dpt", 0.62))):
+            write_cell(folder, label, trained_on, 0, skill=skill, tasks=[task], examples=100)
+    (one,), (two,) = (boards(read_comparison(tmp_path / name)) for name in ("one", "two"))
+    for label in ("pt", "dpt"):
+        found, expected = (board.scores[label, AVERAGE] for board in (two, one))
+        assert (found.mean, *found.ends) == pytest.approx((expected.mean, *expected.ends), abs=1e-9)
+    (test,), average = one.tests, two.tests[-1]
+    assert average.name == AVERAGE
+    assert average._replace(name=test.name, p_holm=test.p_holm) == test
+    assert [each.p for each in two.tests[:2]] == [test.p] * 2
+
+
 def test_predictions_that_are_missing_leave_a_task_untested_and_say_so(tmp_path):
     for label in ("pt", "pt-moe"):
         for task in TASKS:
@@ -458,6 +506,21 @@ def test_each_figure_is_there_as_png_and_svg_and_shows_something(folder, page):
         assert len(np.unique(pixels @ [1, 1000, 1_000_000])) > 20, stem
 
 
+def test_domains_too_many_for_a_figure_are_in_their_table(tmp_path, monkeypatch):
+    domains = tuple(f"part {number}" for number in range(10))
+    for label in ("pt", "dpt"):
+        write_cell(tmp_path, label, "nano/mixed", 0, domains=domains, sizes=[2] * 10)
+    marks = 2 * (1 + len(domains))
+    for most, drawn in ((marks, 1), (marks - 1, 0)):
+        monkeypatch.setattr("ptmoe.report.figures.MOST_MARKS", most)
+        page = Page(write_report(tmp_path))
+        assert (
+            sum("by domain" in figure for figure in re.findall(r"<figcaption>.*?</figcaption>", page.source)) == drawn
+        )
+        assert (f"More than {most:,} scores are in a table" in page.text) == (not drawn)
+        assert all(f"<wbr>{number}<wbr></th>" in page.source for number in range(10))
+
+
 def test_the_page_tells_the_plan_the_gaps_the_collapse_and_the_words(page):
     for shown in ("Four methods", "comparison.yaml", "c0ffee1234", "Abacus 9000", "ptmoe compare"):
         assert shown in page.text
@@ -502,6 +565,14 @@ def test_a_spreadsheet_takes_no_text_for_a_formula():
     assert header[0] == "'=name"
     assert [line[0] for line in lines] == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "'\t=1", 'a"b', "fine"]
     assert {line[1] for line in lines} == {"-2.5"}  # a number is no text
+
+
+@pytest.mark.parametrize("label", ["[2pt]", "*", "*a", "[x"])
+def test_a_label_in_latex_is_no_argument_of_the_command_before_it(label):
+    rows = to_latex(Table("t", "T", pd.DataFrame({"method": [label, label], "score": [1, 2]}))).splitlines()
+    after = [row for before, row in pairwise(rows) if re.search(r"\\\\$|rule$", before)]
+    assert [row for row in after if re.match(r"\s*[*\[]", row)] == []
+    assert sum(f"{label} & " in row for row in rows) == 2
 
 
 def test_markdown_and_latex_show_a_name_as_it_is():

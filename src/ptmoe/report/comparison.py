@@ -20,13 +20,14 @@ import numpy as np
 import pandas as pd
 
 from ptmoe.errors import PtmoeError
-from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, SEARCH_FILE, Run, read_run
+from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, SEARCH_FILE, Run, file_name, read_run
 from ptmoe.runs.predictions import read_predictions
 from ptmoe.runs.records import CellRecord, Failure
 from ptmoe.runs.searches import RateSearch
 from ptmoe.settings import OF_PEFT, read_yaml
 from ptmoe.tasks import GROUPS
 from ptmoe.tasks.resampling import Group, bootstrap_interval
+from ptmoe.train.options import BASE
 
 ALL, MEAN = "all examples", "mean of domains"  # in the column `of` of the long table, beside the domains
 AVERAGE = "average"
@@ -99,7 +100,7 @@ class Cell(CellRecord):
             return self.run.evaluations[task].interval.get(metric, (None, None))
         if of == MEAN and task in paper()["mean_of_domains"]:  # not in the file, and shown in the main table
             try:
-                return bootstrap_interval(score_groups([self.marks(task)], metric, by_domain=True))
+                return bootstrap_interval(score_groups(example_scores([self.marks(task)], metric), by_domain=True))
             except PtmoeError:
                 pass
         return None, None
@@ -164,16 +165,13 @@ def distinct_name(name: str, what: str = "domain") -> str:
     return f"{name} ({what})" if name in COLUMN_NAMES else name
 
 
-def score_groups(
-    marks: Sequence[pd.DataFrame], metric: str, *, by_domain: bool, less: Sequence[pd.DataFrame] = ()
-) -> list[Group]:
-    """Per-example scores in percent, each the mean over seeds, in the groups that a figure is the mean of.
+def example_scores(marks: Sequence[pd.DataFrame], metric: str, less: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
+    """Each example's `score` in percent, the mean over seeds, and its `domain`; the index is the example's id.
 
     Args:
         marks: of each seed (`Cell.marks`); the examples that all of them have are used.
         metric: of the scores.
-        by_domain: the figure is the plain mean of the domains, not the mean over all examples.
-        less: of another method: then the values are the differences on the same examples.
+        less: of another method: then the scores are the differences on the same examples.
 
     Raises:
         PtmoeError: there is no such example, or a prediction lacks the metric.
@@ -188,9 +186,20 @@ def score_groups(
     except KeyError as error:
         raise PtmoeError(f"a line of the predictions has no score {error}") from None
     values = means[0] - means[1] if less else means[0]
-    domains = marks[0].loc[ids, "domain"].to_numpy()
-    parts = [values[domains == name] for name in sorted(set(domains))] if by_domain else [values]
-    return [Group(1 / len(parts), part) for part in parts]
+    return pd.DataFrame({"score": values, "domain": marks[0].loc[ids, "domain"]}, index=ids)
+
+
+def score_groups(scores: pd.DataFrame, *, by_domain: bool, weight: float = 1.0) -> list[Group]:
+    """The groups that a figure is the mean of.
+
+    Args:
+        scores: of examples (`example_scores`).
+        by_domain: the figure is the plain mean of the domains, not the mean over all examples.
+        weight: of all groups together.
+    """
+    values = scores["score"]
+    parts = [part for _, part in values.groupby(scores["domain"])] if by_domain else [values]
+    return [Group(weight / len(parts), part.to_numpy()) for part in parts]
 
 
 def size_text(size: Mapping[str, Any]) -> str:
@@ -234,7 +243,7 @@ def read_comparison(folder: str | Path) -> Comparison:
     if not folder.is_dir():
         raise PtmoeError(f"{folder} is not a folder: give the folder of a comparison")
     plan = read_yaml(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else {}
-    cells, left_out = _cells(folder)
+    cells, left_out = _cells(folder, plan)
     if not cells:
         first = next((f"; {cell.label} on {cell.task}: {cell.reason}" for cell in left_out if cell.reason), "")
         raise PtmoeError(
@@ -244,15 +253,31 @@ def read_comparison(folder: str | Path) -> Comparison:
     place = _order(plan)
     cells.sort(key=lambda cell: (place(cell), cell.seed))
     searched = RateSearch.read_lines(folder / SEARCH_FILE)
-    return Comparison(folder, plan, tuple(cells), (*left_out, *_not_started(cells, left_out)), searches=tuple(searched))
+    missing = _not_started(plan, cells, left_out)
+    return Comparison(folder, plan, tuple(cells), (*left_out, *missing), searches=tuple(searched))
 
 
-def _cells(folder: Path) -> tuple[list[Cell], list[LeftOut]]:
+def _methods(plan: Mapping[str, Any]) -> dict[str, str]:
+    """The methods of a plan by their labels."""
+    entries = [entry if isinstance(entry, dict) else {"name": entry} for entry in plan.get("methods") or []]
+    return {str(entry.get("label", entry.get("name"))): str(entry.get("name")) for entry in entries}
+
+
+def _cells(folder: Path, plan: Mapping[str, Any]) -> tuple[list[Cell], list[LeftOut]]:
     """The finished cells, and the others, each with its last failure rather than that it is unfinished."""
     cells: list[Cell] = []
     left_out: dict[tuple[str, str, int | None], LeftOut] = {}
+    try:
+        failures = Failure.read_lines(folder / FAILED_FILE)
+    except PtmoeError as error:
+        failures, left_out["–", "–", None] = [], LeftOut("–", "–", None, "damaged", str(error))
+    # A folder's name does not say whether an underscore was a slash, or where a file of data lies.
+    labels = {file_name(name): name for name in (*_methods(plan), *(failure.label for failure in failures))}
+    tasks = {file_name(str(name)): str(name) for name in plan.get("tasks") or []}
+    tasks |= {file_name(failure.task): failure.task for failure in failures}
     for path in sorted((folder / "cells").glob("*/*/seed-*"), key=lambda path: _natural(path.as_posix())):
-        label, task, seed = (part.replace("__", "/") for part in path.parts[-3:])
+        label, task, seed = path.parts[-3:]
+        label, task = labels.get(label, label.replace("__", "/")), tasks.get(task, task.replace("__", "/"))
         number = seed.removeprefix("seed-")
         key = (label, task, int(number) if number.isdecimal() else None)
         try:
@@ -262,10 +287,6 @@ def _cells(folder: Path) -> tuple[list[Cell], list[LeftOut]]:
                 left_out[key] = LeftOut(*key, "unfinished")
         except PtmoeError as error:
             left_out[key] = LeftOut(*key, "damaged", str(error))
-    try:
-        failures = Failure.read_lines(folder / FAILED_FILE)
-    except PtmoeError as error:
-        failures, left_out["–", "–", None] = [], LeftOut("–", "–", None, "damaged", str(error))
     finished = {(cell.label, cell.task, cell.seed) for cell in cells}
     for failure in failures:
         if failure.cell not in finished and (failure.cell not in left_out or left_out[failure.cell].state != "damaged"):
@@ -298,15 +319,16 @@ def _cell(path: Path, others: Sequence[Cell]) -> Cell:
     return Cell(**{**dict(record), "eval_tasks": list(dict.fromkeys(tasks)), "run": run})
 
 
-def _not_started(cells: Sequence[Cell], left_out: Sequence[LeftOut]) -> Iterator[LeftOut]:
+def _not_started(plan: Mapping[str, Any], cells: Sequence[Cell], left_out: Sequence[LeftOut]) -> Iterator[LeftOut]:
     """What is missing from the grid of all labels, tasks and seeds that anything is known of."""
     known = {(cell.label, cell.task, cell.seed) for cell in cells}
     known |= {(cell.label, cell.task, cell.seed) for cell in left_out if cell.seed is not None}
     # What trains nothing is the same for every seed and every task.
-    trained = {cell.label for cell in cells if cell.trainable_parameters} | {cell.label for cell in left_out}
+    untrained = {label for label, method in _methods(plan).items() if method == BASE}
+    untrained |= {cell.label for cell in cells if not cell.trainable_parameters}
     labels, tasks, seeds = (sorted(set(part), key=str) for part in zip(*known, strict=True))
     for label, task, seed in product(labels, tasks, seeds):
-        if label in trained and (label, task, seed) not in known:
+        if label not in untrained and (label, task, seed) not in known:
             yield LeftOut(str(label), str(task), int(seed), "not started")
 
 
@@ -314,8 +336,7 @@ def _order(plan: Mapping[str, Any]) -> Callable[[Cell], tuple[Any, ...]]:
     """Sorts cells by the plan's labels or methods, otherwise by the methods' own order; then by task."""
     from ptmoe.methods import METHODS, MethodConfig
 
-    entries = [entry if isinstance(entry, dict) else {"name": entry} for entry in plan.get("methods") or []]
-    labels = [entry.get("label", entry.get("name")) for entry in entries]
+    labels = list(_methods(plan))
     tasks = plan.get("tasks") or []
 
     def rank(method: str) -> int:

@@ -42,6 +42,7 @@ WIDTH = 4.4  # inches, at 72 points each: 317 points
 FONT_SIZE = 9.0  # points
 LONGEST_DOMAIN = 22  # characters
 MOST_POINTS = 200  # of a curve: as many as can be told apart
+MOST_MARKS = 2_000  # of a figure with a row for each domain: some 250 inches, drawn in half a minute
 SMALLEST, LARGEST = 1_000, 300_000  # trainable parameters that the axis of sizes shows
 SMALL = 7.5  # points, of a name beside its mark
 CURVE_COLUMNS = ["method", "trained on", "by", "at", "mean loss", "lowest seed", "highest seed", "seeds"]

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from ptmoe.errors import PtmoeError
-from ptmoe.report.comparison import ALL, AVERAGE, MEAN, Comparison, distinct_name, paper, score_groups
+from ptmoe.report.comparison import ALL, AVERAGE, MEAN, Comparison, distinct_name, example_scores, paper, score_groups
 from ptmoe.tasks.metrics import MACRO_F1
 from ptmoe.tasks.resampling import Group, bootstrap_interval, sign_flip_p, weighted_mean
 
@@ -127,7 +127,7 @@ def _board(comparison: Comparison, metric: str, rows: pd.DataFrame) -> Board:
     for label, of_label in shown.dropna(subset="column").groupby("label", sort=False):
         found = [scores[label, column.name] for column in columns if (label, column.name) in scores]
         if len(found) == len(columns):
-            scores[label, AVERAGE] = _average(found, of_label)
+            scores[label, AVERAGE] = _average(found, of_label, [column.task for column in columns])
     ranked = [label for label in comparison.labels if (label, AVERAGE) in scores]
     ranking = tuple(sorted(ranked, key=lambda label: -scores[label, AVERAGE].mean))
     testable = len(ranking) > 1 and metric != MACRO_F1  # which no single example has
@@ -157,11 +157,12 @@ def score_of(rows: pd.DataFrame) -> Score:
     return Score(float(values.mean()), seeds, float(low), float(high), "examples")
 
 
-def _average(scores: Sequence[Score], rows: pd.DataFrame) -> Score:
-    """The plain mean over tasks, from their scores and the rows of these.
+def _average(scores: Sequence[Score], rows: pd.DataFrame, tasks: Sequence[str]) -> Score:
+    """The plain mean over columns, from their scores, the rows of these and each column's task.
 
     Over seeds, each seed's own average is one value. For single seeds, the tasks' examples are independent of each
-    other, so the half-widths of their intervals add as the root of the squares.
+    other, so the half-widths of their intervals add as the root of the squares; those of one task after several
+    trainings, which are of the same examples, add as they are.
     """
     if len(scores) == 1:
         return scores[0]
@@ -173,7 +174,8 @@ def _average(scores: Sequence[Score], rows: pd.DataFrame) -> Score:
     ends = np.array([(score.mean, score.low, score.high) for score in scores], dtype=float)
     if np.isnan(ends).any():
         return Score(mean, seeds)
-    below, above = np.linalg.norm(ends[:, :1] - ends[:, 1:], axis=0) / len(scores)
+    halves = pd.DataFrame(np.abs(ends[:, :1] - ends[:, 1:])).groupby(list(tasks)).sum()
+    below, above = np.linalg.norm(halves, axis=0) / len(scores)
     return Score(mean, seeds, float(mean - below), float(mean + above), "examples")
 
 
@@ -205,7 +207,7 @@ def _paired_tests(
     comparison: Comparison, metric: str, columns: Sequence[Column], first: str, second: str
 ) -> tuple[list[PairedTest], list[str]]:
     tests: list[PairedTest] = []
-    everything: list[Group] = []
+    by_task: dict[str, list[pd.DataFrame]] = {}  # the differences after each training
     notes: list[str] = []
     for column in columns:
         pairs = [
@@ -219,13 +221,13 @@ def _paired_tests(
             if not pairs:
                 raise PtmoeError("no seed is finished for both")
             marks, less = ([cell.marks(column.task) for cell in side] for side in zip(*pairs, strict=True))
-            groups = score_groups(marks, metric, by_domain=column.of == MEAN, less=less)
+            differences = example_scores(marks, metric, less)
         except PtmoeError as error:
             notes.append(f"{column.name}: {error}.")
             continue
         seeds = {max(pair, key=lambda cell: cell.trainable_parameters > 0).seed for pair in pairs}
-        tests.append(paired_test(groups, column.name, seeds))
-        everything += [Group(group.weight / len(columns), group.values) for group in groups]
+        tests.append(paired_test(score_groups(differences, by_domain=column.of == MEAN), column.name, seeds))
+        by_task.setdefault(column.task, []).append(differences)
         answered, most = tests[-1].examples, max(map(len, (*marks, *less)))
         if answered < most:
             notes.append(f"{column.name}: only the {answered:,} of {most:,} examples that all cells answered.")
@@ -233,5 +235,9 @@ def _paired_tests(
     tests = [test._replace(p_holm=p) for test, p in zip(tests, corrected, strict=True)]
     if len(tests) == len(columns) > 1:
         shared = set.intersection(*(set(test.difference.seeds) for test in tests))
+        of, everything = {column.task: column.of for column in columns}, list[Group]()
+        for task, found in by_task.items():  # an example that several trainings were tested on is one example
+            mean = pd.concat(found).groupby(level=0).agg({"score": "mean", "domain": "first"})
+            everything += score_groups(mean, by_domain=of[task] == MEAN, weight=len(found) / len(columns))
         tests.append(paired_test(everything, AVERAGE, shared))
     return tests, notes

@@ -199,9 +199,12 @@ def _domains(comparison: Comparison, found: Sequence[Board], gallery: Gallery) -
         drawn = {of: row for of, row in scores.items() if of != MEAN or column.of == MEAN}  # the table has it
         alt = {of: ", ".join(f"{label} {score.mean:.1f}" for label, score in row.items()) for of, row in drawn.items()}
         data = (drawn, board.metric, 1 + (MEAN in drawn), gallery.looks)
-        pictures.append(gallery.picture(title, figures.scores_by_domain, *data, alt=alt))
+        if sum(map(len, drawn.values())) <= figures.MOST_MARKS:
+            pictures.append(gallery.picture(title, figures.scores_by_domain, *data, alt=alt))
     if tables:
         explanation = "Means over seeds. The lines are 95 % intervals; a single seed has none within a domain."
+        if len(pictures) < len(tables):
+            explanation += f" More than {figures.MOST_MARKS:,} scores are in a table and not in a figure."
         yield Section("By domain", explanation, tables, pictures)
 
 

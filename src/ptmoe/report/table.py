@@ -150,7 +150,8 @@ def to_latex(table: Table) -> str:
         if row and table.sources and table.sources[row] != table.sources[row - 1]:
             source = _latex(table.sources[row])
             lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{source}}}}} \\"]
-        lines.append(" & ".join(cells) + r" \\")
+        first, *others = cells  # a bracket or a star would be an argument of the command before it
+        lines.append(" & ".join([f"{{}}{first}" if first.startswith(("[", "*")) else first, *others]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 

@@ -259,6 +259,8 @@ class EvaluationSummary(Record):
         settings: what decided the predictions.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)  # a score that is no number would spoil all that it is compared with
+
     task: str
     split: str = "test"
     examples: int
