@@ -716,6 +716,18 @@ def test_a_plan_that_was_edited_in_its_folder_does_not_pass_for_what_was_trained
     assert prepare(read_plan(tmp_path / "c")).unfinished == []
 
 
+def test_what_a_run_decided_for_itself_is_no_edit(tmp_path, trained):
+    def resolved(options):
+        method = {**options.method, "target_modules": ["q_proj", "v_proj"]}
+        options.replace(method=method, chat=False).write(Path(options.output_dir) / "config.yaml")
+
+    trained.does = resolved
+    methods = ["lora", "lora:target_modules=all-linear", "lora:target_modules=[v_proj,q_proj]"]
+    asked = {"methods": methods, "budget": None}
+    compare(prepared(tmp_path / "c", **asked))
+    assert prepared(tmp_path / "c", **asked).unfinished == prepare(read_plan(tmp_path / "c")).unfinished == []
+
+
 def test_what_could_not_be_read_again_stops_before_a_cell_is_trained(tmp_path, trained, monkeypatch):
     comparison = prepared(tmp_path / "c")
     size = len(comparison.whole.text().encode())

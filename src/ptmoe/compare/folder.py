@@ -16,6 +16,8 @@ from ptmoe.runs.records import CellRecord, Failure, write_lines
 from ptmoe.runs.searches import RateSearch
 from ptmoe.settings import read_yaml
 
+SCALARS = (bool, int, float, str)
+
 
 @dataclass(frozen=True)
 class ComparisonFolder:
@@ -60,7 +62,7 @@ class ComparisonFolder:
 
     def differences(self, cell: Cell, unseen: set[str]) -> list[str]:
         """In what a finished cell was trained otherwise than is planned now: the plan's file was edited. What the plan
-        leaves at None the run has decided.
+        leaves at None the run has decided, and lists, such as a base's layers, it has written out.
 
         Args:
             cell: that is finished.
@@ -77,7 +79,7 @@ class ComparisonFolder:
         return [
             f"{name} was {before!r}, is {now!r}"
             for name, before, now in pairs
-            if now is not None and before != now and name not in unseen
+            if isinstance(before, SCALARS) and isinstance(now, SCALARS) and before != now and name not in unseen
         ]
 
     def finish(self, cell: Cell, outcome: int | str) -> None:
