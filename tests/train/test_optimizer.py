@@ -110,6 +110,9 @@ REFUSED = {
         "lora-fa consists in an optimizer",
     ),
     "another": ({"optim": "sgd", "method": {"name": "riemannian"}}, "riemannian consists in an optimizer"),
+    "a number that the default cannot use": ({"trainer": {"adam_beta1": 2.0}}, "refuses .*Invalid beta parameter"),
+    "a schedule that lacks a number": ({"lr_scheduler_type": "cosine_with_min_lr"}, "refuses .*min_lr_rate should be"),
+    "a schedule with one too many": ({"trainer": {"lr_scheduler_kwargs": {"x": 1}}}, "refuses .*unexpected .*'x'"),
     "one among the trainer's": ({"trainer": {"optim": "sgd"}}, "'optim' is an option of the run itself"),
 }
 

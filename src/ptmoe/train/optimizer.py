@@ -28,43 +28,52 @@ def updates_in_backward(optim: str) -> bool:
 
 
 def check_optimizer(options: TrainOptions, config: MethodConfig) -> None:
-    """Make the optimizer for a module of one weight.
+    """Make the optimizer and the scheduler for a module of one weight.
 
     Raises:
         PtmoeError: an optimizer that does not exist, whose package is missing, that its arguments or the other options
-            do not fit, or a method that has its own.
+            do not fit, or a method that has its own; a scheduler that lacks an argument or gets one that it has not.
     """
-    if options.optim is None:
-        return
     from torch import nn
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments, get_scheduler
     from transformers.training_args import OptimizerNames, ParallelMode
 
-    if hasattr(config, "create_optimizer"):
-        raise PtmoeError(f"optim={options.optim!r}: {config.method} consists in an optimizer of its own: leave it out")
-    known = [name.value for name in OptimizerNames]
-    if options.optim not in known:
-        raise PtmoeError(f"optim={options.optim!r}: no such optimizer{near(options.optim, known)}")
-    if updates_in_backward(options.optim) and options.gradient_accumulation_steps > 1:
-        raise PtmoeError(
-            f"optim={options.optim!r} updates the weights while it computes the gradients, so it cannot add up those "
-            f"of gradient_accumulation_steps={options.gradient_accumulation_steps}: leave that out"
-        )
+    if options.optim is not None:
+        if hasattr(config, "create_optimizer"):
+            raise PtmoeError(
+                f"optim={options.optim!r}: {config.method} consists in an optimizer of its own: leave it out"
+            )
+        known = [name.value for name in OptimizerNames]
+        if options.optim not in known:
+            raise PtmoeError(f"optim={options.optim!r}: no such optimizer{near(options.optim, known)}")
+        if updates_in_backward(options.optim) and options.gradient_accumulation_steps > 1:
+            raise PtmoeError(
+                f"optim={options.optim!r} updates the weights while it computes the gradients, so it cannot add up "
+                f"those of gradient_accumulation_steps={options.gradient_accumulation_steps}: leave that out"
+            )
     defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
     chosen = {name: value for name, value in options.model_dump().items() if value is not None and name in defaults}
     if options.optim_target_modules:
         chosen["optim_target_modules"] = "all-linear"  # of the one module; those of the model are checked with it
     mode = ParallelMode.DISTRIBUTED if world_size() > 1 else ParallelMode.NOT_PARALLEL
     stub = nn.Sequential(nn.Linear(2, 2))
+    arguments = SimpleNamespace(**{**defaults, **options.trainer, **chosen, "parallel_mode": mode})
+    scheduled = arguments.lr_scheduler_kwargs
+    refused = "transformers refuses these options:"
     try:
-        arguments = SimpleNamespace(**{**defaults, **options.trainer, **chosen, "parallel_mode": mode})
         make, given = Trainer.get_optimizer_cls_and_kwargs(arguments, stub)
         of: Any = stub.parameters()
         for name in ("params", "model", "optimizer_dict"):  # the last that is there, as in `Trainer`
             of = given.pop(name, of)
-        make(of, **given)
+        optimizer = make(of, **given)
+        scheduled = json.loads(scheduled) if isinstance(scheduled, str) else scheduled
     except Exception as error:  # whatever these packages raise
-        raise PtmoeError(f"optim={options.optim!r} cannot be used: {' '.join(str(error).split())}") from None
+        what = refused if options.optim is None else f"optim={options.optim!r} cannot be used:"
+        raise PtmoeError(f"{what} {' '.join(str(error).split())}") from None
+    try:
+        get_scheduler(options.lr_scheduler_type, optimizer, 1, 1_000_000, scheduler_specific_kwargs=scheduled)
+    except (ValueError, TypeError) as error:
+        raise PtmoeError(f"{refused} {' '.join(str(error).split())}") from None
 
 
 def check_targets(options: TrainOptions, model: PromptedCausalLM) -> None:

@@ -17,7 +17,7 @@ from ptmoe.errors import PtmoeError, near, shown
 from ptmoe.files import LONGEST_NAME, write_whole
 from ptmoe.settings import Flag, Settings, method_name, parse_yaml, read_yaml, yaml_text
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BASE = "base"  # the method of a run that trains nothing
 DEFAULT_METHOD = "pt-moe"
@@ -113,13 +113,13 @@ class SharedOptions(Settings):
     """of an evaluated answer; by default the task's own limit"""
     max_steps: int = -1
     """optimizer steps, instead of --num-train-epochs; -1 for none"""
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    num_train_epochs: Rate = 3.0
     """passes over the training data"""
     per_device_train_batch_size: Annotated[Count, Flag(("--per-device-train-batch-size", "--batch-size"))] = 32
     """rows computed at once on one device by training"""
     gradient_accumulation_steps: Count = 1
     """batches added up for one optimizer step"""
-    warmup_steps: Annotated[float, Field(ge=0)] = 0.1
+    warmup_steps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     """steps of increasing learning rate; below 1, a share of all steps"""
     output_dir: str | None = None
     """folder of the run; by default a new one under runs/"""
@@ -187,7 +187,7 @@ class TrainOptions(SharedOptions):
     validation_examples: Count | None = None
     """evaluate on so many examples of the training task's validation split, and not on a test split; where it has none,
     on the first of the training split, which are then not trained on"""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """of the initial values, the order of the data and the router's noise"""
     learning_rate: Rate | None = None
     """by default the method's own (docs/findings.md)"""
@@ -201,7 +201,7 @@ class TrainOptions(SharedOptions):
     optim_target_modules: str | list[str] | None = None
     """whose gradients galore and apollo project: all-linear, a regular expression, or, given several times, parts of
     names"""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """of AdamW"""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """gradients are clipped to this norm"""
@@ -246,6 +246,14 @@ class TrainOptions(SharedOptions):
                 raise ValueError(f"{name}={value!r} belongs to an optimizer: name it with optim")
         if any(not re.fullmatch(r"\s*\w+\s*=[^=]+", part) for part in (self.optim_args or "a=b").split(",")):
             raise ValueError(f"optim_args={self.optim_args!r}: needs KEY=VALUE, several parted by commas")
+        return self
+
+    @model_validator(mode="after")
+    def _a_time_to_wait(self) -> Self:
+        """Read before `transformers` has checked it."""
+        wait = self.trainer.get("ddp_timeout", 1)
+        if not isinstance(wait, (int, float)) or not 0 < wait < float("inf"):
+            raise ValueError(f"trainer: ddp_timeout={shown(wait)}: needs a number of seconds above 0")
         return self
 
     @classmethod
