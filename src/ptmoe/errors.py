@@ -17,7 +17,8 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "the disk is damaged or gone",
 }
-DIVERGED = "the loss became"  # how the message of a `DivergedError` begins, in whichever process it was raised
+# How the message of a `DivergedError` begins, in whichever process it was raised.
+DIVERGED = ("the loss became", "the weights became")
 
 
 class PtmoeError(ValueError):

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import ptmoe
 from ptmoe.train import TrainOptions, train
@@ -236,6 +237,55 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(undisturbed, tmp_pat
     assert signal.getsignal(number) == before
     quietly(run)
     assert same_adapter(run, undisturbed)
+
+
+@pytest.mark.parametrize("step", [EVERY * 2, STEPS])
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_weights_that_the_last_update_breaks_are_never_saved(tmp_path, step, strategy):
+    """No later loss shows it: the update is a checkpoint's, or the last of the run."""
+    if strategy == "no" and step < STEPS:
+        pytest.skip("nothing is saved there")
+
+    class Break(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model, **_):
+            if state.global_step + 1 == step:
+                next(model.encoder.parameters()).data.view(-1)[0] = float("inf")
+
+    run = tmp_path / "run"
+    with pytest.raises(ptmoe.PtmoeError, match=rf"^the weights became .* at step {step}; stopped with the adapter"):
+        train(options(run, trainer={"save_strategy": strategy}), callbacks=[Break()], say=lambda _: None)
+    saved = list(run.rglob("adapter_model.safetensors"))
+    assert run / "adapter" / "adapter_model.safetensors" in saved
+    assert all(bool(value.isfinite().all()) for path in saved for value in load_file(path).values())
+    assert not (run / "result.json").exists()
+
+
+def test_a_checkpoint_that_takes_the_place_of_another_is_whole_at_any_moment(undisturbed, tmp_path, monkeypatch):
+    """As where a signal and the end of an epoch save the same step."""
+    run = copied(undisturbed, tmp_path / "run")
+    target = run / "checkpoints" / f"checkpoint-{STEPS}"
+    again = run / "checkpoints" / ours.PARTIAL / target.name
+    shutil.copytree(target, again)
+
+    def killed(path, **_):
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ours.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ours.publish(again, target)
+    assert ours.newest_whole(target.parent, pytest.fail) == target
+
+
+def test_a_checkpoint_of_the_weights_alone_is_not_gone_on_from_as_if_it_were_whole(tmp_path):
+    """Its learning rate would start anew."""
+    run, weights = tmp_path / "run", {"trainer": {"save_only_model": True}}
+    train(options(run, **weights), say=lambda _: None)
+    shutil.rmtree(run / "checkpoints" / f"checkpoint-{STEPS}")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ptmoe.PtmoeError, match=r"checkpoint-6 lacks scheduler\.json.*save_only_model"):
+        quietly(run, **weights)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 # -- which are kept ----------------------------------------------------------------------------------------------------

@@ -291,3 +291,31 @@ def test_full_fine_tuning_is_cast_with_its_base():
     model = ptmoe.attach(tiny_llama(), METHODS["ft"]()).to(torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model(**on_device(collate(dataset(4)))).loss.isfinite()
+
+
+def test_the_loss_scale_of_half_precision_is_saved_without_a_pickle(tmp_path):
+    scales = []
+    for start in (8.0, 2.0):
+        made = trainer(tmp_path, METHODS["pt"](num_virtual_tokens=4), trainer_class=PromptTrainer)
+        made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=start)
+        scales.append(made)
+    scales[0]._save_scaler(str(tmp_path))
+    scales[1]._load_scaler(str(tmp_path))
+    assert scales[1].accelerator.scaler.state_dict() == scales[0].accelerator.scaler.state_dict()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_an_optimizer_that_updates_in_the_backward_pass_is_undone_to_the_last_finite_loss(tmp_path):
+    """The weights that it breaks in step 2 give the loss of step 3."""
+    made = trainer(tmp_path, METHODS["pt"](num_virtual_tokens=4), trainer_class=PromptTrainer, save_strategy="no")
+    (prompt,) = made.model.encoder.parameters()
+    before = []
+
+    def update(parameter):
+        before.append(parameter.detach().clone())
+        parameter.data.fill_(float("nan") if len(before) == 2 else 0.5)
+
+    prompt.register_post_accumulate_grad_hook(update)
+    with pytest.raises(PtmoeError, match="loss became nan at step 3"):
+        made.train()
+    assert torch.equal(prompt, before[1])

@@ -257,6 +257,32 @@ def test_unfit_options_are_refused_by_name_and_write_nothing(case, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 2**32},
+        {"num_train_epochs": math.inf},
+        {"warmup_steps": math.inf},
+        {"weight_decay": math.inf},
+        {"per_device_train_batch_size": 2**63},
+        {"trainer": {"ddp_timeout": "soon"}},
+        {"trainer": {"ddp_timeout": None}},
+        {"trainer": {"ddp_timeout": 0}},
+    ],
+)
+def test_numbers_that_no_training_can_use_are_refused_by_name(changes, tmp_path):
+    (name,) = changes.get("trainer", changes)
+    with pytest.raises(ptmoe.PtmoeError, match=name):
+        options(tmp_path / "run", **changes)
+
+
+def test_a_refusal_after_the_base_is_loaded_leaves_a_folder_that_can_be_used(tmp_path):
+    chosen = {"method": SMALL | {"recipe": "paper"}, "max_steps": 1, "eval_examples": 1}
+    with pytest.raises(ptmoe.PtmoeError, match="transformers refuses these options: persistent_workers"):
+        train(options(tmp_path / "run", **chosen, trainer={"dataloader_persistent_workers": True}))
+    assert train(options(tmp_path / "run", **chosen)).result.steps == 1
+
+
 def test_bad_data_starts_no_training(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(ptmoe.PtmoeError, match=r"1 bad record\(s\)"):

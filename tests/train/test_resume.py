@@ -15,6 +15,7 @@ from ptmoe.models.bases import load_base
 from ptmoe.report.page import write_run_report
 from ptmoe.runs.records import Environment, LogLine
 from ptmoe.train import TrainOptions, train
+from ptmoe.train.checkpoints import seal
 from ptmoe.train.resume import FREE, continued, recorded
 
 METHOD = {"name": "pt-moe", "num_virtual_tokens": 4, "num_experts": 2, "rank": 2}
@@ -334,6 +335,22 @@ def test_other_data_and_another_base_go_on_by_force(tmp_path):
     (change,) = Environment.read(tmp_path / "run" / "environment.json").changes
     assert set(change.differences) == {"fingerprint of the base", "fingerprint of the data"}
     assert all(before != now for before, now in change.differences.values())
+
+
+def test_a_checkpoint_of_other_processes_goes_on_by_force_alone(stopped, run_folder):
+    """Each step of two processes reads two batches."""
+    checkpoint = run_folder / "checkpoints" / "checkpoint-2"
+    shutil.copy(checkpoint / "random_state.json", checkpoint / "random_state.1.json")
+    (checkpoint / "random_state.json").rename(checkpoint / "random_state.0.json")
+    seal(checkpoint)
+    before = state(run_folder)
+    options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder))
+    with pytest.raises(ptmoe.PtmoeError, match=r"checkpoint-2 was made by 2 processes, and 1 would go on"):
+        train(options, resume=True, say=lambda _: None)
+    assert state(run_folder) == before
+    train(options, resume=True, force=True, say=lambda _: None)
+    (change,) = Environment.read(run_folder / "environment.json").changes
+    assert change.differences == {"processes": (2, 1)}
 
 
 def test_the_method_cannot_be_forced_and_force_alone_is_refused(stopped, run_folder):

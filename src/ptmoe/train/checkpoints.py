@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.files import sha256
 
 MANIFEST = "sha256.json"
+RANDOM_STATE = "random_state.json"  # of several processes, one for each: `random_state.0.json`
 PARTIAL = ".partial"  # where a checkpoint is written
 
 
@@ -31,10 +33,12 @@ def seal(folder: Path) -> None:
 
 def publish(folder: Path, target: Path) -> None:
     """Give a sealed checkpoint its name; one that has it already, of an earlier try, is replaced."""
+    before = folder.with_name(f"{folder.name}.before")
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(before)  # removing it takes a while, in which a kill would leave neither
     folder.rename(target)
     _sync(target.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def fault(folder: Path) -> str | None:
@@ -56,6 +60,12 @@ def fault(folder: Path) -> str | None:
     return None
 
 
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder by step, newest first."""
+    named = (re.fullmatch(r"checkpoint-(\d+)", path.name, re.ASCII) for path in folder.glob("checkpoint-*"))
+    return sorted(((int(name[1]), folder / name[0]) for name in named if name), reverse=True)
+
+
 def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to resume from: the newest that is as it was written; None where there is none at all.
 
@@ -66,16 +76,17 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
     Raises:
         PtmoeError: there are checkpoints, and none can be used.
     """
-    numbers = [path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")]
-    found = [folder / f"checkpoint-{step}" for step in sorted((int(n) for n in numbers if n.isdigit()), reverse=True)]
+    found = numbered(folder)
     reason: str | None = None
-    for checkpoint in found:
+    for _, checkpoint in found:
         reason = fault(checkpoint)
         if reason is None:
             return checkpoint
         say(f"{checkpoint} is passed over: {reason}")
     if found:
-        raise PtmoeError(f"no checkpoint in {folder} can be used ({found[-1].name}: {reason}): train in another folder")
+        raise PtmoeError(
+            f"no checkpoint in {folder} can be used ({found[-1][1].name}: {reason}): train in another folder"
+        )
     return None
 
 

@@ -33,7 +33,7 @@ from ptmoe.train.examples import askable, evaluation_examples, evaluation_split,
 from ptmoe.train.optimizer import check_optimizer, check_targets
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
 from ptmoe.train.processes import ALONE, TIMEOUT, Processes
-from ptmoe.train.resume import Differences, check_base, check_data, continued, is_run
+from ptmoe.train.resume import Differences, check_base, check_data, check_processes, continued, has_checkpoints, is_run
 
 # `transformers` and all that needs it take seconds to import, so functions import them: bad options and missing data
 # are reported at once.
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from ptmoe.train.steps import Progress
     from ptmoe.train.trainer import PromptTrainer
 
-RUN_FILES = (CONFIG_FILE, RESULT_FILE, ADAPTER_FOLDER, METRICS_FILE, CHECKPOINTS_FOLDER)
+RUN_FILES = (CONFIG_FILE, RESULT_FILE, ADAPTER_FOLDER, METRICS_FILE)  # and checkpoints
 # Options whose names `TrainingArguments` has as well, but which are carried out here.
 NOT_PASSED_ON = {"output_dir", "torch_compile", "gradient_checkpointing", "fsdp"}
 PLACES = {"data", "data_dir", "eval_data_dir", "forgetting"}  # may differ between machines: what they hold may not
@@ -88,7 +88,7 @@ def train(
 
     Raises:
         PtmoeError: unfit options or data, before anything is written.
-        DivergedError: the loss became NaN; the last good adapter is saved, if there is one.
+        DivergedError: the loss or the weights became NaN; the last good adapter is saved, if there is one.
         InterruptedRunError: SIGINT or SIGTERM came; a checkpoint is saved.
     """
     method_config(options.method)  # its name may become the folder's
@@ -118,6 +118,7 @@ def _train(
     if resume and is_run(folder):
         options, different = continued(options, folder, force)
         checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, say)
+        different |= {} if checkpoint is None else check_processes(checkpoint, force)
     if resume and checkpoint is None:
         say(f"{folder} holds no checkpoint yet: the run starts from the beginning")
     config = method_config(options.method)
@@ -329,6 +330,7 @@ def run_folder(options: TrainOptions, resume: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise PtmoeError(f"{folder} is a file: name a folder for the run")
     held = [name for name in RUN_FILES if (folder / name).exists()]
+    held += [CHECKPOINTS_FOLDER] if has_checkpoints(folder) else []  # the folder alone is of a run that was refused
     if held and not resume:
         raise PtmoeError(
             f"{folder} already holds a run ({', '.join(held)}): choose another --output-dir, or continue it with "
@@ -389,6 +391,7 @@ def _trainer(
             batches=batches,
             callbacks=[MetricsFile(folder / METRICS_FILE), *callbacks],
         )
+        trainer.get_train_dataloader()  # refuses its own
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise PtmoeError(f"transformers refuses these options: {' '.join(str(error).split())}") from None
     if trainer.args.world_size != world_size():

@@ -8,14 +8,17 @@ differs is taken as it is given, and both values are recorded with the step.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import commit_of
+from ptmoe.runs.environment import world_size
 from ptmoe.runs.folders import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE
 from ptmoe.runs.records import Environment
+from ptmoe.train.checkpoints import RANDOM_STATE
 from ptmoe.train.options import TrainOptions, method_config
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ def is_run(folder: Path) -> bool:
     if (folder / CONFIG_FILE).exists():
         return True
     held = [name for name in (RESULT_FILE, ADAPTER_FOLDER) if (folder / name).exists()]
-    held += [CHECKPOINTS_FOLDER] if _has_checkpoints(folder) else []
+    held += [CHECKPOINTS_FOLDER] if has_checkpoints(folder) else []
     if held:
         raise PtmoeError(
             f"{folder} holds {', '.join(held)}, and {CONFIG_FILE}, which says how they were made, is missing: put it "
@@ -50,7 +53,7 @@ def is_run(folder: Path) -> bool:
     return False
 
 
-def _has_checkpoints(folder: Path) -> bool:
+def has_checkpoints(folder: Path) -> bool:
     return any((folder / CHECKPOINTS_FOLDER).glob("checkpoint-*"))
 
 
@@ -75,7 +78,7 @@ def continued(options: TrainOptions, folder: Path, force: bool = False) -> tuple
     """
     config = recorded(folder)
     known = folder / ENVIRONMENT_FILE
-    made = Environment.read(known).options if known.exists() and _has_checkpoints(folder) else None
+    made = Environment.read(known).options if known.exists() and has_checkpoints(folder) else None
     record = config if made is None else TrainOptions(**made)
     given = options.model_dump(include=options.model_fields_set)
     if given.get("revision") is not None:  # the record has the commit
@@ -145,7 +148,7 @@ def check_data(
         if before is None:
             say(f"{known} records no fingerprint of the data: whether they are those of the first steps is not known")
             return {}
-    elif not _has_checkpoints(folder):  # interrupted before it was written, and before any training
+    elif not has_checkpoints(folder):  # interrupted before it was written, and before any training
         return {}
     elif not force:
         raise PtmoeError(
@@ -185,3 +188,21 @@ def check_base(checkpoint: Path, model: PromptedCausalLM, force: bool = False) -
         first, second = (hashlib.sha256(repr(mark).encode()).hexdigest()[:16] for mark in marks)
         return {"fingerprint of the base": (first, second)}
     return {}
+
+
+def check_processes(checkpoint: Path, force: bool = False) -> Differences:
+    """
+    Raises:
+        PtmoeError: other processes than now have made the checkpoint, from which steps are left: a step would read
+            another number of batches.
+    """
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    before, now = len(list(checkpoint.glob(RANDOM_STATE.replace(".", "*.")))), world_size()
+    if before in (0, now) or state["global_step"] >= state["max_steps"]:
+        return {}
+    if not force:
+        raise PtmoeError(
+            f"{checkpoint} was made by {before} process{'es' if before > 1 else ''}, and {now} would go on: a step "
+            f"would read other examples; start {before}, {FORCE}, or choose another --output-dir"
+        )
+    return {"processes": (before, now)}

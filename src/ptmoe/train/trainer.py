@@ -33,29 +33,28 @@ from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import LogLine, append_line, write_lines
 from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
-from ptmoe.train.checkpoints import PARTIAL, publish, seal
+from ptmoe.train.checkpoints import PARTIAL, RANDOM_STATE, numbered, publish, seal
 from ptmoe.train.optimizer import SCHEDULER, load_state, save_state, settle, updates_in_backward
 
 TRAINING_STATE = "training_state.safetensors"
-RANDOM_STATE = "random_state.json"
+SCALER = "scaler.json"
 
 
 class DivergedError(PtmoeError):
-    """The loss became NaN or infinite.
+    """The loss or the weights became NaN or infinite.
 
     Attributes:
-        step: the training step at which it did.
+        step: the training step at which they did.
         restored: a description of what the model holds now: the adapter of the last finite loss or, with a method that
             trains the base's own weights, those of a checkpoint. None if there was nothing to restore.
     """
 
-    def __init__(self, loss: float, step: int, restored: str | None) -> None:
+    def __init__(self, what: str, step: int, restored: str | None) -> None:
         super().__init__(
-            f"{DIVERGED} {loss} at step {step}, and no checkpoint holds earlier weights, so nothing was saved: "
-            "lower --learning-rate, train in float32, or lower --save-steps"
+            f"{what} at step {step}, and no checkpoint holds earlier weights, so nothing was saved: lower "
+            "--learning-rate, train in float32, or lower --save-steps"
             if restored is None
-            else f"{DIVERGED} {loss} at step {step}; stopped with {restored}: lower --learning-rate, or train in "
-            "float32"
+            else f"{what} at step {step}; stopped with {restored}: lower --learning-rate, or train in float32"
         )
         self.step = step
         self.restored = restored
@@ -94,10 +93,10 @@ class PromptTrainer(Trainer):
             parts = [f"base_model.{name}" for name, _ in base.named_parameters()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, parts)
         self.batches = batches
-        self.callback_handler.callbacks.insert(0, _Settled())  # before what else ends the training of the weights
+        self.callback_handler.callbacks.insert(0, _Settled(self))  # before what else ends the training of the weights
         if batches is not None:
             self.add_callback(_Epochs(batches))
-        self._last_good: dict[str, Tensor] = {}
+        self._last_good: list[Tensor] = []  # values of the trained parameters
         self._saving = False
         self.changed = False  # resumed with other options than the checkpoint's
         self._parts = 1  # in which a batch is computed
@@ -135,14 +134,27 @@ class PromptTrainer(Trainer):
     # -- divergence ----------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        # Before the step, within which some optimizers update the weights already.
+        kept = [] if self.model.encoder.config.trains_base else [part.detach().clone() for part in self._trained()]
         loss = self._in_parts(model, inputs, num_items_in_batch)
-        encoder = self.model.encoder
         if not loss.isfinite():
-            raise DivergedError(loss.item(), self.state.global_step + 1, self._restore())
-        if not encoder.config.trains_base:
-            self._last_good = {name: value.clone() for name, value in encoder.state_dict().items()}
+            raise DivergedError(f"{DIVERGED[0]} {loss.item()}", self.state.global_step + 1, self._restore())
+        self._last_good = kept
         return loss
 
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.encoder.parameters() if parameter.requires_grad]
+
+    def check_weights(self) -> None:
+        """Before they are saved: no loss has shown yet what the last update has made of them.
+
+        Raises:
+            DivergedError: they are not finite.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self._trained()):
+            raise DivergedError(f"{DIVERGED[1]} NaN or infinite", self.state.global_step, self._restore())
+
+    @torch.no_grad()
     def _restore(self) -> str | None:
         """Undo the updates since the last finite loss or, with a method that trains the base's own weights, since the
         newest checkpoint.
@@ -152,11 +164,10 @@ class PromptTrainer(Trainer):
         """
         if not self.model.encoder.config.trains_base:
             if self._last_good:
-                self.model.encoder.load_state_dict(self._last_good)
+                for parameter, value in zip(self._trained(), self._last_good, strict=True):
+                    parameter.copy_(value)
             return "the adapter as it was before"
-        steps = [path.name.rpartition("-")[2] for path in Path(self.args.output_dir).glob("checkpoint-*")]
-        for step in sorted((int(step) for step in steps if step.isdigit()), reverse=True):
-            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        for step, folder in numbered(Path(self.args.output_dir)):
             if step <= self.state.global_step:
                 with suppress(PtmoeError):  # the update before it may have broken the weights
                     self._load_from_checkpoint(str(folder))
@@ -229,6 +240,7 @@ class PromptTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._saving = True
         settle(self.optimizer)
+        self.check_weights()
         try:
             with naming(folder / name):
                 super()._save_checkpoint(model, trial)
@@ -277,16 +289,27 @@ class PromptTrainer(Trainer):
             encoder.load_training_state(load_file(folder / TRAINING_STATE, device=str(self.model.device)))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.optimizer is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
+        if self.args.should_save:
             save_state(self.optimizer, self.lr_scheduler, self.args.optim, Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / SCHEDULER).exists():
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            load_state(self.optimizer, self.lr_scheduler, Path(checkpoint), self.changed)
+        if checkpoint is None:
+            return
+        if not (Path(checkpoint) / SCHEDULER).exists():
+            raise PtmoeError(
+                f"{checkpoint} lacks {SCHEDULER} and with it the step of the learning rate (save_only_model leaves it "
+                "out, and other trainers write it in another form), so training cannot go on from it: start again, "
+                "with another output_dir"
+            )
+        load_state(self.optimizer, self.lr_scheduler, Path(checkpoint), self.changed)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.args.should_save and (scaler := self.accelerator.scaler) is not None:
+            (Path(output_dir) / SCALER).write_text(json.dumps(scaler.state_dict()))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (file := Path(checkpoint) / SCALER).exists():
+            self.accelerator.scaler.load_state_dict(json.loads(file.read_text()))
 
     def _save_rng_state(self, output_dir: str) -> None:
         state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
@@ -296,8 +319,8 @@ class PromptTrainer(Trainer):
         self._random_state_file(output_dir).write_text(json.dumps(state, default=lambda array: array.tolist()))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        # The file of this process is missing where others have made the checkpoint, which takes `--force`.
         if checkpoint is None or not self._random_state_file(checkpoint).exists():
-            super()._load_rng_state(checkpoint)
             return
         state = json.loads(self._random_state_file(checkpoint).read_text())
         version, internal, gauss = state["python"]
@@ -324,8 +347,12 @@ class _Epochs(TrainerCallback):
 
 
 class _Settled(TrainerCallback):
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **_: Any) -> None:
-        settle(optimizer)
+    def __init__(self, trainer: PromptTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        settle(self.trainer.optimizer)
+        self.trainer.check_weights()
 
 
 def _rows(inputs: dict[str, Any], part: slice) -> dict[str, Any]:
