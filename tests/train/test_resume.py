@@ -15,7 +15,7 @@ from ptmoe.models.bases import load_base
 from ptmoe.report.page import write_run_report
 from ptmoe.runs.records import Environment, LogLine
 from ptmoe.train import TrainOptions, train
-from ptmoe.train.checkpoints import seal
+from ptmoe.train.checkpoints import MANIFEST, seal
 from ptmoe.train.resume import FREE, continued, recorded
 
 METHOD = {"name": "pt-moe", "num_virtual_tokens": 4, "num_experts": 2, "rank": 2}
@@ -342,6 +342,7 @@ def test_a_checkpoint_of_other_processes_goes_on_by_force_alone(stopped, run_fol
     checkpoint = run_folder / "checkpoints" / "checkpoint-2"
     shutil.copy(checkpoint / "random_state.json", checkpoint / "random_state.1.json")
     (checkpoint / "random_state.json").rename(checkpoint / "random_state.0.json")
+    (checkpoint / MANIFEST).unlink()
     seal(checkpoint)
     before = state(run_folder)
     options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder))

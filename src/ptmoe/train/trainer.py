@@ -238,9 +238,9 @@ class PromptTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)  # of a save that was interrupted
         self.accelerator.wait_for_everyone()
-        self._saving = True
         settle(self.optimizer)
         self.check_weights()
+        self._saving = True
         try:
             with naming(folder / name):
                 super()._save_checkpoint(model, trial)
