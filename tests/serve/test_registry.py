@@ -1,17 +1,22 @@
 """Adapters come, change and go while the server runs."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 
+from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.models.adapter_set import AdapterSet
 from ptmoe.serve.registry import Registry, UnknownModelError
 from testing.bases import CONFIGS, DEVICE, prompted, tiny, tokens
+from testing.serving import until
 
 IDS = tokens(6).tolist()
 
@@ -110,6 +115,91 @@ def test_an_adapter_is_withdrawn_and_added_by_name(base, folder):
     prompted(tiny("llama"), CONFIGS["PT"], seed=3).save_pretrained(folder / "new")
     registry.add("new")
     assert "new" in registry.names()
+
+
+MENDED = {  # what is wrong with an adapter, and how that is put right without a change of its two files
+    "a pickle beside it": (lambda one: (one / "x.bin").touch(), lambda one: (one / "x.bin").unlink()),
+    "no YAML": (lambda one: (one / "config.yaml").write_text("chat: ["), lambda one: (one / "config.yaml").unlink()),
+}
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize(("spoil", "mend"), MENDED.values(), ids=MENDED)
+def test_an_adapter_that_was_mended_is_served_again(base, folder, spoil, mend, at_once):
+    spoil(folder / "c")
+    registry = registry_of(base, folder)
+    with suppress(UnknownModelError):
+        registry.compose("c", IDS)
+    assert "c" not in registry.names()
+    mend(folder / "c")
+    if at_once:
+        registry.add("c")
+    else:
+        registry.scan()
+        registry.scan()
+    assert registry.compose("c", IDS).expert is not None
+
+
+def test_how_a_run_was_trained_is_read_again_when_its_config_comes_late(base, folder):
+    registry = registry_of(base, folder)
+    assert registry.trained_on_chat("c") is None
+    (folder / "c" / "config.yaml").write_text("chat: false\n")
+    registry.scan()
+    registry.scan()
+    assert registry.trained_on_chat("c") is False
+
+
+def test_an_adapter_may_be_called_adapter(base, folder):
+    registry = registry_of(base, folder)
+    shutil.copytree(folder / "c", folder / "adapter")
+    registry.scan(settled=True)
+    assert registry.names() == ["tiny", "a.b", "adapter", "c", "keys"]
+
+
+@pytest.mark.parametrize("gone", ["work", "work/adapters"])
+def test_a_folder_that_is_gone_is_never_looked_for_on_the_hub(base, folder, gone, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    shutil.copytree(folder, "work/adapters")
+    registries = [registry_of(base, "work/adapters")]
+    monkeypatch.chdir("work")
+    registries += [registry_of(base, "adapters")]
+    monkeypatch.chdir("..")
+    shutil.move(gone, "elsewhere")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *name, **_: asked.append(name))
+    for registry in registries:
+        registry.scan()
+        with pytest.raises(UnknownModelError):
+            registry.compose("c", IDS)
+    assert not asked
+
+
+def test_a_name_that_is_no_text_can_be_listed(base, folder):
+    os.rename(folder / "c", os.fsencode(folder) + b"/caf\xe9")
+    listing = registry_of(base, folder).listing()
+    assert "rename its folder" in json.loads(json.dumps(listing, ensure_ascii=False).encode())["caf\\udce9"]["error"]
+
+
+def test_the_base_is_neither_added_nor_withdrawn(base, folder):
+    registry = registry_of(base, folder)
+    for change in (registry.add, registry.withdraw):
+        with pytest.raises(PtmoeError, match="'tiny' is the base"):
+            change("tiny")
+
+
+def test_the_watcher_survives_a_fault(base, folder, monkeypatch):
+    monkeypatch.setattr("ptmoe.serve.registry.POLL", 0.01)
+    registry = registry_of(base, folder)
+    loads = []
+
+    def load(*_):
+        loads.append(None)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(registry.adapters, "load", load)
+    registry.watch()
+    until(lambda: len(loads) > 1)
+    registry.stop()
 
 
 def test_the_least_recently_used_make_room(base, folder):

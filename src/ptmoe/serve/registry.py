@@ -25,6 +25,7 @@ import torch
 from ptmoe.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, local_folder
 from ptmoe.errors import PtmoeError, near
 from ptmoe.models.adapter_set import BASE
+from ptmoe.runs.folders import CONFIG_FILE as RUN_FILE
 from ptmoe.serve.engine import Input
 from ptmoe.settings import read_yaml
 
@@ -95,7 +96,8 @@ class Registry:
         self.adapters = adapters
         self.base = base
         self.memory = memory
-        self.folder = None if folder is None else Path(folder)
+        # Absolute: what is missing under a relative path could be the name of a repository on the Hub.
+        self.folder = None if folder is None else Path(folder).absolute()
         if self.folder is not None and not self.folder.is_dir():
             raise PtmoeError(f"no folder {folder}: give a folder that holds adapter folders, or one of them")
         self._entries: dict[str, Entry] = {}
@@ -121,7 +123,7 @@ class Registry:
         """Every adapter that was found, with what is known of it."""
         with self._lock:
             return {
-                name: {
+                name.encode(errors="backslashreplace").decode(): {
                     "served": entry.error is None and name not in self._withdrawn,
                     "in_memory": entry.key is not None,
                     "bytes": entry.size,
@@ -201,7 +203,7 @@ class Registry:
         key = f"adapter{next(self._keys)}"
         try:
             self.adapters.load(entry.folder, key)
-            run = entry.folder / "config.yaml"
+            run = entry.folder / RUN_FILE
             chat = read_yaml(run).get("chat") if run.is_file() else None
         except (PtmoeError, OSError) as error:
             with self._lock:
@@ -264,9 +266,6 @@ class Registry:
     def _find(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
         if self.folder is None:
             return {}
-        own = _stamp(self.folder)
-        if own is not None:
-            return {self.folder.resolve().name: (self.folder, own)}
         found = {}
         try:
             for path in self.folder.iterdir():
@@ -276,6 +275,10 @@ class Registry:
         except OSError as error:
             log.warning("the adapters' folder cannot be read: %s", error)
             return {name: (entry.folder, entry.stamp) for name, entry in self._entries.items()}
+        own = _stamp(self.folder)
+        # A run folder holds "adapter", and so may a folder of adapters.
+        if own is not None and ((self.folder / CONFIG_FILE).exists() or found.keys() <= {"adapter"}):
+            return {self.folder.resolve().name: (self.folder, own)}
         return found
 
     def fill(self) -> None:
@@ -294,8 +297,13 @@ class Registry:
 
         Raises:
             UnknownModelError: there is nothing of that name, or it is broken.
+            PtmoeError: it is the base.
         """
-        self._withdrawn.discard(name)
+        self._check_not_base(name)
+        with self._lock:
+            self._withdrawn.discard(name)
+            if name in self._entries and self._entries[name].error is not None:
+                del self._entries[name]  # what was wrong may lie where no file's time shows that it was mended
         self.scan(settled=True)
         entry = self.entry(name)
         if entry is not None and entry.key is None:
@@ -308,13 +316,16 @@ class Registry:
         Raises:
             PtmoeError: it is the base, or no such adapter is served.
         """
-        if name == self.base:
-            raise PtmoeError(f"{name!r} is the base: it stays as long as the server")
+        self._check_not_base(name)
         with self._lock:
             if name not in self._entries:
                 self.entry(name)
             self._withdrawn.add(name)
             self._forget(name)
+
+    def _check_not_base(self, name: str) -> None:
+        if name == self.base:
+            raise PtmoeError(f"{name!r} is the base: it stays as long as the server")
 
     def watch(self) -> None:
         """Poll the folder in a thread of its own, until `stop`."""
@@ -323,9 +334,12 @@ class Registry:
             pause = POLL  # the first requests come first
             while not self._stopping.wait(pause):
                 started = time.monotonic()
-                self.scan()
-                pause = max(POLL, SHARE * (time.monotonic() - started))
-                self.fill()
+                try:
+                    self.scan()
+                    pause = max(POLL, SHARE * (time.monotonic() - started))
+                    self.fill()
+                except Exception:  # a device without memory, …: the next look may do better
+                    log.exception("the adapters' folder cannot be followed")
 
         self._watcher = threading.Thread(target=poll, name="ptmoe-adapters", daemon=True)
         self._watcher.start()
@@ -337,12 +351,20 @@ class Registry:
 
 
 def _stamp(folder: Path) -> tuple[int, ...] | None:
-    """When an adapter's files were changed, and how large they are; None where there is none of them."""
-    files: list[tuple[int, ...]] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        try:
-            about = (local_folder(folder) / name).stat()
-            files.append((about.st_mtime_ns, about.st_ino, about.st_size))
-        except (OSError, PtmoeError):
-            files.append((0, 0, 0))
-    return (*files[0], *files[1]) if any(map(any, files)) else None
+    """When what an adapter is read from was changed, and how large it is; None where it has no file of its own."""
+    try:
+        inner = local_folder(folder)
+    except PtmoeError:
+        return None
+    config, run, weights = map(_about, (inner / CONFIG_FILE, folder / RUN_FILE, inner / WEIGHTS_FILE))
+    # A folder's time tells of files that were added and deleted.
+    return (*config, *run, *_about(inner)[:2], *weights) if any((*config, *weights)) else None
+
+
+def _about(path: Path) -> tuple[int, int, int]:
+    """The time of its last change, which file it is, and its bytes; zeros where there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return 0, 0, 0
+    return about.st_mtime_ns, about.st_ino, about.st_size
