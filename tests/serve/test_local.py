@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
@@ -181,6 +183,26 @@ def test_samples_follow_the_distribution_and_top_p_cuts_its_tail():
     drawn = [sample(logits, Sampling(1, 1.0, top_p=0.7), generator) for _ in range(4000)]
     assert [drawn.count(token) / 4000 for token in range(4)] == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.03)
     assert {sample(logits, Sampling(1, 1.0, top_p=1e-9), generator) for _ in range(20)} == {1}
+
+
+@given(st.floats(min_value=0, max_value=1e-6, exclude_min=True))
+def test_a_temperature_near_zero_is_greedy(temperature):
+    logits = torch.tensor([0.5, 3.0, 2.9, float("-inf")])
+    assert sample(logits, Sampling(1, temperature), torch.Generator()) == 1
+
+
+def test_the_engine_ends_quietly_with_the_loop_that_it_answers_in(monkeypatch):
+    faults, loop, model = [], asyncio.new_event_loop(), served(tiny("llama"))
+    monkeypatch.setattr("threading.excepthook", faults.append)
+    engine = LocalEngine(model)
+    answer = engine.generate(row_of(model, tokens(5), BASE), Sampling(59))
+    loop.run_until_complete(engine.start())
+    loop.run_until_complete(anext(answer))
+    loop.close()  # as of a server that is told twice to stop
+    engine._waiting.put(None)
+    engine._thread.join(30)
+    assert not engine._thread.is_alive()
+    assert not faults
 
 
 def test_logprobs_are_the_models_own():

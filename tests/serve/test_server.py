@@ -12,9 +12,10 @@ import httpx
 import pytest
 import torch
 
+from ptmoe.errors import PtmoeError
 from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
-from ptmoe.serve.engine import EngineError
+from ptmoe.serve.engine import EngineError, Token
 from ptmoe.serve.limits import Limits
 from ptmoe.serve.start import bind, configured
 from testing.serving import Paced, alone, running, save, service_of, until
@@ -113,6 +114,18 @@ def test_a_chat_completion_streams_what_it_says_whole(client, model, service):
     assert not last.choices
 
 
+def test_an_answers_message_is_sent_back_as_it_came(client):
+    messages = [{"role": "user", "content": PROMPT}]
+    first = client.chat.completions.create(model="routed", messages=messages, **GREEDILY).choices[0].message
+    more = {"role": "user", "content": "more"}
+    plain = {"role": "assistant", "content": first.content}
+    usages = [
+        client.chat.completions.create(model="routed", messages=[*messages, said, more], **GREEDILY).usage
+        for said in (first, first.model_dump(), {**plain, "annotations": [], "tool_calls": []}, plain)
+    ]
+    assert usages == usages[-1:] * 4
+
+
 def test_answers_are_counted_stopped_and_drawn_as_asked(client, model, service):
     whole = expected(model, service, "fixed", new=24)
     stop = whole[len(whole) // 2 :][:2]
@@ -180,6 +193,15 @@ BAD = {
     "unknown model": ({"prompt": "a", "model": "routde"}, 404, "model"),
     "a path": ({"prompt": "a", "model": "../adapters/routed"}, 404, "model"),
     "half a name": ({"prompt": "a", "model": "\udc00"}, 400, "model"),
+    "stream option": ({"prompt": "a", "stream_options": {"obfuscated": True}}, 400, "stream_options"),
+}
+CHAT = {  # what is wrong with a message: the words that the error has
+    "name": ({"content": "a", "name": "me"}, "unknown parameter 'messages.0.name'"),
+    "calls": ({"content": "a", "tool_calls": [{}]}, "tool_calls cannot be honoured"),
+    "empty": ({}, "messages.0.content: field required"),
+    "null": ({"content": None}, "messages.0.content: "),
+    "number": ({"content": 1}, "messages.0.content: "),
+    "image": ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages.0.content: input should be"),
 }
 
 
@@ -193,6 +215,21 @@ def test_what_cannot_be_honoured_is_refused_by_name(address, body, status, param
     assert error["message"]
     if param not in (None, "model"):
         assert param in error["message"]
+
+
+@pytest.mark.parametrize(("change", "words"), CHAT.values(), ids=CHAT)
+def test_an_error_in_a_conversation_says_where_it_is(address, change, words):
+    body = {"model": "routed", "messages": [{"role": "user", **change}]}
+    got = httpx.post(f"{address}/v1/chat/completions", json=body)
+    assert got.status_code == 400
+    assert words in got.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("headers", [{"content-type": "application/x-www-form-urlencoded"}, {}])
+def test_a_body_sent_as_something_else_says_which_header_is_needed(address, headers):
+    got = post(address, json.dumps({"model": "routed", "prompt": "a"}).encode(), headers=headers)
+    assert got.status_code == 400
+    assert "'Content-Type: application/json'" in got.json()["error"]["message"]
 
 
 def test_errors_say_what_would_fit(address):
@@ -258,6 +295,9 @@ def test_keys_are_needed_where_there_are_any(model, address):
         assert httpx.get(f"{other}/metrics").status_code == 401
         assert httpx.get(f"{other}/v1/models", headers=headers("three")).status_code == 401
         assert httpx.get(f"{other}/v1/models", headers=headers("one")).status_code == 200
+        for encoding, status in (("utf-8", 200), ("latin-1", 401)):  # the bytes are compared, as a terminal sends them
+            sent = "Bearer twö".encode(encoding)
+            assert httpx.get(f"{other}/v1/models", headers={"authorization": sent}).status_code == status
         assert httpx.get(f"{other}/v1/adapters", headers=headers("one")).status_code == 403
         assert httpx.get(f"{other}/health").status_code == 200
 
@@ -334,17 +374,31 @@ def test_a_deadline_ends_an_answer(model, stream):
         until(lambda: engine.open == 0)
 
 
-def test_a_fault_of_the_engine_is_one_requests_error(model, client, service):
+FAULTS = {
+    "expected": (EngineError("it broke"), 500, "it broke"),
+    "too long after all": (PtmoeError("no room"), 400, "no room"),
+    "unexpected": (KeyError("secret"), 500, "the server failed"),
+}
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize(("fault", "status", "words"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_of_the_engine_is_one_requests_error(model, fault, status, words, started):
     class Failing(Paced):
         async def generate(self, row, sampling):
-            raise EngineError("it broke")
-            yield
+            if started:
+                yield Token(65)
+            raise fault
 
     with running(with_engine(model, Failing([]))) as address:
         got = post(address, {"model": "base", "prompt": "a"})
-        assert (got.status_code, got.json()["error"]["message"]) == (500, "it broke")
+        assert got.status_code == status
         streamed = post(address, {"model": "base", "prompt": "a", "stream": True}).text
-        assert "it broke" in streamed
+        *_, event, done = streamed.split("\n\n")[:-1]
+        assert done == "data: [DONE]"
+        for error in (got.json(), json.loads(event.removeprefix("data: "))):
+            assert words in error["error"]["message"]
+            assert "secret" not in str(error)
 
 
 @pytest.mark.ci

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -28,6 +28,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
+# What the messages of answers hold beside their text, which clients send back as part of the conversation.
+OF_ANSWERS: dict[str, tuple[Any, ...]] = {
+    "refusal": (),
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+}
 
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST)]
@@ -36,6 +44,19 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}  # as `NEUTRAL`; null always is
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_honoured(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name in values.keys() & cls.neutral.keys():
+            if values[name] is not None and values[name] not in cls.neutral[name]:
+                raise PydanticCustomError(
+                    "not_honoured", "{param} cannot be honoured by this server: leave it out", {"param": name}
+                )
+        return {name: value for name, value in values.items() if name not in cls.neutral}
 
 
 class StreamOptions(Body):
@@ -56,6 +77,7 @@ class Parameters(Body):
         user: taken and not used, as it changes no answer.
     """
 
+    neutral: ClassVar = NEUTRAL
     model: Name
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -67,18 +89,6 @@ class Parameters(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     ptmoe: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_honoured(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        for name in values.keys() & NEUTRAL.keys():
-            if values[name] is not None and values[name] not in NEUTRAL[name]:
-                raise PydanticCustomError(
-                    "not_honoured", "{param} cannot be honoured by this server: leave it out", {"param": name}
-                )
-        return {name: value for name, value in values.items() if name not in NEUTRAL}
 
     @property
     def stops(self) -> list[str]:
@@ -118,6 +128,7 @@ class TextPart(Body):
 
 
 class Message(Body):
+    neutral: ClassVar = OF_ANSWERS
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart]
 

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import takewhile
@@ -21,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import StreamingResponse
 
 from ptmoe import __version__
-from ptmoe.errors import PtmoeError
+from ptmoe.errors import PtmoeError, shown
 from ptmoe.serve.answers import ChatShape, Shape, TextShape
 from ptmoe.serve.api import ChatBody, Completion, CompletionBody, ErrorBody, ModelInfo, ModelList, Parameters
 from ptmoe.serve.engine import EngineError, Sampling, UnavailableError
@@ -36,6 +37,7 @@ DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it
 GRACE = 10.0  # seconds beyond the deadline in which a client may still read its answer
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 BEARER = HTTPBearer(auto_error=False)
+FORM = re.compile(r"\[|^(constrained-)?str$")  # how pydantic calls one of the forms that a parameter may have
 STATUSES = (400, 401, 403, 404, 413, 429, 500, 503, 504)
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,9 @@ log = logging.getLogger(__name__)
 
 class GoneError(RuntimeError):
     """The client has closed the connection."""
+
+
+EXPECTED = (PtmoeError, BusyError, DeadlineError, GoneError, EngineError)
 
 
 def create_app(
@@ -223,7 +228,9 @@ class _EventStream(StreamingResponse):
                 yield f"data: {answer.chunk(index, said)}\n\n"
             for chunk in answer.last():
                 yield f"data: {chunk}\n\n"
-        except (EngineError, DeadlineError) as error:
+        except Exception as error:
+            if not isinstance(error, EXPECTED):
+                log.exception("a request failed")
             yield f"data: {json.dumps(_problem(error)[1])}\n\n"
         yield "data: [DONE]\n\n"
 
@@ -239,12 +246,12 @@ class _EventStream(StreamingResponse):
 
 def _key(keys: Sequence[str] | None) -> Callable[..., Awaitable[None]]:
     """A dependency: the request carries one of the keys. None refuses everyone, an empty sequence nobody."""
-    known = [key.encode() for key in keys or ()]
+    known = [key.encode(errors="surrogateescape") for key in keys or ()]  # the bytes of the command line
 
     async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
         if keys is None:
             raise HTTPException(403, "this server was started without the key that manages adapters: --admin-key")
-        token = b"" if given is None else given.credentials.encode()
+        token = b"" if given is None else given.credentials.encode("latin-1")  # the bytes that were sent
         matches = [hmac.compare_digest(token, key) for key in known]  # all of them, whichever fits
         if known and not any(matches):
             raise HTTPException(401, "no valid API key: send one as 'Authorization: Bearer KEY'")
@@ -320,15 +327,17 @@ def _invalid(error: RequestValidationError) -> tuple[str, str | None]:
     # Of the forms that a parameter may have, the one that was meant is the one whose type fits.
     first = next((one for one in found if not one["type"].endswith("_type")), found[0])
     places = [str(part) for part in first["loc"][1:]]
+    where = ".".join(takewhile(lambda part: not FORM.search(part), places))
     param = first.get("ctx", {}).get("param") or (places[0] if places else None)
     if first["type"] == "not_honoured":
         return first["msg"], param
     if first["type"] == "extra_forbidden":
-        return f"unknown parameter {places[0]!r}: this server would not honour it; leave it out", param
+        return f"unknown parameter {shown(where)}: this server would not honour it; leave it out", param
     if first["type"] == "json_invalid":
         return "the body is not JSON", None
-    where = f"{'.'.join([*places[:1], *takewhile(str.isdigit, places[1:])])}: " if places else ""
-    return f"{where}{first['msg'][0].lower()}{first['msg'][1:]}", param
+    if first["loc"] == ("body",) and not isinstance(error.body, dict):
+        return "the body has to be a JSON object, with the header 'Content-Type: application/json'", None
+    return f"{where}{': ' if where else ''}{first['msg'][0].lower()}{first['msg'][1:]}", param
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -336,6 +345,5 @@ def _answer_errors(app: FastAPI) -> None:
         status, body, headers = _problem(error)
         return JSONResponse(body, status, headers)
 
-    ours = (PtmoeError, BusyError, DeadlineError, GoneError, EngineError)
-    for kind in (HTTPException, RequestValidationError, *ours, Exception):
+    for kind in (HTTPException, RequestValidationError, *EXPECTED, Exception):
         app.add_exception_handler(kind, answer)

@@ -167,7 +167,10 @@ class LocalEngine:
                 self._rows.clear()
             if self._outbox:
                 events, self._outbox = self._outbox, []
-                self._loop.call_soon_threadsafe(self._deliver, events)
+                try:
+                    self._loop.call_soon_threadsafe(self._deliver, events)
+                except RuntimeError:  # the loop is closed, as when a server is told twice to stop
+                    return
 
     def _arrivals(self, stopping: bool) -> tuple[list[_Row], bool]:
         """The rows that have come, as many as the batch has room for; waits where there is nothing else to do."""
@@ -343,7 +346,7 @@ class LocalEngine:
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token from logits `(V,)`; the generator alone decides, whatever else is in the batch."""
-    scaled = (logits.float() - logits.max()) / sampling.temperature
+    scaled = (logits.float() - logits.max()) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     probabilities, tokens = scaled.softmax(0).sort(descending=True, stable=True)
     total = probabilities.cumsum(0)
     kept = int((total - probabilities < sampling.top_p).sum())
