@@ -27,6 +27,15 @@ def check_name(path: Path) -> None:
             raise PtmoeError(f"{name[:30]!r}… has {size} bytes, a file's or folder's name at most {LONGEST_NAME}")
 
 
+def check_adapters(folder: Path | None) -> None:
+    """
+    Raises:
+        PtmoeError: there is no such folder of adapters.
+    """
+    if folder is not None and not folder.is_dir():
+        raise PtmoeError(f"no folder {folder}: give a folder that holds adapter folders, or one of them")
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Within it, what the system refuses to write is an `OSError` that names `path`. Python names no file where a
@@ -106,12 +115,14 @@ def cache_folder(part: str = "", *, create: bool = False) -> Path:
 
 def names_repository(name: str) -> bool:
     """Whether a name can be one of the Hub's, and is not that of a file or folder here which is mistyped."""
-    parts = name.split("/")
-    return (
-        len(parts) <= 2
-        and all(re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}", part, re.ASCII) for part in parts)
-        and not (len(parts) == 2 and os.path.isdir(parts[0]))
-    )
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    owner, slash, _ = name.partition("/")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.isascii() and not (slash and os.path.isdir(owner))
 
 
 def sha256(path: Path) -> str:

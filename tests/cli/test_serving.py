@@ -35,6 +35,8 @@ def test_chat_answers_each_line_and_names_the_expert(run, model, monkeypatch, na
         ((), "nothing to serve"),
         (("nowhere",), "no folder nowhere"),
         (("--model", "nano", "--engine", "ftp://x"), "unknown engine"),
+        (("--model", "nano", "--engine", "http://127.0.0.1:99999"), "unknown engine"),
+        (("nowhere", "--model", "nano"), "no folder nowhere"),
         (("--model", "nano", "--queue", "-1"), "queue"),
         (("--model", "nano", "--api-key", " "), "API key is empty"),
         (("--model", "nano", "--admin-key", ""), "API key is empty"),
@@ -47,6 +49,13 @@ def test_what_cannot_be_served_is_refused_in_words(run, arguments, message):
     status, _, err = run("serve", *arguments)
     assert status == 2
     assert message in err
+
+
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_a_folder_that_is_not_there_is_said_before_packages_that_are_missing(run, monkeypatch, tmp_path, command):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "no folder nowhere" in run(command, "nowhere")[2]
+    assert "pip install 'ptmoe[serve]'" in run(command, tmp_path)[2]
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

@@ -30,6 +30,14 @@ from testing.serving import listening, running, save
 MATRIX = read_embedding("nano")
 
 
+@pytest.mark.parametrize(
+    "url", ["", "http:", "http://", "http://[", "http://a:99999", "http://a:b", "http://a\n:1", "a:1"]
+)
+def test_what_is_no_url_of_a_server_is_refused(url):
+    with pytest.raises(ptmoe.PtmoeError, match="needs http://HOST:PORT"):
+        GatewayEngine(["http://127.0.0.1:1", url], MATRIX)
+
+
 def spoken(mode="fine", **options):
     """An engine that speaks vLLM's protocol and continues any input with its token ids, backwards."""
     app = FastAPI()

@@ -12,6 +12,7 @@ import typer
 from ptmoe.cli.console import printable
 from ptmoe.cli.options import Adapter, AdapterBase, Device, given
 from ptmoe.errors import PtmoeError
+from ptmoe.files import check_adapters
 
 if TYPE_CHECKING:
     from ptmoe.serve.service import Service
@@ -61,6 +62,7 @@ def serve(
     revision: Revision = None,
 ) -> None:
     """Serve adapters on their base, with OpenAI's API."""
+    check_adapters(adapters)  # before any package is asked for
     _require_extra()
     from ptmoe.models.bases import quiet
     from ptmoe.serve.limits import Limits
@@ -88,7 +90,9 @@ def serve(
         service = vllm_service(adapters, options=engine_option or (), **of_base, **ours)
     elif engine.startswith(("http://", "https://")):
         if of_base:
-            raise PtmoeError(f"{', '.join(of_base)}: the base runs in the engine; these are options of `vllm serve`")
+            raise PtmoeError(
+                f"--{', --'.join(of_base)}: the base runs in the engine; these are options of `vllm serve`"
+            )
         service = gateway_service(adapters, engine.split(","), api_key=engine_key, **ours)
     else:
         raise PtmoeError(f"unknown engine {engine!r}: needs 'local', 'vllm', or http://HOST:PORT of a vLLM server")
@@ -116,6 +120,7 @@ def chat(
 
     An adapter that was trained on plain prompts gets each line by itself. An empty line ends.
     """
+    check_adapters(adapter)
     _require_extra()
     from ptmoe.models.bases import quiet
 

@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import torch
@@ -72,6 +73,9 @@ class GatewayEngine:
         positions: of the base, as its config has it; an upstream may have fewer.
         timeout: seconds without a token after which an upstream is given up.
         api_key: of the upstreams.
+
+    Raises:
+        PtmoeError: what is no URL of a server.
     """
 
     name = "gateway"
@@ -85,7 +89,7 @@ class GatewayEngine:
         timeout: float = 60.0,
         api_key: str | None = None,
     ) -> None:
-        self.upstreams = [Upstream(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self.upstreams = [Upstream(_address(url)) for url in urls]
         self.positions = positions
         self._embedding, self._timeout = embedding, timeout
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
@@ -232,6 +236,18 @@ class GatewayEngine:
                     raise EngineError(
                         f"the inference engine does not send token ids ({type(error).__name__}): is it a recent vLLM?"
                     ) from None
+
+
+def _address(url: str) -> str:
+    """Of a server: its URL without `/v1`."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and url.isprintable() and parts.port != 0
+    except ValueError:  # a port that is none
+        fits = False
+    if not fits:
+        raise PtmoeError(f"unknown engine {url!r}: needs http://HOST:PORT of a vLLM server")
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def _tokens(event: dict[str, Any], logprobs: int | None) -> list[Token]:

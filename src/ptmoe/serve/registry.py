@@ -98,8 +98,6 @@ class Registry:
         self.memory = memory
         # Absolute: what is missing under a relative path could be the name of a repository on the Hub.
         self.folder = None if folder is None else Path(folder).absolute()
-        if self.folder is not None and not self.folder.is_dir():
-            raise PtmoeError(f"no folder {folder}: give a folder that holds adapter folders, or one of them")
         self._entries: dict[str, Entry] = {}
         self._in_memory: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
         self.bytes_in_memory = 0

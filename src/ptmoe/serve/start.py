@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ptmoe.adapters.folder import local_folder, read_config_file
 from ptmoe.errors import PtmoeError
+from ptmoe.files import check_adapters
 from ptmoe.models.adapter_set import AdapterSet
 from ptmoe.models.bases import load_base, load_tokenizer, locate
 from ptmoe.serve.engine import Engine
@@ -38,14 +39,13 @@ def base_of(adapters: Path | None, model: str | None, revision: str | None) -> t
     """The base that was given, and its revision; else those that the first adapter in a folder, or the only one, names.
 
     Raises:
-        PtmoeError: none names one.
+        PtmoeError: none names one, or there is no such folder.
     """
+    check_adapters(adapters)
     if model is not None:
         return model, revision
     if adapters is None:
         raise PtmoeError("nothing to serve: give a folder of adapters, or --model for the base alone")
-    if not adapters.is_dir():
-        raise PtmoeError(f"no folder {adapters}: give a folder that holds adapter folders, or one of them")
     for path in (adapters, *sorted(path for path in adapters.iterdir() if path.is_dir())):
         try:
             written = read_config_file(local_folder(path))
