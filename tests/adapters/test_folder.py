@@ -84,6 +84,22 @@ def test_the_folder_holds_the_documented_keys_and_two_files(method, tmp_path):
     assert config["hidden_size"] == tiny_llama().config.hidden_size
 
 
+def test_an_adapter_takes_the_place_of_one_of_another_kind(tmp_path, inputs):
+    for config in (METHODS["lora"](rank=2), METHODS["pt"](num_virtual_tokens=3), METHODS["lora"](rank=1)):
+        model = ptmoe.attach(tiny_llama(), config, seed=1)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(ptmoe.load_adapter(tiny_llama(), tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    "name", ["a--b/c", "a..b/c", "a/b.git", "a-/b", "a/-b", "a/b.", "é/b", "a/b/c", "a b/c", "nothing"]
+)
+def test_what_can_be_neither_a_folder_nor_a_repository_is_refused(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ptmoe.PtmoeError, match="no adapter folder"):
+        ptmoe.load_adapter(tiny_llama(), name)
+
+
 def test_several_adapters_stand_on_one_base(tmp_path, inputs):
     for name, seed in (("a", 1), ("b", 2)):
         attached("pt-moe", seed).save_pretrained(tmp_path / name)

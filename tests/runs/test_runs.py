@@ -2,18 +2,42 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
 from ptmoe.errors import PtmoeError
-from ptmoe.runs.folders import is_run, read_run
+from ptmoe.runs.folders import distinct_tasks, evaluation_file, is_run, read_run
 from ptmoe.runs.predictions import PredictionsFile, read_predictions
 from ptmoe.runs.records import Environment, EvaluationSummary, LogLine, Prediction, RoutingSummary, write_lines
 from testing.folders import ALL_ON_SECOND, DOMAINS, ENVIRONMENT, ONE_EACH, write_run
 
 TASK = "nano/mixed"
+
+
+def test_files_of_one_folder_keep_their_results_apart(tmp_path):
+    names = [
+        str(tmp_path / name) for name in ("data.jsonl", "data.v1.jsonl", "data.v2.jsonl", ".data.jsonl", "data.v2.x")
+    ]
+    for name in names:
+        Path(name).touch()
+    assert evaluation_file(tmp_path, names[0]).name == "data.json"
+    assert len({evaluation_file(tmp_path, name).name for name in names}) == len(names)
+    assert [task.name for task in distinct_tasks(names).values()] == names
+
+
+def test_what_an_interruption_has_left_of_the_last_line_is_not_read(tmp_path):
+    path, lines = tmp_path / "metrics.jsonl", [LogLine(step=step, loss=1.5) for step in range(3)]
+    write_lines(path, lines)
+    whole, last = path.read_bytes(), lines[-1].line().encode()
+    for cut in range(2, len(last)):
+        path.write_bytes(whole[:-cut])
+        assert LogLine.read_lines(path) == lines[:2]
+    path.write_bytes(whole.replace(b'"step": 1', b'"step": '))
+    with pytest.raises(PtmoeError, match="line 2"):
+        LogLine.read_lines(path)
 
 
 def test_everything_that_is_written_is_read_again(tmp_path):

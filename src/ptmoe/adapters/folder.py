@@ -139,6 +139,8 @@ def write_files(
         save_file(plain, files.enter_context(replaced(folder / WEIGHTS_FILE)), {"format": "pt"})
         for name, written in configs.items():
             files.enter_context(replaced(folder / name)).write_text(json.dumps(written, indent=2) + "\n")
+        if OWN_CONFIG_FILE not in configs:  # of an adapter that was here before
+            (folder / OWN_CONFIG_FILE).unlink(missing_ok=True)
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -59,7 +60,8 @@ def writing(folder: Path, busy: str = "another command is writing to") -> Iterat
 def file_name(name: str, split: str = "test") -> str:
     """The name of a task's files or a label's folder; a task that is a file goes by that file's name. What no file can
     be called is cut and changed, and told apart by a hash."""
-    stem = Path(name).name.partition(".")[0] if is_file(name) else name.replace("/", "__")
+    ending = re.compile(r"(?<=.)\.jsonl(\.gz)?$")
+    stem = ending.sub("", Path(name).name) if is_file(name) else name.replace("/", "__")
     fitting = CONTROL.sub("_", stem.encode(errors="replace")[:LONGEST_STEM].decode(errors="ignore"))
     if fitting != stem:
         fitting += f"-{sha256(stem.encode(errors='surrogatepass')).hexdigest()[:8]}"

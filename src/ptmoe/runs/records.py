@@ -58,13 +58,14 @@ class Record(BaseModel):
 
     @classmethod
     def read_lines(cls, path: Path) -> list[Self]:
-        """The records of a JSON-lines file, none where it is not there; empty lines are skipped.
+        """The records of a JSON-lines file, none where it is not there; empty lines are skipped, and so is what an
+        interruption has left of the last one.
 
         Raises:
             PtmoeError: as `read`, with the number of the line.
         """
         try:
-            lines = path.read_bytes().splitlines()
+            lines = path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -74,6 +75,8 @@ class Record(BaseModel):
             try:
                 records += [cls.model_validate_json(line)] if line.strip() else []
             except ValidationError as error:
+                if not line.endswith(b"\n") and error.errors()[0]["type"] == "json_invalid":
+                    break
                 raise PtmoeError(f"{path}, line {number}: {_problems(error)} ({OLD_FOLDER})") from None
         return records
 
