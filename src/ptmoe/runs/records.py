@@ -58,8 +58,7 @@ class Record(BaseModel):
 
     @classmethod
     def read_lines(cls, path: Path) -> list[Self]:
-        """The records of a JSON-lines file, none where it is not there; empty lines are skipped, and so is what an
-        interruption has left of the last one.
+        """The records of a JSON-lines file, none where it is not there; empty lines and half of a last one are skipped.
 
         Raises:
             PtmoeError: as `read`, with the number of the line.
@@ -398,8 +397,6 @@ def _problems(error: ValidationError) -> str:
     messages = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        messages.append(
-            f"{key} is missing" if problem["type"] == "missing" else f"{key}: {message}" if key else message
-        )
+        message = f"{key}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+        messages.append(f"{key} is missing" if problem["type"] == "missing" else message)
     return "; ".join(messages)
