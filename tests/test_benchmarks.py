@@ -196,8 +196,8 @@ def test_both_sides_complete_alike(ends, monkeypatch):
         return model
 
     class Noting(generate.Ids):
-        def batch_decode(self, batch, **_):
-            texts.append(super().batch_decode(batch))
+        def decode(self, ids, **_):
+            texts.append(super().decode(ids))
             return texts[-1]
 
     monkeypatch.setattr(generate, "attach", ours)
@@ -208,7 +208,7 @@ def test_both_sides_complete_alike(ends, monkeypatch):
     setting = machine.Setting(QUICK_SHAPE, "float32")
     generate.ptmoe(setting, method={"name": "pt", "num_virtual_tokens": 5}, **work)(False)
     generate.peft(setting, by_length=False, **work)(False)
-    one, other = texts
+    one, other = texts[-8:-4], texts[-4:]
     assert one == other
     assert [len(text.split()) for text in one] == ([1, 4, 0, 12] if ends else [12] * 4)
 

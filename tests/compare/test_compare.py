@@ -722,7 +722,7 @@ def test_what_a_run_decided_for_itself_is_no_edit(tmp_path, trained):
         options.replace(method=method, chat=False).write(Path(options.output_dir) / "config.yaml")
 
     trained.does = resolved
-    methods = ["lora", "lora:target_modules=all-linear", "lora:target_modules=[v_proj,q_proj]"]
+    methods = ["lora", "lora:target_modules=[v_proj,q_proj]"]
     asked = {"methods": methods, "budget": None}
     compare(prepared(tmp_path / "c", **asked))
     assert prepared(tmp_path / "c", **asked).unfinished == prepare(read_plan(tmp_path / "c")).unfinished == []

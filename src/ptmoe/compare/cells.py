@@ -183,9 +183,10 @@ def _with_label(variant: Variant, long_label: str, others: Sequence[Variant], kn
             return replace(variant, label=earlier.label)
     taken = {file_name(other.label) for other in (*others, *known)}
     for label in (variant.label, long_label):
-        if not file_name(label).strip() or label.startswith(".") or not label.isprintable() or "\\" in label:
+        name = file_name(label)
+        if not name.strip() or name.startswith(".") or not label.isprintable() or "\\" in label:
             raise PtmoeError(f"label {label!r} cannot name a folder: choose another word")
-        if file_name(label) not in taken:
+        if name not in taken:
             return replace(variant, label=label)
     raise PtmoeError(f"two methods are called {variant.label!r}: give each a label of its own")
 

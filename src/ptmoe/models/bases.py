@@ -247,7 +247,8 @@ def _located(name: str) -> Iterator[str]:
     try:
         yield where
     except Exception as error:  # each library that reads a part of a model raises its own
-        if isinstance(error, PtmoeError) or type(error).__name__ == "OutOfMemoryError":
+        of_caller = isinstance(error, TypeError) and "unexpected keyword" in str(error)  # an option of load_base
+        if of_caller or isinstance(error, PtmoeError) or type(error).__name__ == "OutOfMemoryError":
             raise
         reason = " ".join(str(error).split())[:300]
         if name in PACKAGED and isinstance(error, OSError):

@@ -247,7 +247,7 @@ class RoutingSummary(Record):
         ]
 
 
-class EvaluationSummary(Record):
+class EvaluationSummary(Record, allow_inf_nan=False):  # NaN would spoil what a score is compared with
     """A task's scores in percent; `metric` is the one that ranks methods.
 
     Attributes:
@@ -260,8 +260,6 @@ class EvaluationSummary(Record):
         seconds: of the evaluation, without what an interrupted one had done.
         settings: what decided the predictions.
     """
-
-    model_config = ConfigDict(allow_inf_nan=False)  # a score that is no number would spoil all that it is compared with
 
     task: str
     split: str = "test"
