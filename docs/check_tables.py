@@ -1,7 +1,11 @@
 """Checks that README and docs print the tables that the recorded lines give: `python docs/check_tables.py`."""
 
+import csv
 import sys
 from pathlib import Path
+from statistics import fmean
+
+from scipy import stats
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -16,6 +20,19 @@ from benchmarks.real.table import table as real_table  # noqa: E402
 from seeds import finished, table  # noqa: E402
 
 
+def scores_by_label(file: Path) -> dict[str, list[float]]:
+    """Of a comparison's cells."""
+    with file.open(newline="") as opened:
+        cells = [(row["label"], float(row["accuracy"])) for row in csv.DictReader(opened)]
+    return {label: [score for of, score in cells if of == label] for label, _ in cells}
+
+
+def row_of(scores: list[float]) -> str:
+    """The end of a method's row: mean, 95 % interval over seeds (Student's t), seeds."""
+    half = stats.t.ppf(0.975, len(scores) - 1) * stats.sem(scores)
+    return f"{fmean(scores):.1f} ± {half:.1f} | {len(scores)} |"
+
+
 def main() -> None:
     compared = [(RESULTS / name).read_text().splitlines() for name in ("mixed_methods.md", "league_methods.md")]
     expected = [
@@ -28,7 +45,15 @@ def main() -> None:
         ("docs/methods.md", tabulate_methods.table()),
         *(("docs/peft.md", text) for text in tabulate_peft.tables()),
     ]
-    wrong = [f"{page} lacks this table:\n{text}" for page, text in expected if text not in (ROOT / page).read_text()]
+    rows = [line.replace("**", "") for line in compared[1]]
+    lacking = [
+        f"league_methods.md has no row of {label} with {row_of(scores)}"
+        for label, scores in scores_by_label(RESULTS / "league.csv").items()
+        if not any(row.startswith(f"| {label} | ") and row.endswith(row_of(scores)) for row in rows)
+    ]
+    wrong = lacking + [
+        f"{page} lacks this table:\n{text}" for page, text in expected if text not in (ROOT / page).read_text()
+    ]
     sys.exit("\n\n".join(wrong) if wrong else 0)
 
 
