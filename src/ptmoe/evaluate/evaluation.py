@@ -180,9 +180,9 @@ def evaluate(
         path = predictions_file(folder, task.name, split)
         ids = [example.id for example, _ in rows]
         file = PredictionsFile(path, settings, ids, overwrite=overwrite and own == 0)
-        if overwrite and own == 0:  # its predictions are gone
-            evaluation_file(folder, task.name, split).unlink(missing_ok=True)
         done = file.resume() if count == 1 else from_first(file.resume)
+        if overwrite and own == 0:  # its predictions are gone, and the disk has taken the beginning of the new ones
+            evaluation_file(folder, task.name, split).unlink(missing_ok=True)
     progress = progress or (lambda done, total: None)
     progress(len(done), len(rows))
     was_training = model.training
