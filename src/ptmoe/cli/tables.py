@@ -36,9 +36,10 @@ def params(
     from ptmoe.compare.plan import parse_budget
     from ptmoe.methods import METHODS, method_named
     from ptmoe.models.attach import count_parameters
-    from ptmoe.models.bases import load_config
+    from ptmoe.models.bases import load_config, quiet
     from ptmoe.train.options import method_entry
 
+    quiet()
     fields = given(num_virtual_tokens=num_virtual_tokens, num_experts=num_experts, rank=rank)
     if method is not None:
         fields = {**method_entry(method), **fields}
