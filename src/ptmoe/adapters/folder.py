@@ -77,13 +77,10 @@ class SavedAdapter:
         if not isinstance(self.config, VirtualTokensConfig) and not self.config.needs_memory:
             self.check(outline(self.folder, lambda: self.config.saved_encoder_for(_without_memory(base))))
         encoder = self.config.saved_encoder_for(base)
-        try:
+        with encoder.removed_on_failure():
             if self.config.needs_memory:
                 self.check(encoder)
             encoder.load_tensors(self.tensors)
-        except BaseException:
-            encoder.remove()
-            raise
         return encoder
 
     def check(self, encoder: PromptEncoder) -> None:

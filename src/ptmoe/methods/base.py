@@ -8,7 +8,7 @@ A method that changes the base's layers is an encoder too: its prompt has no tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
@@ -257,6 +257,16 @@ class PromptEncoder(nn.Module):
             PtmoeError: a method that cannot be removed.
         """
 
+    @contextmanager
+    def removed_on_failure(self) -> Iterator[None]:
+        """Within it an error, or an interrupt, takes the method off the base again."""
+        try:
+            yield
+        except BaseException:
+            with suppress(PtmoeError):  # of one that cannot be removed: the first error is the one to show
+                self.remove()
+            raise
+
     def optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer | None:
         """The method's own optimizer of its parameters; None leaves the choice to the trainer."""
         return None
@@ -378,8 +388,7 @@ class InitialEmbeddings:
         """
         if self.tokenize is None:
             raise PtmoeError("init='text' needs the base's tokenizer: attach(base, config, tokenizer=…)")
-        ids = self.tokenize(text)
-        if not ids:
+        if not (ids := self.tokenize(text)):
             raise PtmoeError(f"init_text={text!r} has no tokens: give a text that fits the task")
         return self.embed(torch.tensor((ids * -(-count // len(ids)))[:count]))
 

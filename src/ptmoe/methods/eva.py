@@ -40,16 +40,13 @@ class EVAConfig(LoRAFamilyConfig):
         peft_config = encoder.peft_model.peft_config[ADAPTER]
         targets = peft_config.target_modules
         try:
-            with peft_errors(self.method):
+            with encoder.removed_on_failure(), peft_errors(self.method):
                 initialize_lora_eva_weights(
                     encoder.peft_model,
                     list(batches),
                     forward_fn=lambda model, batch: base(**model_inputs(batch), use_cache=False),
                     show_progress_bar=False,
                 )
-        except BaseException:
-            encoder.remove()
-            raise
         finally:
             base.train(was_training)  # peft's own wrapper is in training mode
         peft_config.target_modules = targets  # peft has listed every module by its full name

@@ -91,13 +91,10 @@ class Injected(WeightEncoder):
                     f"{', '.join(config.target_modules or [])} share one: take lora, or other target_modules"
                 )
             self.weights_before = [module.weight.detach().clone() for module in self.modules_before]  # type: ignore[operator]
-        try:
-            with peft_errors(f"{config.method} on {type(base).__name__}"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # advice for those who call peft themselves
-                vars(self)["peft_model"] = get_peft_model(base, peft_config)
-        except BaseException:  # an interrupt, too, leaves the base as it was
-            self.remove()
-            raise
+        what = f"{config.method} on {type(base).__name__}"
+        with self.removed_on_failure(), peft_errors(what), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice for those who call peft themselves
+            vars(self)["peft_model"] = get_peft_model(base, peft_config)
         base.train(base.training)  # with what is new in it
         named = self.peft_model.named_parameters()  # what the modules share is beside the base
         trainable = {name.removeprefix("base_model.model."): one for name, one in named if one.requires_grad}

@@ -75,7 +75,7 @@ class Shelf(Injected):
         before = [(one.data_ptr(), one._version) for one in own]
         super().__init__(config, base, peft_config)
         live = self.peft_model.peft_config[ADAPTER]
-        try:
+        with self.removed_on_failure():
             if [(one.data_ptr(), one._version) for one in own] != before:
                 raise PtmoeError(
                     f"{config.method} has rewritten the base's own weights, and they cannot be restored: load the base "
@@ -91,9 +91,6 @@ class Shelf(Injected):
             for parameter in self.weights.parameters():
                 if parameter.dtype.itemsize < 4:
                     self._widen(parameter)
-        except BaseException:
-            self.remove()
-            raise
         if isinstance(live.target_modules, (set, list)):
             self.config = config.replace(target_modules=sorted(live.target_modules))
 

@@ -105,7 +105,7 @@ class SoKAConfig(PartsConfig):
         ranks = self.ranks
         if self.energy is None:
             return encoder
-        try:
+        with encoder.removed_on_failure():
             if ranks is None and base.device.type != "meta":
                 ranks = [cast(SoKAPart, part).rank_by(self.energy, module) for module, part in encoder.targets]
             if ranks is None or len(ranks) != len(encoder.targets):
@@ -114,9 +114,6 @@ class SoKAConfig(PartsConfig):
                     f"their weights, and {'no weights are here' if ranks is None else f'ranks has {len(ranks)}'}: "
                     "leave energy out where parameters are counted or fitted to a budget"
                 )
-        except BaseException:
-            encoder.remove()
-            raise
         for (_, part), rank in zip(encoder.targets, ranks, strict=True):
             cast(SoKAPart, part).allocate(rank)
         encoder.config = encoder.config.replace(ranks=ranks)

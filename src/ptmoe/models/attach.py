@@ -19,7 +19,7 @@ from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PromptE
 from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.checks import check_adapter
-from ptmoe.settings import read_yaml
+from ptmoe.runs.folders import trained_with_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,11 +88,8 @@ def attach(
             encoder = config.encoder_for(base, batches)
             generator = torch.Generator().manual_seed(seed)
             read = partial(read_prompt, embedding=base.get_input_embeddings().weight)
-            try:
+            with encoder.removed_on_failure():
                 encoder.initialise(InitialEmbeddings(model.adapters.embedding, generator, tokenize, read))
-            except BaseException:  # an interrupt, too, leaves the base as it was
-                encoder.remove()
-                raise
         return encoder
 
     before = model.active_adapter
@@ -246,6 +243,4 @@ def load_run(
     base, tokenizer = load_base(
         model, revision=revision, dtype=dtype, quantization=quantization, device=device, **options
     )
-    config = Path(path) / "config.yaml"
-    chat = read_yaml(config).get("chat") if config.is_file() else None
-    return LoadedRun(load_adapter(base, path, check=check).eval(), tokenizer, chat)
+    return LoadedRun(load_adapter(base, path, check=check).eval(), tokenizer, trained_with_chat(Path(path)))

@@ -26,6 +26,7 @@ PLAN_FILE, CELL_FILE, FAILED_FILE, LOG_FILE = "comparison.yaml", "cell.json", "f
 TUNE_FILE, TRIALS_FILE, BEST_FILE = "tune.yaml", "trials.jsonl", "best.yaml"
 SEARCH_FILE, SEARCH_FOLDER = "search.jsonl", "search"
 LOCK_FILE = ".lock"
+ENDING = re.compile(r"(?<=.)\.jsonl(\.gz)?$")  # of a file of data
 LONGEST_STEM = 200  # bytes of a name that is given endings
 
 
@@ -60,8 +61,7 @@ def writing(folder: Path, busy: str = "another command is writing to") -> Iterat
 def file_name(name: str, split: str = "test") -> str:
     """The name of a task's files or a label's folder; a task that is a file goes by that file's name. What no file can
     be called is cut and changed, and told apart by a hash."""
-    ending = re.compile(r"(?<=.)\.jsonl(\.gz)?$")
-    stem = ending.sub("", Path(name).name) if is_file(name) else name.replace("/", "__")
+    stem = ENDING.sub("", Path(name).name) if is_file(name) else name.replace("/", "__")
     fitting = CONTROL.sub("_", stem.encode(errors="replace")[:LONGEST_STEM].decode(errors="ignore"))
     if fitting != stem:
         fitting += f"-{sha256(stem.encode(errors='surrogatepass')).hexdigest()[:8]}"
@@ -130,6 +130,12 @@ class Run:
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run whose training is finished."""
     return all((folder / name).is_file() for name in (RESULT_FILE, CONFIG_FILE, ENVIRONMENT_FILE))
+
+
+def trained_with_chat(folder: Path) -> bool | None:
+    """Whether a run was trained with its base's chat template; None for a folder that does not say."""
+    chat = read_yaml(folder / CONFIG_FILE).get("chat") if (folder / CONFIG_FILE).is_file() else None
+    return chat if isinstance(chat, bool) else None
 
 
 def read_run(folder: str | Path) -> Run:

@@ -26,8 +26,8 @@ from ptmoe.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, local_folder
 from ptmoe.errors import PtmoeError, near
 from ptmoe.models.adapter_set import BASE
 from ptmoe.runs.folders import CONFIG_FILE as RUN_FILE
+from ptmoe.runs.folders import trained_with_chat
 from ptmoe.serve.engine import Input
-from ptmoe.settings import read_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,8 +201,7 @@ class Registry:
         key = f"adapter{next(self._keys)}"
         try:
             self.adapters.load(entry.folder, key)
-            run = entry.folder / RUN_FILE
-            chat = read_yaml(run).get("chat") if run.is_file() else None
+            chat = trained_with_chat(entry.folder)
         except (PtmoeError, OSError) as error:
             with self._lock:
                 # The reason may name files, which are not the clients' business.
@@ -217,7 +216,7 @@ class Registry:
                 self.adapters.remove(key)  # another thread was faster, or it has been replaced
                 return
             entry.size = sum(tensor.numel() * tensor.element_size() for tensor in encoder.state_dict().values())
-            entry.chat = chat if isinstance(chat, bool) else None
+            entry.chat = chat
             entry.fixed = encoder.fixed_prompts() is not None
             entry.key = key
             self._in_memory[name] = entry

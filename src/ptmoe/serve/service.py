@@ -18,7 +18,7 @@ from ptmoe.serve.metrics import Metrics
 from ptmoe.serve.registry import Composed, Registry
 from ptmoe.serve.text import Said, Text
 from ptmoe.tasks.base import Example
-from ptmoe.tasks.tokens import encode_prompt
+from ptmoe.tasks.tokens import decoded, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -278,10 +278,8 @@ class Service:
             self.metrics.tokens.labels("completion").inc(count)
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return decoded(self.tokenizer, ids, special=False)
 
     def token_text(self, token: int) -> str:
         """A token by itself; special ones by their names."""
-        text: str = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return text
+        return decoded(self.tokenizer, [token])

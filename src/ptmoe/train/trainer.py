@@ -182,7 +182,7 @@ class PromptTrainer(Trainer):
         if num_items is None or self.args.world_size > 1:  # the other processes would wait for the second part
             return cast(Tensor, super().training_step(model, inputs, num_items))
         rows = len(inputs["input_ids"])
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trainable = self._trained()
         before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trainable]
         while True:
             size = -(-rows // min(self._parts, rows))
