@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from transformers import LlamaConfig
 
 from ptmoe.compare import ComparePlan, fit_budget, parse_budget, prepare, read_plan
@@ -153,6 +153,7 @@ def test_a_budget_picks_the_size_that_comes_closest_without_exceeding_it(method,
 
     @settings(max_examples=6)
     @given(budget=st.integers(1, 6_000), tokens=st.sampled_from([None, 3, 17]))
+    @example(budget=472, tokens=None)  # ept: 4 of rank are too much, 3 leave room for a second token
     def check(budget, tokens):
         fixed = {"num_virtual_tokens": tokens} if tokens and "num_virtual_tokens" in config_class.model_fields else {}
         try:

@@ -44,7 +44,8 @@ def fit_budget(
 
     Returns:
         A checked config: the method's first free size (`MethodConfig.free_sizes`) as large as the budget and the base
-        allow. Where even 1 is too much, the next free size is lowered. A prompt has at most half the base's positions.
+        allow. Where even 1 is too much, the next free size is lowered, and what is left goes to the first again. A
+        prompt has at most half the base's positions.
 
     Raises:
         PtmoeError: the smallest size exceeds the budget, or a given field does not fit the method or the base.
@@ -64,8 +65,11 @@ def fit_budget(
         if name in given:
             continue
         if count(**lowered, **{name: 1}) <= budget:
-            size = _largest(partial(count, **lowered), name, budget)
-            return config_class(**given, **lowered, **{name: size})
+            sizes = dict(lowered)
+            for free in (name, *lowered):  # what was lowered to 1 may find room again
+                others = {other: size for other, size in sizes.items() if other != free}
+                sizes[free] = _largest(partial(count, **others), free, budget)
+            return config_class(**given, **sizes)
         lowered[name] = 1
     least = count(**lowered)
     if least <= budget:
