@@ -7,6 +7,7 @@ another has not counted for a while; how long a step, a save or a compilation ta
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -149,9 +150,9 @@ class Processes:
         before = time.monotonic()
         signs: dict[int, bytes | None] = dict.fromkeys(others)
         last = dict.fromkeys(others, before)
-        beat = 0
-        while not self._stopped.wait(self.timeout / 10):
-            beat += 1
+        for beat in itertools.count():  # the first at once: one that froze before it would be taken for a late start
+            if beat and self._stopped.wait(self.timeout / 10):
+                return
             try:
                 self._store.set(f"beat/{self.rank}", str(beat))
                 for other in others:
