@@ -9,7 +9,7 @@ from typing import Any, Literal
 from benchmarks.lengths import Lengths, sample
 from benchmarks.shapes import SHAPES
 
-PARTS = ("step", "epoch", "generate", "adapters", "curves", "linear", "startup", "study")
+PARTS = ("step", "epoch", "generate", "adapters", "curves", "linear", "attention", "startup", "study")
 VIRTUAL = 40
 PT_MOE = {"name": "pt-moe", "num_virtual_tokens": VIRTUAL, "num_experts": 2, "rank": 36}
 PT = {"name": "pt", "num_virtual_tokens": VIRTUAL}
@@ -91,6 +91,8 @@ def _default_shapes(part: str, device: str) -> tuple[str, ...]:
 
 
 def _default_dtypes(part: str, shape: str) -> tuple[str, ...]:
+    if part == "attention":
+        return ("bfloat16",)
     return SHAPES[shape].dtypes if part == "step" else SHAPES[shape].dtypes[:1]
 
 
@@ -118,7 +120,7 @@ def cases(
         if part == "study":
             yield _study(cells=2 if quick else 40, steps=2 if quick else 80)
             continue
-        if part == "linear" and device != "cpu":
+        if part in ("linear", "attention") and device != "cpu":
             continue
         for shape in shapes or _default_shapes(part, device):
             amount = QUICK if quick else AMOUNTS[device, shape]
@@ -226,6 +228,16 @@ def _linear(_: Amount) -> Iterator[dict[str, Any]]:
         }
 
 
+def _attention(_: Amount) -> Iterator[dict[str, Any]]:
+    for tokens in (60, 100, 250, 500):
+        common = {"run": "attention.layer", "rows": STEP_ROWS, "tokens": tokens, "repeats": 20}
+        yield {
+            "name": f"{STEP_ROWS} rows of {tokens} tokens",
+            "systems": {way: common | {"way": way} for way in ("products", "torch")},
+            "reference": "products",
+        }
+
+
 def _startup(repeats: int) -> Case:
     commands = {
         "ptmoe --help": ["-m", "ptmoe", "--help"],
@@ -255,6 +267,7 @@ _MAKE = {
     "adapters": _adapters,
     "curves": _curves,
     "linear": _linear,
+    "attention": _attention,
 }
 
 

@@ -46,14 +46,12 @@ def operators(found: list[tuple[str, float, int]]) -> list[str]:
     return table(["operator", "seconds", "share", "calls"], [*rows, ["all", f"{total:.3g}", "", ""]])
 
 
-UNFIT = ("adapters", "linear", "startup", "study")  # no base, or other processes
+UNFIT = ("adapters", "linear", "attention", "startup", "study")  # no base, or other processes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profiling", description=__doc__)
-    parser.add_argument(
-        "part", choices=[part for part in PARTS if part not in ("adapters", "linear", "startup", "study")]
-    )
+    parser.add_argument("part", choices=[part for part in PARTS if part not in UNFIT])
     parser.add_argument("system", help="as in RESULTS.md")
     parser.add_argument("--name", help="of the case within its part; by default the first")
     parser.add_argument("--shape", choices=SHAPES, default="sketch")

@@ -278,6 +278,11 @@ _PARTS = {
         "*decoding*, or on 64 of the head and 2,048 of a layer in *training*, there with the backward pass to the "
         "layer's input.",
     ),
+    "attention": (
+        "Attention",
+        "The causal attention of one layer by itself, forward and backward, by `torch`'s own kernel on a CPU and by "
+        "the plain products that `ptmoe.fast.attention` calls for rows of up to 512 tokens in bfloat16.",
+    ),
     "startup": (
         "Start-up",
         "A new interpreter, from its start to its end, the files in memory: the median of five in each round.",

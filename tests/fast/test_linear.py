@@ -123,24 +123,3 @@ def test_not_where_layers_are_recomputed_compiled_or_under_autocast() -> None:
     assert replaced(base)
     base.model.layers[0].compile()
     assert not replaced(base)
-
-
-def test_the_verdict_on_a_machine_is_measured_once_and_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two products round differently: a resumed run, another process, must compute with the same one."""
-    monkeypatch.undo()
-    monkeypatch.setenv("PTMOE_CACHE", str(tmp_path))
-    base = tiny_llama().requires_grad_(False)
-    for ratio, faster in ((0.5, True), (1.2, False)):
-        monkeypatch.setattr(linear, "_time_ratio", lambda ratio=ratio: ratio)
-        for kept in (tmp_path / "onednn").glob("*"):
-            kept.unlink()
-        linear._faster_here.cache_clear()
-        assert bool(replaced(base)) == faster
-        monkeypatch.setattr(linear, "_time_ratio", lambda: pytest.fail("measured again"))
-        linear._faster_here.cache_clear()  # as in another process
-        assert bool(replaced(base)) == faster
-    (tmp_path / "onednn").rename(tmp_path / "other")
-    (tmp_path / "onednn").write_text("not a folder: nothing can be kept")
-    linear._faster_here.cache_clear()
-    assert not replaced(base)
-    linear._faster_here.cache_clear()

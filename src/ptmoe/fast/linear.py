@@ -1,19 +1,13 @@
 """A base's frozen linear layers in float32 on a CPU, by oneDNN.
 
 In half precision `torch` calls oneDNN itself; float32 goes to MKL, which takes 1.4 to 2.5 times as long on an AMD
-processor (`python -m benchmarks linear`). Which of the two is faster is measured once for a machine and kept in
-`$PTMOE_CACHE/onednn`: the two round differently, so a resumed run must find the same verdict.
+processor (`python -m benchmarks linear`). Which of the two is faster is measured once for a machine (`fast.measured`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.fast.compiled import replaceable
-from ptmoe.files import cache_folder
+from ptmoe.fast.measured import is_faster
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MEASURED = ((256, 512, 1408), (32, 512, 16384))  # rows, inputs and outputs: a layer, and a head at a few positions
-MEASURED_TIMES = 5
-WORTHWHILE = 0.95  # of torch's own time
 
 
 @contextmanager
@@ -113,46 +105,12 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def _faster_here() -> bool:
-    """Whether oneDNN was faster when this machine was first measured."""
-    key = f"{platform.machine()} {_processor()} {torch.__version__} {torch.get_num_threads()} threads"
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    try:
-        path = cache_folder("onednn", create=True) / name
-        if not path.exists():
-            part = path.with_name(f".{uuid.uuid4().hex}")
-            part.write_text(f"{_time_ratio():.3f}\n{key}\n")
-            with suppress(FileExistsError):  # of two processes that measure at the same time, the first decides
-                os.link(part, path)
-            part.unlink()
-        return float(path.read_text().split()[0]) <= WORTHWHILE
-    except (OSError, ValueError, IndexError):  # a verdict that cannot be kept could differ in the next process
-        return False
-
-
-def _time_ratio() -> float:
-    """oneDNN's time for a few products over torch's, each the fastest of several, in turns."""
-
-    def seconds(product: Callable[[Tensor, Tensor, None], Tensor], rows: Tensor, weight: Tensor) -> float:
-        started = time.perf_counter()
-        product(rows, weight, None)
-        return time.perf_counter() - started
-
-    total = {_product: 0.0, nn.functional.linear: 0.0}
-    with torch.no_grad():
+    def operands() -> Iterator[tuple[Tensor, Tensor, None]]:
         for count, inputs, outputs in MEASURED:
-            operands = torch.ones(count, inputs), torch.ones(outputs, inputs)
-            turns = [{product: seconds(product, *operands) for product in total} for _ in range(MEASURED_TIMES)]
-            for product in total:
-                total[product] += min(turn[product] for turn in turns)
-    return total[_product] / total[nn.functional.linear]
+            yield torch.ones(count, inputs), torch.ones(outputs, inputs), None
 
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    with torch.no_grad():
+        return is_faster("onednn", lambda given: _product(*given), lambda given: nn.functional.linear(*given), operands)
 
 
 def _works() -> bool:

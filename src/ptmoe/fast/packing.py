@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ptmoe.fast.attention import by_products, causal_products, products_obstacle
 from ptmoe.fast.lock import base_lock
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ class _Attention:
         config: of the base, which names its attention implementation.
         implementation: the base's own.
         groups: of the packed row.
+        products: whether short rows attend by plain products (`fast.attention`).
         calls: number of attention calls; `windows`, of those that passed a sliding window or None for it.
     """
 
@@ -177,6 +179,7 @@ class _Attention:
     config: Any
     implementation: str
     groups: tuple[Group, ...]
+    products: bool
     calls: int = 0
     windows: int = 0
 
@@ -209,9 +212,13 @@ class _Attention:
         attention = self._base_attention(module)
         parts = []
         for group in self.groups:
-            rows = [_to_rows(tensor.transpose(1, 2), group) for tensor in (query, key, value)]
+            queries, keys, values = (_to_rows(tensor.transpose(1, 2), group) for tensor in (query, key, value))
             hidden = self._mask(group.longest, options.get("sliding_window"), query)
-            attended: Tensor = attention(module, *rows, hidden, **options)[0]  # (rows, longest, h, d)
+            attended: Tensor  # (rows, longest, h, d)
+            if self.products and hidden is None and by_products(module, queries, options):
+                attended = causal_products(queries, keys, values, options.get("scaling")).transpose(1, 2)
+            else:
+                attended = attention(module, queries, keys, values, hidden, **options)[0]
             attended = attended.reshape(1, -1, *attended.shape[2:])
             parts.append(attended if group.real is None else _Gather.apply(attended, group.real))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
@@ -266,7 +273,7 @@ def packed_attention(base: PreTrainedModel, groups: tuple[Group, ...]) -> Iterat
     """Within it the rows of one packed row attend to themselves alone; layers that are recomputed in the backward pass,
     after it, do as well."""
     config = base.config.get_text_config()
-    attention = _Attention(base, config, config._attn_implementation, groups)
+    attention = _Attention(base, config, config._attn_implementation, groups, products_obstacle(base) is None)
     recomputed = {
         module: cast(Any, module)._gradient_checkpointing_func
         for module in (base.modules() if base.is_activation_checkpointing else ())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ptmoe.fast.attention import attention_obstacle, without_plans
+from ptmoe.fast.attention import attention_obstacle, products_obstacle, without_plans
 from ptmoe.fast.compiled import compilation_obstacle
 from ptmoe.fast.last_layer import last_layer_at, last_layer_in_use, last_layer_obstacle
 from ptmoe.fast.linear import onednn_obstacle, use_onednn
@@ -75,6 +75,7 @@ class FastPaths:
             "last_layer": self.last_layer_obstacle(),
             "onednn": onednn_obstacle(self.base),
             "without_cudnn_attention": attention_obstacle(self.base),
+            "attention_by_products": products_obstacle(self.base),
             "compiled_layers": compilation_obstacle(self.base),
             "loss_in_parts": parts_obstacle(self.base),
         }

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput
 
 from ptmoe.errors import PtmoeError
-from ptmoe.fast.attention import without_plans
+from ptmoe.fast.attention import products_obstacle, without_plans
 from ptmoe.fast.loss import IGNORED, TokenStatistics, cross_entropy
 from ptmoe.fast.paths import FastPaths, is_sharded
 from ptmoe.methods.base import Routing
@@ -284,8 +284,8 @@ class PromptedCausalLM(GeneratingModel):
         """Whether this batch is computed without its padding."""
         if options.get("output_hidden_states") or options.get("output_attentions"):
             return False  # they are as wide as the batch
-        if self.packing is None and bool(spliced.attention_mask.all()):
-            return False
+        if self.packing is None and products_obstacle(self.base_model) and bool(spliced.attention_mask.all()):
+            return False  # there is nothing to gain
         return self.can_pack() and prompts.cache is None
 
 

@@ -1,0 +1,71 @@
+"""Which of two ways to compute the same thing is faster on this machine: measured once, and kept.
+
+The two round differently, so a resumed run has to find the same verdict: it is a file in the cache's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from ptmoe.files import cache_folder
+
+TIMES = 5
+WORTHWHILE = 0.95  # of the other way's time
+
+Computation = Callable[..., Any]
+
+
+def is_faster(name: str, ours: Computation, theirs: Computation, operands: Callable[[], Iterable[Any]]) -> bool:
+    """Whether `ours` was faster than `theirs` when this machine was first measured.
+
+    Args:
+        name: of the cache's folder where the verdict is kept, `$PTMOE_CACHE/{name}`.
+        ours, theirs: called with one of the operands.
+        operands: made only where there is no verdict yet.
+    """
+    key = f"{platform.machine()} {_processor()} {torch.__version__} {torch.get_num_threads()} threads"
+    file = hashlib.sha256(key.encode()).hexdigest()[:16]
+    try:
+        path = cache_folder(name, create=True) / file
+        if not path.exists():
+            part = path.with_name(f".{uuid.uuid4().hex}")
+            part.write_text(f"{time_ratio(ours, theirs, operands()):.3f}\n{key}\n")
+            with suppress(FileExistsError):  # of two processes that measure at the same time, the first decides
+                os.link(part, path)
+            part.unlink()
+        return float(path.read_text().split()[0]) <= WORTHWHILE
+    except (OSError, ValueError, IndexError):  # a verdict that cannot be kept could differ in the next process
+        return False
+
+
+def time_ratio(ours: Computation, theirs: Computation, operands: Iterable[Any]) -> float:
+    """The time of `ours` over that of `theirs`, for each operand the fastest of several in turns."""
+
+    def seconds(computation: Computation, operand: Any) -> float:
+        started = time.perf_counter()
+        computation(operand)
+        return time.perf_counter() - started
+
+    total = {ours: 0.0, theirs: 0.0}
+    for operand in operands:
+        turns = [{way: seconds(way, operand) for way in total} for _ in range(TIMES)]
+        for way in total:
+            total[way] += min(turn[way] for turn in turns)
+    return total[ours] / total[theirs]
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,66 @@
+"""Which way is faster on a machine is measured once and kept."""
+
+import pytest
+import torch
+
+from ptmoe.fast import attention, linear, measured
+from testing.bases import DEVICE, tiny_llama
+
+VERDICTS = {
+    "onednn": (linear._faster_here, lambda: linear.onednn_obstacle(tiny_llama().requires_grad_(False))),
+    "attention": (attention._products_are_faster, lambda: attention.products_obstacle(tiny_llama().bfloat16())),
+}
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="these are paths of the CPU")
+
+
+@pytest.mark.parametrize("name", [pytest.param("onednn", marks=needs_onednn), "attention"])
+def test_the_verdict_on_a_machine_is_measured_once_and_kept(name: str, tmp_path, monkeypatch) -> None:
+    """The two ways round differently: a resumed run, another process, must compute in the same one."""
+    verdict, obstacle = VERDICTS[name]
+    monkeypatch.setenv("PTMOE_CACHE", str(tmp_path))
+    try:
+        for ratio, faster in ((0.5, True), (1.2, False)):
+            monkeypatch.setattr(measured, "time_ratio", lambda *_, ratio=ratio: ratio)
+            for kept in (tmp_path / name).glob("*"):
+                kept.unlink()
+            verdict.cache_clear()
+            assert (obstacle() is None) == faster
+            monkeypatch.setattr(measured, "time_ratio", lambda *_: pytest.fail("measured again"))
+            verdict.cache_clear()  # as in another process
+            assert (obstacle() is None) == faster
+        (tmp_path / name).rename(tmp_path / "other")
+        (tmp_path / name).write_text("not a folder: nothing can be kept")
+        verdict.cache_clear()
+        assert "as fast" in obstacle()
+    finally:
+        verdict.cache_clear()
+
+
+def test_the_ratio_is_of_the_fastest_of_each_in_turns(monkeypatch) -> None:
+    clock, order = [0.0], []
+    seconds = {"a": iter([9.0, 2.0, 5.0, 5.0, 5.0, 1.0, 1.0, 1.0, 1.0, 1.0]), "b": iter([4.0] * 5 + [2.0] * 5)}
+
+    def way(name):
+        def compute(operand):
+            order.append(name + operand)
+            clock[0] += next(seconds[name])
+
+        return compute
+
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: clock[0])
+    assert measured.time_ratio(way("a"), way("b"), ["1", "2"]) == (2 + 1) / (4 + 2)
+    assert order == ["a1", "b1"] * measured.TIMES + ["a2", "b2"] * measured.TIMES
+
+
+@pytest.mark.parametrize("name", [pytest.param("onednn", marks=needs_onednn), "attention"])
+def test_the_real_measurement_ends_in_a_verdict(name: str, tmp_path, monkeypatch) -> None:
+    verdict, obstacle = VERDICTS[name]
+    monkeypatch.setenv("PTMOE_CACHE", str(tmp_path))
+    verdict.cache_clear()
+    try:
+        obstacle()
+        (kept,) = (tmp_path / name).iterdir()
+        assert float(kept.read_text().split()[0]) > 0
+    finally:
+        verdict.cache_clear()
