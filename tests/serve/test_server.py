@@ -15,9 +15,10 @@ import torch
 from ptmoe.errors import PtmoeError
 from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
+from ptmoe.serve import start
 from ptmoe.serve.engine import EngineError, Token
 from ptmoe.serve.limits import Limits
-from ptmoe.serve.start import bind, configured
+from ptmoe.serve.start import bind
 from testing.serving import Paced, alone, running, save, service_of, until
 
 openai = pytest.importorskip("openai")
@@ -52,10 +53,21 @@ def post(address, body, **options):
 
 
 def test_an_answer_does_not_wait_for_the_client_to_acknowledge_its_headers():
-    with bind(configured(None, port=0)) as listening:
+    with bind("127.0.0.1", 0) as listening:
         listening.listen()
         with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+def test_a_port_that_cannot_be_had_is_named_before_a_base_is_loaded(host, model, run, monkeypatch):
+    monkeypatch.setattr(start, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, _, told = run("serve", model.folder / "adapters", "--host", host, "--port", port)
+    assert status == 2
+    assert f"cannot listen on {host}, port {port}: " in " ".join(told.split())
 
 
 @pytest.mark.ci

@@ -87,8 +87,7 @@ def listening(app):
 
     from ptmoe.serve.start import bind, configured
 
-    config = configured(app, port=0)
-    server, bound = uvicorn.Server(config), bind(config)
+    server, bound = uvicorn.Server(configured(app)), bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not server.started:

@@ -72,13 +72,15 @@ def serve(
         raise PtmoeError("an API key is empty: it would let everyone in; give a long random one, or leave it out")
     quiet()
     from ptmoe.serve.app import create_app
-    from ptmoe.serve.start import gateway_service, listen, local_service, vllm_service
+    from ptmoe.serve.start import bind, gateway_service, local_service, vllm_service
+    from ptmoe.serve.start import serve as serve_on
 
     memory = None if adapter_memory is None else adapter_memory * 10**6
     ours: dict[str, Any] = {"model": model, "memory": memory, "limits": limits, "revision": revision}
     of_base = given(device=device, dtype=dtype, quantization=quantization)
     if engine_option and engine != "vllm":
         raise PtmoeError("--engine-option is for --engine vllm")
+    listening = bind(host, port)
     if engine == "local":
         service = local_service(adapters, **ours, **{"device": None, **of_base})
     elif engine == "vllm":
@@ -103,7 +105,7 @@ def serve(
         origins=cors_origin or (),
         with_playground=playground,
     )
-    listen(service, app, host, port)
+    serve_on(service, app, listening)
 
 
 def chat(

@@ -127,8 +127,11 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
     left_out: list[LeftOut] = []
 
     def choose(variant: Variant, long_label: str) -> None:
-        if variant.identity not in [other.identity for other in chosen]:
+        same = next((other for other in chosen if other.identity == variant.identity), None)
+        if same is None:
             chosen.append(_with_label(variant, long_label, chosen, known))
+        elif variant.label not in (same.label, same.config.method):
+            left_out.append(LeftOut(variant.label, f"the same settings as {same.label!r}"))
 
     names = [str(entry.get("name", DEFAULT_METHOD)) for entry in plan.methods]
     rates = plan.learning_rate if isinstance(plan.learning_rate, dict) else dict.fromkeys(names, plan.learning_rate)

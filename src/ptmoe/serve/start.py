@@ -202,25 +202,31 @@ def _service(
     return Service(registry, made, tokenizer, frozenset(all_ends), limits, Metrics(registry))
 
 
-def listen(service: Service, app: FastAPI, host: str, port: int) -> None:
+def serve(service: Service, app: FastAPI, listening: socket.socket) -> None:
     """Serve until a signal comes, then finish what has been accepted.
+
+    Args:
+        service: what the application answers with.
+        app: from `create_app`.
+        listening: from `bind`.
 
     Raises:
         PtmoeError: the engine cannot serve this base.
     """
     import uvicorn
 
+    host, port = listening.getsockname()[:2]
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await service.start()  # here, because from the application's own start an error comes as a traceback
             count = len(service.registry.names()) - 1
-            print(f"{service.registry.base} and {count:,} adapters at http://{host}:{bound}", flush=True)
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(f"{service.registry.base} and {count:,} adapters at {address}", flush=True)
             _return_memory()
             await super().startup(sockets)
 
-    config = configured(app, host=host, port=port, timeout_graceful_shutdown=int(service.limits.deadline) + 1)
-    listening = bind(config)
-    bound = listening.getsockname()[1]
+    config = configured(app, timeout_graceful_shutdown=int(service.limits.deadline) + 1)
     Server(config).run(sockets=[listening])
 
 
@@ -232,14 +238,29 @@ def configured(app: Any, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE, **options)
 
 
-def bind(config: uvicorn.Config) -> socket.socket:
-    """The socket to serve from, which has a port before the server runs.
+def bind(host: str, port: int) -> socket.socket:
+    """The socket to serve from: the port is ours, and refuses connections, while a base is loaded.
 
-    `asyncio` turns Nagle's algorithm off only where a socket's protocol is named, which uvicorn's is not: each answer
-    would wait 40 ms for the client to acknowledge its headers. Accepted connections inherit the option.
+    `asyncio` turns Nagle's algorithm off only where a socket's protocol is named, else each answer would wait 40 ms for
+    the client to acknowledge its headers. Accepted connections inherit the option.
+
+    Args:
+        host: a name or an address.
+        port: 0 for any that is free.
+
+    Raises:
+        PtmoeError: there is no such host here, or another program has the port.
     """
-    listening = config.bind_socket()
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise PtmoeError(
+            f"cannot listen on {host}, port {port}: {error.strerror}: give another --host or --port"
+        ) from None
     return listening
 
 
