@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import ptmoe
 from ptmoe.models.bases import load_base
@@ -16,6 +17,7 @@ from ptmoe.tasks import load_task
 from ptmoe.tasks.tokens import encode_completion, encode_prompt
 from ptmoe.train import TrainOptions, train
 from ptmoe.train.data import collate, fit
+from ptmoe.train.options import NEED_EVALUATION, check_trainer_arguments
 from ptmoe.train.trainer import DivergedError
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -139,8 +141,6 @@ def test_checkpoints_hold_the_adapter_its_states_and_no_pickle(trained):
 @pytest.mark.slow
 def test_a_checkpoint_at_the_papers_sizes_is_under_2_mb(method, tmp_path):
     """On a base of Llama-3.2-1B's hidden size, with little else of it."""
-    from transformers import TrainingArguments
-
     from ptmoe.methods import METHODS
     from ptmoe.train import PromptTrainer, RoutingCallback
     from testing.bases import tiny_llama
@@ -244,6 +244,12 @@ UNFIT = {
     "a negative rate": ({"learning_rate": -1.0}, "learning_rate=-1.0"),
     "an unknown scheduler": ({"lr_scheduler_type": "linaer"}, "transformers refuses these options: .*linaer"),
     "a logger that is not there": ({"report_to": "nologger"}, "transformers refuses these options: .*nologger"),
+    "a trainer argument of another type": (
+        {"trainer": {"data_seed": "7"}},
+        r"trainer: data_seed='7': needs int \| None",
+    ),
+    "a trainer argument beyond 64 bits": ({"trainer": {"data_seed": 2**64}}, "needs a number of 64 bits"),
+    "a compiler of the whole model": ({"trainer": {"torch_compile_mode": "default"}}, "layer by layer"),
     "an unknown trainer argument": ({"trainer": {"optm": "x"}}, "trainer: unknown key 'optm'; did you mean 'optim'"),
 }
 
@@ -255,6 +261,22 @@ def test_unfit_options_are_refused_by_name_and_write_nothing(case, tmp_path):
     with pytest.raises(ptmoe.PtmoeError, match=message):
         train(options(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def of_the_trainer():
+    """The names and defaults of what may stand under `trainer`."""
+    refused = {"hub_token", "torch_compile_backend", "torch_compile_mode"}
+    others = NEED_EVALUATION | TrainOptions.model_fields.keys() | refused
+    for field in fields(TrainingArguments):
+        if field.name not in others:
+            yield field.name, field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def test_a_trainer_argument_has_the_type_that_transformers_states():
+    for name, default in of_the_trainer():
+        check_trainer_arguments(TrainOptions(task="nano/mixed", trainer={name: default}))
+        with pytest.raises(ptmoe.PtmoeError, match=f"trainer: {name}="):
+            check_trainer_arguments(TrainOptions(task="nano/mixed", trainer={name: [[None]]}))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near, shown
@@ -302,11 +310,9 @@ def check_trainer_arguments(options: TrainOptions) -> None:
     """
     if not options.trainer:
         return
-    from dataclasses import fields
-
     from transformers import TrainingArguments
 
-    known = {field.name for field in fields(TrainingArguments)}
+    known = get_type_hints(TrainingArguments)
     for name, value in options.trainer.items():
         if name in NEED_EVALUATION and value not in (None, False, "no", "steps", "epoch"):
             raise PtmoeError(
@@ -317,3 +323,13 @@ def check_trainer_arguments(options: TrainOptions) -> None:
             raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
         if name in TrainOptions.model_fields:
             raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
+        if name.startswith("torch_compile_"):
+            raise PtmoeError(f"trainer: {name} compiles the model as a whole: torch_compile does so layer by layer")
+        needed = known[name]  # `transformers` does not look, and fails anywhere
+        try:
+            TypeAdapter(needed, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+        except ValidationError:
+            needed = needed.__name__ if isinstance(needed, type) else needed
+            raise PtmoeError(f"trainer: {name}={shown(value)}: needs {needed}") from None
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise PtmoeError(f"trainer: {name}={shown(value)}: needs a number of 64 bits")
