@@ -324,8 +324,12 @@ def show_legend(axes: Axes) -> None:
     """Above the axes, so that it hides no data, in as many columns as fit; the figure grows with its rows."""
     names, figure = [str(name) for name in axes.get_legend_handles_labels()[1]], axes.get_figure(root=True)
     if names and figure is not None:
-        entry = 38 + 0.58 * FONT_SIZE * max(map(len, names))  # points: the handle and its space, and the longest text
-        columns = max(1, min(len(names), int(270 / entry)))
+
+        def width(columns: int) -> float:
+            """In points: in each column the handle and its space, and the longest text."""
+            return sum(38 + 0.58 * FONT_SIZE * max(map(len, part)) for part in np.array_split(names, columns))
+
+        columns = max((count for count in range(1, len(names) + 1) if width(count) <= 270), default=1)
         figure.set_figheight(figure.get_figheight() + 0.2 * max(0, -(-len(names) // columns) - 3))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 
