@@ -8,12 +8,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
+MADE_BY_THE_READER = {"src/ptmoe/methods/soft_mixture.py", "src/ptmoe/tasks/units.py"}
+
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ("docs/changelog.md", "docs/contributing.md")])
 def test_every_linked_file_is_there(page):
     path = ROOT / page
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_test_that_is_named_is_there(page):
+    text = (ROOT / page).read_text()
+    for path in re.findall(
+        r"(?<![\w./-])(?:tests|benchmarks|docs|examples|src)/[\w./-]+\.(?:py|yaml|md|jsonl?)\b", text
+    ):
+        assert path in MADE_BY_THE_READER or (ROOT / path).exists(), path
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
 
 
 def test_the_readmes_first_python_block_runs(tmp_path, monkeypatch):
