@@ -74,14 +74,18 @@ def spoken(mode="fine", **options):
                     await asyncio.sleep(options.get("pause", 0))
                     if index == options.get("breaks"):
                         raise RuntimeError("gone")
-                choice = {"index": 0, "text": "?", "token_ids": [token], "finish_reason": None}
+                stops = token in body["stop_token_ids"]
+                reason = "stop" if stops else "length" if index == len(answer) - 1 else None
+                if len(app.state.asked) > 2 and index == options.get("aborts"):
+                    reason = "abort"
+                choice = {"index": 0, "text": "?", "token_ids": [token], "finish_reason": reason}
                 if body.get("logprobs") is not None:
                     top = {f"token_id:{token}": -0.1, "token_id:0": -2.5}
                     choice["logprobs"] = {"tokens": ["?"], "token_logprobs": [-0.1], "top_logprobs": [top]}
                 if mode == "no ids":
                     del choice["token_ids"]
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
-                if token in body["stop_token_ids"]:
+                if stops or reason == "abort":
                     break
             yield "data: [DONE]\n\n"
 
@@ -107,6 +111,23 @@ def asked(engine, *requests):
             await engine.stop()
 
     return asyncio.run(run())
+
+
+def test_an_answer_that_the_engine_gives_up_is_a_failure_and_no_short_answer():
+    with listening(spoken(aborts=1)) as url:
+        (failed,), _ = asked(GatewayEngine([url], MATRIX), Sampling(4))
+    assert isinstance(failed, UnavailableError)
+    assert "gave the request up (abort)" in failed.message
+
+
+def test_an_upstreams_password_is_shown_to_nobody(caplog):
+    with listening(spoken()) as url:
+        engine = GatewayEngine([url.replace("//", "//user:secret@"), "http://user:secret@127.0.0.1:9"], MATRIX)
+        _, health = asked(engine)
+        faults = asyncio.run(engine.check())
+    assert health["upstreams"].keys() == {url, "http://127.0.0.1:9"}
+    assert faults.keys() == {"http://127.0.0.1:9"}
+    assert "secret" not in caplog.text
 
 
 def test_tokens_come_back_with_their_log_probabilities():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +45,12 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 for all")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free")] = 8000,
     api_key: Annotated[
-        list[str] | None, typer.Option(help="a client's key; repeatable", envvar="PTMOE_API_KEY", show_envvar=True)
+        list[str] | None,
+        typer.Option(
+            help="a client's key; repeatable, in the variable separated by spaces",
+            envvar="PTMOE_API_KEY",
+            show_envvar=True,
+        ),
     ] = None,
     admin_key: Annotated[
         str | None, typer.Option(help="opens /v1/adapters", envvar="PTMOE_ADMIN_KEY", show_envvar=True)
@@ -68,6 +74,9 @@ def serve(
     from ptmoe.serve.limits import Limits
 
     limits = Limits(**context.obj)
+    for variable in ("PTMOE_API_KEY", "PTMOE_ADMIN_KEY", "PTMOE_ENGINE_KEY"):
+        if not os.environ.get(variable, "set").strip():  # which the command line reads as none
+            raise PtmoeError(f"{variable} is set and empty: give it a long random key, or unset it")
     if any(not key.strip() for key in (*(api_key or ()), *(() if admin_key is None else (admin_key,)))):
         raise PtmoeError("an API key is empty: it would let everyone in; give a long random one, or leave it out")
     quiet()

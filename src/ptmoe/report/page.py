@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from ptmoe.files import write_whole
 from ptmoe.report.comparison import AVERAGE, Comparison, counted_states, read_comparison, single_run
@@ -19,6 +20,7 @@ from ptmoe.report.table import file_name, metric_name
 from ptmoe.runs.folders import CONFIG_FILE, PLAN_FILE, is_run
 from ptmoe.settings import yaml_text
 
+OF_A_CELL = {"seed", "options", "data", "changes"}  # of its environment, as the plan says or the report does elsewhere
 LONGEST_PART = 11  # letters of a word that is too long for a column
 
 
@@ -179,9 +181,39 @@ def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
         lines.append(f"{label}{after} on {task}, {len(texts)} of {seeds} seed{'s' * (seeds > 1)}; {texts[0]}")
     if lines:
         yield "Routing collapsed.", lines
+    yield from _unlike(comparison)
     if comparison.left_out:
         counted = counted_states(comparison.left_out)
         yield "Not every cell is in the numbers.", [f"{counted}; they are listed under “Cells that are left out”."]
+
+
+def _unlike(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
+    """What makes cells incomparable, or their scores too good."""
+    evaluated: dict[str, dict[Any, str]] = {}
+    trained: dict[str, dict[Any, str]] = {}
+    programs: dict[Any, str] = {}
+    for cell in comparison.cells:
+        name, environment = f"{cell.label} on {cell.task}, seed {cell.seed}", cell.run.environment
+        for task, summary in cell.run.evaluations.items():
+            if not summary.cut and not summary.unanswered:  # each method has room for inputs of another length
+                evaluated.setdefault(task, {}).setdefault(summary.settings.get("data"), name)
+        trained.setdefault(f"{cell.label} on {cell.task}", {}).setdefault(environment.data, name)
+        programs.setdefault((environment.commit, *sorted(environment.versions.items())), name)
+    for heading, found in (
+        ("Cells were evaluated on different data.", evaluated),
+        ("Cells were trained on different data.", trained),
+        ("Cells ran with different versions.", {"": programs}),
+    ):
+        if lines := [
+            f"{of}: {'; '.join(names.values())}".removeprefix(": ") for of, names in found.items() if len(names) > 1
+        ]:
+            yield heading, [f"The first that differ: {line}." for line in lines]
+    seen = {cell.task: cell.run.result for cell in comparison.cells if cell.run.result.examples_evaluated}
+    if seen:
+        yield (
+            "Training examples are evaluated as well.",
+            [f"{task}: {one.examples_evaluated:,} of {one.examples:,}." for task, one in seen.items()],
+        )
 
 
 def _documents(comparison: Comparison, plan: Path) -> Iterator[tuple[str, str]]:
@@ -190,7 +222,7 @@ def _documents(comparison: Comparison, plan: Path) -> Iterator[tuple[str, str]]:
         yield plan.name, plan.read_text(encoding="utf-8")
     found: dict[str, list[str]] = {}
     for cell in comparison.cells:
-        environment = cell.run.environment.model_dump(exclude=None if comparison.single else {"seed"})
+        environment = cell.run.environment.model_dump(exclude=None if comparison.single else OF_A_CELL)
         found.setdefault(yaml_text(environment), []).append(f"{cell.label}/{cell.task}/seed-{cell.seed}")
     for text, cells in found.items():
         more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""

@@ -144,8 +144,8 @@ class Result(Record):
 
     Attributes:
         adapter_bytes: of the adapter's tensors as they are saved.
-        peak_memory: the most bytes that the training held: allocated on a GPU, resident of the process on a CPU. None
-            where the system does not say, and where nothing was trained.
+        examples_evaluated: training examples whose input is evaluated as well.
+        peak_memory: the most bytes that the training held, allocated on a GPU, else resident; None where it is unknown.
         forgetting: None where it was not measured.
     """
 
@@ -157,6 +157,7 @@ class Result(Record):
     examples: int = 0
     examples_cut: int = 0
     examples_left_out: int = 0
+    examples_evaluated: int = 0
     adapter_bytes: int | None = None
     peak_memory: int | None = None
     forgetting: Forgetting | None = None
@@ -166,7 +167,6 @@ class LogLine(Record):
     """One log of a training; keys that `transformers` adds are kept.
 
     Attributes:
-        step: optimiser steps done.
         seconds: since training began.
         loss: mean over the supervised tokens since the previous line, in nats.
         learning_rate: of the optimiser.

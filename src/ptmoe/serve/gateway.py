@@ -61,6 +61,12 @@ class Upstream:
     late: bool = False
 
     @property
+    def shown(self) -> str:
+        """Its URL without a password, for messages, the log and `/health`, which anybody may read."""
+        parts = urlsplit(self.url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+    @property
     def state(self) -> str:
         return self.fault or ("slow to answer" if self.late else "ok")
 
@@ -106,7 +112,7 @@ class GatewayEngine:
         await self._client.aclose()
 
     async def health(self) -> dict[str, Any]:
-        about = {upstream.url: upstream.state for upstream in self.upstreams}
+        about = {upstream.shown: upstream.state for upstream in self.upstreams}
         return {"ok": any(upstream.fault is None for upstream in self.upstreams), "upstreams": about}
 
     async def check(self) -> dict[str, str]:
@@ -122,7 +128,7 @@ class GatewayEngine:
                     await self._try(upstream)
                     upstream.fault = None
                 except httpx.HTTPError as error:
-                    faults[upstream.url] = _down(error)
+                    faults[upstream.shown] = _down(error)
         return faults
 
     async def generate(self, row: Input, sampling: Sampling) -> AsyncGenerator[Token, None]:
@@ -196,7 +202,7 @@ class GatewayEngine:
             about = listed.json()["data"][0]
             upstream.model, positions = str(about["id"]), about.get("max_model_len")
         except (httpx.HTTPStatusError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise MisfitError(f"{upstream.url} lists no model ({type(error).__name__}): {NEEDED}") from None
+            raise MisfitError(f"{upstream.shown} lists no model ({type(error).__name__}): {NEEDED}") from None
         ids, embeds = probe(self._embedding)
         answers = []
         for way, prompt in (("ids", {"prompt": ids}), ("embeddings", {"prompt_embeds": encoded(embeds)})):
@@ -206,10 +212,10 @@ class GatewayEngine:
             except UnavailableError as error:
                 raise httpx.ReadError(error.message) from None
             except EngineError as error:
-                raise MisfitError(f"{upstream.url} does not take {way} ({error!s:.300}): {NEEDED}") from None
+                raise MisfitError(f"{upstream.shown} does not take {way} ({error!s:.300}): {NEEDED}") from None
         if not agree(*answers):
             raise MisfitError(
-                f"{upstream.url} ({upstream.model}) does not answer embeddings as it answers the tokens that they "
+                f"{upstream.shown} ({upstream.model}) does not answer embeddings as it answers the tokens that they "
                 "stand for: it serves another base than the adapters', or treats embeddings in another way"
             )
         if isinstance(positions, int):
@@ -225,17 +231,22 @@ class GatewayEngine:
                 said = " ".join((await answer.aread()).decode(errors="replace").split())[:300]
                 kind = UnavailableError if answer.status_code in (429, 502, 503, 504) else EngineError
                 raise kind(f"the inference engine refuses the request ({answer.status_code}: {said})")
+            reason = None
             async for line in answer.aiter_lines():
                 data = line.removeprefix("data:").strip()
                 if not line.startswith("data:") or data == "[DONE]":
                     continue
                 try:
-                    for token in _tokens(json.loads(data), body.get("logprobs")):
+                    event = json.loads(data)
+                    for token in _tokens(event, body.get("logprobs")):
                         yield token
+                    reason = next((choice.get("finish_reason") for choice in event["choices"]), reason)
                 except (ValueError, LookupError, TypeError, AttributeError) as error:
                     raise EngineError(
                         f"the inference engine does not send token ids ({type(error).__name__}): is it a recent vLLM?"
                     ) from None
+            if reason not in ("stop", "length"):  # as when it is shut down
+                raise UnavailableError(f"the inference engine gave the request up ({reason})")
 
 
 def _address(url: str) -> str:

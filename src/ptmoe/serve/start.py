@@ -220,11 +220,12 @@ def serve(service: Service, app: FastAPI, listening: socket.socket) -> None:
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await service.start()  # here, because from the application's own start an error comes as a traceback
+            _return_memory()
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection of an earlier server may be
+            await super().startup(sockets)
             count = len(service.registry.names()) - 1
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             print(f"{service.registry.base} and {count:,} adapters at {address}", flush=True)
-            _return_memory()
-            await super().startup(sockets)
 
     config = configured(app, timeout_graceful_shutdown=int(service.limits.deadline) + 1)
     Server(config).run(sockets=[listening])
@@ -251,16 +252,17 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         PtmoeError: there is no such host here, or another program has the port.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        (_, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
         listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-    except OSError as error:
-        raise PtmoeError(
-            f"cannot listen on {host}, port {port}: {error.strerror}: give another --host or --port"
-        ) from None
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # nobody else's as long as it is ours
+    except (OSError, UnicodeError) as error:  # the latter of what cannot be the name of a host
+        reason = getattr(error, "strerror", None) or error
+        raise PtmoeError(f"cannot listen on {host}, port {port}: {reason}: give another --host or --port") from None
     return listening
 
 

@@ -49,7 +49,7 @@ def is_file(name: str) -> bool:
     """Whether a task's name is a JSON-lines file, or a folder of them."""
     if name in TASKS or name in GROUPS:
         return False
-    return ("," not in name and name.endswith((".jsonl", ".jsonl.gz"))) or os.path.exists(name)
+    return ("," not in name and name.endswith(local.LINES)) or os.path.exists(name)
 
 
 def task_named(name: str) -> Task:

@@ -28,6 +28,8 @@ from ptmoe.tasks.records import has, json_lines, name_of, text_of
 
 FOR_THE_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
 
+LINES = (".jsonl", ".jsonl.gz")
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -39,7 +41,7 @@ class Keys:
 
 
 def load(path: str | Path, keys: Keys | None = None, problems: Problems | None = None) -> list[Example]:
-    """All examples of a JSON-lines file, or of each `*.jsonl` in a folder.
+    """All examples of a JSON-lines file, or of each `*.jsonl` and `*.jsonl.gz` in a folder.
 
     Raises:
         PtmoeError: no such file, an empty file, or bad lines: all are counted, the first are named.
@@ -55,15 +57,15 @@ def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[t
         raise PtmoeError(f"prompt key {keys.prompt!r}, completion key {keys.completion!r}: give both or neither")
     if not os.path.exists(path):  # also where the name is too long for one
         raise PtmoeError(f"no data file {path}: give a JSON-lines file or a folder of them")
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    files = sorted(file for file in path.iterdir() if file.name.endswith(LINES)) if path.is_dir() else [path]
     if not files:
-        raise PtmoeError(f"the folder {path} has no *.jsonl file")
+        raise PtmoeError(f"the folder {path} has no *.jsonl or *.jsonl.gz file")
     for file in files:
         if other := other_form(file):
             raise PtmoeError(f"{file} is {other}; needs JSON lines, one object a line")
         for place, record in json_lines(file, problems):
             with problems.at(place):
-                default_id = f"{file.stem}-{place.rpartition(':')[2]}"
+                default_id = f"{file.name.removesuffix('.gz').removesuffix('.jsonl')}-{place.rpartition(':')[2]}"
                 yield place, _example(record, keys, default_id, str(path)).read_at(place)
 
 

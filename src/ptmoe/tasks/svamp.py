@@ -42,6 +42,7 @@ TASKS = (
         source="github.com/arkilpatel/SVAMP",
         formats=(Format("SVAMP's JSON", "[", ("ID Body Question Type",), example),),
         hub=Hub("ChilleD/SVAMP", example),
+        disjoint=True,
         note="SVAMP.json has no split: test is all of it; the Hub's test is 300",
     ),
 )

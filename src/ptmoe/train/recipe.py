@@ -30,6 +30,7 @@ from ptmoe.runs.records import Change, Environment, Result
 from ptmoe.tasks import Problems, task_named
 from ptmoe.train.checkpoints import newest_whole
 from ptmoe.train.examples import askable, evaluation_examples, evaluation_split, forgetting_examples, training_examples
+from ptmoe.train.notes import Overlap, notes
 from ptmoe.train.optimizer import check_optimizer, check_targets
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
 from ptmoe.train.processes import ALONE, TIMEOUT, Processes
@@ -153,7 +154,8 @@ def _train(
             labels_by_task(task_named(name), tested, tokenizer, chat=chat)
     length = row_length(model.max_positions, config.num_virtual_tokens, options.max_length)
     shown: dict[str, Any] = {"cache": options.token_cache, "problems": problems, "say": say}
-    rows = fit(examples, tokenizer, length, options.truncation, chat=chat, **shown)
+    overlap = Overlap(held_out)
+    rows = fit(overlap.watched(examples), tokenizer, length, options.truncation, chat=chat, **shown)
     held_out = askable(held_out, tokenizer, options, chat, say)
     texts = encode_texts(known, tokenizer, model.max_positions, config.num_virtual_tokens)
     data = rows.fingerprint()
@@ -163,14 +165,8 @@ def _train(
     size = options.per_device_train_batch_size
     batches = sample_batches(rows, collate, size) if config.needs_batches else None
     attach(model, config, seed=options.seed, tokenizer=tokenizer, batches=batches)
-    if problems.count:
-        say(f"left out {problems.listed()}")
-    if rows.cut or rows.left_out:
-        say(
-            f"{rows.left_out:,} of {len(rows) + rows.left_out:,} examples left out and {rows.cut:,} cut: longer than "
-            f"{length:,} tokens (--max-length, or the base's positions less {config.num_virtual_tokens} virtual tokens)"
-        )
-
+    for line in notes(rows, problems, overlap, length, config.num_virtual_tokens):
+        say(line)
     options = options.replace(
         method={"name": config.method, **model.method_config.model_dump()},
         chat=chat,
@@ -203,6 +199,7 @@ def _train(
         examples=len(rows),
         examples_cut=rows.cut,
         examples_left_out=rows.left_out,
+        examples_evaluated=overlap.count,
         adapter_bytes=sum(path.stat().st_size for path in (folder / ADAPTER_FOLDER).glob("*.safetensors")),
         peak_memory=peak(),
     )
