@@ -116,6 +116,11 @@ def test_products_only_where_they_are_what_the_layer_asks_for(tokens, options, c
     assert by_products(SimpleNamespace(is_causal=causal), torch.zeros(1, 1, tokens, 4), options) == taken
 
 
+def test_products_only_of_batches_whose_probabilities_are_few():
+    assert by_products(SimpleNamespace(), torch.empty(8, 32, 256, 1), {})
+    assert not by_products(SimpleNamespace(), torch.empty(32, 9, 512, 1), {})
+
+
 def test_products_for_which_bases(monkeypatch):
     monkeypatch.setattr(attention, "_products_are_faster", lambda: True)
     if DEVICE.type != "cpu":

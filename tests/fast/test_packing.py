@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 import ptmoe.fast.loss
 from ptmoe import METHODS, PtmoeError, attach
+from ptmoe.fast.last_layer import last_layer_obstacle
 from ptmoe.fast.packing import SHORT, SIMILAR, groups_of, packing_obstacle
 from testing.bases import CONFIGS, DEVICE, HIDDEN, VOCABULARY, prompted, tiny, tiny_llama
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
@@ -192,6 +193,15 @@ def test_groups_hold_every_token_once_beside_similar_rows(lengths: list[int]) ->
 
 
 # -- the loss in parts -------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_leaves_every_part_of_the_base_in_its_mode() -> None:
+    base = tiny_llama().train()
+    base.model.layers[0].eval()
+    modes = [module.training for module in base.modules()]
+    assert packing_obstacle(base) is None
+    assert last_layer_obstacle(base) is None
+    assert [module.training for module in base.modules()] == modes
 
 
 @pytest.mark.parametrize("packing", [True, False])

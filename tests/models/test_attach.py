@@ -6,6 +6,7 @@ import torch
 import ptmoe
 from ptmoe.models.attach import load_run
 from ptmoe.models.bases import load_base, place
+from ptmoe.models.decoding import Decoder
 from testing.bases import CONFIGS, prompted, tiny_llama, tokens
 
 
@@ -27,6 +28,46 @@ def test_an_adapter_that_is_loaded_beside_another_is_neither_active_nor_training
     model.set_adapter("added")
     assert not model.encoders["trained"].prompt.requires_grad
     assert all(parameter.requires_grad for parameter in model.encoder.parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "ft"])
+def test_a_model_whose_base_another_model_has_changed_says_so(method):
+    base = tiny_llama()
+    model, ids = prompted(base, CONFIGS["PT"]).eval(), tokens(6)[None]
+    expected = model(ids).logits
+    other = ptmoe.attach(base, ptmoe.METHODS[method]())
+    other(ids)
+    for use in (model, lambda ids: model.generate(ids, max_new_tokens=1), lambda _: Decoder(model)):
+        with pytest.raises(ptmoe.PtmoeError, match=f"this base holds a {method} adapter of another model"):
+            use(ids)
+    with pytest.raises(ptmoe.PtmoeError, match="of another model"):
+        ptmoe.attach(model, CONFIGS["DPT"], adapter_name="more")
+    if method != "ft":
+        other.delete_adapter("default")
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_saving_takes_no_option_that_it_would_ignore(tmp_path):
+    model = prompted(tiny_llama(), CONFIGS["PT"])
+    with pytest.raises(ptmoe.PtmoeError, match="no 'selected_adapters'; name one adapter with adapter_name"):
+        model.save_pretrained(tmp_path / "a", selected_adapters=["b"])
+    with pytest.raises(ptmoe.PtmoeError, match="no 'adapter_nam'; did you mean 'adapter_name'"):
+        model.save_pretrained(tmp_path / "a", adapter_nam="b")
+    model.save_pretrained(tmp_path / "a", is_main_process=False, safe_serialization=True)
+    assert not (tmp_path / "a").exists()
+
+
+def test_copies_for_several_gpus_in_one_process_are_refused():
+    with pytest.raises(ptmoe.PtmoeError, match="start one for each with torchrun"):
+        prompted(tiny_llama(), CONFIGS["PT"])._replicate_for_data_parallel()  # as nn.DataParallel calls it
+
+
+def test_where_parts_of_the_base_are_is_said_as_the_base_says_it():
+    base = tiny_llama()
+    model = prompted(base, CONFIGS["PT"])
+    assert not hasattr(model, "hf_device_map")
+    base.hf_device_map = {"": "cpu"}
+    assert model.hf_device_map == {"": "cpu"}
 
 
 def test_the_first_adapter_is_active(tmp_path):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods import PTConfig, PTMoEConfig
+from ptmoe.methods import METHODS, PTConfig, PTMoEConfig
 from ptmoe.models.attach import attach
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
 from testing.bases import (
@@ -180,6 +180,27 @@ def test_labels_at_padding_count_for_nothing(base):
     model = prompted(base, CONFIGS["PT-MoE selective probationary"])
     labels = torch.where(MIXED["attention_mask"] == 1, MIXED["labels"], 5)
     assert torch.equal(model(**MIXED).loss, model(**(MIXED | {"labels": labels})).loss)
+
+
+def test_labels_at_padding_that_have_been_counted_are_refused():
+    """`Trainer` counts them, and a loss of the real ones alone would be divided by too many."""
+    model = prompted(tiny_llama(), CONFIGS["PT"])
+    labels = torch.where(MIXED["attention_mask"] == 1, MIXED["labels"], 5)
+    with pytest.raises(PtmoeError, match="labels at padding"):
+        model(**(MIXED | {"labels": labels}), num_items_in_batch=20)
+    model(**MIXED, num_items_in_batch=20)
+
+
+@pytest.mark.parametrize("method", ["pt", "lora", "prefix-tuning"])
+def test_trainer_counts_the_tokens_that_are_predicted(method, tmp_path):
+    """Where every token is supervised, the first one of a row is predicted behind virtual tokens alone."""
+    model = attach(tiny_llama(), METHODS[method]())
+    ids = torch.stack([tokens(6, seed) for seed in range(4)])
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    arguments = TrainingArguments(str(tmp_path), report_to="none", per_device_train_batch_size=4)
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    _, count = trainer.get_batch_samples(iter([batch]), 1, model.device)
+    assert_close(model(**batch, num_items_in_batch=count).loss, model(**batch).loss)
 
 
 # -- the answer and the routing ----------------------------------------------------------------------------------------

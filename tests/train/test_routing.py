@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import ptmoe
 from ptmoe.methods.pt_moe import PTMoE
@@ -316,3 +323,49 @@ def test_training_without_the_callback_says_so_once():
     assert isinstance(model.encoder, PTMoE)
     with pytest.warns(UserWarning, match=r"RoutingCallback"):
         model(**on_device(collate(rows(2))))
+
+
+def test_a_checkpoint_with_a_shared_factor_is_whole_where_training_has_ended():
+    """A notebook's `trainer.train(resume_from_checkpoint=…)` after the end of a training in the same process."""
+    config = ptmoe.PTMoEConfig(num_virtual_tokens=5, rank=3, num_experts=EXPERTS, shared_factor=True)
+    built = encoder(config=config)
+    built.S = torch.nn.Parameter(torch.randn(built.A.shape[1:], generator=torch.Generator().manual_seed(3)))
+    state = {key: value.clone() for key, value in built.state_dict().items()}
+    prompts = built.expert_prompts().detach().clone()
+    built.finish_training()
+    torch.nn.init.zeros_(built.A)
+    built.load_state_dict(state, strict=False)
+    torch.testing.assert_close(built.expert_prompts(), prompts)
+
+
+def test_a_trained_router_that_is_trained_further_goes_on_from_where_it_is(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    ids = torch.stack([tokens(6, seed) for seed in range(8)])
+    before = run.model.eval().route(ids).probabilities
+    state, loader = TrainerState(max_steps=1000), run.get_train_dataloader()
+    RoutingCallback().on_train_begin(run.args, state, TrainerControl(), run.model, loader)
+    encoder = run.model.encoder
+    assert encoder.router.mean is not None
+    assert encoder.hardness == 1.0
+    torch.testing.assert_close(run.model.route(ids).probabilities, before, atol=1e-4, rtol=1e-3)
+    run.model.save_pretrained(tmp_path / "adapter")
+    loaded = ptmoe.load_adapter(tiny_llama(), tmp_path / "adapter")
+    RoutingCallback().on_train_begin(run.args, state, TrainerControl(), loaded, loader)
+    torch.testing.assert_close(loaded.eval().route(ids).probabilities, before, atol=1e-4, rtol=1e-3)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(rows())
+
+
+def test_the_router_starts_from_a_stream_and_from_rows_without_a_mask(tmp_path):
+    run = trainer(tmp_path, steps=4)
+    run.train_dataset = Stream()
+    run.train()
+    alike = [{"input_ids": list(range(n, n + 6)), "labels": [-100] * 4 + [n, n]} for n in range(3, 27)]
+    run = trainer(tmp_path, steps=4)
+    run.train_dataset, run.data_collator = alike, default_data_collator
+    run.train()
+    assert run.model.encoder.trained

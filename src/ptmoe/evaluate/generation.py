@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ptmoe.methods import Routing
     from ptmoe.models.causal import PromptedCausalLM
 
-# Scores of a row alone and in a batch were never more than a tenth of this apart in float32 (tests/evaluate/test_evaluation.py).
+# Scores of a row alone and in a batch were never more than a tenth of this apart in float32
+# (tests/evaluate/test_evaluation.py).
 NEAR_TIE = 1e-3
 START_OF_REASONING = "<think>"
 NEAR_TIE_OF_EXPERTS = 1e-4  # of two probabilities

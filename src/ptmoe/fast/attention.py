@@ -26,7 +26,8 @@ from ptmoe.fast.measured import is_faster
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHORT = 512  # tokens of a row: the probabilities, S² for each head, are kept for the backward pass
+SHORT = 512  # tokens of a row, and
+LARGEST = 2**24  # probabilities of a batch, S² for each row and head: they are kept for the backward pass
 MEASURED = ((8, 9, 3, 100, 64), (4, 9, 3, 250, 64))  # rows, heads, those of keys, tokens and size of a head
 KNOWN = {"dropout", "is_causal", "position_ids", "scaling", "sliding_window", "use_cache"}  # options of an attention
 
@@ -76,6 +77,7 @@ def by_products(module: nn.Module, query: Tensor, options: Mapping[str, Any]) ->
     causal = options.get("is_causal")
     return (
         query.shape[2] <= SHORT
+        and query.shape[:3].numel() * query.shape[2] <= LARGEST
         and given <= KNOWN
         and not options.get("dropout")
         and bool(getattr(module, "is_causal", True) if causal is None else causal)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ptmoe.fast.compiled import replaceable
 from ptmoe.fast.packing import TOLERANCE
+from ptmoe.fast.trial import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,17 +54,13 @@ def last_layer_obstacle(base: PreTrainedModel) -> str | None:
     embedding = base.get_input_embeddings()
     ids = torch.arange(PROBED, device=embedding.weight.device)[None] * (len(embedding.weight) // PROBED)
     columns = torch.arange(0, PROBED, 2, device=ids.device)
-    was_training = base.training
-    base.eval()
     try:
-        with torch.no_grad():
+        with evaluating(base):
             whole = base(inputs_embeds=embedding(ids), use_cache=False).logits[0, columns].float()
             with last_layer_at(base, torch.zeros_like(columns), columns):
                 part = base(inputs_embeds=embedding(ids), use_cache=False).logits[0].float()
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         return f"its last layer does not run at some positions only ({' '.join(str(error).split()):.100})"
-    finally:
-        base.train(was_training)
     if part.shape != whole.shape or not (part - whole).norm() <= TOLERANCE.get(base.dtype, 0.02) * whole.norm():
         return "its last layer combines its parts in another way than Llama's"
     return None

@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ptmoe.fast.attention import by_products, causal_products, products_obstacle
 from ptmoe.fast.lock import base_lock
+from ptmoe.fast.trial import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -233,8 +234,6 @@ class _Attention:
 
     def _mask(self, length: int, window: int | None, like: Tensor) -> Tensor | None:
         """`(1, 1, length, length)`: the causal mask with a sliding window, for implementations that need one."""
-        if "flash" in self.implementation:
-            return None  # it reads the window from its own argument
         window = None if window is not None and length <= window else window
         if self.implementation == "sdpa" and window is None:
             return None
@@ -291,7 +290,6 @@ def packed_attention(base: PreTrainedModel, groups: tuple[Group, ...]) -> Iterat
             cast(Any, module)._gradient_checkpointing_func = function
 
 
-@torch.no_grad()
 def packing_obstacle(base: PreTrainedModel) -> str | None:
     """Why rows of this base cannot be packed; None where they can.
 
@@ -301,28 +299,25 @@ def packing_obstacle(base: PreTrainedModel) -> str | None:
         return "it takes no position_ids"
     config = base.config.get_text_config()
     implementation = config._attn_implementation
-    if implementation not in ("sdpa", "eager") and "flash" not in str(implementation):
-        return f"its attention is {implementation!r}"
+    if implementation not in ("sdpa", "eager"):
+        return f"its attention is {implementation!r}: needs 'sdpa' or 'eager'"
     embedding = base.get_input_embeddings()
     count = sum(PROBED)
     ids = torch.arange(count, device=embedding.weight.device) * (len(embedding.weight) // count)
     positions = torch.cat([torch.arange(length) for length in PROBED]).to(ids.device)[None]
-    was_training = base.training
-    base.eval()  # the embedding, too: NEFTune adds noise to what it looks up in training
     try:
-        embeds = embedding(ids[None])
-        with packed_attention(base, groups_of(PROBED, ids.device)) as attention:
-            packed = base(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits[0]
-        alone = [
-            base(inputs_embeds=part, position_ids=place, use_cache=False).logits[0]
-            for part, place in zip(embeds.split(PROBED, 1), positions.split(PROBED, 1), strict=True)
-        ]
+        with evaluating(base):  # the embedding, too: NEFTune adds noise to what it looks up in training
+            embeds = embedding(ids[None])
+            with packed_attention(base, groups_of(PROBED, ids.device)) as attention:
+                packed = base(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits[0]
+            alone = [
+                base(inputs_embeds=part, position_ids=place, use_cache=False).logits[0]
+                for part, place in zip(embeds.split(PROBED, 1), positions.split(PROBED, 1), strict=True)
+            ]
     except _CannotPackError as error:
         return str(error)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, LookupError, AttributeError) as error:
         return f"its forward does not take packed rows ({' '.join(str(error).split()):.100})"
-    finally:
-        base.train(was_training)
     expected = torch.cat(alone).float()
     error_size = float((packed.float() - expected).norm() / expected.norm())
     if not error_size <= TOLERANCE.get(base.dtype, 0.02):

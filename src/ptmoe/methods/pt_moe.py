@@ -195,6 +195,11 @@ class PTMoE(RoutedEncoder):
         shared = {} if self.S is None else {"A": self.A.detach(), "S": self.S.detach()}
         return super().training_state() | shared
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if self.S is None and f"{prefix}S" in state_dict:  # of a training that has ended here and is resumed
+            state_dict[f"{prefix}A"] = state_dict[f"{prefix}A"] + state_dict.pop(f"{prefix}S")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         super().load_tensors(tensors if self.S is None else tensors | {"S": torch.zeros_like(self.S)})
         if self.config.frozen_projection:

@@ -55,8 +55,13 @@ class Router(nn.Module):
             fill_as_linear(parameter, self.weight.shape[1], generator)
 
     @torch.no_grad()
-    def standardize(self, means: Tensor) -> None:
-        """Train in the coordinates of these mean embeddings `(examples, H)`; this changes the router's output."""
+    def standardize(self, means: Tensor, *, keep: bool = False) -> None:
+        """Train in the coordinates of these mean embeddings `(examples, H)`.
+
+        Args:
+            means: of training inputs.
+            keep: the function: `W` and `b` are those of a trained router; else their values, which become another.
+        """
         if self.bias is None:
             raise ValueError("a router without a bias has nothing to fold the inputs' mean into")
         self.mean = means.mean(0).to(self.weight)
@@ -64,6 +69,9 @@ class Router(nn.Module):
         # A feature that never varies says nothing; dividing by its rounding error would make it decide.
         varies = deviation > 1e-6 * deviation.max()
         self.scale = torch.where(varies, deviation / SPREAD, torch.ones_like(deviation)).to(self.weight)
+        if keep:
+            self.bias.add_(self.weight @ self.mean)
+            self.weight.mul_(self.scale)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -195,6 +203,7 @@ class RoutedEncoder(PromptEncoder):
         hardness: of the gate in training, from 0 (soft) to 1 (the chosen gate).
         confidence: running mean of the largest probability over training steps.
         has_callback: whether a `RoutingCallback` trains the router.
+        trained: whether the router has been trained or loaded: it is then neither started nor softened again.
     """
 
     config: RoutedConfig
@@ -206,7 +215,7 @@ class RoutedEncoder(PromptEncoder):
         self.hardness = 1.0
         self.confidence: Tensor | float = 0.0
         self.statistics = RoutingStatistics()
-        self.has_callback = False
+        self.has_callback = self.trained = False
 
     def route(
         self, input_embeds: Tensor, input_mask: Tensor, *, selective: bool = True, probationary: bool = True
@@ -246,7 +255,11 @@ class RoutedEncoder(PromptEncoder):
     def finish_training(self) -> None:
         """From the coordinates and the soft gate of training to the published form."""
         self.router.fold()
-        self.together, self.hardness, self.confidence = False, 1.0, 0.0
+        self.together, self.hardness, self.confidence, self.trained = False, 1.0, 0.0, True
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super().load_tensors(tensors)
+        self.trained = True
 
     def training_log(self) -> dict[str, float | list[float]]:
         return {**self.statistics.read(), "hardness": self.hardness}

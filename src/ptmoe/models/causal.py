@@ -21,7 +21,7 @@ from ptmoe.models.checks import check_base, check_decoder
 from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import stepping_obstacle
 from ptmoe.models.rotation import joined, sides
-from ptmoe.models.splice import Spliced, Supervised, align, predicting, within
+from ptmoe.models.splice import Spliced, Supervised, align, check_labels, predicting, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +72,6 @@ class PromptedCausalLM(GeneratingModel):
     """
 
     accepts_loss_kwargs = True  # `transformers.Trainer` then passes num_items_in_batch
-    loss_type = None  # no shifting: the first real token has a predictor too, the last virtual one
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
 
@@ -123,6 +122,7 @@ class PromptedCausalLM(GeneratingModel):
         options = {"use_cache": False, **options, "return_dict": True}
         kept = options.pop("logits_to_keep", 0)  # counts tokens of the input, as in transformers
         check_shapes(input_ids, attention_mask=attention_mask, labels=labels)
+        check_labels(labels, attention_mask, num_items_in_batch)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if labels is not None and input_mask is None:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.trial import evaluating
 from ptmoe.methods.base import quantization_of
 from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import GREEDY
-from ptmoe.models.input_path import evaluating, probe_ids, reason
+from ptmoe.models.input_path import probe_ids, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

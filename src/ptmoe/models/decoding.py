@@ -34,6 +34,7 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: PromptedCausalLM) -> None:
+        model.check_unchanged()
         self.model = model
         self.base = model.base_model
         parameters = inspect.signature(type(self.base).forward).parameters

@@ -43,11 +43,8 @@ class GeneratingModel(ModelWrapper):
         input_mask: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
     ) -> tuple[Spliced, Prompts]:
-        """As `AdapterSet.compose`.
-
-        Raises:
-            PtmoeError: also, an input too long for the base's positions.
-        """
+        """As `AdapterSet.compose`; an input too long for the base's positions is a `PtmoeError` as well."""
+        self.check_unchanged()
         spliced, prompts = self.adapters.compose(input_ids, attention_mask, input_mask, adapter_names)
         self.check_length(spliced, prompts)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.trial import evaluating
 from ptmoe.models.rotation import preparing, switches
 
 if TYPE_CHECKING:
@@ -99,26 +100,6 @@ def _special_ids(config: dict[str, Any]) -> Iterator[int]:
             yield from _special_ids(value)
         elif str(name).endswith(("token_id", "token_index")):
             yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int))
-
-
-@contextmanager
-def evaluating(base: nn.Module) -> Iterator[None]:
-    """Within it all parts of `base` are in evaluation mode, without gradients; it leaves modes, buffers and the random
-    state as they were."""
-    training = [module for module in base.modules() if module.training]
-    buffers = {buffer: buffer.clone() for buffer in base.buffers() if buffer.device.type != "meta"}
-    devices = {buffer.device for buffer in (*buffers, *base.parameters()) if buffer.device.type == "cuda"}
-    for module in training:
-        module.training = False
-    try:
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for buffer, before in buffers.items():
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
 
 
 def measure(base: PreTrainedModel) -> InputPath:

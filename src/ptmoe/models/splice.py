@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptmoe.fast.loss import supervised_positions
+from ptmoe.errors import PtmoeError
+from ptmoe.fast.loss import IGNORED, supervised_positions
 
 Supervised = tuple[Tensor, Tensor, Tensor]  # row, position that predicts, token to be predicted; (S,) each
 
@@ -84,6 +85,21 @@ def align(mask: Tensor, side: str) -> Tensor:
     generation, which needs every row to end at the last position, whichever side was padded."""
     moved = mask.bool() if side == "right" else ~mask.bool()
     return moved.to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def check_labels(labels: Tensor | None, attention_mask: Tensor | None, num_items: Tensor | int | None) -> None:
+    """
+    Args:
+        labels, attention_mask: `(B, L)`.
+        num_items: supervised tokens of the global batch, counted by whoever gives the labels.
+
+    Raises:
+        PtmoeError: labels at padding, which are not trained on, have been counted: the loss would be too small.
+    """
+    if num_items is None or labels is None or attention_mask is None:
+        return
+    if bool(((labels != IGNORED) & ~attention_mask.bool()).any()):
+        raise PtmoeError("labels at padding would be counted and not trained on: set them to -100, as at the prompt")
 
 
 def predicting(spliced: Spliced, labels: Tensor, attention_mask: Tensor, *, every: bool) -> Supervised:

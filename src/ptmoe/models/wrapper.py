@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ptmoe.adapters.folder import save_adapter
-from ptmoe.adapters.identity import BaseIdentity, fingerprint
+from ptmoe.adapters.identity import fingerprint
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.lock import base_lock
 from ptmoe.methods.base import MethodConfig, PromptEncoder, Routing, in_full_precision
 from ptmoe.models.adapter_set import AdapterSet
 from ptmoe.models.input_path import InputPath, ScaledEmbedding, measure
+from ptmoe.models.saving import SavingModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 CHANGED_BY = "ptmoe_method"  # an attribute of a base whose layers a method has changed
 
 
-class ModelWrapper(nn.Module):
+class ModelWrapper(SavingModel):
     """The base is not part of `state_dict()`: checkpoints hold adapters only.
 
     Attributes:
@@ -86,6 +85,7 @@ class ModelWrapper(nn.Module):
             PtmoeError: a name that cannot be used, or adapters that one model cannot hold together.
         """
         self.adapters.check_addable(name, config)
+        self.check_unchanged()
         encoder = make(self.base_model)
         self.adapters.add(name, encoder)
         if config.changes_layers:
@@ -93,6 +93,18 @@ class ModelWrapper(nn.Module):
         if activate or not self.active_adapter:
             self.adapters.activate(name)
         return encoder
+
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            PtmoeError: an adapter of another model changes the base's layers, and so whatever this one computes.
+        """
+        changed_by = vars(self.base_model).get(CHANGED_BY)
+        if changed_by is not None and not self.adapters.changes_layers:
+            raise PtmoeError(
+                f"this base holds a {changed_by} adapter of another model, which changes its layers: load the base "
+                "again for one of the two"
+            )
 
     def set_adapter(self, name: str) -> None:
         """Make one adapter the active one: used where no `adapter_names` are given, and the one that trains."""
@@ -189,6 +201,23 @@ class ModelWrapper(nn.Module):
     def can_generate(self) -> bool:
         return True
 
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Of a base that is spread over devices, which `Trainer` then leaves there; others have none."""
+        return cast(dict[str, Any], cast(Any, self.base_model).hf_device_map)
+
+    @property
+    def loss_type(self) -> str | None:
+        """By it `Trainer` counts supervised tokens: a row's first one has a predictor behind virtual tokens alone."""
+        spliced = self.num_virtual_tokens and not self.method_config.fills_cache
+        return None if spliced else "ForCausalLM"
+
+    def _replicate_for_data_parallel(self) -> Self:
+        raise PtmoeError(
+            "one process for several GPUs (nn.DataParallel) would copy the base at every step: start one for each with "
+            "torchrun or accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
         """`trl`'s trainers call it at the end of their construction: all but the bridge, which adds `"ptmoe"`, are
         refused here, before anything is trained.
@@ -254,42 +283,6 @@ class ModelWrapper(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         tensors = {key.removeprefix("encoders."): value for key, value in state_dict.items()}
         return self.adapters.load_state(tensors, strict=strict, assign=assign)
-
-    # -- saving ------------------------------------------------------------------------------------------------------
-
-    @property
-    def identity(self) -> BaseIdentity:
-        """The base that adapters are saved for."""
-        hidden = cast(Tensor, self.get_input_embeddings().weight).shape[1]
-        revision = getattr(self.config, "_commit_hash", None)
-        return BaseIdentity(self.name_or_path, revision, hidden, self._fingerprint)
-
-    def save_pretrained(self, save_directory: str | Path, adapter_name: str | None = None, **options: Any) -> None:
-        """Write the adapter folder of the active adapter, or of a named one.
-
-        `push_to_hub=True` and its options are those of `transformers`.
-        """
-        push_to_hub, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", None)
-        for ignored in ("state_dict", "is_main_process", "safe_serialization"):  # `Trainer` passes them
-            options.pop(ignored, None)
-        save_adapter(self.adapters[adapter_name or self.active_adapter], self.identity, save_directory)
-        if push_to_hub:
-            self._upload(save_directory, repo_id or Path(save_directory).name, **options)
-
-    def push_to_hub(self, repo_id: str, adapter_name: str | None = None, **options: Any) -> None:
-        """Upload the adapter folder to the Hugging Face Hub; `options` go to `huggingface_hub.upload_folder`."""
-        from tempfile import TemporaryDirectory
-
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, adapter_name)
-            self._upload(folder, repo_id, **options)
-
-    def _upload(self, folder: str | Path, repo_id: str, **options: Any) -> None:
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=options.pop("token", None))
-        created = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
-        api.upload_folder(repo_id=created.repo_id, folder_path=folder, **options)
 
 
 def _size(parameter: nn.Parameter) -> int:

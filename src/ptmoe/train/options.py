@@ -30,7 +30,8 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BASE = "base"  # the method of a run that trains nothing
 DEFAULT_METHOD = "pt-moe"
 METHOD = re.compile(r"((?:\s*peft:)?[^:]*)(?::(.*))?", re.IGNORECASE | re.DOTALL)  # a name, and fields
-NEED_EVALUATION = {"load_best_model_at_end", "metric_for_best_model", "save_strategy"}  # the last for some values
+# The last for some values.
+NEED_EVALUATION = {"load_best_model_at_end", "metric_for_best_model", "eval_on_start", "save_strategy"}
 
 
 def method_entry(value: Any) -> Any:

@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from ptmoe.runs.environment import rank, versions, world_size
 
 if TYPE_CHECKING:
     import torch
+    from transformers import TrainingArguments
 
 TIMEOUT = 60.0  # `ddp_timeout` of a run's `trainer` replaces it
 START = 5  # times as long, for one that has given none yet
@@ -32,6 +34,15 @@ ALONE = (
     "leave use_cpu as it is"
 )
 RESUME = "when it can run again, continue with --resume"
+
+
+def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """The arguments of a process that trains on one GPU, though it sees several: `Trainer` would copy the base to each
+    of them at every step."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+        warnings.warn("one process trains on one of the GPUs: --launch N starts one for each of N", stacklevel=2)
+    return arguments
 
 
 class Processes:

@@ -33,7 +33,7 @@ from ptmoe.train.examples import askable, evaluation_examples, evaluation_split,
 from ptmoe.train.notes import Overlap, notes
 from ptmoe.train.optimizer import check_optimizer, check_targets
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
-from ptmoe.train.processes import ALONE, TIMEOUT, Processes
+from ptmoe.train.processes import ALONE, TIMEOUT, Processes, on_one_device
 from ptmoe.train.resume import Differences, check_base, check_data, check_processes, continued, has_checkpoints, is_run
 
 # `transformers` and all that needs it take seconds to import, so functions import them: bad options and missing data
@@ -379,10 +379,12 @@ def _trainer(
         )
         # For what counts in rows: the routing's first examples come in batches that fit.
         chosen["per_device_train_batch_size"] = max(1, options.tokens_per_batch // int(lengths.max()))
+    elif chosen.get("dataloader_drop_last") and len(rows) < options.per_device_train_batch_size * world_size():
+        raise PtmoeError(f"{len(rows):,} examples fill no batch, and dataloader_drop_last leaves out what does not")
     try:
         trainer = PromptTrainer(
             model=model,
-            args=TrainingArguments(output_dir=str(folder / CHECKPOINTS_FOLDER), **chosen),
+            args=on_one_device(TrainingArguments(output_dir=str(folder / CHECKPOINTS_FOLDER), **chosen)),
             train_dataset=rows,
             data_collator=collate,
             batches=batches,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
@@ -39,7 +40,8 @@ RESTARTS, ROUNDS = 10, 50  # of k-means
 
 
 class RoutingCallback(TrainerCallback):
-    """Trains the router of any `RoutedEncoder`. `ptmoe train` has it; add it to any other `transformers.Trainer`.
+    """Trains the router of any `RoutedEncoder`. `ptmoe train` has it; add it to any other `transformers.Trainer`. A
+    trained adapter that is trained further keeps its router's start and its hard gate.
 
     Args:
         progress: gets the examples done and all examples of the router's start, and None; by default a bar of `tqdm`
@@ -71,7 +73,7 @@ class RoutingCallback(TrainerCallback):
             return
         encoder.has_callback = True
         config, split = encoder.config, split_step(encoder.config, state)
-        encoder.together = split > 0 and state.global_step <= split
+        encoder.together = split > 0 and state.global_step <= split and not (encoder.trained and not state.global_step)
         if state.global_step > 0:  # resumed: the checkpoint has all of it
             if config.router_standardize and encoder.router.mean is None:
                 raise PtmoeError(
@@ -81,7 +83,10 @@ class RoutingCallback(TrainerCallback):
             return
         if config.router_standardize:
             batches = self._batches(EXAMPLES, args, model, train_dataloader)
-            encoder.router.standardize(torch.cat([mean_inputs(model, batch) for batch in batches]))
+            means = torch.cat([mean_inputs(model, batch) for batch in batches])
+            encoder.router.standardize(means, keep=encoder.trained)
+        if encoder.trained:
+            return
         if config.routing_anneal:
             encoder.hardness = 0.0
         if not encoder.together:
@@ -184,11 +189,11 @@ def sample_batches(
 ) -> list[dict[str, Tensor]]:
     """Up to `count` evenly spaced examples of a data set, or the first ones of a stream, in batches of `size`; uses
     no randomness."""
-    if hasattr(data, "__getitem__"):
+    if isinstance(data, IterableDataset):  # it has `__getitem__` too, and no length
+        examples = list(islice(data, count))
+    else:
         count = min(count, len(data))
         examples = [data[i * len(data) // count] for i in range(count)]
-    else:
-        examples = list(islice(data, count))
     return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
 
@@ -196,7 +201,8 @@ def mean_inputs(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
     """`(B, H)`, the mean embedding of each row's tokens that the router may read."""
     mask = batch.get("input_mask")
     if mask is None:
-        mask = readable_tokens(batch["attention_mask"], batch["labels"])
+        ids = batch["input_ids"]
+        mask = readable_tokens(batch.get("attention_mask", torch.ones_like(ids)), batch["labels"])
     return mean_input(model.adapters.embedding(batch["input_ids"]), mask.bool())
 
 
