@@ -51,6 +51,16 @@ def test_what_cannot_be_served_is_refused_in_words(run, arguments, message):
     assert message in err
 
 
+@pytest.mark.parametrize("value", ["", "  "])
+@pytest.mark.parametrize("variable", ["PTMOE_API_KEY", "PTMOE_ADMIN_KEY", "PTMOE_ENGINE_KEY"])
+def test_a_key_in_a_variable_that_is_empty_is_refused_before_anything_is_loaded(run, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("ptmoe.serve.start.bind", lambda *_: pytest.fail("went on"))
+    status, _, err = run("serve", "--model", "nano")
+    assert status == 2
+    assert f"{variable} is set and empty" in err
+
+
 @pytest.mark.parametrize("command", ["serve", "chat"])
 def test_a_folder_that_is_not_there_is_said_before_packages_that_are_missing(run, monkeypatch, tmp_path, command):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -545,6 +545,78 @@ def test_every_seeds_routing_is_in_a_table(folder, page):
         assert float(row["mutual information, nats"]) == json.loads(path.read_text())["routing"]["mutual_information"]
 
 
+def rewrite(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+UNLIKE = {  # what of one cell is otherwise: its file, the values, and what the page says
+    "Cells were evaluated on different data.": (
+        "eval/nano__mixed.json",
+        {"settings": {"data": "other"}},
+        "The first that differ: nano/mixed: base on nano/mixed, seed 0; pt on nano/mixed, seed 1.",
+    ),
+    "Cells were trained on different data.": (
+        "environment.json",
+        {"data": "other"},
+        "The first that differ: pt on nano/mixed: pt on nano/mixed, seed 0; pt on nano/mixed, seed 1.",
+    ),
+    "Cells ran with different versions.": (
+        "environment.json",
+        {"versions": {"python": "3.11.7", "torch": "2.99.1", "peft": "0.99"}},
+        "The first that differ: base on nano/mixed, seed 0; pt on nano/mixed, seed 1.",
+    ),
+    "Training examples are evaluated as well.": (
+        "result.json",
+        {"examples": 3000, "examples_evaluated": 1200},
+        "nano/mixed: 1,200 of 3,000.",
+    ),
+}
+
+
+@pytest.fixture
+def alike(tmp_path, monkeypatch):
+    """Finished cells that agree in all that is warned of, the base's and three of pt, for a page without figures."""
+    monkeypatch.setattr("ptmoe.report.page.sections", lambda *_: [])
+    places = [write_cell(tmp_path, "base", "nano/mixed", 0)]
+    places += [write_cell(tmp_path, "pt", "nano/mixed", seed) for seed in range(3)]
+    for place in places:
+        rewrite(place / "eval" / "nano__mixed.json", settings={"data": "same"})
+        rewrite(place / "environment.json", data=None if "base" in place.parts else "same")
+    return places
+
+
+def told(folder):
+    text = Page(write_report(folder)).text
+    return text, {heading for heading in UNLIKE if heading in text}
+
+
+@pytest.mark.parametrize("heading", UNLIKE)
+def test_cells_that_are_unlike_are_named_and_others_are_not(heading, alike, tmp_path):
+    file, values, line = UNLIKE[heading]
+    assert told(tmp_path)[1] == set()
+    rewrite(alike[2] / file, **values)
+    text, headings = told(tmp_path)
+    assert headings == {heading}
+    assert line in text
+
+
+@pytest.mark.parametrize("short_of_room", ["cut", "unanswered"])
+def test_cells_without_room_for_all_inputs_are_not_said_to_be_evaluated_on_other_data(short_of_room, alike, tmp_path):
+    rewrite(alike[2] / "eval" / "nano__mixed.json", settings={"data": "other"}, **{short_of_room: 1})
+    assert told(tmp_path)[1] == set()
+
+
+def test_what_cells_ran_on_stands_once_for_all_that_agree_in_it(alike, tmp_path):
+    for number, place in enumerate(alike):
+        changes = [{"step": 1, "differences": {"seed": [0, number]}}]
+        rewrite(place / "environment.json", options={"seed": number}, data=str(number), changes=changes)
+    assert Page(write_report(tmp_path)).text.count("Versions, commit and hardware of ") == 1
+    rewrite(alike[2] / "environment.json", hardware={"processor": "Abacus 9001"})
+    page = Page(write_report(tmp_path))
+    assert "Versions, commit and hardware of base/nano/mixed/seed-0 and 2 more" in page.text
+    assert "Versions, commit and hardware of pt/nano/mixed/seed-1" in page.text
+
+
 @pytest.mark.slow
 def test_hostile_names_are_shown_and_not_run(tmp_path):
     label = '<img src=x onerror="alert(1)">&$_%=1+1'

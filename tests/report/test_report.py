@@ -141,6 +141,17 @@ def test_the_page_of_a_base_names_no_command_that_trains_it(tmp_path):
     assert "ptmoe train" not in Page(write_run_report(write_run(tmp_path / "a", "base"))).text
 
 
+def test_a_run_that_was_evaluated_on_training_examples_says_so_and_how_many(tmp_path, monkeypatch):
+    monkeypatch.setattr("ptmoe.report.page.sections", lambda *_: [])
+    costs = {"examples": 3000, "examples_evaluated": 1200}
+    page = Page(write_run_report(write_run(tmp_path / "a", tasks=["nano/mixed", "nano/facts"], costs=costs)))
+    assert "Training examples are evaluated as well." in page.text
+    assert "nano/mixed: 1,200 of 3,000." in page.text
+    assert page.source.count('class="warning"') == 1
+    page = Page(write_run_report(write_run(tmp_path / "b", costs={"examples": 3000})))
+    assert 'class="warning"' not in page.source
+
+
 def test_a_task_with_domains_and_any_metric_is_reported(tmp_path):
     page = Page(write_run_report(write_run(tmp_path / "a", metric="rouge_l")))
     assert "pt-moe reaches rouge l" in page.text

@@ -74,10 +74,12 @@ def spoken(mode="fine", **options):
                     await asyncio.sleep(options.get("pause", 0))
                     if index == options.get("breaks"):
                         raise RuntimeError("gone")
+                    if index == options.get("aborts"):
+                        choice = {"index": 0, "text": "", "token_ids": [], "logprobs": None, "finish_reason": "abort"}
+                        yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+                        break
                 stops = token in body["stop_token_ids"]
                 reason = "stop" if stops else "length" if index == len(answer) - 1 else None
-                if len(app.state.asked) > 2 and index == options.get("aborts"):
-                    reason = "abort"
                 choice = {"index": 0, "text": "?", "token_ids": [token], "finish_reason": reason}
                 if body.get("logprobs") is not None:
                     top = {f"token_id:{token}": -0.1, "token_id:0": -2.5}
@@ -85,7 +87,7 @@ def spoken(mode="fine", **options):
                 if mode == "no ids":
                     del choice["token_ids"]
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
-                if stops or reason == "abort":
+                if stops:
                     break
             yield "data: [DONE]\n\n"
 
@@ -113,11 +115,23 @@ def asked(engine, *requests):
     return asyncio.run(run())
 
 
-def test_an_answer_that_the_engine_gives_up_is_a_failure_and_no_short_answer():
-    with listening(spoken(aborts=1)) as url:
-        (failed,), _ = asked(GatewayEngine([url], MATRIX), Sampling(4))
-    assert isinstance(failed, UnavailableError)
-    assert "gave the request up (abort)" in failed.message
+@pytest.mark.parametrize("sampling", [Sampling(4), Sampling(4, logprobs=1)])
+@pytest.mark.parametrize(
+    ("aborts", "kind", "message"), [(1, EngineError, "in the middle"), (0, UnavailableError, "no inference engine")]
+)
+def test_an_answer_that_the_engine_gives_up_is_a_failure_and_no_short_answer(sampling, aborts, kind, message, caplog):
+    with listening(spoken(aborts=aborts)) as url:
+        (failed,), health = asked(GatewayEngine([url], MATRIX), sampling)
+    assert type(failed) is kind
+    assert message in failed.message
+    assert "gave the request up (abort)" in caplog.text
+    assert health["ok"], "it may answer the next request"
+
+
+def test_an_answer_that_is_given_up_before_its_first_token_comes_from_another_engine():
+    with listening(spoken(aborts=0)) as url, listening(spoken()) as fine:
+        (tokens,), _ = asked(GatewayEngine([url, fine], MATRIX), Sampling(3))
+    assert [token.id for token in tokens] == [7, 6, 5]
 
 
 def test_an_upstreams_password_is_shown_to_nobody(caplog):

@@ -59,7 +59,7 @@ def test_an_answer_does_not_wait_for_the_client_to_acknowledge_its_headers():
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid", "a..b"])
 def test_a_port_that_cannot_be_had_is_named_before_a_base_is_loaded(host, model, run, monkeypatch):
     monkeypatch.setattr(start, "load_base", lambda *_, **__: pytest.fail("loaded"))
     with bind("127.0.0.1", 0) as taken:
@@ -68,6 +68,14 @@ def test_a_port_that_cannot_be_had_is_named_before_a_base_is_loaded(host, model,
         status, _, told = run("serve", model.folder / "adapters", "--host", host, "--port", port)
     assert status == 2
     assert f"cannot listen on {host}, port {port}: " in " ".join(told.split())
+
+
+def test_a_port_is_one_servers_while_it_loads_and_free_once_it_is_gone():
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(PtmoeError, match=f"cannot listen on 127.0.0.1, port {port}: "):
+            bind("127.0.0.1", port)
+    bind("127.0.0.1", port).close()
 
 
 @pytest.mark.ci

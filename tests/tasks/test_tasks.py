@@ -1,5 +1,6 @@
 """Reading data: every form of line, every bad line by file and number; nano's world; a new data set and metric."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -83,10 +84,23 @@ def test_missing_and_empty_data_are_reported(tmp_path):
     with pytest.raises(ptmoe.PtmoeError, match="holds no example"):
         load(written(tmp_path / "empty.jsonl"))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ptmoe.PtmoeError, match=r"no \*\.jsonl file"):
+    with pytest.raises(ptmoe.PtmoeError, match=r"no \*\.jsonl or \*\.jsonl\.gz file"):
         load(tmp_path / "folder")
     with pytest.raises(ptmoe.PtmoeError, match="give both or neither"):
         load(tmp_path / "empty.jsonl", Keys(prompt="a"))
+
+
+@pytest.mark.parametrize("compressed", [(), (1,), (0, 1)])
+def test_a_folder_is_read_whole_and_in_order_whichever_of_its_files_are_compressed(compressed, tmp_path):
+    (tmp_path / "notes.txt").write_text("no data")
+    for part in (1, 0):
+        path = written(tmp_path / f"part-{part}.jsonl", *({"prompt": f"{part} {n}", "completion": "b"} for n in (1, 2)))
+        if part in compressed:
+            (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    examples = load(tmp_path)
+    assert [example.id for example in examples] == ["part-0-1", "part-0-2", "part-1-1", "part-1-2"]
+    assert [example.input for example in examples] == ["0 1", "0 2", "1 1", "1 2"]
 
 
 def test_for_an_unknown_task_or_split_the_nearest_is_suggested():

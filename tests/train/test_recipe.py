@@ -249,6 +249,11 @@ UNFIT = {
         r"trainer: data_seed='7': needs int \| None",
     ),
     "a trainer argument beyond 64 bits": ({"trainer": {"data_seed": 2**64}}, "needs a number of 64 bits"),
+    "an evaluation before training": ({"trainer": {"eval_on_start": True}}, "needs an evaluation during training"),
+    "no whole batch": (
+        {"max_examples": 5, "trainer": {"dataloader_drop_last": True}},
+        "5 examples fill no batch, and dataloader_drop_last leaves out",
+    ),
     "a compiler of the whole model": ({"trainer": {"torch_compile_mode": "default"}}, "layer by layer"),
     "an unknown trainer argument": ({"trainer": {"optm": "x"}}, "trainer: unknown key 'optm'; did you mean 'optim'"),
 }
@@ -334,6 +339,21 @@ def test_long_examples_are_left_out_or_cut_and_counted(tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps(lines[1]) + "\n")
     with pytest.raises(ptmoe.PtmoeError, match="none of the 1 examples fits"):
         train(options(tmp_path / "none", **(plain | {"data": str(tmp_path / "long.jsonl")})))
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("evaluated", "count"), [("ab", 4), ("bcd", 2), ("cd", 0)])
+def test_training_examples_that_are_evaluated_are_counted_and_told(evaluated, count, tmp_path):
+    for name, letters in (("trained", "ab"), ("evaluated", evaluated)):
+        lines = [{"prompt": f"{letter} {n} =", "completion": f" {name}"} for letter in letters for n in range(2)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain = {"task": None, "data": str(tmp_path / "trained.jsonl"), "eval_task": str(tmp_path / "evaluated.jsonl")}
+    messages = []
+    trained = train(options(tmp_path / "run", **plain, max_steps=1, max_new_tokens=1), say=messages.append)
+    assert trained.result.examples_evaluated == count
+    assert json.loads((trained.folder / "result.json").read_text())["examples_evaluated"] == count
+    told = [message for message in messages if "evaluated as well" in message]
+    assert [message.partition(" of ")[0] for message in told] == [str(count)] * (count > 0)
 
 
 def test_cutting_keeps_the_completion_and_the_end_of_the_prompt():

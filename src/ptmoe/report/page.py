@@ -194,7 +194,8 @@ def _unlike(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     programs: dict[Any, str] = {}
     for cell in comparison.cells:
         name, environment = f"{cell.label} on {cell.task}, seed {cell.seed}", cell.run.environment
-        for task, summary in cell.run.evaluations.items():
+        for task in cell.eval_tasks:
+            summary = cell.run.evaluations[task]
             if not summary.cut and not summary.unanswered:  # each method has room for inputs of another length
                 evaluated.setdefault(task, {}).setdefault(summary.settings.get("data"), name)
         trained.setdefault(f"{cell.label} on {cell.task}", {}).setdefault(environment.data, name)

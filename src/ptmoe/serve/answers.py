@@ -100,10 +100,16 @@ class TextShape(Shape):
         return {
             "tokens": [self.token_text(token.id) for token, _ in tokens],
             "token_logprobs": [token.logprob for token, _ in tokens],
-            # The best last: of tokens with the same text, such as parts of characters, its value stays.
-            "top_logprobs": [{self.token_text(t): value for t, value in reversed(token.top)} for token, _ in tokens],
+            "top_logprobs": [self._top(token) for token, _ in tokens],
             "text_offset": [offset for _, offset in tokens],
         }
+
+    def _top(self, token: Token) -> dict[str, float]:
+        """The best first. Of tokens with the same text, such as parts of characters, the best one's value."""
+        values: dict[str, float] = {}
+        for other, value in token.top:
+            values.setdefault(self.token_text(other), value)
+        return values
 
 
 class ChatShape(Shape):

@@ -147,7 +147,7 @@ class GatewayEngine:
                 return
             except (httpx.HTTPError, UnavailableError) as error:
                 reason = error.message if isinstance(error, UnavailableError) else _down(error)
-                log.warning("%s: %s", upstream.url, reason)
+                log.warning("%s: %s", upstream.shown, reason)
                 if isinstance(error, httpx.TransportError) and not isinstance(error, httpx.TimeoutException):
                     upstream.fault = reason  # until the next look at it
                 if started:
@@ -187,7 +187,7 @@ class GatewayEngine:
                 upstream.fault = None if late else _down(error)
             upstream.late = late
             if upstream.state != before:
-                log.warning("%s: %s", upstream.url, upstream.state)
+                log.warning("%s: %s", upstream.shown, upstream.state)
 
     async def _try(self, upstream: Upstream) -> None:
         """
@@ -269,7 +269,7 @@ def _tokens(event: dict[str, Any], logprobs: int | None) -> list[Token]:
         return []  # the usage
     choice = event["choices"][0]
     ids = [int(token) for token in choice["token_ids"] or []]
-    if logprobs is None:
+    if logprobs is None or not ids:
         return [Token(token) for token in ids]
     about = choice["logprobs"] or {}
     tokens = []
