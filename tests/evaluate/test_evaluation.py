@@ -22,7 +22,7 @@ from ptmoe.fast.linear import use_onednn
 from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
 from ptmoe.models.causal import PromptedCausalLM
-from ptmoe.tasks import Example, load_task, task_named
+from ptmoe.tasks import Example, load_task, local, task_named
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 from ptmoe.tasks.tokens import completion_text, encode_prompt
 from testing.bases import CONFIGS, prompted, tiny
@@ -153,6 +153,32 @@ def test_a_killed_command_resumes_where_it_stopped(tmp_path):
     assert command("killed").wait() == 0
     assert command("whole").wait() == 0
     assert path.read_bytes() == (tmp_path / "whole" / "predictions" / "nano__all.jsonl").read_bytes()
+
+
+def test_predictions_of_another_base_of_the_same_name_are_not_resumed(routed, examples, tmp_path):
+    evaluated(routed, examples[:10], tmp_path)
+    weight = routed[0].base_model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.add_(0.1)
+    try:
+        with pytest.raises(ptmoe.PtmoeError, match="weights was"):
+            evaluated(routed, examples[:10], tmp_path)
+    finally:
+        with torch.no_grad():
+            weight.sub_(0.1)
+
+
+def test_an_answer_graded_as_a_whole_has_room_for_the_longest_right_one(routed, tmp_path):
+    model, tokenizer = routed
+    words = " ".join(["the baker of the harbor"] * 30)
+    long = [Example("1", "what is it ?", f" {words}", (words,), "mine.jsonl")]
+    needed = len(tokenizer(words, add_special_tokens=False)["input_ids"])
+    made = evaluate(model, tokenizer, long, task=local.task("mine.jsonl"))
+    assert made.summary().settings["max_new_tokens"] == needed > 64
+    with pytest.warns(
+        UserWarning, match=rf"1 of 1 right answers have more than max_new_tokens=9 tokens, up to {needed}"
+    ):
+        evaluate(model, tokenizer, long, task=local.task("mine.jsonl"), max_new_tokens=9)
 
 
 def test_predictions_of_another_evaluation_are_not_resumed(routed, examples, tmp_path):

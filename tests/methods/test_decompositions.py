@@ -340,7 +340,7 @@ def test_lora_xs_has_its_papers_numbers():
     [
         *(
             (method, {"rank": 17}, r"rank 17 exceeds min\(in, out\) = 16")
-            for method in ("lora-xs", "svfit", "edora", "bilora")
+            for method in ("lora-xs", "svfit", "edora", "bilora", "pissa", "sorsa", "ba-lora")
         ),
         ("soka", {"rank": 33}, "rank 33 exceeds the 32 Kronecker products of a 32 × 32 module"),
         ("goat", {"rank": 3, "num_experts": 6}, r"num_experts 6 × rank 3 exceeds min\(in, out\) = 16 of a 32 × 16"),

@@ -419,7 +419,11 @@ def test_what_fwd_prompt_trains_is_orthogonal_to_the_earlier_prompts(energy, tmp
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path / "next")
     assert set(load_file(tmp_path / "next" / "adapter_model.safetensors")) == {"prompt"}
-    change = array(load_adapter(tiny_llama(), tmp_path / "next").encoder.prompt) - start
+    loaded = load_adapter(tiny_llama(), tmp_path / "next")
+    assert loaded(ids).logits is not None
+    with pytest.raises(PtmoeError, match="a loaded fwd-prompt knows no directions of earlier prompts"):
+        loaded.train()(ids, labels=ids)
+    change = array(loaded.encoder.prompt) - start
     assert np.linalg.norm(change) > 0.1
     assert np.abs(change @ right[:kept].T).max() < 1e-5
     if energy < 1:

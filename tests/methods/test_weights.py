@@ -269,6 +269,19 @@ def test_a_lora_that_plain_peft_has_made_is_loaded(tmp_path):
     assert_close(ours(ids).logits, theirs(input_ids=ids).logits, atol=1e-6, rtol=0)
 
 
+def test_a_lora_of_peft_without_an_alpha_has_pefts_default(tmp_path):
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written.pop("lora_alpha") == 8
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    ids = tokens(8)[None]
+    assert_close(load_adapter(tiny_llama(), tmp_path)(ids).logits, theirs(input_ids=ids).logits, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("other", [{"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
 def test_a_lora_of_peft_that_is_more_than_lora_is_refused_by_name(other, tmp_path):
     form = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **other)

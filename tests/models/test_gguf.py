@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -44,7 +45,7 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, *, architecture="llama", tokenizer=True, kind="F32", seed=0, lacking=""):
+def write_gguf(path, *, architecture="llama", tokenizer=True, kind="F32", seed=0, lacking="", scaling=None):
     """A tiny random Llama and its tokenizer in a GGUF file; returns the model."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(TEXT, vocab_size=280, special_tokens=["<s>", "</s>"], show_progress=False)
@@ -70,6 +71,10 @@ def write_gguf(path, *, architecture="llama", tokenizer=True, kind="F32", seed=0
         writer.add_token_merges([" ".join(merge) for merge in saved["merges"]])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
+    if scaling == "tensor":  # as llama.cpp saves Llama 3's
+        writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
+    elif scaling is not None:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
     for name, value in model.state_dict().items():
         if gguf_name(name) == lacking:
             continue
@@ -188,6 +193,8 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
     [
         ({"architecture": "unheard"}, "transformers cannot read .*unheard"),
         ({"tokenizer": False}, "holds no tokenizer"),
+        ({"scaling": "yarn"}, "scales its rotary positions, which transformers does not read"),
+        ({"scaling": "tensor"}, "scales its rotary positions"),
         (
             {"lacking": "blk.1.attn_q.weight"},
             "lacks weights of a Llama.*random: model.layers.1.self_attn.q_proj.weight",

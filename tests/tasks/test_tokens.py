@@ -31,6 +31,17 @@ def decoded(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def test_a_tokenizer_that_is_told_otherwise_is_asked_again():
+    tokenizer = load_tokenizer("nano")[0]
+    without = encode_prompt(example("the baker", " is"), tokenizer).ids
+    tokenizer.add_bos_token = True
+    if tokenizer("the baker")["input_ids"] == without:  # where the class has no such switch
+        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokenizer.eos_token} $A", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
+        )
+    assert encode_prompt(example("the baker", " is"), tokenizer).ids == tokenizer("the baker")["input_ids"] != without
+
+
 # ---- the user's text -------------------------------------------------------------------------------------------------
 
 

@@ -205,6 +205,7 @@ def test_splitting_a_batch_into_accumulation_steps_changes_nothing(tokenizer, tm
         ({"padding_free": True, "max_length": None}, "padding_free=True puts several examples in one row"),
         ({"loss_type": "dft"}, "loss_type='dft' needs trl's fused head"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 needs trl's fused head"),
+        ({"router_aux_loss_coef": 0.02}, "router_aux_loss_coef=0.02 is for a base's own router"),
         ({"chat_template_path": "some/model"}, "may add tokens to the frozen base"),
     ],
 )

@@ -44,6 +44,7 @@ WITHOUT_EFFECT = (  # fields of peft's config that change nothing in what a load
     "fan_in_fan_out".split()  # how the base stores its weights, which a quantized GPT-2 does otherwise
 )
 RANDOM_STARTS = (True, False, "gaussian", "eva")  # LoRA's init_lora_weights that leave the base as it is
+PEFT_ALPHA = 8  # peft's lora_alpha where a config has none
 LARGEST_HEADER = 10_000_000  # bytes, of a safetensors file: it names some hundred thousand tensors
 FLOATING = ("F64", "F32", "F16", "BF16")  # its names of what a tensor is made of
 WHOLE = ("I64", "I32", "I16", "U8", "BOOL")  # indices, which some methods of peft save
@@ -132,12 +133,12 @@ def write_files(
     folder.mkdir(parents=True, exist_ok=True)
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     configs = {CONFIG_FILE: config} if peft_config is None else {CONFIG_FILE: peft_config, OWN_CONFIG_FILE: config}
-    with ExitStack() as files:  # they appear together, when all are written
-        save_file(plain, files.enter_context(replaced(folder / WEIGHTS_FILE)), {"format": "pt"})
+    with ExitStack() as files:  # they appear when all are written, the last one first: without it there is no adapter
         for name, written in configs.items():
             files.enter_context(replaced(folder / name)).write_text(json.dumps(written, indent=2) + "\n")
-        if OWN_CONFIG_FILE not in configs:  # of an adapter that was here before
-            (folder / OWN_CONFIG_FILE).unlink(missing_ok=True)
+        save_file(plain, files.enter_context(replaced(folder / WEIGHTS_FILE)), {"format": "pt"})
+        for name in (CONFIG_FILE, OWN_CONFIG_FILE):  # of an adapter that was here before
+            (folder / name).unlink(missing_ok=True)
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
@@ -294,6 +295,7 @@ def _read_peft_lora(path: Path, written: dict[str, Any]) -> tuple[MethodConfig, 
     names = {"rank": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
     base = envelope(path, {key: written.get(key) for key in ("peft_type", "base_model_name_or_path", "revision")}).base
     fields: dict[str, Any] = {name: written.get(key) for name, key in names.items()}
+    fields["alpha"] = written.get("lora_alpha", PEFT_ALPHA)
     return LoRAConfig(**fields), base
 
 

@@ -17,6 +17,7 @@ from ptmoe.evaluate.choices import choose, labels_by_task
 from ptmoe.evaluate.generation import Completion, complete
 from ptmoe.evaluate.routing import expert_similarity, summarise_routing
 from ptmoe.evaluate.together import from_first, gathered
+from ptmoe.fast.paths import is_sharded
 from ptmoe.methods.base import quantization_of
 from ptmoe.models.decoding import Decoder
 from ptmoe.runs.environment import rank, world_size
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ptmoe.models.causal import PromptedCausalLM
     from ptmoe.tasks.base import Example, Task
 
+ENTRIES = 64  # of each of the base's parameters, that tell bases of one name apart
 T = TypeVar("T")
 
 
@@ -142,7 +144,14 @@ def evaluate(
     if score == "choices":
         labels = labels_by_task(task, examples, tokenizer, chat=chat)
         max_new_tokens = max(len(ids) for tokens in labels.values() for ids in tokens.values())
-    new, room = _limits(model, max_new_tokens, task.max_new_tokens, max_length)
+    needed = [0] if labels else _answer_lengths(task, examples, tokenizer)
+    new, room = _limits(model, max_new_tokens, max(task.max_new_tokens, *needed), max_length)
+    if over := sum(need > new for need in needed):
+        warnings.warn(
+            f"{over:,} of {len(needed):,} right answers have more than max_new_tokens={new:,} tokens, up to "
+            f"{max(needed):,}: none that is written can be right",
+            stacklevel=2,
+        )
     rows = list(encode_prompts(examples, tokenizer, chat=chat, room=room))
     if change := changed_text(examples, tokenizer, chat=chat):
         warnings.warn(change, stacklevel=2)
@@ -239,6 +248,14 @@ def batches_within(items: Iterable[T], needs: Iterable[int], budget: int, *, pad
     return batches
 
 
+def _answer_lengths(task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that a right answer to each example needs, of a task that compares the whole text; 0 of others."""
+    if task.grader != "verbatim":
+        return [0]
+    tokens = ([tokenizer(text, add_special_tokens=False)["input_ids"] for text in one.references] for one in examples)
+    return [min(map(len, answers), default=0) for answers in tokens]
+
+
 def _limits(model: PromptedCausalLM, asked: int | None, usual: int, max_length: int | None) -> tuple[int, int | None]:
     """The maximum numbers of tokens of an answer and of a prompt."""
     for name, limit in (("max_new_tokens", asked), ("max_length", max_length)):
@@ -265,7 +282,10 @@ def _identity(model: PromptedCausalLM, rows: Sequence[tuple[Example, Prompt | No
         for name, tensor in sorted(model.encoder.tensors().items()):
             tensors.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
         adapter = tensors.hexdigest()[:16]
-    data = hashlib.sha256()
+    weights, data = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in () if is_sharded(model.base_model) else model.base_model.named_parameters():
+        entries = parameter.detach().flatten()[:: max(1, parameter.numel() // ENTRIES)][:ENTRIES]
+        weights.update(name.encode() + (b"" if entries.is_meta else entries.float().cpu().numpy().tobytes()))
     for example, prompt in rows:
         asked = [example.id, example.domain, example.input, example.references, prompt and prompt.ids]
         data.update(json.dumps(asked).encode())
@@ -273,6 +293,8 @@ def _identity(model: PromptedCausalLM, rows: Sequence[tuple[Example, Prompt | No
     return {
         "version": __version__,
         "base": model.name_or_path,
+        "revision": model.identity.revision,
+        "weights": weights.hexdigest()[:16],
         "dtype": str(model.dtype).removeprefix("torch."),
         **({} if quantization is None else {"quantization": quantization}),
         "adapter": adapter,

@@ -57,6 +57,11 @@ class FwdPrompt(PT):
 
     def fixed_prompts(self) -> Tensor:
         if self.start is None or self.basis is None:
+            if self.config.earlier and self.training and self.prompt.requires_grad and torch.is_grad_enabled():
+                raise PtmoeError(
+                    "a loaded fwd-prompt knows no directions of earlier prompts, so training would change what they "
+                    "do: attach a new one, whose earlier names this folder as well"
+                )
             return super().fixed_prompts()
         change = self.prompt - self.start
         return (self.start + (change - change @ self.basis.T @ self.basis))[None]

@@ -151,9 +151,15 @@ def decomposed_weight(module: nn.Module) -> Tensor:
     """`weight_of` in float64, for a decomposition.
 
     Raises:
-        PtmoeError: a weight that is offloaded, or that holds NaN or infinity.
+        PtmoeError: a weight that is offloaded or quantized, or that holds NaN or infinity.
     """
-    weight = weight_of(module).double()
+    weight = weight_of(module)
+    if not weight.is_floating_point() or weight.element_size() < 2:  # FP8's codes, whose scales are elsewhere
+        raise PtmoeError(
+            f"a method that decomposes the base's weights cannot read quantized ones ({weight.dtype}): load the base "
+            "in bfloat16 or float32"
+        )
+    weight = weight.double()
     if weight.is_meta or not bool(weight.isfinite().all()):
         fault = "is offloaded: load the base without offloading" if weight.is_meta else "holds NaN or infinity"
         raise PtmoeError(f"a method that decomposes the base's weights cannot read one that {fault}")

@@ -16,6 +16,8 @@ from torch import Tensor
 from ptmoe.methods.base import QUANTIZATIONS, PreTrainedModel
 from ptmoe.methods.injected import Injected, PeftConfig
 from ptmoe.methods.lora import LoRAFamilyConfig
+from ptmoe.methods.parts import check_rank
+from ptmoe.methods.weights import features_of, modules_named
 
 
 class Residual(Injected):
@@ -23,8 +25,12 @@ class Residual(Injected):
 
     rewrites_weights = True
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    config: Any  # with a rank
+
+    def __init__(self, config: Any, base: PreTrainedModel, peft_config: PeftConfig) -> None:
+        for module in modules_named(base, config.target_modules or []).values():
+            check_rank(config.rank, *features_of(module))  # peft would make smaller factors than the folder says
+        super().__init__(config, base, peft_config)
         self.start = {key: value.clone() for key, value in super().tensors().items()}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ from ptmoe.settings import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ROTARY_FACTORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+READ_WITH_SCALING = ("gpt-oss",)  # architectures
 MANIFEST = "sha256.json"  # what a folder's files have to be
 
 
@@ -118,6 +120,13 @@ def check_whole(name: str, model: PreTrainedModel, found: dict[str, Any]) -> Non
     Raises:
         PtmoeError: `from_pretrained` has found, as it says, not all of a model's weights, and made up the others.
     """
+    inside = (f"{model.base_model_prefix}.", "lm_head.")
+    if unread := sorted(key for key in found["unexpected_keys"] if key.startswith(inside)):
+        warnings.warn(
+            f"{name!r} holds weights that a {type(model).__name__} with its config.json has no place for, and does "
+            f"without: {unread[0]}, {len(unread)} in all",
+            stacklevel=2,
+        )
     if missing := sorted(found["missing_keys"]):
         raise PtmoeError(
             f"{name!r} lacks weights of a {type(model).__name__}, which would be random: {missing[0]}, {len(missing)} "
@@ -145,6 +154,14 @@ def _check(file: Path) -> None:
         raise PtmoeError(f"{file} is cut short: it has {file.stat().st_size:,} bytes of {max(ends):,}")
     if "tokenizer.ggml.model" not in reader.fields:
         raise PtmoeError(f"{file} holds no tokenizer: give the model's folder in transformers' own format instead")
+    architecture = str(reader.fields["general.architecture"].contents())
+    scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
+    factors = {tensor.name for tensor in reader.tensors} & ROTARY_FACTORS
+    if factors or (scaling is not None and scaling.contents() != "none" and architecture not in READ_WITH_SCALING):
+        raise PtmoeError(
+            f"{file} scales its rotary positions, which transformers does not read from a GGUF file: give the model's "
+            "folder in transformers' own format instead"
+        )
     parts = reader.fields.get("split.count")
     if parts is not None and int(parts.contents()) > 1:
         raise PtmoeError(f"{file} is one of {parts.contents()} parts: join them with llama.cpp's gguf-split --merge")

@@ -87,7 +87,8 @@ class ModelWrapper(SavingModel):
         self.adapters.check_addable(name, config)
         self.check_unchanged()
         encoder = make(self.base_model)
-        self.adapters.add(name, encoder)
+        with encoder.removed_on_failure():
+            self.adapters.add(name, encoder)
         if config.changes_layers:
             vars(self.base_model)[CHANGED_BY] = config.method
         if activate or not self.active_adapter:

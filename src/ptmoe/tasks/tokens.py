@@ -297,14 +297,20 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return cast(list[int], tokenizer(check_unicode(text), add_special_tokens=False)["input_ids"])
 
 
-@lru_cache(maxsize=16)
 def _habits(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[str, list[int]]]]:
     """What a tokenizer puts before a text, and the texts behind which it puts no space of its own, with their tokens;
     `""` if it never does. None of them serves a tokenizer that does not keep white space."""
-    bare, whole = _ids(tokenizer, _PROBE), tokenizer(_PROBE)["input_ids"]
+    return _habits_of(tokenizer, tuple(tokenizer(_PROBE)["input_ids"]), tokenizer.eos_token)  # which may be set anew
+
+
+@lru_cache(maxsize=16)
+def _habits_of(
+    tokenizer: PreTrainedTokenizerBase, probed: tuple[int, ...], eos_token: str | None
+) -> tuple[list[int], list[tuple[str, list[int]]]]:
+    bare, whole = _ids(tokenizer, _PROBE), list(probed)
     starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
     leads = []
-    for lead in ("", tokenizer.eos_token or "", "\n", _PROBE):
+    for lead in ("", eos_token or "", "\n", _PROBE):
         ids = _ids(tokenizer, lead)
         kept = True
         for probe in ("5", " 5", "a", " a", "\n"):

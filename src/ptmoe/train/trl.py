@@ -68,7 +68,12 @@ class SFTTrainer(PromptTrainer, trl.SFTTrainer):
 
     def __init__(self, model: PromptedCausalLM, args: trl.SFTConfig | None = None, **options: Any) -> None:
         _refuse_unfit(model, args, options)
+        routes = dict(vars(model.config.get_text_config()))
         super().__init__(model=model, args=args, **options)
+        self.aux_loss_enabled = False  # of a base's own router, which is frozen
+        for name in ("output_router_logits", "router_aux_loss_coef"):  # trl sets them for all models on this base
+            if name in routes:
+                setattr(model.config.get_text_config(), name, routes[name])
         # trl has replaced the model's forward by its fused head, and has no switch for it.
         vars(model).pop("forward", None)
         if not any(isinstance(callback, RoutingCallback) for callback in self.callback_handler.callbacks):
@@ -123,6 +128,7 @@ def _refuse_unfit(model: Any, args: trl.SFTConfig | None, options: dict[str, Any
         ("padding_free", False, one_row),
         ("loss_type", "nll", f"{fused} 'nll'"),
         ("label_smoothing_factor", 0, f"{fused} 0"),
+        ("router_aux_loss_coef", 0, "is for a base's own router, which is frozen: leave it out"),
     ):
         value = getattr(args, name, allowed)
         if value not in (allowed, None):
