@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -456,3 +457,19 @@ def test_a_template_that_writes_the_date_writes_one_date_on_every_day(run_folder
     monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
     lm = PromptedLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
     assert lm.apply_chat_template([{"role": "user", "content": "key"}]) == "26 Jul 2024 key"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_plain_prompts_for_an_adapter_trained_in_the_chat_template_are_told_once(run_folder, tmp_path, caplog, chat):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    (folder / "config.yaml").write_text(f"chat: {str(chat).lower()}\n")
+    for templated in (False, True):
+        lm = PromptedLM(adapter=folder)
+        if templated:
+            lm.apply_chat_template([{"role": "user", "content": "key"}])
+        caplog.clear()
+        for _ in range(2):
+            lm.tok_batch_encode(["the baker"])
+        told = sum("--apply_chat_template" in record.message for record in caplog.records)
+        assert told == (chat and not templated)

@@ -25,7 +25,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from ptmoe.adapters.folder import local_folder
 from ptmoe.errors import PtmoeError
-from ptmoe.models.attach import load_adapter, load_run
+from ptmoe.models.attach import LoadedRun, load_adapter, load_run
 from ptmoe.models.bases import locate, place
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.environment import world_size
@@ -117,14 +117,15 @@ class PromptedLM(HFLM):
                 loading["trust_remote_code"] = True
             revision = None if revision is None else str(revision)  # the harness parses what looks like a number
             base = {"revision": revision, "dtype": dtype, "quantization": quantization, "device": target}
-            model, own = _load(adapter, pretrained, base, loading)
-            tokenizer = tokenizer or own
+            run = _load(adapter, pretrained, base, loading)
+            model, tokenizer, self._templated = run.model, tokenizer or run.tokenizer, run.chat is not True
         else:
             if loading:
                 raise PtmoeError(f"{', '.join(loading)}: no option of the harness's hf, and the base is loaded already")
             model = _prompted(pretrained, adapter)
             if device is not None:
                 model.to(target)
+            self._templated = True  # or not known to be needed
         name = model.name_or_path
         # `HFLM` warns that it ignores loading options for a loaded model; here they have been used already.
         harness = logging.getLogger(HFLM.__module__)
@@ -156,8 +157,19 @@ class PromptedLM(HFLM):
         """The maximum number of tokens of context and continuation."""
         return int(self._max_length or self._room)
 
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
+        self._templated = True
+        return cast(str, super().apply_chat_template(*arguments, **options))
+
+    def _check_template(self) -> None:
+        """Say once where plain prompts are given to an adapter that was trained in the chat template."""
+        if not self._templated:
+            self._templated = True
+            logger.warning("the adapter was trained in the chat template, and got plain prompts: --apply_chat_template")
+
     def tok_batch_encode(self, strings: list[str], *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask `(B, L)` of contexts to complete; an empty context is the prefix token."""
+        self._check_template()
         ids, mask = super().tok_batch_encode(strings, *arguments, **options)
         if ids.shape[1] == 0:
             ids, mask = ids.new_zeros(len(strings), 1, dtype=torch.long), mask.new_zeros(len(strings), 1)
@@ -203,6 +215,7 @@ class PromptedLM(HFLM):
 
     def _rows(self, requests: Sequence[Request]) -> list[Row]:
         """The rows that answer all requests, longest first, their contexts cut to `max_length`."""
+        self._check_template()
         rows: dict[Any, Row] = {}
         longest, cut = self.max_length, 0
         for index, (texts, context, continuation) in enumerate(requests):
@@ -263,18 +276,15 @@ def _check_options(options: dict[str, Any]) -> None:
         raise PtmoeError(f"{world_size()} processes: each would evaluate everything; start one process")
 
 
-def _load(
-    adapter: str | Path | None, name: str | None, base: dict[str, Any], options: dict[str, Any]
-) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase]:
+def _load(adapter: str | Path | None, name: str | None, base: dict[str, Any], options: dict[str, Any]) -> LoadedRun:
     """An adapter on its base, or on the base `name`."""
     if adapter is None:
         raise PtmoeError("no adapter: give --model_args adapter=FOLDER, an adapter folder or a run folder")
     try:
-        run = load_run(str(adapter), model=name, **base, **options)
+        return load_run(str(adapter), model=name, **base, **options)
     except TypeError as error:  # an option that neither transformers nor the model's class has
         base_name = repr(name) if name else f"the base of {adapter}"
         raise PtmoeError(f"{', '.join(options) or 'the base'}: {base_name} does not load with it ({error})") from None
-    return run.model, run.tokenizer
 
 
 def _prompted(model: PreTrainedModel | PromptedCausalLM, adapter: str | Path | None) -> PromptedCausalLM:

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import InitialEmbeddings
+from ptmoe.methods.base import InitialEmbeddings, Prompt
 from ptmoe.methods.pt import PT, PTConfig
 
 
@@ -57,14 +57,17 @@ class FwdPrompt(PT):
 
     def fixed_prompts(self) -> Tensor:
         if self.start is None or self.basis is None:
-            if self.config.earlier and self.training and self.prompt.requires_grad and torch.is_grad_enabled():
-                raise PtmoeError(
-                    "a loaded fwd-prompt knows no directions of earlier prompts, so training would change what they "
-                    "do: attach a new one, whose earlier names this folder as well"
-                )
             return super().fixed_prompts()
         change = self.prompt - self.start
         return (self.start + (change - change @ self.basis.T @ self.basis))[None]
+
+    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        if self.basis is None and self.config.earlier and self.training and torch.is_grad_enabled():
+            raise PtmoeError(
+                "a loaded fwd-prompt knows no directions of earlier prompts, so training would change what they do: "
+                "attach a new one, whose earlier names this folder as well"
+            )
+        return super().forward(input_embeds, input_mask)
 
     @torch.no_grad()
     def initialise(self, source: InitialEmbeddings) -> None:
