@@ -9,6 +9,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+REAL = ("real_mixture.jsonl", "real_short.jsonl", "real_squad.jsonl")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 sys.path.insert(0, str(ROOT))
@@ -39,7 +40,7 @@ def main() -> None:
         ("README.md", table(finished(RESULTS / "mixed.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "words.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "tried.jsonl"))),
-        *(("docs/findings.md", real_table(RESULTS / name)) for name in ("real_mixture.jsonl", "real_short.jsonl")),
+        *(("docs/findings.md", real_table(RESULTS / name)) for name in REAL),
         ("docs/findings.md", rates(RESULTS / "real_search.jsonl")),
         *(("docs/findings.md", "\n".join(line for line in lines if line.startswith("|"))) for lines in compared),
         ("docs/methods.md", tabulate_methods.table()),

@@ -2,7 +2,8 @@
 
 Accuracy on the test split, mean, lowest and highest over seeds; and the difference to plain prompt tuning on the same
 examples, each example's accuracy averaged over seeds first, with the 95 % interval of the bootstrap over examples. With
-`--rates` accuracy and loss on the examples that learning rates are chosen by.
+`--rates` accuracy and loss on the examples that learning rates are chosen by. `--lines` prints such lines
+of the folder of a `ptmoe compare` on SQuAD.
 """
 
 import argparse
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ptmoe.report import read_comparison
+from ptmoe.runs.folders import cell_folder, predictions_file
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
 REFERENCE = "pt"
@@ -84,6 +87,22 @@ def rates(path: Path) -> str:
     return "\n".join(rows)
 
 
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """Of each trained cell of a comparison on one task of question answering; exact match counts as right."""
+    lines = []
+    for cell in read_comparison(folder).cells:
+        if cell.method == "base":
+            continue
+        (task,), place = cell.eval_tasks, cell_folder(cell.label, cell.task, cell.seed)
+        marks = {d["id"]: d["scores"] for d in read(predictions_file(folder / place, task))}
+        metrics = cell.run.evaluations[task].metrics
+        line = {"label": cell.label, "parameters": cell.run.result.trainable_parameters, "seed": cell.seed}
+        line |= {"split": "test", "examples": len(marks), "accuracy": round(metrics["exact_match"], 2)}
+        line |= {"domains": {"f1": round(metrics["f1"], 2)}}
+        lines.append(line | {"right": "".join("01"[marks[name]["exact_match"] > 0] for name in sorted(marks))})
+    return lines
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text().splitlines()]
 
@@ -92,7 +111,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--rates", action="store_true")
+    parser.add_argument("--lines", action="store_true")
     given = parser.parse_args()
+    if given.lines:
+        print(*map(json.dumps, lines_of(given.results)), sep="\n")
+        raise SystemExit
     if not given.results.is_file():
         parser.error(f"no file {given.results}: give the lines that `python -m benchmarks.population` wrote")
     print(rates(given.results) if given.rates else table(given.results))
