@@ -401,7 +401,8 @@ def test_a_question_trains_on_the_passage_around_its_answer_and_is_asked_as_it_w
     squad |= {"eval_data_dir": str(file), "max_new_tokens": 4}
     trained = train(options(tmp_path / "run", **squad), say=messages.append)
     assert trained.result.examples_cut == trained.result.examples == 6
-    assert "0 of 6 examples left out and 6 cut: longer than 160 tokens" in messages[0]
+    assert "6 of the training examples are evaluated as well" in messages[0]
+    assert "0 of 6 examples left out and 6 cut: longer than 160 tokens" in messages[1]
     tokenizer = trained.tokenizer
     rows = fit(load_task("mrqa/squad", "train", file), tokenizer, 160, chat=True)
     for number, row in enumerate(rows):
