@@ -90,6 +90,12 @@ def test_missing_and_empty_data_are_reported(tmp_path):
         load(tmp_path / "empty.jsonl", Keys(prompt="a"))
 
 
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.txt", "mine", "mine.v2.jsonl"])
+def test_a_line_without_an_id_is_named_after_its_file(name, tmp_path):
+    (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n')
+    assert [example.id for example in load(tmp_path / name)] == [f"{Path(name).stem}-1"]
+
+
 @pytest.mark.parametrize("compressed", [(), (1,), (0, 1)])
 def test_a_folder_is_read_whole_and_in_order_whichever_of_its_files_are_compressed(compressed, tmp_path):
     (tmp_path / "notes.txt").write_text("no data")

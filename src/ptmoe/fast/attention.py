@@ -113,8 +113,8 @@ def _products_are_faster() -> bool:
             shapes = ((rows, of, tokens, size) for of in (heads, shared, shared))
             yield tuple(torch.ones(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
 
-    def trained(attention: Callable[..., Tensor], given: tuple[Tensor, ...]) -> None:
+    def trained(attention: Callable[..., Tensor], *tensors: Tensor) -> None:
         with torch.enable_grad():
-            attention(*given).sum().backward()
+            attention(*tensors).sum().backward()
 
     return is_faster("attention", partial(trained, causal_products), partial(trained, kernel), operands)

@@ -29,7 +29,7 @@ def is_faster(name: str, ours: Computation, theirs: Computation, operands: Calla
 
     Args:
         name: of the cache's folder where the verdict is kept, `$PTMOE_CACHE/{name}`.
-        ours, theirs: called with one of the operands.
+        ours, theirs: called with the arguments that each of the operands holds.
         operands: made only where there is no verdict yet.
     """
     key = f"{platform.machine()} {_processor()} {torch.__version__} {torch.get_num_threads()} threads"
@@ -52,7 +52,7 @@ def time_ratio(ours: Computation, theirs: Computation, operands: Iterable[Any]) 
 
     def seconds(computation: Computation, operand: Any) -> float:
         started = time.perf_counter()
-        computation(operand)
+        computation(*operand)
         return time.perf_counter() - started
 
     total = {ours: 0.0, theirs: 0.0}

@@ -14,6 +14,7 @@ from ptmoe.errors import PtmoeError, near
 if TYPE_CHECKING:
     from ptmoe.models.adapter_set import AdapterSet
 
+KNOWN = ("adapter_name", "is_main_process", "push_to_hub", "repo_id")
 OF_TRAINER = ("state_dict", "safe_serialization", "save_function", "max_shard_size")  # an adapter needs none of them
 
 
@@ -80,6 +81,3 @@ class SavingModel(nn.Module):
         api = HfApi(token=options.pop("token", None))
         created = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
         api.upload_folder(repo_id=created.repo_id, folder_path=folder, **options)
-
-
-KNOWN = ("adapter_name", "is_main_process", "push_to_hub", "repo_id")

@@ -42,9 +42,7 @@ class ModelWrapper(SavingModel):
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
-        changed_by = vars(base).get(CHANGED_BY)
-        if changed_by is not None:
-            raise PtmoeError(f"this base holds a {changed_by} adapter, which changes its layers: load the base again")
+        check_unchanged(base)
         embedding = base.get_input_embeddings()
         if embedding.weight.device.type == "meta":
             raise PtmoeError(
@@ -100,12 +98,8 @@ class ModelWrapper(SavingModel):
         Raises:
             PtmoeError: an adapter of another model changes the base's layers, and so whatever this one computes.
         """
-        changed_by = vars(self.base_model).get(CHANGED_BY)
-        if changed_by is not None and not self.adapters.changes_layers:
-            raise PtmoeError(
-                f"this base holds a {changed_by} adapter of another model, which changes its layers: load the base "
-                "again for one of the two"
-            )
+        if not self.adapters.changes_layers:
+            check_unchanged(self.base_model)
 
     def set_adapter(self, name: str) -> None:
         """Make one adapter the active one: used where no `adapter_names` are given, and the one that trains."""
@@ -284,6 +278,17 @@ class ModelWrapper(SavingModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         tensors = {key.removeprefix("encoders."): value for key, value in state_dict.items()}
         return self.adapters.load_state(tensors, strict=strict, assign=assign)
+
+
+def check_unchanged(base: PreTrainedModel) -> None:
+    """
+    Raises:
+        PtmoeError: a model's adapter changes the base's layers.
+    """
+    if (changed_by := vars(base).get(CHANGED_BY)) is not None:
+        raise PtmoeError(
+            f"this base holds a {changed_by} adapter of another model, which changes its layers: load the base again"
+        )
 
 
 def _size(parameter: nn.Parameter) -> int:

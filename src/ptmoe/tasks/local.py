@@ -27,7 +27,6 @@ from ptmoe.tasks.problems import BadRecordError, Problems
 from ptmoe.tasks.records import has, json_lines, name_of, text_of
 
 FOR_THE_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
-
 LINES = (".jsonl", ".jsonl.gz")
 
 
@@ -65,7 +64,7 @@ def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[t
             raise PtmoeError(f"{file} is {other}; needs JSON lines, one object a line")
         for place, record in json_lines(file, problems):
             with problems.at(place):
-                default_id = f"{file.name.removesuffix('.gz').removesuffix('.jsonl')}-{place.rpartition(':')[2]}"
+                default_id = f"{Path(file.name.removesuffix('.gz')).stem}-{place.rpartition(':')[2]}"
                 yield place, _example(record, keys, default_id, str(path)).read_at(place)
 
 

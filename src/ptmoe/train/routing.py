@@ -73,7 +73,8 @@ class RoutingCallback(TrainerCallback):
             return
         encoder.has_callback = True
         config, split = encoder.config, split_step(encoder.config, state)
-        encoder.together = split > 0 and state.global_step <= split and not (encoder.trained and not state.global_step)
+        further = encoder.trained and state.global_step == 0  # and not resumed
+        encoder.together = not further and split > 0 and state.global_step <= split
         if state.global_step > 0:  # resumed: the checkpoint has all of it
             if config.router_standardize and encoder.router.mean is None:
                 raise PtmoeError(
@@ -84,8 +85,8 @@ class RoutingCallback(TrainerCallback):
         if config.router_standardize:
             batches = self._batches(EXAMPLES, args, model, train_dataloader)
             means = torch.cat([mean_inputs(model, batch) for batch in batches])
-            encoder.router.standardize(means, keep=encoder.trained)
-        if encoder.trained:
+            encoder.router.standardize(means, keep=further)
+        if further:
             return
         if config.routing_anneal:
             encoder.hardness = 0.0
