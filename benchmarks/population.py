@@ -9,10 +9,10 @@ tokens, and each adapter's gradient divided by the number of its own.
 
 The plan, a YAML file, has `model`, `task`, `max_steps`, `batch_size`, `max_length`, `judged` ({split: examples}, after
 the last step, and after every `evaluate_every` steps for all but `test`) and `runs`, a list of `{label, method: {name,
-…}, learning_rate: […], seeds: n}`. With `domains` a run is trained once on each of them alone, and judged on it; its
-`batch_size` is the plan's unless it has its own. An answer is right if every token of the completion, its end included,
-is the most likely one, which is what greedy decoding then writes. A line for each run and evaluation is written as it
-comes; `experts` in it says how many inputs of each domain each expert got.
+…}, learning_rate: […], seeds: n or a list}`. With `domains` a run is trained once on each of them alone, and judged on
+it; its `batch_size` is the plan's unless it has its own. An answer is right if every token of the completion, its end
+included, is the most likely one, which is what greedy decoding then writes. A line for each run and evaluation is
+written as it comes; `experts` in it says how many inputs of each domain each expert got.
 """
 
 import argparse
@@ -183,10 +183,11 @@ def main() -> None:
     arguments.add_argument(
         "--seconds", type=float, default=float("inf"), help="of training; then it is judged as it is"
     )
+    arguments.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "auto")
     given = arguments.parse_args()
     quiet()
     plan = SimpleNamespace(**read_yaml(given.plan))
-    base, tokenizer = load_base(given.model or plan.model, dtype="bfloat16" if torch.cuda.is_available() else "auto")
+    base, tokenizer = load_base(given.model or plan.model, dtype=given.dtype)
     base.to("cuda" if torch.cuda.is_available() else "cpu")
     with fast_kernels(base):
         train(given, plan, base, tokenizer)
@@ -201,7 +202,8 @@ def train(given: argparse.Namespace, plan: Any, base: Any, tokenizer: Any) -> No
     members: list[Member] = []
     for run in plan.runs:
         for rate in run["learning_rate"] if isinstance(run["learning_rate"], list) else [run["learning_rate"]]:
-            for seed in range(run.get("seeds", 1)):
+            seeds = run.get("seeds", 1)
+            for seed in seeds if isinstance(seeds, list) else range(seeds):
                 for domain in run.get("domains", [None]):
                     rows = [i for i, name in enumerate(data_domains) if domain in (None, name)]
                     if not rows:

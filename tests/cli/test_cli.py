@@ -479,7 +479,7 @@ def test_inspect_warns_of_a_collapse_and_shows_the_words_near_each_virtual_token
     base, tokenizer = load_base("nano")
     model = ptmoe.attach(base, ptmoe.PTMoEConfig(num_virtual_tokens=4, num_experts=2, rank=4, recipe="paper"))
     with torch.no_grad():
-        model.encoder.router.weight.zero_()
+        model.encoder.router.weight.fill_(1e-6)
         model.encoder.router.bias.copy_(torch.tensor([0.0, 3.0]))
     model.save_pretrained(tmp_path / "collapsed")
     status, out, _ = run("inspect", tmp_path / "collapsed", "--task", "nano/mixed", "--examples", 20)
@@ -493,6 +493,26 @@ def test_inspect_warns_of_a_collapse_and_shows_the_words_near_each_virtual_token
     word, cosine = near[1][2][0]
     assert word in (tokenizer.decode([nearest]), tokenizer.convert_ids_to_tokens(nearest))
     assert cosine == pytest.approx(float(cosines.max()), abs=1e-5)
+
+
+def test_inspect_and_eval_say_that_one_expert_serves_all_inputs_by_the_routers_test(run, tmp_path):
+    from ptmoe.models.bases import load_base
+
+    base, _ = load_base("nano")
+    model = ptmoe.attach(base, ptmoe.PTMoEConfig(num_virtual_tokens=4, num_experts=2, rank=4))
+    model.encoder.router.choose_always(1)
+    model.save_pretrained(tmp_path / "one")
+    options = ["--task", "nano/mixed", "--split", "validation"]
+    status, out, _ = run("inspect", tmp_path / "one", *options, "--examples", 20)
+    assert status == 0
+    assert "one expert for all inputs" in out
+    assert "collapsed" not in out
+    status, *_ = run("eval", tmp_path / "one", *options, "--examples", 8, "--output-dir", tmp_path / "scores")
+    assert status == 0
+    (summary,) = (tmp_path / "scores" / "eval").iterdir()
+    routing = json.loads(summary.read_text())["routing"]
+    assert routing["one_expert"] is True
+    assert set(map(tuple, routing["mean_gate"].values())) == {(0.0, 1.0)}
 
 
 def test_inspect_says_what_has_nothing_to_show(run, tmp_path):

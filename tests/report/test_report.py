@@ -208,8 +208,19 @@ def test_a_collapse_is_told_with_the_expert_and_its_share(tmp_path):
     assert "meant against it: router_standardize." in text
 
 
+@pytest.mark.slow
+def test_one_expert_by_the_routers_test_is_told_and_is_no_collapse(tmp_path):
+    use = [[0.0, 1.0]] * len(DOMAINS)
+    folder = write_run_report(write_run(tmp_path / "a", use=use, one_expert=True, examples=80))
+    text = Page(folder).text
+    assert "One expert serves all inputs." in text
+    assert "1 of 1 seeds" in text
+    assert "Routing collapsed" not in text
+
+
 def test_routing_that_uses_its_experts_raises_no_warning(page):
     assert "Routing collapsed" not in page.text
+    assert "One expert serves all inputs" not in page.text
 
 
 # Figures

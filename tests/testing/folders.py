@@ -121,6 +121,7 @@ def evaluation(evaluated, skill, examples, chance, **options):
         settings={},
         expert_similarity=square or None,
         soft_gate=bool(options.get("gates")),
+        one_expert=options.get("one_expert", False),
     )
 
 

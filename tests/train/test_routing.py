@@ -54,7 +54,7 @@ def test_the_router_starts_by_parting_the_groups_that_want_different_prompts(see
     built = encoder(seed, config)
     if built.config.router_bias:
         built.router.standardize(means)
-    assert start_router(built, means, gradients, torch.Generator().manual_seed(seed))
+    start_router(built, means, gradients, torch.Generator().manual_seed(seed))
     routes = routed_to(built.router, means)
     shares = torch.stack([torch.bincount(routes[group == index], minlength=EXPERTS) for index in range(EXPERTS)]) / 240
     assert shares.max(1).values.min() > 0.95
@@ -65,7 +65,7 @@ def test_the_start_is_calibrated_to_the_confidence_it_names():
     _, means, gradients = grouped()
     built = encoder()
     built.router.standardize(means)
-    assert start_router(built, means, gradients, torch.Generator().manual_seed(0))
+    start_router(built, means, gradients, torch.Generator().manual_seed(0))
     confidence = built.router(means, 0.0).softmax(1).amax(1).mean()
     torch.testing.assert_close(confidence, torch.tensor(routing.CONFIDENCE), atol=1e-3, rtol=0)
 
@@ -78,13 +78,119 @@ def test_a_router_without_a_bias_is_not_standardised_since_nothing_could_hold_th
         encoder(config=WITHOUT_BIAS).router.standardize(grouped()[1])
 
 
-def test_where_the_input_says_nothing_about_the_gradient_the_router_is_left_alone():
-    _, means, gradients = grouped()
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize(("examples", "ridge"), [(8, 0.01), (8, 10.0), (40, 0.01), (40, 10.0)])
+def test_the_error_of_what_is_left_out_is_that_of_a_fit_without_it(examples, ridge, intercept):
+    """With fewer examples than features as well, where a fit to all of them has no error."""
+    generator = torch.Generator().manual_seed(examples)
+    inputs = torch.randn(examples, HIDDEN, generator=generator, dtype=torch.double) + 3
+    targets = torch.randn(examples, 5, generator=generator, dtype=torch.double)
+    expected = []
+    for i in range(examples):
+        others = torch.arange(examples) != i
+        x, y = inputs[others], targets[others]
+        shift, mean = (x.mean(0), y.mean(0)) if intercept else (torch.zeros(HIDDEN), torch.zeros(5))
+        x, y = x - shift, y - mean
+        slope = torch.linalg.solve(x.T @ x + ridge * torch.eye(HIDDEN, dtype=x.dtype), x.T @ y)
+        expected.append(targets[i] - mean - (inputs[i] - shift) @ slope)
+    x, y = (inputs - inputs.mean(0), targets - targets.mean(0)) if intercept else (inputs, targets)
+    inverse = torch.linalg.inv(x @ x.T + ridge * torch.eye(examples, dtype=x.dtype))
+    found = routing.left_out_residuals(inverse, ridge, intercept) @ y
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-8, rtol=1e-6)
+
+
+def wide(seed, parts, examples=80, features=160):
+    """Fewer examples than features, as on a real model's first steps."""
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.arange(examples) % 2
+    means = torch.randn(examples, features, generator=generator)
+    means[:, :8] += 4 * (group[:, None] - 0.5)
+    wanted = torch.randn(2, 40, generator=generator)[group if parts else torch.zeros_like(group)]
+    gradients = wanted + 2 * torch.randn(examples, 40, generator=generator)
+    return group, means, torch.nn.functional.normalize(gradients, dim=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_start_from_fewer_examples_than_features_holds_for_other_examples(seed):
+    group, means, gradients = wide(seed, parts=True, examples=160)
+    built = ptmoe.PTMoEConfig(num_virtual_tokens=5, rank=3, num_experts=2).build(means.shape[1])
+    built.router.initialise(torch.Generator().manual_seed(seed))
+    built.router.standardize(means[:80])
+    assert start_router(built, means[:80], gradients[:80], torch.Generator().manual_seed(seed)) <= routing.SIGNIFICANT
+    right = (routed_to(built.router, means[80:]) == group[80:]).float().mean()
+    assert max(right, 1 - right) > 0.9
+
+
+def test_one_expert_serves_data_without_parts_and_two_serve_data_with_two():
+    constant = {False: 0, True: 0}
+    for parts in constant:
+        for seed in range(40):
+            _, means, gradients = wide(seed, parts)
+            built = ptmoe.PTMoEConfig(num_virtual_tokens=5, rank=3, num_experts=2).build(means.shape[1])
+            built.router.initialise(torch.Generator().manual_seed(seed))
+            built.router.standardize(means)
+            chance = start_router(built, means, gradients, torch.Generator().manual_seed(seed))
+            assert built.router.is_constant or chance <= routing.SIGNIFICANT
+            constant[parts] += built.router.is_constant
+    assert constant[False] >= 32  # 36 are expected
+    assert constant[True] == 0
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Rprop])
+def test_a_router_of_one_expert_gives_its_prompt_whole_and_never_moves(optimizer):
+    """Rprop follows signs alone, so a gradient must be 0 exactly."""
+    torch.manual_seed(0)
+    built = encoder().train()
+    built.has_callback = True
+    built.router.standardize(grouped()[1])
+    built.router.choose_always(2)
+    embeds, mask = 30 * torch.randn(6, 7, HIDDEN), torch.ones(6, 7, dtype=torch.bool)
+    before = [parameter.clone() for parameter in built.router.parameters()]
+    others = [0, 1, 3]
+    unused = built.A[others].clone()
+    updates = optimizer(built.parameters(), lr=0.1)
+    for hardness in (0.0, 0.5, 1.0):
+        built.hardness = hardness
+        prompt = built(embeds, mask)
+        torch.testing.assert_close(prompt.embeds, (built.factors()[2] @ built.B).expand_as(prompt.embeds))
+        updates.zero_grad()
+        prompt.embeds.square().sum().backward()
+        updates.step()
+    decay = built.router.bias[2] / before[1][2] if optimizer is torch.optim.AdamW else 1.0  # its weight_decay
+    assert all(torch.equal(now, then * decay) for now, then in zip(built.router.parameters(), before, strict=True))
+    assert optimizer is torch.optim.AdamW or torch.equal(built.A[others], unused)
+    built.finish_training()
+    assert built.router.is_constant
+    assert torch.equal(built.eval()(embeds, mask).routing.gate[:, 2], torch.ones(6))
+
+
+@pytest.mark.parametrize(("examples", "test"), [(240, False), (routing.TELLING - 1, True)])
+def test_without_the_test_or_enough_examples_for_it_the_router_is_left_alone(examples, test):
+    _, means, gradients = grouped(examples=examples)
     noise = torch.randn(gradients.shape, generator=torch.Generator().manual_seed(9))
-    built = encoder()
+    config = ptmoe.PTMoEConfig(num_virtual_tokens=5, rank=3, num_experts=EXPERTS, router_test=test)
+    built = encoder(config=config)
     before = built.router.weight.clone()
-    assert not start_router(built, means, noise, torch.Generator().manual_seed(0))
+    assert start_router(built, means, noise, torch.Generator().manual_seed(0)) == 1
     assert torch.equal(built.router.weight, before)
+
+
+def test_without_a_bias_no_router_can_be_of_one_expert():
+    with pytest.raises(ptmoe.PtmoeError, match="router_test=True: the router of smop has no bias"):
+        ptmoe.SMoPConfig(router_test=True)
+    with pytest.raises(ValueError, match="without a bias"):
+        encoder(config=WITHOUT_BIAS).router.choose_always(0)
+
+
+def test_training_on_data_without_parts_says_so_and_ends_as_one_prompt(tmp_path, monkeypatch):
+    monkeypatch.setattr(routing, "START_SHARE", 1.0)
+    run = trainer(tmp_path)
+    with pytest.warns(UserWarning, match=r"one expert for all inputs: 24 examples do not show .* router_test=false"):
+        run.train()
+    encoder = run.model.encoder
+    assert encoder.router.is_constant
+    assert torch.equal(encoder.A[1], encoder.A[2])
+    assert not torch.equal(encoder.A[0], encoder.A[1])
 
 
 def test_standardising_and_folding_leave_the_same_function_to_the_bit():

@@ -137,14 +137,15 @@ def inspect(
     prompted, tokenizer, config = loaded.model, loaded.tokenizer, loaded.model.method_config
 
     from ptmoe.evaluate.nearest_words import nearest_words
-    from ptmoe.evaluate.routing import expert_similarity, route_examples, summarise_routing
+    from ptmoe.evaluate.routing import expert_similarity, has_one_expert, route_examples, summarise_routing
     from ptmoe.report import routing_figures
     from ptmoe.report.figures import drawing
 
     gates = route_examples(prompted, tokenizer, inputs, chat=uses_chat(task_named(task), tokenizer, loaded.chat))
     domains = [example.domain for example in inputs]
     similarity = expert_similarity(prompted.encoder)
-    routing = summarise_routing(gates, domains, similarity=similarity, soft_gate=config.soft_gate)
+    kinds = {"soft_gate": config.soft_gate, "one_expert": has_one_expert(prompted.encoder)}
+    routing = summarise_routing(gates, domains, similarity=similarity, **kinds)
     nearest = nearest_words(prompted, tokenizer)
     if routing is None and not nearest.experts:
         raise PtmoeError(
@@ -188,7 +189,9 @@ def _print_routing(console: Console, routing: RoutingSummary, examples: Mapping[
         f"mutual information of expert and domain {routing.mutual_information:.3f} nats"
     )
     shares = routing.overall_shares(examples)
-    if collapsed_expert(shares) is not None:
+    if routing.one_expert:
+        console.print("one expert for all inputs: its training found nothing that tells them apart (router_test)")
+    elif collapsed_expert(shares) is not None:
         console.print(
             f"warning: the routing has collapsed, one of {len(experts)} experts takes "
             f"{100 * max(shares):.1f} % of the {'gate' if routing.is_soft else 'inputs'}"

@@ -127,6 +127,7 @@ def _presets(
                 "a text for each expert": {"init": "text", "init_text": texts},
                 "random": {"init": "random"},
                 "router at random": {"router_init": "random"},
+                "no test of the routing": {"router_test": False},
             }
         ),
         "ablate-noise": vary("router_noise", [0, 0.05, 0.1, 0.2]),

@@ -15,7 +15,7 @@ from ptmoe import __version__
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.choices import choose, labels_by_task
 from ptmoe.evaluate.generation import Completion, complete
-from ptmoe.evaluate.routing import expert_similarity, summarise_routing
+from ptmoe.evaluate.routing import expert_similarity, has_one_expert, summarise_routing
 from ptmoe.evaluate.together import from_first, gathered
 from ptmoe.fast.paths import is_sharded
 from ptmoe.methods.base import quantization_of
@@ -51,6 +51,7 @@ class Evaluation:
         settings: what decided the predictions.
         expert_similarity: cosines of the expert prompts `(N, N)`.
         soft_gate: whether the gate mixes all experts.
+        one_expert: whether the router chooses the same one whatever it reads.
     """
 
     task: Task
@@ -60,6 +61,7 @@ class Evaluation:
     settings: dict[str, Any]
     expert_similarity: list[list[float]] | None = None
     soft_gate: bool = False
+    one_expert: bool = False
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -74,7 +76,13 @@ class Evaluation:
             **summarise(self.task, self.split, *self._columns),
             cut=sum(each.cut > 0 for each in predictions),
             unanswered=sum(not each.answered for each in predictions),
-            routing=summarise_routing(gates, domains, similarity=self.expert_similarity, soft_gate=self.soft_gate),
+            routing=summarise_routing(
+                gates,
+                domains,
+                similarity=self.expert_similarity,
+                soft_gate=self.soft_gate,
+                one_expert=self.one_expert,
+            ),
             seconds=round(self.seconds, 3),
             settings=self.settings,
         )
@@ -181,9 +189,10 @@ def evaluate(
     count, own = (world_size(), rank()) if together else (1, 0)
     if count > 1 and any(other != settings for other in gathered(settings)):
         raise PtmoeError(f"the {count} processes were given different models or data: start all with the same")
-    similarity, soft = None, False
+    similarity, soft, alike = None, False, False
     if model.uses_adapter:
         similarity, soft = expert_similarity(model.encoder), model.method_config.soft_gate
+        alike = has_one_expert(model.encoder)
     file, done = None, list[Prediction]()
     if folder is not None:
         path = predictions_file(folder, task.name, split)
@@ -222,7 +231,7 @@ def evaluate(
             progress(len(done), len(rows))
     finally:
         model.train(was_training)
-    evaluation = Evaluation(task, split, done, time.monotonic() - started, settings, similarity, soft)
+    evaluation = Evaluation(task, split, done, time.monotonic() - started, settings, similarity, soft, alike)
     if folder is not None and own == 0:
         evaluation.write(folder)
     return evaluation

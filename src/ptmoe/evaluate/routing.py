@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy.special import entr
 
+from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.runs.records import RoutingSummary
 from ptmoe.tasks.tokens import encode_prompts
 
@@ -27,6 +28,7 @@ def summarise_routing(
     *,
     similarity: list[list[float]] | None = None,
     soft_gate: bool = False,
+    one_expert: bool = False,
 ) -> RoutingSummary | None:
     """Use, entropy and mutual information of a task's routing; None if nothing was routed.
 
@@ -35,6 +37,7 @@ def summarise_routing(
         domains: each input's domain.
         similarity: `(N, N)`, cosines of the expert prompts.
         soft_gate: whether the gate mixes all experts.
+        one_expert: whether the router, whatever it reads, chooses the same one.
     """
     routed = [(gate, domain) for gate, domain in zip(gates, domains, strict=True) if gate is not None]
     if not routed:
@@ -53,6 +56,7 @@ def summarise_routing(
         mutual_information=entropy + float(entr(share.sum(1)).sum() - entr(share).sum()),
         prompt_similarity=similarity,
         soft_gate=soft_gate,
+        one_expert=one_expert,
     )
 
 
@@ -68,6 +72,11 @@ def route_examples(
 def route(model: PromptedCausalLM, ids: list[int]) -> Routing | None:
     """How a row of tokens is routed alone: the same bits whatever batch it is decoded in."""
     return model.route(torch.tensor([ids], device=model.device)) if model.num_virtual_tokens else None
+
+
+def has_one_expert(encoder: PromptEncoder) -> bool:
+    """Whether it has a router that chooses the same expert whatever it reads."""
+    return isinstance(encoder, RoutedEncoder) and encoder.router.is_constant
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from ptmoe.methods.routing import RoutedConfig, RoutedEncoder, Router
 
 PAPER_RECIPE = {
     "router_init": "random",
+    "router_test": False,
     "router_standardize": False,
     "routing_anneal": False,
     "shared_factor": False,
@@ -74,6 +75,7 @@ class PTMoEConfig(RoutedConfig):
     selective: bool = True
     probationary: bool = True
     router_init: Literal["gradient", "random"] = "gradient"
+    router_test: bool = True
     router_standardize: bool = True
     routing_anneal: bool = True
     distinct_experts: bool = False

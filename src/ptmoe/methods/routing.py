@@ -23,6 +23,7 @@ from ptmoe.methods.base import PromptConfig, PromptEncoder, Routing, Size, fill_
 # its gradient, so inputs below 1 let the router decide more slowly than the experts learn: at 1 it commits before they
 # differ, and two kinds of input end up with one expert; at 1/6 it has not decided in time (docs/findings.md).
 SPREAD = 1 / 3
+CERTAIN = 1000.0  # a logit so large that the other experts' probability is 0 in any floating type, whatever the noise
 CONFIDENCE_PACE = 0.05  # of the running mean of the largest probability, per training step
 # What `state_dict()` holds while training lasts, beside the tensors of the published form.
 PROGRESS = ("hardness", "confidence")
@@ -87,6 +88,20 @@ class Router(nn.Module):
             for name in ("mean", "scale"):
                 setattr(self, name, torch.empty_like(self.weight[0]) if f"{prefix}{name}" in state_dict else None)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    @torch.no_grad()
+    def choose_always(self, expert: int) -> None:
+        """Send every input to this expert, with a probability of exactly 1 and gradients of exactly 0."""
+        if self.bias is None:
+            raise ValueError("a router without a bias cannot prefer one expert whatever it reads")
+        self.weight.zero_()
+        self.bias.zero_()
+        self.bias[expert] = CERTAIN
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether every input goes to the same expert, whatever it is."""
+        return self.bias is not None and not self.weight.any()
 
     def published(self) -> tuple[Tensor, ...]:
         """`W (N, H)` and, if there is one, `b (N,)`, on the raw mean embedding."""
@@ -164,6 +179,9 @@ class RoutedConfig(PromptConfig):
         router_noise: σ of the multiplicative noise on the router's logits, in training only.
         router_init: `"gradient"` starts the router so that inputs whose loss asks for the same change of the prompt
             share an expert; `"random"`, as a linear layer starts.
+        router_test: with that start, whether all inputs go to one expert, and the router does not train, unless a
+            permutation test finds that the input says anything about the change that its loss asks for. The adapter
+            then ends as a single prompt.
         router_standardize: train the router on standardised inputs; folded into `W` and `b` when saved.
         routing_anneal: start with the soft gate and harden it to the chosen one.
         split_after: fraction of the training steps for which the experts are trained as one, before the router starts
@@ -175,16 +193,22 @@ class RoutedConfig(PromptConfig):
     num_experts: Size = 2
     router_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     router_init: Literal["gradient", "random"] = "random"
+    router_test: bool = False
     router_standardize: bool = False
     routing_anneal: bool = False
     split_after: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
-    def _a_bias_to_fold_the_mean_into(self) -> Self:
+    def _what_needs_a_bias_has_one(self) -> Self:
         if self.router_standardize and not self.router_bias:
             raise ValueError(
                 f"router_standardize=True: the router of {self.method} has no bias to fold the inputs' mean into when "
                 "the adapter is saved: leave it out"
+            )
+        if self.router_test and not self.router_bias:
+            raise ValueError(
+                f"router_test=True: the router of {self.method} has no bias to send all inputs to one expert by: "
+                "leave it out"
             )
         return self
 

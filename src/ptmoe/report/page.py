@@ -154,9 +154,12 @@ def _score_text(score: Score) -> str:
 def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     """What a reader has to know before the numbers: a heading, and lines below it."""
     fallen: dict[tuple[str, str, str], list[str]] = {}
+    alike: dict[tuple[str, str], set[int]] = {}
     for cell, task in ((each, task) for each in comparison.cells for task in each.eval_tasks):
         summary, method = cell.run.evaluations[task], cell.run.config["method"]
         shares = summary.overall_shares
+        if summary.routing is not None and summary.routing.one_expert:
+            alike.setdefault((cell.label, cell.task), set()).add(cell.seed)
         if summary.routing is not None and summary.collapsed_expert is not None:
             of = "gate" if summary.routing.is_soft else "inputs"
             off = [name for name in ("router_standardize", "routing_anneal") if method.get(name) is False]
@@ -181,6 +184,13 @@ def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
         lines.append(f"{label}{after} on {task}, {len(texts)} of {seeds} seed{'s' * (seeds > 1)}; {texts[0]}")
     if lines:
         yield "Routing collapsed.", lines
+    if alike:
+        single = [
+            f"{label} trained on {task}, {len(seeds)} of {len(comparison.of(label, task))} seeds: the examples that "
+            "the router starts from do not show that some need another prompt than others"
+            for (label, task), seeds in alike.items()
+        ]
+        yield "One expert serves all inputs.", single
     yield from _unlike(comparison)
     if comparison.left_out:
         counted = counted_states(comparison.left_out)

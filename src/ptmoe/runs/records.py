@@ -199,6 +199,8 @@ class RoutingSummary(Record):
         mutual_information: of expert and domain, in nats.
         prompt_similarity: cosine of every pair of expert prompts, `(N, N)`.
         soft_gate: whether the gate mixes all experts; None in folders that do not say.
+        one_expert: whether the router chooses the same one whatever it reads, as training decides where nothing shows
+            that some inputs need another prompt than others.
     """
 
     num_experts: int
@@ -208,6 +210,7 @@ class RoutingSummary(Record):
     mutual_information: float
     prompt_similarity: list[list[float]] | None = None
     soft_gate: bool | None = None
+    one_expert: bool = False
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -301,8 +304,9 @@ class EvaluationSummary(Record, allow_inf_nan=False):  # NaN would spoil what a 
 
     @property
     def collapsed_expert(self) -> int | None:
-        """The one of several experts that takes at least 95 % of the task."""
-        return collapsed_expert(self.overall_shares)
+        """The one of several experts that takes at least 95 % of the task, where the router chooses."""
+        chosen = self.routing is not None and not self.routing.one_expert
+        return collapsed_expert(self.overall_shares) if chosen else None
 
 
 def collapsed_expert(shares: Sequence[float]) -> int | None:

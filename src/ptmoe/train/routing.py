@@ -5,7 +5,7 @@ Three things, each an option of a routed method's config (`ptmoe.methods.routing
 - `router_standardize`: before the first step the mean input embeddings of some training examples define the router's
   coordinates; when training ends they are folded into `W` and `b`.
 - `router_init="gradient"`: the router starts by sending inputs whose loss asks for the same change of the prompt to the
-  same expert.
+  same expert; with `router_test`, all inputs to one expert where nothing shows that they ask for different changes.
 - `routing_anneal`: the gate starts soft, so that every expert learns from every input, and hardens to the chosen one
   when the routing has settled: when the router's largest probability is near 1, the soft gate is nearly the hard one.
 """
@@ -35,6 +35,9 @@ SETTLED = 0.95  # mean of the largest probability from which on the gate hardens
 EARLIEST, LATEST = 0.3, 0.6  # but between these fractions of the training steps,
 HARDENING = 0.2  # and over this fraction of them
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# Of `router_test`. A split that is not needed costs little and one that is missing much, so the test is lenient, and
+# not made on fewer examples than it can tell anything from (docs/findings.md).
+PERMUTATIONS, SIGNIFICANT, TELLING = 199, 0.1, 24
 CONFIDENCE = 0.9  # of the initial routing
 RESTARTS, ROUNDS = 10, 50  # of k-means
 
@@ -119,7 +122,16 @@ class RoutingCallback(TrainerCallback):
         means = torch.cat([mean_inputs(model, batch) for batch in chosen])
         shown = self._shown(chosen, args, state)
         gradients = torch.cat([prompt_gradients(model, batch) for batch in shown])
-        start_router(encoder, means, gradients, torch.Generator().manual_seed(args.seed))
+        chance = start_router(encoder, means, gradients, torch.Generator().manual_seed(args.seed))
+        if args.world_size > 1:  # a test that rounding decides would part the processes
+            for parameter in encoder.router.parameters():
+                torch.distributed.broadcast(parameter.data, 0)
+        if encoder.router.is_constant and state.is_world_process_zero:
+            warnings.warn(
+                f"one expert for all inputs: {len(means)} examples do not show that some need another prompt than "
+                f"others (p = {chance:.2g}), so one is trained on all; router_test=false routes all the same",
+                stacklevel=2,
+            )
 
     def _shown(
         self, batches: list[dict[str, Tensor]], args: TrainingArguments, state: TrainerState
@@ -230,7 +242,7 @@ def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tenso
 
 
 @torch.no_grad()
-def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, generator: torch.Generator) -> bool:
+def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, generator: torch.Generator) -> float:
     """Set the router to send inputs whose loss asks for the same change of the prompt to the same expert.
 
     An example's own gradient is mostly about its answer. What the *input* says about it is its ridge regression on the
@@ -241,25 +253,30 @@ def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, gener
 
     Without a bias the regression has no intercept and the centres have unit length, so the router needs none.
 
+    If no ridge predicts the examples that it is not fitted to better than the mean does, the router is left as it was.
+    With the config's `router_test` and `TELLING` examples all inputs go to one expert instead, unless a permutation
+    test at `SIGNIFICANT` finds that the input says anything about the gradient.
+
     Args:
         encoder: whose router is set.
         means: `(examples, H)`, mean input embeddings.
         gradients: `(examples, T·H)`, as from `prompt_gradients`.
-        generator: of the random starts of k-means.
+        generator: of the random starts of k-means, and of the permutations.
 
     Returns:
-        False, and the router is left as it was, if the input says nothing about the gradient or there are too few
-        examples to tell.
+        The test's p, the chance that inputs which say nothing predict as well; 1 without a test.
     """
     router, experts = encoder.router, encoder.config.num_experts
-    if len(means) < 2 * experts:
-        return False
     inputs = means if router.mean is None or router.scale is None else (means - router.mean) / router.scale  # (n, H)
     shift = torch.zeros_like(inputs[0]) if router.bias is None else inputs.mean(0)
     centred, targets = inputs - shift, gradients - gradients.mean(0)
-    weights = _ridge(centred, targets)  # (n, n): the regression's coefficients are centredᵀ · weights · targets
+    test = encoder.config.router_test and len(means) >= TELLING
+    weights, chance = _ridge(centred, targets, router.bias is not None, PERMUTATIONS if test else 0, generator)
+    if test and (weights is None or chance > SIGNIFICANT):
+        router.choose_always(0)
+        return chance
     if weights is None:
-        return False
+        return chance
     predicted = centred @ (centred.T @ weights) @ targets  # (n, T·H)
     directions = torch.linalg.svd(predicted, full_matrices=False).Vh[: experts - 1]  # (q, T·H)
     project = centred.T @ weights @ (targets @ directions.T)  # (H, q): x - shift to ẑ
@@ -272,29 +289,59 @@ def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, gener
     if router.bias is not None:
         # Router.published() subtracts the raw mean itself; what remains of the inputs' mean goes into the bias.
         router.bias.copy_((offset - slope @ shift) / temperature)
-    return True
+    return chance
 
 
-def _ridge(inputs: Tensor, targets: Tensor) -> Tensor | None:
-    """`(K + λI)⁻¹` of the ridge with the least leave-one-out error; None if none is better than the mean.
+def _ridge(
+    inputs: Tensor, targets: Tensor, intercept: bool, permutations: int, generator: torch.Generator
+) -> tuple[Tensor | None, float]:
+    """The ridge regression with the least leave-one-out error, and a permutation test of it.
 
     Args:
-        inputs: `(n, H)`, centred.
+        inputs: `(n, H)`, centred if there is an intercept.
         targets: `(n, D)`, centred.
+        intercept: whether the regression has one, which each example that is left out changes as well.
+        permutations: of the targets among the inputs, for the test.
+        generator: of the permutations.
+
+    Returns:
+        `(K + λI)⁻¹ (n, n)` of the best ridge, or None if none is better than the mean; and the share of permutations,
+        the given order among them, whose best error is no larger.
     """
-    kernel = inputs @ inputs.T
-    identity = torch.eye(len(kernel), device=kernel.device)
-    scale = kernel.diagonal().mean()
-    best, least = None, targets.square().sum()
+    kernel, count = (inputs @ inputs.T).cpu().double(), len(inputs)
+    products = (targets @ targets.T).cpu().double()  # all that the error needs of the targets
+    scale, least = kernel.diagonal().mean(), products.trace() * (count / (count - 1)) ** 2  # the mean's error
     if scale == 0 or least == 0:  # all examples are the same
-        return None
+        return None, 1.0
+    inverses, forms = [], []
     for ridge in RIDGES:
-        inverse = torch.linalg.inv(kernel + ridge * scale * identity)
-        # The residual of an example that is left out, in closed form.
-        error = (inverse @ targets / inverse.diagonal()[:, None]).square().sum()
-        if error < least:
-            best, least = inverse, error
-    return best
+        inverse = torch.linalg.inv(kernel + ridge * scale * torch.eye(count, dtype=kernel.dtype))
+        residuals = left_out_residuals(inverse, ridge * scale, intercept)
+        inverses.append(inverse)
+        forms.append((residuals.T @ residuals).flatten())  # of the products: the error, the sum of squared residuals
+    quadratic = torch.stack(forms)  # (ridges, n²)
+    errors = quadratic @ products.flatten()
+    as_good = 1
+    for _ in range(permutations):
+        order = torch.randperm(count, generator=generator)
+        as_good += bool((quadratic @ products[order][:, order].flatten()).min() <= errors.min())
+    best = inverses[int(errors.argmin())].to(inputs) if errors.min() < least else None
+    return best, as_good / (permutations + 1)
+
+
+def left_out_residuals(inverse: Tensor, ridge: Tensor | float, intercept: bool) -> Tensor:
+    """`(n, n)`, which takes targets `(n, D)` to the errors of ridge regression in each one, fitted to all others.
+
+    The hat matrix is I - λ(K + λI)⁻¹, and with an intercept, of centred inputs and targets, that plus 11ᵀ/n: what is
+    left out moves the intercept as well.
+
+    Args:
+        inverse: `(K + λI)⁻¹ (n, n)`.
+        ridge: λ.
+        intercept: whether the regression has one.
+    """
+    own = inverse.diagonal() - (1 / (len(inverse) * ridge) if intercept else 0)
+    return inverse / own[:, None]
 
 
 def _k_means(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
