@@ -178,7 +178,7 @@ def _train(
         model.can_pack()  # or says why not, before anything is written
     compile_failure = compile_layers(model.base_model) if options.torch_compile else None
     fast_paths = model.fast_paths()  # tried out in all processes, which a sharded base needs
-    trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress), *callbacks])
+    trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress, say), *callbacks])
     trainer.changed = bool(different)
     first = trainer.is_world_process_zero()
     if first:

@@ -49,10 +49,11 @@ class RoutingCallback(TrainerCallback):
     Args:
         progress: gets the examples done and all examples of the router's start, and None; by default a bar of `tqdm`
             shows them where the trainer shows its own.
+        say: gets a line of text if the start cannot be made, or sends all inputs to one expert; by default a warning.
     """
 
-    def __init__(self, progress: Progress | None = None) -> None:
-        self.progress = progress
+    def __init__(self, progress: Progress | None = None, say: Callable[[str], None] = warnings.warn) -> None:
+        self.progress, self.say = progress, say
 
     def on_init_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if args.label_smoothing_factor and isinstance(model, PromptedCausalLM) and model.method_config.reads_input:
@@ -112,11 +113,11 @@ class RoutingCallback(TrainerCallback):
             return
         count = start_examples(args, state, loader)
         if count < 2 * experts:
-            warnings.warn(
-                f"the router starts at random: {count} examples ({START_SHARE:.0%} of those that training reads) are "
-                f"too few to start {experts} experts from",
-                stacklevel=2,
-            )
+            if state.is_world_process_zero:
+                self.say(
+                    f"the router starts at random: {count} examples ({START_SHARE:.0%} of those that training reads) "
+                    f"are too few to start {experts} experts from"
+                )
             return
         chosen = self._batches(count, args, model, loader)
         means = torch.cat([mean_inputs(model, batch) for batch in chosen])
@@ -127,10 +128,9 @@ class RoutingCallback(TrainerCallback):
             for parameter in encoder.router.parameters():
                 torch.distributed.broadcast(parameter.data, 0)
         if encoder.router.is_constant and state.is_world_process_zero:
-            warnings.warn(
+            self.say(
                 f"one expert for all inputs: {len(means)} examples do not show that some need another prompt than "
-                f"others (p = {chance:.2g}), so one is trained on all; router_test=false routes all the same",
-                stacklevel=2,
+                f"others (p = {chance:.2g}); router_test=false routes all the same"
             )
 
     def _shown(
@@ -261,7 +261,7 @@ def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, gener
         encoder: whose router is set.
         means: `(examples, H)`, mean input embeddings.
         gradients: `(examples, T·H)`, as from `prompt_gradients`.
-        generator: of the random starts of k-means, and of the permutations.
+        generator: of the random starts of k-means.
 
     Returns:
         The test's p, the chance that inputs which say nothing predict as well; 1 without a test.
@@ -271,7 +271,7 @@ def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, gener
     shift = torch.zeros_like(inputs[0]) if router.bias is None else inputs.mean(0)
     centred, targets = inputs - shift, gradients - gradients.mean(0)
     test = encoder.config.router_test and len(means) >= TELLING
-    weights, chance = _ridge(centred, targets, router.bias is not None, PERMUTATIONS if test else 0, generator)
+    weights, chance = _ridge(centred, targets, router.bias is not None, PERMUTATIONS if test else 0)
     if test and (weights is None or chance > SIGNIFICANT):
         router.choose_always(0)
         return chance
@@ -292,17 +292,14 @@ def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, gener
     return chance
 
 
-def _ridge(
-    inputs: Tensor, targets: Tensor, intercept: bool, permutations: int, generator: torch.Generator
-) -> tuple[Tensor | None, float]:
+def _ridge(inputs: Tensor, targets: Tensor, intercept: bool, permutations: int) -> tuple[Tensor | None, float]:
     """The ridge regression with the least leave-one-out error, and a permutation test of it.
 
     Args:
         inputs: `(n, H)`, centred if there is an intercept.
         targets: `(n, D)`, centred.
         intercept: whether the regression has one, which each example that is left out changes as well.
-        permutations: of the targets among the inputs, for the test.
-        generator: of the permutations.
+        permutations: of the targets among the inputs, for the test, always the same.
 
     Returns:
         `(K + λI)⁻¹ (n, n)` of the best ridge, or None if none is better than the mean; and the share of permutations,
@@ -321,7 +318,7 @@ def _ridge(
         forms.append((residuals.T @ residuals).flatten())  # of the products: the error, the sum of squared residuals
     quadratic = torch.stack(forms)  # (ridges, n²)
     errors = quadratic @ products.flatten()
-    as_good = 1
+    as_good, generator = 1, torch.Generator().manual_seed(0)
     for _ in range(permutations):
         order = torch.randperm(count, generator=generator)
         as_good += bool((quadratic @ products[order][:, order].flatten()).min() <= errors.min())
