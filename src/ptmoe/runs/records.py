@@ -199,8 +199,7 @@ class RoutingSummary(Record):
         mutual_information: of expert and domain, in nats.
         prompt_similarity: cosine of every pair of expert prompts, `(N, N)`.
         soft_gate: whether the gate mixes all experts; None in folders that do not say.
-        one_expert: whether the router chooses the same one whatever it reads, as training decides where nothing shows
-            that some inputs need another prompt than others.
+        one_expert: whether the router chooses the same one whatever it reads (`router_test`).
     """
 
     num_experts: int
@@ -216,8 +215,7 @@ class RoutingSummary(Record):
     def _sizes_agree(self) -> Self:
         if self.num_experts < 1 or not self.use:
             raise ValueError("routing needs at least one expert and one domain")
-        square = self.prompt_similarity or []
-        if square and len(square) != self.num_experts:
+        if (square := self.prompt_similarity or []) and len(square) != self.num_experts:
             raise ValueError(f"prompt_similarity has {len(square)} rows for num_experts={self.num_experts}")
         for row in (*self.use.values(), *self.mean_gate.values(), *square):
             if len(row) != self.num_experts:
@@ -229,10 +227,9 @@ class RoutingSummary(Record):
     @property
     def is_soft(self) -> bool:
         """Whether the gate mixes all experts, so that its largest entry decides nothing."""
-        if self.soft_gate is not None:
-            return self.soft_gate
-        # A folder that does not say: with a hard gate an entry is the router's probability, below 1, or exactly 1.
-        return any(sum(gate) > 1 - 1e-6 and gate != self.use[domain] for domain, gate in self.mean_gate.items())
+        # In a folder that does not say, an entry of a hard gate is the router's probability, below 1, or exactly 1.
+        mixed = any(sum(gate) > 1 - 1e-6 and gate != self.use[domain] for domain, gate in self.mean_gate.items())
+        return mixed if self.soft_gate is None else self.soft_gate
 
     @property
     def shares(self) -> dict[str, list[float]]:
@@ -305,8 +302,7 @@ class EvaluationSummary(Record, allow_inf_nan=False):  # NaN would spoil what a 
     @property
     def collapsed_expert(self) -> int | None:
         """The one of several experts that takes at least 95 % of the task, where the router chooses."""
-        chosen = self.routing is not None and not self.routing.one_expert
-        return collapsed_expert(self.overall_shares) if chosen else None
+        return None if self.routing is None or self.routing.one_expert else collapsed_expert(self.overall_shares)
 
 
 def collapsed_expert(shares: Sequence[float]) -> int | None:
