@@ -19,7 +19,6 @@ from ptmoe.methods.pt_moe import PTMoE, PTMoEConfig
 from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base, quiet
 from ptmoe.tasks import load_task
-from ptmoe.train import routing
 from ptmoe.train.data import collate, fit
 from ptmoe.train.routing import mean_inputs, prompt_gradients, sample_batches, start_router
 
@@ -44,11 +43,7 @@ def main() -> None:
     arguments.add_argument("--examples", type=int, default=384)
     arguments.add_argument("--max-length", type=int, default=512)
     arguments.add_argument("--dtype", default="auto")
-    arguments.add_argument(
-        "--least-error", action="store_true", help="take the penalty with the least error in any case"
-    )
     given = arguments.parse_args()
-    routing.INTERPOLATES = not given.least_error
     quiet()
     base, tokenizer = load_base(given.model, dtype=given.dtype)
     examples = load_task(given.task, "train", given.data_dir)

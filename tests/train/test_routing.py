@@ -111,8 +111,7 @@ def wide(seed, parts, examples=80, features=160):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_penalty_with_the_least_error_holds_for_other_examples(seed, monkeypatch):
-    monkeypatch.setattr(routing, "INTERPOLATES", False)
+def test_the_penalty_with_the_least_error_holds_for_other_examples(seed):
     group, means, gradients = wide(seed, parts=True, examples=160)
     built = ptmoe.PTMoEConfig(num_virtual_tokens=5, rank=3, num_experts=2).build(means.shape[1])
     built.router.initialise(torch.Generator().manual_seed(seed))

@@ -35,9 +35,6 @@ SETTLED = 0.95  # mean of the largest probability from which on the gate hardens
 EARLIEST, LATEST = 0.3, 0.6  # but between these fractions of the training steps,
 HARDENING = 0.2  # and over this fraction of them
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# Whether a start from fewer examples than features takes the weakest ridge. The one with the least leave-one-out error
-# finds the sets of a mixture better, but what was trained from it answered worse (docs/findings.md).
-INTERPOLATES = True
 # Of `router_test`. A split that is not needed costs little and one that is missing much, so the test is lenient, and
 # not made on fewer examples than it can tell anything from (docs/findings.md).
 PERMUTATIONS, SIGNIFICANT, TELLING = 199, 0.1, 24
@@ -296,7 +293,7 @@ def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, gener
 
 
 def _ridge(inputs: Tensor, targets: Tensor, intercept: bool, permutations: int) -> tuple[Tensor | None, float]:
-    """The ridge regression with the least leave-one-out error (but see `INTERPOLATES`), and a permutation test of it.
+    """The ridge regression with the least leave-one-out error, and a permutation test of it.
 
     Args:
         inputs: `(n, H)`, centred if there is an intercept.
@@ -325,8 +322,8 @@ def _ridge(inputs: Tensor, targets: Tensor, intercept: bool, permutations: int) 
     for _ in range(permutations):
         order = torch.randperm(count, generator=generator)
         as_good += bool((quadratic @ products[order][:, order].flatten()).min() <= errors.min())
-    best = 0 if INTERPOLATES and count < inputs.shape[1] else int(errors.argmin())
-    return (inverses[best].to(inputs) if errors.min() < least else None), as_good / (permutations + 1)
+    best = inverses[int(errors.argmin())].to(inputs) if errors.min() < least else None
+    return best, as_good / (permutations + 1)
 
 
 def left_out_residuals(inverse: Tensor, ridge: Tensor | float, intercept: bool) -> Tensor:
