@@ -10,7 +10,7 @@ gradients of two examples of one expert and of two experts; and the p of `router
 
 import argparse
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def main() -> None:
     if len(rows) < len(examples):
         raise SystemExit(f"{len(examples) - len(rows)} examples do not fit: raise --max-length")
     count = min(given.examples, len(rows))
-    domains = [examples[i * len(rows) // count].domain for i in range(count)]
+    domains: Any = sample_batches([example.domain for example in examples], cast(Any, list), count, count)[0]
     config = PTMoEConfig(num_virtual_tokens=20, rank=12, num_experts=given.experts)
     model = attach(base, config, tokenizer=tokenizer)
     batches: list[dict[str, Any]] = sample_batches(rows, collate, ROWS, count)

@@ -111,15 +111,15 @@ class RoutingCallback(TrainerCallback):
         experts = encoder.config.num_experts
         if encoder.config.router_init != "gradient" or experts == 1:
             return
-        count = start_examples(args, state, loader)
+        chosen = self._batches(start_examples(args, state, loader), args, model, loader)
+        count = sum(len(batch["input_ids"]) for batch in chosen)  # fewer than asked for where there are no more
         if count < 2 * experts:
             if state.is_world_process_zero:
                 self.say(
-                    f"the router starts at random: {count} examples ({START_SHARE:.0%} of those that training reads) "
-                    f"are too few to start {experts} experts from"
+                    f"the router starts at random: {count} examples ({START_SHARE:.0%} of those that training reads, "
+                    f"or all there are) are too few to start {experts} experts from"
                 )
             return
-        chosen = self._batches(count, args, model, loader)
         means = torch.cat([mean_inputs(model, batch) for batch in chosen])
         shown = self._shown(chosen, args, state)
         gradients = torch.cat([prompt_gradients(model, batch) for batch in shown])
@@ -129,7 +129,7 @@ class RoutingCallback(TrainerCallback):
                 torch.distributed.broadcast(parameter.data, 0)
         if encoder.router.is_constant and state.is_world_process_zero:
             self.say(
-                f"one expert for all inputs: {len(means)} examples do not show that some need another prompt than "
+                f"one expert for all inputs: {count} examples do not show that some need another prompt than "
                 f"others (p = {chance:.2g}); router_test=false routes all the same"
             )
 
@@ -259,7 +259,7 @@ def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, gener
 
     Args:
         encoder: whose router is set.
-        means: `(examples, H)`, mean input embeddings.
+        means: `(examples, H)`, mean input embeddings, of at least two examples for each expert.
         gradients: `(examples, T·H)`, as from `prompt_gradients`.
         generator: of the random starts of k-means.
 
@@ -302,7 +302,7 @@ def _ridge(inputs: Tensor, targets: Tensor, intercept: bool, permutations: int) 
         permutations: of the targets among the inputs, for the test, always the same.
 
     Returns:
-        `(K + λI)⁻¹ (n, n)` of the ridge, or None if none is better than the mean; and the share of permutations,
+        `(K + λI)⁻¹ (n, n)` of that ridge, or None if none is better than the mean; and the share of permutations,
         the given order among them, whose best error is no larger.
     """
     kernel, count = (inputs @ inputs.T).cpu().double(), len(inputs)
@@ -318,11 +318,12 @@ def _ridge(inputs: Tensor, targets: Tensor, intercept: bool, permutations: int) 
         forms.append((residuals.T @ residuals).flatten())  # of the products: the error, the sum of squared residuals
     quadratic = torch.stack(forms)  # (ridges, n²)
     errors = quadratic @ products.flatten()
+    found = errors.min()
     as_good, generator = 1, torch.Generator().manual_seed(0)
     for _ in range(permutations):
         order = torch.randperm(count, generator=generator)
-        as_good += bool((quadratic @ products[order][:, order].flatten()).min() <= errors.min())
-    best = inverses[int(errors.argmin())].to(inputs) if errors.min() < least else None
+        as_good += bool((quadratic @ products[order][:, order].flatten()).min() <= found)
+    best = inverses[int(errors.argmin())].to(inputs) if found < least else None
     return best, as_good / (permutations + 1)
 
 
