@@ -9,8 +9,10 @@ tokens, and each adapter's gradient divided by the number of its own.
 
 The plan, a YAML file, has `model`, `task`, `max_steps`, `batch_size`, `max_length`, `judged` ({split: examples}, after
 the last step, and after every `evaluate_every` steps for all but `test`) and `runs`, a list of `{label, method: {name,
-…}, learning_rate: […], seeds: n or a list}`. With `domains` a run is trained once on each of them alone, and judged on
-it; its `batch_size` is the plan's unless it has its own. An answer is right if every token of the completion, its end
+…}, learning_rate: […], seeds: n or a list}`. A run's `rates`, `{tensor: factor}`, multiply its learning rate. With
+`domains` it is trained once on each of them alone, and judged on it; its `batch_size` is the plan's unless it has its
+own. `experts_of`, a list of domains, takes the place of its router: the first domain's inputs get the first expert, and
+so on. An answer is right if every token of the completion, its end
 included, is the most likely one, which is what greedy decoding then writes. A line for each run and evaluation is
 written as it comes; `experts` in it says how many inputs of each domain each expert got.
 """
@@ -31,6 +33,7 @@ from torch.utils.data import DataLoader
 from ptmoe.fast.loss import IGNORED
 from ptmoe.fast.paths import fast_kernels
 from ptmoe.methods import METHODS
+from ptmoe.methods.base import Routing
 from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base, quiet
@@ -40,7 +43,7 @@ from ptmoe.tasks import load_task
 from ptmoe.train.data import collate, fit
 from ptmoe.train.routing import RoutingCallback
 
-WARMUP = 0.03  # of the steps
+WARMUP = 0.1  # of the steps, as in `ptmoe train`
 CLIPPED = 1.0
 
 
@@ -80,9 +83,16 @@ class Member:
         self.config = METHODS[entry.pop("name")](**entry)
         attach(model, self.config, seed=seed, tokenizer=tokenizer, adapter_name=self.name, check=number == 0)
         self.encoder = model.adapters[self.name]
+        self.experts_of, self.experts = run.get("experts_of"), torch.empty(0)
+        if self.experts_of is not None:
+            self.encoder.route = self.given_route  # type: ignore[assignment]
         self.parameters = list(self.encoder.parameters())
         self.steps = plan.max_steps
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0, fused=True)
+        factors, named = run.get("rates", {}), dict(self.encoder.named_parameters())
+        if unknown := sorted({*factors} - {*named}):
+            raise SystemExit(f"{run['label']}: no tensor {', '.join(unknown)} has a rate: {', '.join(named)}")
+        groups = [{"params": [tensor], "lr": rate * factors.get(name, 1.0)} for name, tensor in named.items()]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         warmup = max(1, round(WARMUP * self.steps))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
@@ -97,6 +107,11 @@ class Member:
         self.arguments.disable_tqdm = True
         self.state = SimpleNamespace(global_step=0, max_steps=self.steps, is_world_process_zero=True)
         self.losses: list[float] = []
+
+    def given_route(self, *_: Any, **__: Any) -> Routing:
+        """Of the rows that `experts` was set for."""
+        chosen = nn.functional.one_hot(self.experts, len(cast(RoutedEncoder, self.encoder).expert_prompts()))
+        return Routing(chosen.float(), chosen.float())
 
     def batch(self) -> list[int]:
         while len(self.order) < self.batch_size:
@@ -120,23 +135,27 @@ class Member:
 
 
 def computed(
-    model: PromptedCausalLM, rows: list[tuple[dict[str, Any], Member]], limit: int, backward: bool
+    model: PromptedCausalLM, rows: list[tuple[dict[str, Any], str, Member]], limit: int, backward: bool
 ) -> tuple[list[bool], list[float], list[int]]:
     """Whether each row's completion is what greedy decoding writes, the sum of its tokens' losses, and the expert that
     it got (-1 where rows of several adapters share a batch, or none is routed); with `backward` the gradients of these
     sums are added to the members'. At most `limit` padded tokens are computed at once."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]["input_ids"]))
     right, losses, experts = [False] * len(rows), [0.0] * len(rows), [-1] * len(rows)
-    virtual = max(member.config.num_virtual_tokens for _, member in rows)
+    virtual = max(member.config.num_virtual_tokens for *_, member in rows)
     part: list[int] = []
 
     def flush() -> None:
         batch = {key: value.to(model.device) for key, value in collate([rows[i][0] for i in part]).items()}
+        for member in {rows[i][2] for i in part}:
+            if member.experts_of is not None:
+                experts_of = [member.experts_of.index(rows[i][1]) for i in part if rows[i][2] is member]
+                member.experts = torch.tensor(experts_of, device=model.device)
         greedy = Greedy()
         with torch.set_grad_enabled(backward):
             output = model(
                 **batch,
-                adapter_names=[rows[i][1].name for i in part],
+                adapter_names=[rows[i][2].name for i in part],
                 num_items_in_batch=1,
                 skip_logits=True,
                 token_statistics=greedy,
@@ -216,7 +235,7 @@ def train(given: argparse.Namespace, plan: Any, base: Any, tokenizer: Any) -> No
     loader = DataLoader(cast(Any, data), batch_size=plan.batch_size, collate_fn=collate)  # the router's start reads it
 
     def hook(event: str, member: Member) -> None:
-        if isinstance(member.encoder, RoutedEncoder):
+        if isinstance(member.encoder, RoutedEncoder) and member.experts_of is None:
             model.adapters.active = member.name
             getattr(member.callback, event)(member.arguments, member.state, None, model=model, train_dataloader=loader)
 
@@ -225,7 +244,7 @@ def train(given: argparse.Namespace, plan: Any, base: Any, tokenizer: Any) -> No
         examples, domains = judged[split]
         for member in members:
             asked = [i for i, domain in enumerate(domains) if member.domain in (None, domain)]
-            rows = [(examples[i], member) for i in asked]
+            rows = [(examples[i], domains[i], member) for i in asked]
             right, losses, experts = computed(model, rows, 4 * given.at_once, False)
             scores: dict[str, list[bool]] = defaultdict(list)
             chosen: dict[str, Counter[int]] = defaultdict(Counter)
@@ -257,17 +276,17 @@ def train(given: argparse.Namespace, plan: Any, base: Any, tokenizer: Any) -> No
     for member in members:
         hook("on_train_begin", member)
     for step in range(plan.max_steps):
-        batch: list[tuple[dict[str, Any], Member]] = []
+        batch: list[tuple[dict[str, Any], str, Member]] = []
         for member in members:
             member.state.global_step = step
             hook("on_step_begin", member)
-            batch += [(data[i], member) for i in member.batch()]
+            batch += [(data[i], data_domains[i], member) for i in member.batch()]
         _, losses, _ = computed(model, batch, given.at_once, True)
         first = 0
         for member in members:
             part = slice(first, first + member.batch_size)
             first += member.batch_size
-            tokens = sum(int((row["labels"] != IGNORED).sum()) for row, _ in batch[part])
+            tokens = sum(int((row["labels"] != IGNORED).sum()) for row, *_ in batch[part])
             member.losses.append(sum(losses[part]) / tokens)
             torch._foreach_div_([p.grad for p in member.parameters if p.grad is not None], tokens)
             nn.utils.clip_grad_norm_(member.parameters, CLIPPED, foreach=True)

@@ -40,6 +40,14 @@ def system_error(error: OSError) -> PtmoeError:
     return PtmoeError(f"{place}{error.strerror}{remedy}")
 
 
+def without_embedding(token: int, rows: int) -> str:
+    """That a base with `rows` embeddings does not have this token's."""
+    return (
+        f"token {token} has no embedding, of which the base has {rows:,}: leave it out, or where it was added to the "
+        "tokenizer, save the base after base.resize_token_embeddings(len(tokenizer))"
+    )
+
+
 def near(word: str, known: Iterable[str], *, most: int = 1, otherwise: str | None = None) -> str:
     """`"; did you mean 'x', 'y'?"` for the nearest known words, else `otherwise`, by default `"; known: a, b, c"`.
 

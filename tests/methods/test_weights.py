@@ -734,6 +734,7 @@ def test_attaching_that_is_interrupted_leaves_the_base_as_it_was(method, monkeyp
     attach(base, METHODS["lora"]())
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="such an id ends all that the process computes on the GPU")
 @pytest.mark.parametrize("method", ["corda", "eva"])
 def test_data_that_the_base_cannot_read_leaves_the_base_as_it_was(method):
     """Ids beyond the vocabulary, in the second batch."""

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 import ptmoe
+from ptmoe.methods import METHODS
 from ptmoe.models.adapter_set import BASE, AdapterSet
-from testing.bases import CONFIGS, batch, prompted, tiny, tokens
+from ptmoe.models.attach import attach
+from testing.bases import CONFIGS, VOCABULARY, batch, prompted, tiny, tokens
 
 IDS, MASK = batch([tokens(5, 1), tokens(3, 2), tokens(8, 3), tokens(1, 4)], [0, 2, 0, 4])
 
@@ -47,6 +49,26 @@ def test_a_matrix_in_another_dtype_is_enough(folders):
     spliced, prompts = adapters.compose(IDS, MASK, adapter_names=["a", "a", BASE, "a"])
     assert spliced.embeds.dtype == torch.bfloat16
     assert prompts.embeds.dtype == torch.float32
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), METHODS["lora"]()], ids=[*CONFIGS, "lora"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("wrong", [-100, VOCABULARY])
+def test_a_token_without_an_embedding_is_refused_in_words_wherever_it_stands(wrong, kind, config):
+    """A CPU would name no id, and a GPU end all that the process computes on it; in padding, too."""
+    model = attach(tiny(kind), config)
+    ids, mask = batch([tokens(5), tokens(3)], [0, 2])
+    assert model(ids, mask).logits.isfinite().all()
+    for place in ((0, 4), (1, 0), (1, 4)):
+        changed = ids.clone()
+        changed[place] = wrong
+        with pytest.raises(ptmoe.PtmoeError, match=rf"token {wrong} has no embedding, .* has {VOCABULARY}:"):
+            model(changed, mask)
+        with pytest.raises(ptmoe.PtmoeError, match=rf"token {wrong} has no embedding"):
+            model.generate(changed, attention_mask=mask, max_new_tokens=2)
+    if not ids.is_cuda:  # while a GPU trains nobody waits for it
+        with pytest.raises(ptmoe.PtmoeError, match=rf"token {wrong} has no embedding"):
+            model.train()(changed, mask, labels=ids)
 
 
 def test_an_adapter_of_another_base_or_one_that_needs_layers_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import ptmoe
-from ptmoe.models.bases import load_tokenizer
+from ptmoe.models.bases import load_base, load_tokenizer
 from ptmoe.tasks import Problems
 from ptmoe.tasks.base import Example
 from ptmoe.tasks.problems import BadRecordError
@@ -163,6 +163,37 @@ def test_each_token_is_shown_with_its_spaces():
         ids = encode_prompt(item, tokenizer).ids[1:] + encode_completion(item, tokenizer)
         assert " ".join(token_texts(ids, tokenizer)).replace("' a'", "'▁a'") == shown
     assert token_texts(TOKENIZERS["bytes"]("é")["input_ids"][1:2], TOKENIZERS["bytes"]) == ["'Ã'"], "part of a letter"
+
+
+@pytest.fixture
+def unresized(tmp_path):
+    """A base whose tokenizer got a token that the base has no embedding of."""
+    base, tokenizer = load_base("nano")
+    tokenizer.add_tokens(["<new>"])
+    for part in (base, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("a <new> b", "c"), ("a b", "<new>")])
+def test_a_token_that_the_base_does_not_embed_is_refused_by_its_record_or_skipped(prompt, completion, unresized):
+    _, tokenizer = load_base(str(unresized))
+    examples = [example("a b", "c"), example(prompt, completion, place="data.jsonl:2")]
+    with pytest.raises(ptmoe.PtmoeError, match=r"data\.jsonl:2: '<new>': token (\d+) has no embedding, .* has \1:"):
+        fit(examples, tokenizer, 50)
+    assert len(fit(examples, tokenizer, 50, problems=Problems(skip=True))) == 1
+    if "<new>" in prompt:
+        assert usable(examples, tokenizer, Problems(skip=True)) == examples[:1]
+        with pytest.raises(ptmoe.PtmoeError, match="'<new>': token"):
+            usable(examples, tokenizer, Problems())
+
+
+def test_where_the_base_was_resized_the_token_is_read(unresized):
+    base, tokenizer = load_base(str(unresized))
+    base.resize_token_embeddings(len(tokenizer))
+    base.save_pretrained(unresized)
+    _, tokenizer = load_base(str(unresized))
+    assert encode_prompt(example("<new>", "c"), tokenizer).ids[-1] == len(tokenizer) - 1
 
 
 @pytest.mark.parametrize("half", ["\ud83d", "smile \ude00"])

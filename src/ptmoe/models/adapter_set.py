@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.adapters.folder import SavedAdapter, local_folder, read_adapter
-from ptmoe.errors import PtmoeError, near
+from ptmoe.errors import PtmoeError, near, without_embedding
 from ptmoe.methods.base import MethodConfig, Prompt, PromptEncoder, Routing, VirtualTokensConfig
 from ptmoe.models.splice import Spliced, splice
 
@@ -245,6 +245,19 @@ class AdapterSet(nn.Module):
             lengths[rows[name]] = part.shape[1]
         return Prompts(prompts, lengths)
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """`(B, L)` ids to `(B, L, H)`.
+
+        Raises:
+            PtmoeError: an id without an embedding. While a GPU trains nobody waits for it to say so.
+        """
+        rows = getattr(self.embedding, "num_embeddings", None)
+        if rows is not None and input_ids.numel() and not (self.training and input_ids.is_cuda):
+            for token in map(int, input_ids.aminmax()):
+                if not 0 <= token < rows:
+                    raise PtmoeError(f"input_ids: {without_embedding(token, rows)}")
+        return cast(Tensor, self.embedding(input_ids))
+
     def compose(
         self,
         input_ids: Tensor,
@@ -266,7 +279,7 @@ class AdapterSet(nn.Module):
         check_shapes(input_ids, attention_mask=attention_mask, input_mask=input_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        embeds = self.embedding(input_ids)
+        embeds = self.embed(input_ids)
         readable = attention_mask.bool() if input_mask is None else input_mask.bool() & attention_mask.bool()
         prompts = self.encode(embeds, readable, adapter_names)
         return splice(prompts.embeds, prompts.lengths, embeds, attention_mask), prompts

@@ -74,6 +74,8 @@ def load_base(
         model, found = AutoModelForCausalLM.from_pretrained(
             where, revision=revision, dtype=dtype, output_loading_info=True, **options, **shards
         )
+    # A tokenizer may know more tokens than the base; `ptmoe.tasks.tokens` refuses them by record.
+    vars(tokenizer)["embedded_tokens"] = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if sharding is None:
         check_whole(name, model, found)
     if quantization is not None and model.hf_quantizer.pre_quantized:

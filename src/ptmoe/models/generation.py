@@ -184,7 +184,7 @@ class GeneratingModel(ModelWrapper):
         rows = torch.arange(len(prompts.embeds), device=input_ids.device)
         prompts = prompts.rows(rows.repeat_interleave(len(input_ids) // len(rows)))
         mask = torch.ones_like(input_ids)
-        spliced = splice(prompts.embeds, prompts.lengths, self.adapters.embedding(input_ids), mask)
+        spliced = splice(prompts.embeds, prompts.lengths, self.adapters.embed(input_ids), mask)
         return self.base_inputs(self._with_token_ids(spliced, prompts, input_ids, mask), prompts)
 
     def _row_by_row(

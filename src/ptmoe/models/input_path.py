@@ -77,6 +77,10 @@ class ScaledEmbedding(nn.Module):
     def weight(self) -> Tensor:
         return self.embedding.weight
 
+    @property
+    def num_embeddings(self) -> int:
+        return self.embedding.num_embeddings
+
     def forward(self, input_ids: Tensor) -> Tensor:
         return cast(Tensor, self.embedding(input_ids)) * self.scale
 

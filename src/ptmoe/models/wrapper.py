@@ -158,7 +158,7 @@ class ModelWrapper(SavingModel):
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing | None:
         """How the active adapter routes these inputs `(B, L)`; None for a method that does not route."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.adapters.encode(self.adapters.embedding(input_ids), mask.bool()).routing
+        return self.adapters.encode(self.adapters.embed(input_ids), mask.bool()).routing
 
     # -- a transformers model ----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-from ptmoe.errors import PtmoeError
+from ptmoe.errors import PtmoeError, without_embedding
 from ptmoe.tasks.chat import render, require_template, respaced
 from ptmoe.tasks.problems import BadRecordError, Problems
 from ptmoe.tasks.records import check_unicode
@@ -204,7 +204,7 @@ def usable(
     kept = []
     for example in examples:
         with problems.at(example.where):
-            check_unicode(prompt_text(example, tokenizer, chat=chat))
+            _ids(tokenizer, prompt_text(example, tokenizer, chat=chat))
             kept.append(example)
     problems.refuse()
     if examples and not kept:
@@ -220,11 +220,11 @@ def changed_text(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase
             texts = prompt_text(example, tokenizer, chat=chat), completion_text(example, tokenizer, chat=chat)
             in_template = example.messages or chat
             change = respaced(example, tokenizer, [*_messages(example), _answer(example)]) if in_template else None
+            ids = _ids(tokenizer, texts[0]), _continuation(tokenizer, texts[1])
         except BadRecordError:  # reported where it is tokenised
             continue
         if change is not None:
             return _change("chat template", *change, example)
-        ids = _ids(tokenizer, texts[0]), _continuation(tokenizer, texts[1])
         wanted, got = "".join(texts), decoded(tokenizer, ids[0] + ids[1])
         if wanted not in (got, f" {got}", got.removeprefix(" ")):
             return _change("tokenizer", wanted, got, example)
@@ -293,8 +293,16 @@ def _answer(example: Example) -> dict[str, Any]:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of the text alone."""
-    return cast(list[int], tokenizer(check_unicode(text), add_special_tokens=False)["input_ids"])
+    """The tokens of the text alone.
+
+    Raises:
+        BadRecordError: the text is no Unicode, or has a token that the base has no embedding of.
+    """
+    ids = cast(list[int], tokenizer(check_unicode(text), add_special_tokens=False)["input_ids"])
+    rows = vars(tokenizer).get("embedded_tokens")
+    if rows is not None and (token := max(ids, default=0)) >= rows:
+        raise BadRecordError(f"{tokenizer.convert_ids_to_tokens(token)!r}: {without_embedding(token, rows)}")
+    return ids
 
 
 def _habits(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[str, list[int]]]]:

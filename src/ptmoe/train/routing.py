@@ -216,7 +216,7 @@ def mean_inputs(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
     if mask is None:
         ids = batch["input_ids"]
         mask = readable_tokens(batch.get("attention_mask", torch.ones_like(ids)), batch["labels"])
-    return mean_input(model.adapters.embedding(batch["input_ids"]), mask.bool())
+    return mean_input(model.adapters.embed(batch["input_ids"]), mask.bool())
 
 
 def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:

@@ -260,6 +260,7 @@ def settings_hash(
     """
     tokenizer("")  # resets padding and truncation, which would be saved as well
     parts = [type(tokenizer).__qualname__, transformers.__version__, tokenizers.__version__, json.dumps(options)]
+    parts.append(str(vars(tokenizer).get("embedded_tokens")))
     # The sources themselves: nobody has to remember to raise a version number.
     parts += [inspect.getsource(code) for code in (chat, tokens, sys.modules[__name__], encode)]
     saved: list[tuple[str, bytes]] = []
