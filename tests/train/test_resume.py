@@ -253,6 +253,33 @@ def test_a_base_of_the_same_name_with_other_weights_is_refused(tmp_path):
     assert state(tmp_path / "run") == before
 
 
+@pytest.mark.ci
+def test_other_versions_and_hardware_are_said_and_recorded_and_refuse_nothing(stopped, run_folder):
+    """Whatever the environment records of them; a run that goes on where it began records nothing."""
+    options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder))
+    file, said = run_folder / "environment.json", []
+    here = Environment.read(file)
+    hardware = here.hardware | {"processor": "a Z80", "accelerator": "an abacus"}
+    before = here.model_copy(
+        update={"commit": "0", "hardware": hardware, "versions": dict.fromkeys(here.versions, "0")}
+    )
+    before.write(file)
+    train(options, resume=True, say=said.append)
+    (change,) = Environment.read(file).changes
+    now = {f"version of {name}": version for name, version in here.versions.items()} | {"commit": here.commit}
+    now |= {name: here.hardware[name] for name in ("processor", "accelerator")}
+    assert (change.step, {name: value for name, (_, value) in change.differences.items()}) == (2, now)
+    (line,) = [line for line in said if line.startswith("resumed elsewhere")]
+    page = html.unescape(write_run_report(run_folder).read_text())
+    for name, (was, value) in change.differences.items():
+        assert f"{name} was {was}, is {value}" in line
+        assert f"since step 2: {name} was {was}, is {value}" in page
+    shutil.rmtree(run_folder / "checkpoints" / "checkpoint-4")
+    train(options, resume=True, say=said.append)
+    assert Environment.read(file).changes == [change]
+    assert len([line for line in said if line.startswith("resumed elsewhere")]) == 1
+
+
 @pytest.mark.slow
 def test_the_folder_alone_is_enough_and_the_run_ends_as_if_it_had_not_stopped(run, stopped, run_folder, tmp_path):
     status, out, err = run("train", "--resume", "--output-dir", run_folder)
@@ -298,7 +325,7 @@ def test_force_goes_on_with_what_differs_and_records_both(name, stopped, run_fol
     assert all(getattr(kept, key) == value for key, value in changes.items() if key != "method")
     assert all(kept.method[key] == value for key, value in method.items())
     page = html.unescape(write_run_report(run_folder).read_text())
-    assert "Training was resumed with other settings." in page
+    assert "Training was resumed with other settings, or elsewhere." in page
     assert all(
         f"since step 2: {key} was {before}, is {now}" in page for key, (before, now) in change.differences.items()
     )

@@ -176,7 +176,7 @@ def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     ]
     yield from rate_warnings(comparison)
     if forced:
-        yield "Training was resumed with other settings.", forced
+        yield "Training was resumed with other settings, or elsewhere.", forced
     lines = []
     for (label, trained_on, task), texts in fallen.items():
         after = f" trained on {trained_on}" if trained_on != task else ""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from ptmoe.runs.records import Environment
 
@@ -31,6 +32,17 @@ def environment(seed: int, fast_paths: dict[str, str | None] | None = None) -> E
         },
         fast_paths=fast_paths,
     )
+
+
+def moved(before: Environment, now: Environment) -> dict[str, tuple[Any, Any]]:
+    """The versions, commit, processor and accelerator that differ, by name: what may change a run's numbers."""
+    first, second = (
+        {f"version of {name}": version for name, version in one.versions.items()}
+        | {"commit": one.commit}
+        | {name: one.hardware.get(name) for name in ("processor", "accelerator")}
+        for one in (before, now)
+    )
+    return {name: (first[name], second[name]) for name in second if name in first and first[name] != second[name]}
 
 
 def versions() -> dict[str, str | None]:

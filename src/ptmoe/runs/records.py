@@ -98,7 +98,7 @@ def append_line(path: Path, record: Record) -> None:
 
 
 class Change(Record):
-    """What a resumed run was forced to do otherwise.
+    """What a resumed run does otherwise than before, by force or because it runs elsewhere.
 
     Attributes:
         step: the optimizer steps that had been done.
@@ -116,7 +116,7 @@ class Environment(Record):
         fast_paths: by the name of each of `ptmoe.fast`'s paths, None where it was used, otherwise why it was not.
         data: a fingerprint of the tokens that the run was trained on; None where nothing was trained.
         options: that its checkpoints were made with, as in config.yaml.
-        changes: made by `ptmoe train --resume --force`, in order.
+        changes: of a run that was resumed, in order.
     """
 
     versions: dict[str, str | None]

@@ -15,18 +15,17 @@ from ptmoe.errors import PtmoeError
 from ptmoe.files import check_name
 from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.models.sharding import check_sharding, leave_accelerate_out, sharding_asked_for
-from ptmoe.runs.environment import environment, peak_memory, rank, world_size
+from ptmoe.runs.environment import peak_memory, rank, world_size
 from ptmoe.runs.folders import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
-    ENVIRONMENT_FILE,
     METRICS_FILE,
     RESULT_FILE,
     distinct_tasks,
     writing,
 )
-from ptmoe.runs.records import Change, Environment, Result
+from ptmoe.runs.records import Change, Result
 from ptmoe.tasks import Problems, task_named
 from ptmoe.train.checkpoints import newest_whole
 from ptmoe.train.examples import askable, evaluation_examples, evaluation_split, forgetting_examples, training_examples
@@ -34,7 +33,16 @@ from ptmoe.train.notes import Overlap, notes
 from ptmoe.train.optimizer import check_optimizer, check_targets
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
 from ptmoe.train.processes import ALONE, TIMEOUT, Processes, on_one_device
-from ptmoe.train.resume import Differences, check_base, check_data, check_processes, continued, has_checkpoints, is_run
+from ptmoe.train.resume import (
+    Differences,
+    check_base,
+    check_data,
+    check_processes,
+    continued,
+    has_checkpoints,
+    is_run,
+    record_start,
+)
 
 # `transformers` and all that needs it take seconds to import, so functions import them: bad options and missing data
 # are reported at once.
@@ -183,8 +191,9 @@ def _train(
     first = trainer.is_world_process_zero()
     if first:
         step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-        change = Change(step=step, differences=different) if different else None
-        trainer.add_callback(OnBegin(partial(_begin, folder, options, fast_paths, compile_failure, data, change)))
+        change = Change(step=step, differences=different)
+        begin = partial(record_start, folder, options, fast_paths, change, data=data, failure=compile_failure, say=say)
+        trainer.add_callback(OnBegin(begin))
     base_losses: list[float] = []
     if texts and config.trains_base and checkpoint is None:
         trainer.add_callback(OnBegin(lambda: base_losses.append(text_loss(model, texts))))
@@ -233,7 +242,7 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     held_out = askable(held_out, tokenizer, options, chat, say)
     model.to(PartialState().device)  # where a trainer would put it
     options = options.replace(method={"name": BASE}, chat=chat, revision=model.identity.revision or options.revision)
-    _begin(folder, options, model.fast_paths())
+    record_start(folder, options, model.fast_paths())
     result = Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0)
     _finish(folder, result, model, tokenizer, held_out, options)
 
@@ -252,24 +261,6 @@ def _base(options: TrainOptions, sharding: str | None = None) -> tuple[PromptedC
     )
     chat = uses_chat(task_named(options.task or str(options.data)), tokenizer, options.chat)
     return PromptedCausalLM(base), tokenizer, chat
-
-
-def _begin(
-    folder: Path,
-    options: TrainOptions,
-    fast_paths: dict[str, str | None],
-    compile_failure: str | None = None,
-    data: str | None = None,
-    change: Change | None = None,
-) -> None:
-    """Write what is known before the run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    known = folder / ENVIRONMENT_FILE  # of a resumed run
-    changes = [*(Environment.read(known).changes if known.exists() else []), *([change] if change else [])]
-    options.write(folder / CONFIG_FILE)
-    compiled = {"compiled_layers": compile_failure or fast_paths["compiled_layers"]}
-    recorded = {"data": data, "options": options.model_dump(exclude=options.unwritten), "changes": changes}
-    environment(options.seed, fast_paths | compiled).model_copy(update=recorded).write(folder / ENVIRONMENT_FILE)
 
 
 def _finish(

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import commit_of
-from ptmoe.runs.environment import world_size
+from ptmoe.runs.environment import environment, moved, world_size
 from ptmoe.runs.folders import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE
-from ptmoe.runs.records import Environment
+from ptmoe.runs.records import Change, Environment
 from ptmoe.train.checkpoints import RANDOM_STATE
 from ptmoe.train.options import TrainOptions, method_config
 
@@ -126,6 +126,44 @@ def _differing(given: dict[str, Any], record: TrainOptions) -> tuple[Differences
         return options | {"method": (record.method["name"], given["method"]["name"])}, {}
     asked = method.model_dump(include=method.model_fields_set)
     return options, {name: (before[name], value) for name, value in asked.items() if value != before[name]}
+
+
+def record_start(
+    folder: Path,
+    options: TrainOptions,
+    fast_paths: dict[str, str | None],
+    change: Change | None = None,
+    *,
+    data: str | None = None,
+    failure: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write what is known before the run.
+
+    Args:
+        folder: of the run.
+        options: resolved.
+        fast_paths: as `PromptedCausalLM.fast_paths` says.
+        change: the step from which the run goes on, 0 for the first, and what is done otherwise from there by force.
+        data: the fingerprint of its data; None where nothing is trained.
+        failure: why layers that were to be compiled are not.
+        say: gets a line where the run goes on elsewhere than where it began.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    compiled = {"compiled_layers": failure or fast_paths["compiled_layers"]}
+    here, known = environment(options.seed, fast_paths | compiled), folder / ENVIRONMENT_FILE
+    before = Environment.read(known) if known.exists() else None
+    changes = before.changes if before else []
+    if change is not None:
+        elsewhere = moved(before, here) if before and change.step else {}  # of step 0: all of it runs here
+        if elsewhere:
+            listed = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in elsewhere.items())
+            say(f"resumed elsewhere ({listed}): the next steps may not come out as they would have")
+        if differences := change.differences | elsewhere:
+            changes = [*changes, Change(step=change.step, differences=differences)]
+    options.write(folder / CONFIG_FILE)
+    recorded = {"data": data, "options": options.model_dump(exclude=options.unwritten), "changes": changes}
+    here.model_copy(update=recorded).write(known)
 
 
 def check_data(
