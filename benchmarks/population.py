@@ -252,6 +252,7 @@ def train(given: argparse.Namespace, plan: Any, base: Any, tokenizer: Any) -> No
                 scores[domains[i]].append(found)
                 chosen[domains[i]][expert] += 1
             line = member.as_dict() | {
+                "task": plan.task,
                 "step": step,
                 "steps": plan.max_steps,
                 "split": split,

@@ -9,7 +9,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-REAL = ("real_mixture.jsonl", "real_short.jsonl", "real_squad.jsonl")
+REAL = ("real_mixture.jsonl", "real_short.jsonl", "real_longer.jsonl", "real_squad.jsonl")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 sys.path.insert(0, str(ROOT))
@@ -41,7 +41,7 @@ def main() -> None:
         ("docs/findings.md", table(finished(RESULTS / "words.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "tried.jsonl"))),
         *(("docs/findings.md", real_table(RESULTS / name)) for name in REAL),
-        ("docs/findings.md", rates(RESULTS / "real_search.jsonl")),
+        *(("docs/findings.md", rates(RESULTS / name)) for name in ("real_search.jsonl", "real_variants.jsonl")),
         *(("docs/findings.md", "\n".join(line for line in lines if line.startswith("|"))) for lines in compared),
         ("docs/methods.md", tabulate_methods.table()),
         *(("docs/peft.md", text) for text in tabulate_peft.tables()),

@@ -20,7 +20,7 @@ from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, DPTConfig, MethodConfig, PromptConfig, PTConfig, PTMoEConfig, shelf
 from ptmoe.methods.factors import random_projection
-from ptmoe.methods.routing import SPREAD, Router, gate
+from ptmoe.methods.routing import SPREAD, RoutedEncoder, Router, gate
 from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.train.options import method_config
 from testing.bases import (
@@ -305,6 +305,24 @@ def test_a_seed_decides_every_start_value_and_leaves_the_global_state_alone(meth
     drawn = {key: value for key, value in first.items() if value.unique().numel() > 1}  # not all 0 or all 1
     assert drawn
     assert all(not torch.equal(other[key], value) for key, value in drawn.items())
+
+
+@pytest.mark.parametrize("method", [name for name, config in METHODS.items() if not config.changes_layers])
+def test_every_parameter_of_a_prompt_gets_a_gradient_at_every_step(method):
+    """Distributed training waits for all of them (`ddp_find_unused_parameters`)."""
+    sizes = {"rank": 20} if "rank" in METHODS[method].model_fields else {}
+    model = attach(tiny_llama(), METHODS[method](num_virtual_tokens=20, **sizes)).train()
+    ids = torch.stack([tokens(9), tokens(9, seed=1)])
+    labels = ids.masked_fill(torch.arange(9, device=ids.device) < 5, -100)
+    states = [{}]
+    if isinstance(model.encoder, RoutedEncoder):
+        model.encoder.has_callback = True
+        states += [{"together": True}, {"hardness": 0.0}, {"alone": True}]
+    for state in states:
+        vars(model.encoder).update(state)
+        model.zero_grad()
+        model(ids, labels=labels).loss.backward()
+        assert all(one.grad is not None for one in model.parameters() if one.requires_grad)
 
 
 @pytest.mark.parametrize(("rank", "hidden", "seed"), [(1, 32, 0), (7, 48, 3), (64, 2048, 2**32 - 1)])

@@ -206,6 +206,28 @@ def test_training_on_data_without_parts_says_so_and_ends_as_one_prompt(tmp_path,
     assert not torch.equal(encoder.A[0], encoder.A[1])
 
 
+@pytest.mark.parametrize("stopped", [None, 4])
+def test_an_expert_that_trains_alone_trains_as_dpt(stopped, tmp_path, monkeypatch):
+    """Step by step, from the start that both have, through a resumed run and in the published form."""
+    monkeypatch.setattr(routing, "START_SHARE", 1.0)
+    alike = {"num_virtual_tokens": 4, "rank": 3}
+    one = trainer(tmp_path / "dpt", config=ptmoe.DPTConfig(**alike))
+    one.train()
+    run = trainer(tmp_path / "pt-moe", router_noise=0)
+    run.args.set_save("steps", 4)
+    start = run.model.encoder.B.detach().clone()
+    with pytest.warns(UserWarning, match="one expert for all inputs"):
+        run.train()
+    if stopped:
+        run = trainer(tmp_path / "pt-moe", router_noise=0)
+        run.train(resume_from_checkpoint=str(tmp_path / "pt-moe" / f"checkpoint-{stopped}"))
+    dpt, encoder = one.model.encoder, run.model.encoder
+    assert not torch.allclose(encoder.B, start)
+    torch.testing.assert_close(encoder.A[0], dpt.A)
+    torch.testing.assert_close(encoder.B, dpt.B)
+    assert not encoder.alone
+
+
 def test_standardising_and_folding_leave_the_same_function_to_the_bit():
     _, means, _ = grouped()
     built = encoder()

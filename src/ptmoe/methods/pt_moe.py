@@ -139,7 +139,11 @@ class PTMoE(RoutedEncoder):
 
     def factors(self) -> Tensor:
         """The experts' factors `(N, T, R)`, of the published form."""
-        return self.A if self.S is None else self.A + self.S
+        if self.S is None:
+            return self.A
+        # An expert that trains alone has nobody to share with: both parts would move, at twice the pace of `dpt`. The
+        # gradient of 0 keeps the parameter in use, as distributed training wants it.
+        return self.A + (self.S.detach() + 0 * self.S if self.alone else self.S)
 
     def project(self, factors: Tensor) -> Tensor:
         """`(…, T, R)` to prompts `(…, T, H)`."""

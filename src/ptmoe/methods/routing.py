@@ -224,6 +224,7 @@ class RoutedEncoder(PromptEncoder):
     Attributes:
         router: its `bias` is None if the config's `router_bias` is False.
         together: whether the experts are trained as one: the gate is 1/N for each, whatever the router says.
+        alone: whether one expert trains alone, because the router sends all inputs to it.
         hardness: of the gate in training, from 0 (soft) to 1 (the chosen gate).
         confidence: running mean of the largest probability over training steps.
         has_callback: whether a `RoutingCallback` trains the router.
@@ -235,7 +236,7 @@ class RoutedEncoder(PromptEncoder):
 
     def __init__(self, config: RoutedConfig) -> None:
         super().__init__(config)
-        self.together = False
+        self.together = self.alone = False
         self.hardness = 1.0
         self.confidence: Tensor | float = 0.0
         self.statistics = RoutingStatistics()
@@ -279,7 +280,8 @@ class RoutedEncoder(PromptEncoder):
     def finish_training(self) -> None:
         """From the coordinates and the soft gate of training to the published form."""
         self.router.fold()
-        self.together, self.hardness, self.confidence, self.trained = False, 1.0, 0.0, True
+        self.together = self.alone = False
+        self.hardness, self.confidence, self.trained = 1.0, 0.0, True
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         super().load_tensors(tensors)

@@ -350,6 +350,8 @@ def _trainer(
     chosen = {
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # All of a prompt's parameters get a gradient at every step; parts of a base may lie idle.
+        "ddp_find_unused_parameters": model.method_config.changes_layers,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
         "save_strategy": "steps",

@@ -78,6 +78,7 @@ class RoutingCallback(TrainerCallback):
         encoder.has_callback = True
         config, split = encoder.config, split_step(encoder.config, state)
         further = encoder.trained and state.global_step == 0  # and not resumed
+        encoder.alone = encoder.router.is_constant  # of a run that goes on; a new one's is random
         encoder.together = not further and split > 0 and state.global_step <= split
         if state.global_step > 0:  # resumed: the checkpoint has all of it
             if config.router_standardize and encoder.router.mean is None:
@@ -127,7 +128,8 @@ class RoutingCallback(TrainerCallback):
         if args.world_size > 1:  # a test that rounding decides would part the processes
             for parameter in encoder.router.parameters():
                 torch.distributed.broadcast(parameter.data, 0)
-        if encoder.router.is_constant and state.is_world_process_zero:
+        encoder.alone = encoder.router.is_constant
+        if encoder.alone and state.is_world_process_zero:
             self.say(
                 f"one expert for all inputs: {count} examples do not show that some need another prompt than "
                 f"others (p = {chance:.2g}); router_test=false routes all the same"
