@@ -175,6 +175,11 @@ DAMAGE = {
 }
 
 
+def test_what_a_trainer_leaves_beside_an_adapter_is_not_read(folder):
+    (folder / "training_args.bin").write_bytes(pickle.dumps({}))
+    assert read_adapter(folder).tensors.keys() == ptmoe.load_adapter(tiny_llama(), folder).encoder.tensors().keys()
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_folder_is_refused_by_name(damage, folder):
     spoil, message = DAMAGE[damage]

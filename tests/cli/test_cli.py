@@ -570,6 +570,30 @@ def test_generate_uses_the_chat_template_as_the_run_was_trained(run, tmp_path):
     assert outputs[False, ()] == outputs[False, ("--no-chat",)] == outputs[True, ("--no-chat",)]
 
 
+def test_lines_on_standard_input_are_the_same_prompts_however_they_end(run, run_folder, monkeypatch):
+    written = []
+    for text in ("a =>\n\nb =>\n", "a =>\n\nb =>", "a =>\r\n\r\nb =>\r\n", "\ufeffa =>\n\nb =>\n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text, newline=""))
+        status, out, _ = run("generate", run_folder, "--max-new-tokens", 3)
+        assert status == 0
+        written.append(out)
+    assert len(set(written)) == 1, written
+    assert written[0] == run("generate", run_folder, "a =>", "", "b =>", "--max-new-tokens", 3)[1]
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["train", "--resume"]], ids=" ".join)
+def test_the_folder_of_a_run_in_place_of_its_config_is_answered_with_what_to_give(arguments, run, run_folder):
+    status, _, err = run(*arguments, run_folder)
+    assert status == 2
+    assert f"is a run's folder: give {run_folder}/config.yaml to train anew as it says, or --resume --output-dir" in err
+
+
+def test_more_new_tokens_than_the_base_has_positions_are_no_fault_of_the_prompt(run, run_folder):
+    status, _, err = run("generate", run_folder, "a =>", "--max-new-tokens", 100000)
+    assert status == 2
+    assert "and 100000 new ones exceeds the base's 2048 positions: ask for fewer" in err
+
+
 @pytest.mark.slow
 def test_a_device_is_chosen_for_every_command_that_runs_a_model(run, run_folder, tmp_path, monkeypatch):
     from ptmoe.models import bases

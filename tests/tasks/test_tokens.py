@@ -19,7 +19,7 @@ from ptmoe.models.bases import load_base, load_tokenizer
 from ptmoe.tasks import Problems
 from ptmoe.tasks.base import Example
 from ptmoe.tasks.problems import BadRecordError
-from ptmoe.tasks.tokens import changed_text, encode_completion, encode_prompt, prompt_text, token_texts, usable
+from ptmoe.tasks.tokens import TextCheck, encode_completion, encode_prompt, prompt_text, token_texts, usable
 from ptmoe.train.data import fit
 
 
@@ -106,7 +106,7 @@ def test_prompt_and_completion_are_the_text_that_was_written(prompt, completion,
     whole = decoded(tokenizer, asked[len(begin) :] + answer[:-1])
     # Whether a text begins with a space is what a tokenizer that adds one cannot say.
     assert prompt + completion in (whole, f" {whole}", whole.removeprefix(" "))
-    assert changed_text([example(prompt, completion)], tokenizer) == ""
+    assert TextCheck(tokenizer).look(example(prompt, completion)) == ""
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -150,7 +150,7 @@ def test_a_tokenizer_that_changes_texts_is_named_once(prompt, completion, shown)
     assert len(rows) == 3
     assert len(messages) == 1
     assert shown in messages[0]
-    assert changed_text([example("one", " two")], tokenizer) == ""
+    assert TextCheck(tokenizer).look(example("one", " two")) == ""
 
 
 def test_each_token_is_shown_with_its_spaces():
@@ -309,6 +309,15 @@ def test_the_clock_of_a_template_stands_at_one_day_in_every_format(form):
     tokenizer.chat_template = "\n  {{ strftime_now('FORM') }}|{{ messages[0].content }}".replace("FORM", form)
     expected = datetime.datetime(2024, 7, 26).strftime(form)
     assert prompt_text(CONVERSATIONS["short"], tokenizer) == f"\n  {expected}|2 and 2?"
+
+
+def test_a_template_that_a_line_brings_with_it_has_the_same_clock():
+    tokenizer = load_tokenizer("nano")[0]
+    options = {"chat_template": "{{ strftime_now('%Y-%m-%d') }}|{{ messages[0].content }}"}
+    item = example("", "7", messages=TURNS[:1], template={"chat_template_kwargs": options})
+    assert prompt_text(item, tokenizer).startswith("2024-07-26|")
+    options |= {"chat_template": "{{ date_string }}|{{ messages[0].content }}", "date_string": "1 May 2001"}
+    assert prompt_text(item, tokenizer).startswith("1 May 2001|")
 
 
 ECHO = (
@@ -502,9 +511,9 @@ def test_in_a_template_a_prompt_and_a_completion_are_what_was_written(prompt, co
     asked, answer = encode_prompt(item, tokenizer, chat=True).ids, encode_completion(item, tokenizer, chat=True)
     assert decoded(tokenizer, asked) == f"user: {prompt}\nassistant: "
     assert decoded(tokenizer, answer) == f"{whole}\n{tokenizer.eos_token}"
-    assert changed_text([item], tokenizer, chat=True) == ""
+    assert TextCheck(tokenizer, chat=True).look(item) == ""
     tokenizer.chat_template = PLAIN.replace("m.content", "m.content | trim")
-    said = changed_text([item], tokenizer, chat=True)
+    said = TextCheck(tokenizer, chat=True).look(item)
     assert (said != "") is (prompt != prompt.strip() or whole != whole.strip())
 
 
@@ -547,6 +556,64 @@ def test_what_only_a_template_writes_is_refused_where_there_is_none():
         encode_prompt(item, tokenizer, chat=True)
     tokenizer.chat_template = "{{ tools | tojson }}" + PLAIN
     assert "adder" in decoded(tokenizer, encode_prompt(item, tokenizer, chat=True).ids)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "others"),
+    [
+        ("Answer in French", ['What does "Answer in French" mean?']),
+        ("1", ["12?"]),
+        ("a b", ["a  b", "no"]),
+        ("ab", ["a", "b", "xabab"]),
+    ],
+)
+def test_a_turn_whose_text_stands_in_another_turn_as_well_is_missed_all_the_same(left_out, others):
+    tokenizer = load_tokenizer("nano")[0]
+    turns = [{"role": "system", "content": left_out}, *({"role": "user", "content": text} for text in others)]
+    for template in (PLAIN, PLAIN.replace("m.content", "m.content | trim")):
+        tokenizer.chat_template = template
+        assert left_out in prompt_text(example("", "7", messages=tuple(turns)), tokenizer)
+        tokenizer.chat_template = template.replace("in messages", "in messages if m.role != 'system'")
+        with pytest.raises(BadRecordError, match="leaves out what a message says"):
+            prompt_text(example("", "7", messages=tuple(turns)), tokenizer)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_that_is_in_its_template_already_is_named_once_where_the_template_is_put_around_it(chat):
+    tokenizer = load_tokenizer("nano")[0]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+    rendered = example("user: 2 and 2?<eos>assistant: ", "4<eos>")
+    check = TextCheck(tokenizer, chat=chat)
+    first, second = check.look(rendered), check.look(rendered)
+    assert ("holds '<eos>'" in first) is chat
+    assert second == ""
+
+
+def test_a_text_that_the_tokenizer_changes_is_named_wherever_it_stands():
+    """Which characters it changes does not depend on the place."""
+    tokenizer = load_tokenizer("nano")[0]
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    plain, changed = example("a m2", " b"), example("a m²", " b")
+    for place in (0, 99, 100, 101, 350):
+        check = TextCheck(tokenizer)
+        said = [check.look(changed if number == place else plain) for number in range(400)]
+        assert [number for number, words in enumerate(said) if words] == [place]
+        assert "'a m²" in said[place]
+
+
+@pytest.mark.parametrize(
+    ("completion", "closed"),
+    [
+        ("4", "4<eos>"),
+        ("4<eos>", "4<eos>"),
+        ("4<eos>\n", "4<eos>\n"),
+        ("4<eos>5", "4<eos>5<eos>"),
+        ("<eos>5", "<eos>5<eos>"),
+    ],
+)
+def test_a_completion_is_closed_unless_it_is(completion, closed):
+    tokenizer = load_tokenizer("nano")[0]
+    assert decoded(tokenizer, encode_completion(example("a", completion), tokenizer)) == closed
 
 
 REFUSING = (

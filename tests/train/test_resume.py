@@ -227,6 +227,15 @@ def test_other_data_are_refused_by_their_fingerprint_and_moved_data_are_not(stop
     assert environments[0].data == environments[1].data is not None
 
 
+@pytest.mark.parametrize("less", [{"max_steps": 1}, {"max_steps": -1, "num_train_epochs": 0.5}])
+def test_a_run_does_not_end_before_its_checkpoint_even_by_force(less, stopped, run_folder):
+    before, (name, value) = state(run_folder), [*less.items()][-1]
+    options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder), **less)
+    with pytest.raises(ptmoe.PtmoeError, match=rf"{name}={value:g}: .*checkpoint-2 has \d"):
+        train(options, resume=True, force=True, say=lambda _: None)
+    assert state(run_folder) == before
+
+
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "trainer_state.json", "adapter_model.safetensors"])
 def test_a_damaged_checkpoint_is_named_and_nothing_is_written(file, stopped, run_folder):
     (run_folder / "checkpoints" / "checkpoint-2" / file).unlink()

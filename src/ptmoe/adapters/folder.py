@@ -39,6 +39,7 @@ CONFIG_FILE = "adapter_config.json"
 OWN_CONFIG_FILE = "ptmoe_config.json"  # holds our config where CONFIG_FILE is peft's
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+OF_TRAINERS = {"training_args.bin"}  # which `transformers.Trainer` leaves beside what it saves, and nobody reads here
 WITHOUT_EFFECT = (  # fields of peft's config that change nothing in what a loaded adapter computes
     "base_model_name_or_path revision task_type peft_version auto_mapping inference_mode lora_dropout "
     "fan_in_fan_out".split()  # how the base stores its weights, which a quantized GPT-2 does otherwise
@@ -281,7 +282,7 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
 def _check_files(folder: Path) -> None:
     if not folder.is_dir():
         raise PtmoeError(f"no adapter folder {folder}: give a folder that save_pretrained or ptmoe train wrote")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES and path.name not in OF_TRAINERS)
     if pickles:
         raise PtmoeError(f"{folder} holds {', '.join(pickles)}: pickles can run code and are not read; delete them")
     for name in (CONFIG_FILE, WEIGHTS_FILE):

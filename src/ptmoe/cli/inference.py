@@ -45,7 +45,7 @@ def generate(
 
     check_sampling(do_sample, temperature, top_p, seed)
     read_config_file(local_folder(adapter))  # a missing one is reported before prompts are asked for
-    prompts = prompt or [line.rstrip("\n") for line in sys.stdin]
+    prompts = prompt or sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n").split("\n")
     if not any(text.strip() for text in prompts):
         raise PtmoeError("no prompt: give one as an argument, or lines on standard input")
 

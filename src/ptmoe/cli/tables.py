@@ -144,7 +144,7 @@ def tasks_show(
     from ptmoe.models.bases import load_tokenizer, quiet
     from ptmoe.tasks import Problems, is_file, stream_task, task_named
     from ptmoe.tasks.tokens import (
-        changed_text,
+        TextCheck,
         decoded,
         encode_completion,
         encode_prompt,
@@ -163,7 +163,7 @@ def tasks_show(
     _print(f"{virtual} virtual tokens   ⟦…⟧ the completion, supervised in training   ✂ tokens cut")
     where = "around the answer, as in training" if training else "from the end of the context, as in evaluation"
     _print(f"at most {room:,} tokens; a longer example is cut {where}")
-    said = False
+    check = TextCheck(tokenizer, chat=chat)
     for example in islice(stream_task(name, split, data_dir, problems=problems), examples):
         with problems.at(example.where):
             completion = encode_completion(example, tokenizer, chat=chat)
@@ -182,9 +182,8 @@ def tasks_show(
             if tokens:
                 parts = [" ".join(token_texts(ids, tokenizer)) for ids in (prompt.ids, completion)]
                 _print(f"tokens: {virtual} {parts[0]} ⟦{parts[1]}⟧")
-            if not said and (change := changed_text([example], tokenizer, chat=chat)):
+            if change := check.look(example):
                 _print(f"warning: {change}")
-                said = True
             _print(f"right: {' | '.join(example.references)}")
     if problems.count:
         _print(f"left out {problems.listed()}")

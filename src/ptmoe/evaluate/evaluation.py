@@ -27,7 +27,7 @@ from ptmoe.runs.records import EvaluationSummary, Prediction
 from ptmoe.tasks import task_named
 from ptmoe.tasks.metrics import mark
 from ptmoe.tasks.scoring import overall, summarise
-from ptmoe.tasks.tokens import Prompt, changed_text, decoded, encode_prompts, row_length
+from ptmoe.tasks.tokens import Prompt, TextCheck, decoded, encode_prompts, row_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +161,7 @@ def evaluate(
             stacklevel=2,
         )
     rows = list(encode_prompts(examples, tokenizer, chat=chat, room=room))
-    if change := changed_text(examples, tokenizer, chat=chat):
+    if change := next(filter(None, map(TextCheck(tokenizer, chat=chat).look, examples)), ""):
         warnings.warn(change, stacklevel=2)
     # The longest first: what does not fit into memory shows at once, and the time left is never underestimated.
     rows.sort(key=lambda row: -(2**62) if row[1] is None else -len(row[1].ids))

@@ -99,10 +99,12 @@ class GeneratingModel(ModelWrapper):
             return
         longest = int(spliced.attention_mask.sum(1).max()) - spliced_in
         if longest + virtual + new > limit:
+            room = limit - virtual - new
+            remedy = f"shorten it to {room} tokens" if room > 0 else "ask for fewer"
             raise PtmoeError(
                 f"an input of {longest} tokens with {virtual} virtual tokens"
                 + (f" and {new} new ones" if new else "")
-                + f" exceeds the base's {limit} positions: shorten it to {max(limit - virtual - new, 0)} tokens"
+                + f" exceeds the base's {limit} positions: {remedy}"
             )
 
     @torch.no_grad()

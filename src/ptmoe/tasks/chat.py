@@ -67,7 +67,8 @@ def render(
 
 def _written(given: Given, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool) -> str:
     """What the template writes, with the text of every message."""
-    messages, options = given["messages"], {name: value for name, value in given.items() if name != "messages"}
+    messages = given["messages"]
+    others = {name: value for name, value in given.items() if name not in ("messages", "chat_template")}
     refusals = []
     in_parts = [
         {**message, "content": [{"type": "text", "text": text}]} if isinstance(text, str) else message
@@ -76,7 +77,7 @@ def _written(given: Given, tokenizer: PreTrainedTokenizerBase, add_generation_pr
     ]
     for form in (messages, in_parts):  # templates of vision models take parts alone, or leave out a plain text
         try:
-            options = fixed_date(tokenizer, options.get("tools")) | options
+            options = fixed_date(tokenizer, others.get("tools"), given.get("chat_template")) | others
             text = tokenizer.apply_chat_template(
                 form, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
@@ -85,8 +86,9 @@ def _written(given: Given, tokenizer: PreTrainedTokenizerBase, add_generation_pr
         except Exception as error:  # a template may raise anything
             refusals.append(f"refuses it: {' '.join(str(error).split())[:300] or type(error).__name__}")
             continue
-        folded = "".join(text.split())  # a template may strip texts, and set reasoning in lines of its own
-        if all(any("".join(form.split()) in folded for form in _forms(said)) for said in _must_be_there(messages)):
+        said = [part for part in _must_be_there(messages) if part.strip()]
+        # What one message says may stand in another: it is there as often as in all of them.
+        if all(_count(part, text) >= sum(_count(part, other) for other in said) for part in said):
             return cast(str, text)
         refusals.append("leaves out what a message says")
     raise BadRecordError(f"the chat template {refusals[0]}")
@@ -105,6 +107,12 @@ def _forms(said: str) -> Iterator[str]:
     """A text, and as templates write what a tool says."""
     yield said
     yield json.dumps(said, ensure_ascii=False)[1:-1]
+
+
+def _count(said: str, text: str) -> int:
+    """How often a text holds another one; a template may strip texts, and set reasoning in lines of its own."""
+    folded = "".join(text.split())
+    return sum(folded.count(form) for form in {"".join(form.split()) for form in _forms(said)})
 
 
 def respaced(
@@ -225,16 +233,17 @@ def _changes(
 # ---- dates -----------------------------------------------------------------------------------------------------------
 
 
-def fixed_date(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> dict[str, Any]:
+def fixed_date(tokenizer: PreTrainedTokenizerBase, tools: Any = None, template: str | None = None) -> dict[str, Any]:
     """Options of `apply_chat_template` with which a template writes one date instead of today's.
 
     Args:
         tokenizer: whose template it is.
         tools: of the conversation, for which a tokenizer may have a template of its own.
+        template: another one, or the name of one; None for the tokenizer's.
     """
-    template = tokenizer.get_chat_template(None, tools)
-    clock = {"chat_template": _fixed_clock() + template} if "strftime_now" in template else {}
-    return {"date_string": "26 Jul 2024", **clock}
+    text = tokenizer.get_chat_template(template, tools)
+    clock = _fixed_clock() if "strftime_now" in text else ""
+    return {"date_string": "26 Jul 2024", **({"chat_template": clock + text} if clock or template else {})}
 
 
 @lru_cache(maxsize=1)

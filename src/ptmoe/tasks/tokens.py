@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from ptmoe.errors import PtmoeError, without_embedding
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from ptmoe.tasks.base import Example, Task
 
 _PROBE = "a"
-CHECKED = 100  # examples that are compared with what their tokens say
+CHECKED = 100  # the first examples, which are compared with what their tokens say
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,8 @@ def encode_completion(example: Example, tokenizer: PreTrainedTokenizerBase, *, c
     """
     ids = _continuation(tokenizer, completion_text(example, tokenizer, chat=chat))
     end = tokenizer.eos_token_id
-    return ids if end is None or end in ids[-2:] else [*ids, end]
+    closed = ids[-1:] == [end] or (ids[-2:-1] == [end] and decoded(tokenizer, ids[-1:]).isspace())  # as templates close
+    return ids if end is None or closed else [*ids, end]
 
 
 def prompt_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
@@ -212,23 +212,53 @@ def usable(
     return kept
 
 
-def changed_text(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
-    """What the chat template or the tokenizer makes of a text that it does not keep, in words, from the first of
-    `examples` that shows it; "" if there is none. A space before the whole text does not count."""
-    for example in islice(examples, CHECKED):
+class TextCheck:
+    """Looks for a text that the chat template or the tokenizer does not keep, until one is found: in the first
+    `CHECKED` examples, and in each later one that has a character which none before it had.
+
+    Args:
+        tokenizer: the base's.
+        chat: whether prompts are put in its chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> None:
+        self.tokenizer, self.chat = tokenizer, chat
+        self.number, self.characters, self.found = 0, set[str](), False
+
+    def look(self, example: Example) -> str:
+        """What becomes of the first such text, in words; "" for all other examples. A space before the whole text does
+        not count."""
+        if self.found:
+            return ""
+        said = [one.get("content") for one in [*_messages(example), _answer(example)]]
+        contents = [text for text in said if isinstance(text, str)]
+        self.number += 1
+        if self.number > CHECKED and all(map(self.characters.issuperset, contents)):
+            return ""
+        self.characters.update(*contents)
+        change = self._change(example, contents)
+        self.found = bool(change)
+        return change
+
+    def _change(self, example: Example, contents: list[str]) -> str:
+        tokenizer, chat = self.tokenizer, self.chat
         try:
             texts = prompt_text(example, tokenizer, chat=chat), completion_text(example, tokenizer, chat=chat)
             in_template = example.messages or chat
             change = respaced(example, tokenizer, [*_messages(example), _answer(example)]) if in_template else None
             ids = _ids(tokenizer, texts[0]), _continuation(tokenizer, texts[1])
         except BadRecordError:  # reported where it is tokenised
-            continue
+            return ""
+        marks = [mark for mark in tokenizer.all_special_tokens if any(mark in text for text in contents)]
+        if in_template and marks:
+            return (
+                f"a text holds {', '.join(map(repr, marks))} ({example.where}), as the chat template writes: if it is "
+                "in a template already, leave the template out with --no-chat"
+            )
         if change is not None:
             return _change("chat template", *change, example)
         wanted, got = "".join(texts), decoded(tokenizer, ids[0] + ids[1])
-        if wanted not in (got, f" {got}", got.removeprefix(" ")):
-            return _change("tokenizer", wanted, got, example)
-    return ""
+        return "" if wanted in (got, f" {got}", got.removeprefix(" ")) else _change("tokenizer", wanted, got, example)
 
 
 def _change(who: str, wanted: str, got: str, example: Example) -> str:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.loss import IGNORED
 from ptmoe.tasks.problems import Problems
-from ptmoe.tasks.tokens import CHECKED, Prompt, changed_text, encode_completion, encode_prompt
+from ptmoe.tasks.tokens import Prompt, TextCheck, encode_completion, encode_prompt
 from ptmoe.train.rows import Encoded, TokenRows, settings_hash, token_rows
 
 if TYPE_CHECKING:
@@ -54,11 +54,10 @@ def fit(
     problems = problems if problems is not None else Problems(at_once=True)
 
     def watched() -> Iterator[Example]:
-        told = False
-        for number, example in enumerate(examples):
-            if number < CHECKED and not told and (change := changed_text([example], tokenizer, chat=chat)):
+        check = TextCheck(tokenizer, chat=chat)
+        for example in examples:
+            if change := check.look(example):
                 say(change)
-                told = True
             yield example
 
     options: dict[str, Any] = {"max_length": max_length, "truncation": truncation, "chat": chat}

@@ -273,6 +273,11 @@ class TrainOptions(SharedOptions):
             PtmoeError: no such file, not YAML, or an unknown key or unfit value.
         """
         path = Path(path)
+        if (path / "config.yaml").is_file():
+            raise PtmoeError(
+                f"{path} is a run's folder: give {path}/config.yaml to train anew as it says, or --resume --output-dir "
+                f"{path} to go on with it"
+            )
         if not path.is_file():
             raise PtmoeError(f"no config file {path}")
         written = read_yaml(path)

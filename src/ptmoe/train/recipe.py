@@ -37,6 +37,7 @@ from ptmoe.train.resume import (
     Differences,
     check_base,
     check_data,
+    check_length,
     check_processes,
     continued,
     has_checkpoints,
@@ -127,7 +128,9 @@ def _train(
     if resume and is_run(folder):
         options, different = continued(options, folder, force)
         checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, say)
-        different |= {} if checkpoint is None else check_processes(checkpoint, force)
+        if checkpoint is not None:
+            check_length(checkpoint, options)
+            different |= check_processes(checkpoint, force)
     if resume and checkpoint is None:
         say(f"{folder} holds no checkpoint yet: the run starts from the beginning")
     config = method_config(options.method)

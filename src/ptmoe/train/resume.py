@@ -228,6 +228,18 @@ def check_base(checkpoint: Path, model: PromptedCausalLM, force: bool = False) -
     return {}
 
 
+def check_length(checkpoint: Path, options: TrainOptions) -> None:
+    """
+    Raises:
+        PtmoeError: the run would end before its checkpoint.
+    """
+    state, steps = json.loads((checkpoint / "trainer_state.json").read_text()), options.max_steps
+    name, end = ("max_steps", steps) if steps > 0 else ("num_train_epochs", options.num_train_epochs)
+    done = state["global_step"] if steps > 0 else round(state["epoch"] or 0, 3)
+    if done > end:
+        raise PtmoeError(f"{name}={end:g}: {checkpoint} has {done:g}; give as many or more, or another --output-dir")
+
+
 def check_processes(checkpoint: Path, force: bool = False) -> Differences:
     """
     Raises:
