@@ -563,6 +563,7 @@ def test_what_only_a_template_writes_is_refused_where_there_is_none():
     [
         ("Answer in French", ['What does "Answer in French" mean?']),
         ("1", ["12?"]),
+        ("yes", ["yes"]),
         ("a b", ["a  b", "no"]),
         ("ab", ["a", "b", "xabab"]),
     ],

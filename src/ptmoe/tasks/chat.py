@@ -12,7 +12,7 @@ import copy
 import json
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -86,9 +86,14 @@ def _written(given: Given, tokenizer: PreTrainedTokenizerBase, add_generation_pr
         except Exception as error:  # a template may raise anything
             refusals.append(f"refuses it: {' '.join(str(error).split())[:300] or type(error).__name__}")
             continue
+        written = _folded(text)
         said = [part for part in _must_be_there(messages) if part.strip()]
+        each = [*map(_folded, said)]
         # What one message says may stand in another: it is there as often as in all of them.
-        if all(_count(part, text) >= sum(_count(part, other) for other in said) for part in said):
+        if all(
+            _count(forms, [written]) >= _count(forms, each)
+            for forms in ({_folded(form) for form in _forms(part)} for part in said)
+        ):
             return cast(str, text)
         refusals.append("leaves out what a message says")
     raise BadRecordError(f"the chat template {refusals[0]}")
@@ -109,10 +114,13 @@ def _forms(said: str) -> Iterator[str]:
     yield json.dumps(said, ensure_ascii=False)[1:-1]
 
 
-def _count(said: str, text: str) -> int:
-    """How often a text holds another one; a template may strip texts, and set reasoning in lines of its own."""
-    folded = "".join(text.split())
-    return sum(folded.count(form) for form in {"".join(form.split()) for form in _forms(said)})
+def _folded(text: str) -> str:
+    """Without white space: a template may strip texts, and set reasoning in lines of its own."""
+    return "".join(text.split())
+
+
+def _count(forms: set[str], texts: Iterable[str]) -> int:
+    return sum(text.count(form) for text in texts for form in forms)
 
 
 def respaced(
