@@ -507,7 +507,13 @@ def test_braces_of_any_depth_are_in_a_box():
 def test_expressions_are_graded_in_threads_and_never_for_long():
     hard = [
         *("9^{9^{9}}", "9^{9999999}", "((9^{999})^{999})^{999}", "(10^{10})!", r"\sum_{n=1}^{10^9} n", "x" * 150),
-        *(r"\int_0^1 e^{x^2} dx", "(" * 90 + "x+1" + ")" * 90, r"\sin(\cos(\tan(x+y)))^2+\cos(\cos(\tan(x+y)))^2"),
+        *(
+            r"\int_0^1 e^{x^2} dx",
+            r"\sum_{k=1}^{19} ((x+k)^9)^9",
+            r"\sum_{k=1}^{9}\sum_{j=1}^{9} jk",
+            "(" * 90 + "x+1" + ")" * 90,
+            r"\sin(\cos(\tan(x+y)))^2+\cos(\cos(\tan(x+y)))^2",
+        ),
     ]
     with ThreadPoolExecutor(4) as threads:
         started = time.process_time()
@@ -964,6 +970,204 @@ def test_a_number_and_a_half_is_no_whole_number():
         judged(stated.format("2 and a half"), right=["2.5"], wrong=["2", "1/2"])
 
 
+# ---- mathematics: signs, several numbers and forms that were once misread --------------------------------------------
+
+CURRENCIES = [sign for sign in map(chr, range(0x10000)) if unicodedata.category(sign) == "Sc"]
+MONEY = (*CURRENCIES, "R$", "A$", "HK$", "US$", "CHF ", "SEK ", "Rs. ", r"\text{\$}", r"\$", r"\text{₩}")
+LATEX_NUMBERS = (
+    "{}",
+    "{{{}}}",
+    "{{{{{}}}}}",
+    r"\mathbf{{{}}}",
+    r"\bm{{{}}}",
+    r"\underline{{{}}}",
+    r"\textcolor{{red}}{{{}}}",
+)
+LATEX_NUMBERS += (r"\left({}\right)", r"\bigl({}\bigr)", "[{}]", "({})", r"\color{{blue}}{{{}}}")
+LATEX_MINUSES = ("-", "{-}", "-~", r"-\,", "- ", "\u2212", r"\ensuremath{-}", r"\text{minus }", r"-\!\!")
+STATED_MINUSES = (
+    *("The answer is {}", "It came to {}.", "#### {}", "x = {}", "答案是{}", "答案是 {}", "答えは {}", "답은 {}", "{}"),
+    *("<answer>{}</answer>", "=> {}", "<b>{}</b>", "The answer is *{}*"),
+)
+SIGNED = (
+    "-`{}`",
+    '-"{}"',
+    "-{{{}}}",
+    "-{}",
+    "- {}",
+    "&minus;{}",
+    "&#8722; {}",
+    "负的{}",
+    "負の{}",
+    "-[{}]",
+    "-({})",
+    "- ({})",
+    "-[ {} ]",
+)
+VALUES = st.one_of(st.integers(1, 9999).map(str), st.sampled_from(("1,234", "0.5", "1/2", "2.75")))
+
+
+@settings(max_examples=300)
+@given(VALUES, st.sampled_from(LATEX_MINUSES), st.sampled_from(LATEX_NUMBERS), st.sampled_from(("", r"\$", " ")))
+def test_a_minus_in_a_box_is_a_sign_however_the_number_is_set(number, minus, form, before):
+    if "(" in form or "[" in form:
+        number = number.replace(",", "")  # (1,234) are two numbers
+    if "/" in number:
+        number = rf"\frac{{{number[0]}}}{{{number[-1]}}}"
+    before = before if form == "{}" else ""
+    judged(boxed(minus + before + form.format(number)), right=[f"-{number}"], wrong=[number])
+    judged(boxed(form.format(f"-{number}")), right=[f"-{number}"], wrong=[number])
+    judged(boxed(form.format(number)), right=[number], wrong=[f"-{number}"])
+
+
+@settings(max_examples=300)
+@given(VALUES, st.sampled_from(SIGNED), st.sampled_from(STATED_MINUSES))
+def test_a_minus_is_a_sign_before_brackets_in_html_and_behind_every_verb(number, sign, stated):
+    judged(stated.format(sign.format(number)), right=[f"-{number}"], wrong=[number])
+    judged(stated.format(number), right=[number], wrong=[f"-{number}"])
+
+
+@pytest.mark.parametrize("money", MONEY)
+def test_a_minus_before_any_currency_is_a_sign(money):
+    for number in ("5", "1,234.50"):
+        stated_in = ("{}", "The answer is {}.", "#### {}", "Answer: {}", "答案是{}")
+        for stated in (
+            stated_in if money[0].isascii() and money[0].isalpha() else (*stated_in, boxed("{}"))
+        ):  # R: a variable
+            for minus in ("-", "\u2212", "- "):
+                judged(stated.replace("{}", minus + money + number), right=[f"-{number}"], wrong=[number])
+            judged(stated.replace("{}", money + number), right=[number], wrong=[f"-{number}"])
+
+
+HYPHENS = ("3-{}", "9 - {}", "page-{}", "COVID-{}", "A-{}", "pages 3-{}", "2020-12-{}", "555-{}", "x-{}", "(2)-{}")
+HYPHENS += ("[2]-[{}]", "10 - ({})", "10 - CHF {}", "$9 - R${}", "9-₩{}", "> - 4 apples\n> - {} pears", "正負の{}つ")
+HYPHENS += ("It is a F-{}", "10-[{}]", "x - ({})", "x&minus;{}", "non-USD {}", "自負の{}")
+
+
+@pytest.mark.parametrize("form", HYPHENS)
+def test_a_hyphen_a_range_or_a_subtraction_is_no_sign(form):
+    for number in ("5", "19"):
+        judged(form.format(number), wrong=[f"-{number}"])
+    if form[0] not in "1$(":
+        judged(form.format(5), right=["5"])
+
+
+SEVERAL = {  # of these numbers none is the answer: where it is stated
+    (3, 30): ("3小时30分钟", "3小時30分鐘", "3時間30分", "3시간 30분", "3小时零30分", "3 h 30 min"),
+    (3, 5): (
+        *("3元5角", "3块5毛", "3天5小时", "3年5个月", "3年5か月", "3년 5개월", "3公里5米"),
+        *("3 kg 5 g", "3 gallons 5 quarts", "3 km and 5 m", "3 yards, 5 feet", "3 lbs 5 oz"),
+        *(
+            "3到5",
+            "3至5",
+            "3～5",
+            "3~5",
+            "3〜5",
+            "3から5",
+            "3元到5元",
+            "3%～5%",
+            "3 to 5",
+            "3 hours to 5 hours",
+            "$3$ to $5$",
+        ),
+        *("3或5", "3或者5", "3または5", "3 또는 5", "3元或5元", "3和5", "3与5", "3と5", "3와 5"),
+    ),
+    (3, 1): ("3 ± 1", "3±1", "3 +/- 1", "3+/-1", r"3 \pm 1"),
+    (2, 10): ("2 ^ 10", "2^10", "2 ^10", "2^ 10", "2 ^ {10}"),
+}
+
+
+@pytest.mark.parametrize(("numbers", "written"), [(numbers, form) for numbers in SEVERAL for form in SEVERAL[numbers]])
+def test_none_of_several_numbers_is_the_answer(numbers, written):
+    for stated in (
+        "{}",
+        "{}。",
+        "The answer is {}",
+        "The answer is {}.",
+        "#### {}",
+        "答案是{}",
+        "Answer: {}",
+        "x = {}",
+    ):
+        judged(stated.replace("{}", written), wrong=map(str, numbers))
+
+
+def test_a_number_with_a_remainder_is_not_that_number():
+    for remainder in ("remainder", "with a remainder of", "with remainder", "R", "r", "余"):
+        judged(f"The answer is 5 {remainder} 3", wrong=["5"])
+    for stated in ("5R3", "The answer is 5R3", boxed("5R3")):
+        judged(stated, wrong=["5", "3"])
+
+
+@pytest.mark.parametrize(
+    ("completion", "value"),
+    [
+        ("It fell from 10 to 5", "5"),
+        ("It grew by 3 to 5", "5"),
+        ("从3到5", "5"),
+        ("The answer is 3.14 to 2 decimal places", "3.14"),
+        ("The answer is 5 due to 3 more", "5"),
+        ("The answer is 5 hours, 2 hours more than before", "5"),
+        ("The answer is 5 km, 3 more than 2", "5"),
+        ("答案是5个，3个是红的。", "3"),
+        ("The answer is ~5", "5"),
+        (r"so x is about~5 and \boxed{5}", "5"),
+        ("The remainder is 3", "3"),
+        ("3和4的和是7", "7"),
+        ("90分钟或1.5小时", "1.5"),
+    ],
+)
+def test_a_number_beside_another_is_the_answer_if_it_stands_for_itself(completion, value):
+    judged(completion, right=[value])
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "wrong"),
+    [
+        ("2.5M", "2500000", "2.5"),
+        ("$2.5M", "2500000", "2.5"),
+        ("5 bn", "5000000000", "5"),
+        ("5bn", "5000000000", "5"),
+        ("-5M", "-5000000", "-5"),
+        ("5k", "5000", "500"),
+        ("1'000", "1000", "1"),
+        ("1\u2019000", "1000", "1"),
+        ("1_000", "1000", "1"),
+        ("12'345'678.5", "12345678.5", "12"),
+        ("5 and 1/2", "5.5", "5"),
+        ("5 and 3/4 cups", "5.75", "5"),
+    ],
+)
+def test_short_scales_groups_and_parts_are_read(written, value, wrong):
+    for stated in ("{}", "The answer is {}.", "#### {}", "Answer: {}", "It came to {}"):
+        judged(stated.replace("{}", written), right=[value], wrong=[wrong, "0", "000", "1/2", "3/4", "678.5"])
+
+
+def test_a_whole_number_and_a_fraction_are_a_list_as_well():
+    judged("3 and 1/2", right=["3, 1/2", "1/2; 3", "7/2"], wrong=["3", "1/2"])
+
+
+BOXED = {r"\binom{5}{2}": "10", r"\dbinom{4}{2}": "6", r"\sum_{k=1}^{3}k": "6", r"\sum_{n=0}^{9} (2n+1)": "100"}
+BOXED |= {"12~345": "12345", r"5\textdegree": "5", r"5^\circ": "5", r"\bm{5}": "5", r"\underline{5}": "5"}
+BOXED |= {
+    r"\bm{3\pi}": r"3\pi",
+    r"-\left(\frac12\right)": r"-\frac12",
+    r"\boldsymbol{-5}": "-5",
+    r"\binom{5}{2}+1": "11",
+}
+
+
+@pytest.mark.parametrize("written", BOXED)
+def test_a_box_is_read_through_its_layout_and_small_sums_are_worked_out(written):
+    value = BOXED[written]
+    judged(boxed(written), right=[value], wrong=["1", "2", "3", "12", "345", "1/2", f"{value}+1"])
+
+
+def test_braces_and_ties_in_a_box_do_not_cut_it():
+    judged(r"\boxed {1 / 2}", right=["1/2"], wrong=["1", "2"])
+    judged(r"\boxed{3~4}", wrong=["3", "4", "34"])
+
+
 # ---- mathematics: ASDiv's golds --------------------------------------------------------------------------------------
 
 ASDIV = {  # gold: (right, wrong)
@@ -1110,7 +1314,8 @@ def test_a_gold_is_right_for_itself(gold):
 
 PIECE = (
     "1|1/|1,|111,|11,|1:|1 |1. |1 or |1 to |1e9|5 (|5 am |5;|5\u00b2|\u00bd|12/25/2020 |-|-(| |\n|'|**|the |####|"
-    "#### 1|answer is |answer is 1+1=|3万|- 1|\nA:|\\boxed{|\\boxed{{a}|\\frac{|\\text{"
+    "#### 1|answer is |answer is 1+1=|3万|- 1|-{|-[|~1|&minus;|A$|1'|1到|1 kg |1 ^ |1 and 1/|"
+    "\nA:|\\boxed{|\\boxed{{a}|\\frac{|\\text{"
 ).split("|")
 
 

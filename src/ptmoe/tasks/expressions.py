@@ -2,7 +2,7 @@ r"""Answers that are more than numbers, as MATH has them: `3\pi`, `\frac{\sqrt{3
 
 Two are equal where `math-verify` (https://github.com/huggingface/Math-Verify) finds them equal. It parses LaTeX into
 SymPy. Its time-outs are signals, which a thread cannot have, so what could take long is left out before: towers of
-powers, factorials, sums and integrals are right only as they are written.
+powers, factorials, long sums and integrals are right only as they are written.
 """
 
 import logging
@@ -20,8 +20,8 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}(\^\{?-?\d\}?)?")
 _LAYOUT = re.compile(
-    r"\\(?:left|right|displaystyle|d?t?frac|approx|quad|qquad|circ|degree|[bB]igg?[lr]?)(?![A-Za-z])"
-    r"|\\[,;:! %$()\[\]]|\^\{?\s*\\circ\s*\}?|\^\{\s*\}"
+    r"\\(?:left|right|displaystyle|d?t?frac|approx|quad|qquad|circ|(?:text)?degree|[bB]igg?[lr]?)(?![A-Za-z])"
+    r"|\\(?:bm|boldsymbol|underline|ensuremath)(?![A-Za-z])|\\[,;:! %$()\[\]]|\^\{?\s*\\circ\s*\}?|\^\{\s*\}"
 )
 _OPERATION = re.compile(r"\\(?:times|cdot|div)(?![A-Za-z])")
 _NESTED = re.compile(r"frac\s*\{[^{}]*(?:\}\s*\{[^{}]*)?\{")  # a fraction in a fraction, a root in a fraction
@@ -56,7 +56,11 @@ _MARK = re.compile(r"[\d^+*/=<>|!-]|[A-Za-z)]'(?![A-Za-z])")
 _WORDS = re.compile(r"\d\s*[ap]\.?\s?m\b|^n/a$", re.IGNORECASE)
 # What math-verify would not see, such as primes and the base of 1010_2, is left out as well.
 _HEAVY = re.compile(
-    r"!|'|\d\s*_|\d{50}|\^\s*\{[^{}]*\^|\^\s*\S\^|\\(?:i*int|oint|sum|prod|lim|d?binom|gcd|lcm|limits)(?![A-Za-z])"
+    r"!|'|\d\s*_|\d{50}|\^\s*\{[^{}]*\^|\^\s*\S\^|\\(?:i*int|oint|prod|lim|gcd|lcm|limits)(?![A-Za-z])"
+    r"|\\[dt]?binom(?!\s*\{\s*\d{1,2}\s*\}\s*\{\s*\d{1,2}\s*\})"
+    # a short sum is not heavy, of what expands into few terms
+    r"|\\sum(?!\s*_\s*\{\s*[a-z]\s*=\s*\d\s*\}\s*\^\s*(?:\{\s*1?\d\s*\}|\d)"
+    r"(?!.*(?:\\(?:sum|[dt]?binom)|[)}\]]\s*\^|\^\s*\{?\s*\d\d)))"
 )
 _POWER = re.compile(r"\^\s*\{?\s*-?\s*(\d+)")
 _DASH = re.compile("[−–－‐‑‒﹣]")
@@ -70,6 +74,7 @@ _UNICODE = (
     (re.compile(r"∛\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))"), r"\\sqrt[3]{\1\2}"),
     (re.compile(r"(?<![A-Za-z\\])(ln|log|sin|cos|tan|exp)(?![A-Za-z])"), r"\\\1 "),
     (_DASH, "-"),
+    (re.compile(r"\\(?:bm|boldsymbol|underline|ensuremath)(?![A-Za-z])"), ""),
     (re.compile("[·∙⋅]"), r"\\cdot "),
     (re.compile(r"(?<=[\d)])(?<![_^]\d)\s*\("), r"\\cdot ("),  # math-verify does not read 2(3)
     (re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))(?![^(\[]*[)\]])"), ""),  # 1,200; but (1,200) has two numbers
@@ -140,7 +145,7 @@ def without_words(text: str) -> str:
 
 def _bare(text: str) -> str:
     """Without layout and units in \\text{…}."""
-    text = _DASH.sub("-", _OPERATION.sub("·", _TEXT.sub(_letters, text)))
+    text = _DASH.sub("-", _OPERATION.sub("·", _TEXT.sub(_letters, text))).replace("{-}", "-")
     return _SCIENTIFIC.sub("", _LAYOUT.sub(" ", text)).strip(" .$")
 
 

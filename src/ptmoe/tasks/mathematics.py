@@ -28,7 +28,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ptmoe.tasks.expressions import LONGEST, equal, has_arithmetic, is_expression, last_boxed, without_words
-from ptmoe.tasks.numerals import LONGEST_NUMBER, NUMBER, SCALES, UNIT, decimal, numbers_of, plain, value_of
+from ptmoe.tasks.numerals import LONGEST_NUMBER, NUMBER, SCALES, STATES, UNIT, decimal, numbers_of, plain, value_of
 
 # ---- mathematics: finding the answer ---------------------------------------------------------------------------------
 
@@ -42,14 +42,27 @@ _FULL_STOP = re.compile(r"[.?](?=\s|$)")
 _IN_DOLLARS = re.compile(r"\$\$?([^$\n]{1,200})\$|\\[(\[](.{1,200}?)\\[)\]]")
 _LEFT_SIDE = re.compile(r"[-+*/×÷·x^()\s$£€\d.,%]*[\d)]\s*=")
 _OPERATOR = re.compile(r"\d\s{0,3}[-+*/×÷·x^(]")
-_OR = re.compile(r"\s?(?P<unit>[^\W\d_]{0,20})[\s,]{0,3}\bor\b[\s$£€]{0,3}(?:[A-Za-z]\s?=[\s$£€]{0,3})?")
-# Between and behind the numbers of `2 hours and 30 minutes`, of which neither is the answer.
+_OR = re.compile(
+    r"\s?(?P<unit>[^\W\d_]{0,20})[\s,]{0,3}(?:\bor\b|或者?|还是|または|又は|或いは|또는|혹은)"
+    r"[\s$£€]{0,3}(?:[A-Za-z]\s?=[\s$£€]{0,3})?"
+)
+# Between the ends of a stated range, or between two stated numbers: `from 3 to 4` and `add 3 to 4` state neither.
+_TO = re.compile(
+    r"[\s$]{0,2}(?P<unit>[%°]?[^\W\d_]{0,20})\s?(?:(?<![^\W_])to\b|[到至和與与及と와과및~]|から)[\s$£€]{0,3}"
+)
+_PLACES = re.compile(r"\s?(?:d\.?p|s\.?f|decimal|significant|sig|places|figures|digits|位)", re.IGNORECASE)
+# Behind the first and the second number of `2 hours and 30 minutes`, of which neither is the answer.
 _LARGE_UNIT = re.compile(
-    r"\s{0,3}(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|dollars?|pounds?|lbs?|feet|foot|ft)[\s,]{1,3}"
-    r"(?:and\s{1,3})?"
+    r"\s{0,3}(?P<unit>(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|dollars?|euros?|pounds?|lbs?|feet|foot"
+    r"|ft|tons?|kg|kilograms?|miles?|km|kilomet(?:er|re)s?|m|met(?:er|re)s?|yards?|gallons?|quarts?|pints?|cups?"
+    r"|lit(?:er|re)s?|[lL])(?=[\s,])"
+    r"|年|[个個かヶ]月|[周週天日]|小时|小時|時間|分钟|分鐘|分|[元块塊円]|公里|公斤|千克|米|년|개월|[주일]|시간|분)"
+    r"[\s,零又と]{0,3}(?:and\s{1,3})?"
 )
 _SMALL_UNIT = re.compile(
-    r"\s{0,3}(?:months?|weeks?|days?|hours?|hrs?|minutes?|mins?|seconds?|secs?|cents?|pence|ounces?|oz|inch(?:es)?|in)\b"
+    r"\s{0,3}(?P<unit>(?:months?|weeks?|days?|hours?|hrs?|minutes?|mins?|seconds?|secs?|cents?|pence|pounds?|lbs?|ounces?"
+    r"|oz|feet|foot|ft|inch(?:es)?|in|g|grams?|yards?|m|met(?:er|re)s?|cm|mm|quarts?|pints?|cups?|ml)\b"
+    r"|[个個かヶ]月|[天日]|小时|小時|時間|分|秒|[角毛]|米|克|厘米|公分|개월|일|시간|[분초])"
 )
 _SEPARATORS = re.compile(r"(?:[\s,;&$£€]|\band\b|\bor\b)*")
 # What is before or behind a number that is a part of an expression: ln 2, ∛5, pi/3, (a+b)/2, 5x + 2, 10 + 3. A minus
@@ -58,8 +71,12 @@ _PART_BEHIND = re.compile(
     r"(?:(?<![^\W_])(?:ln|log|sin|cos|tan|exp|sqrt)\s?[({]?|[√∛∜]\s?[({]?|(?:(?<![^\W_])(?:pi|[a-z])|[π)\]}])\s?/\s?"
     r"|\d[a-z](?:\^\d)?\s?[-+*]\s?)\Z"
 )
-_PLUS_LETTER = re.compile(r"\s?(?:[+*×·÷]\s?[A-Za-z]|/\s?[knxyz])(?![A-Za-z])")
-_PART_BEFORE = re.compile(r"\s?(?:[+*×·÷]\s?[\d(√π]|-\s?[\d.,]{1,30}\s?[^\W\d_]{0,20}\s?[.!]?\Z)|\)\s?[-+*/^]\s?[\d(]")
+_PLUS_LETTER = re.compile(r"\s?(?:[±∓]|[rR]\d|[+*×·÷]\s?[A-Za-z]|/\s?[knxyz])(?![A-Za-z])")
+_PART_BEFORE = re.compile(
+    r"\s?(?:[+*×·÷]\s?[\d(√π]|-\s?[\d.,]{1,30}\s?[^\W\d_]{0,20}\s?[.!]?\Z)|\)\s?[-+*/^]\s?[\d(]"
+    r"|\s(?:with\s)?(?:an?\s)?(?:remainder|rem\.?|[rR])\s(?:of\s)?\d|\s?[余餘]\s?\d"
+)
+_AND_PART = re.compile(r"(?<=\d) and (?=\d{1,3}/\d)")  # 5 and 1/2
 
 
 def extract_answer(completion: str) -> str:
@@ -73,13 +90,14 @@ def extract_answer(completion: str) -> str:
 
     After 1., `answer is` and `\boxed{}` the answer is the first number. `A:`, `Answer:` and 3. may start an
     explanation: unless their line consists of a number and its unit, the answer is the last number. If no number
-    follows, it is the first sentence. An expression (`\boxed{3\pi}`), a list of numbers and `12 or 13` are returned
-    whole. Only 1. tolerates text that continues with the next question.
+    follows, it is the first sentence. An expression (`\boxed{3\pi}`), a list of numbers, `12 or 13`, `12 to 13`,
+    `12 ± 1` and `2 h 30 min` are returned whole. Only 1. tolerates text that continues with the next question.
     """
     return _expression(completion) or _final(plain(completion))
 
 
 def _final(text: str) -> str:
+    text = _AND_PART.sub(" ", text)  # only here: as a list, `3 and 1/2` has two values
     kind, line, rest = _marked(text)
     if numbers_of(line) is not None:
         return line.rstrip(" .")
@@ -168,9 +186,14 @@ def _alternatives(text: str, first: re.Match[str], other: re.Match[str] | None =
     """The whole of `12 or 13`, `2 h 30 min` or a mere list of numbers, as no single number is the answer; else ""."""
     if not other:
         return ""
-    if _LARGE_UNIT.fullmatch(text, first.end(), other.start()) and _SMALL_UNIT.match(text, other.end()):
+    large, small = _LARGE_UNIT.fullmatch(text, first.end(), other.start()), _SMALL_UNIT.match(text, other.end())
+    if large and small and ("," not in large[0] or large["unit"] != small["unit"]):  # not `5 hours, 2 hours more`
         return text[first.start() :]
-    if either := _OR.fullmatch(text, first.end(), other.start()):  # `12 apples or 13 apples`, but not `90 min or 1.5 h`
+    either = _OR.fullmatch(text, first.end(), other.start())
+    behind = text[max(0, first.start() - 20) : first.start()].strip(" \t$*_")
+    if not either and (not behind or STATES.search(behind)) and not _PLACES.match(text, other.end()):
+        either = _TO.fullmatch(text, first.end(), other.start())
+    if either:  # `12 apples or 13 apples`, but not `90 min or 1.5 h`
         same_unit = text[other.end() : other.end() + 50].lstrip().startswith(either["unit"])
         return text[first.start() : other.end()] if same_unit and value_of(first) != value_of(other) else ""
     if len(text) > LONGEST_NUMBER or not _SEPARATORS.fullmatch(text[first.end() : other.start()].rpartition(")")[2]):
@@ -202,7 +225,8 @@ def correct(prediction: str, references: Sequence[str]) -> bool:
     - a number (`72`, `1,080`, `$5`, `50%`, `9 (apples)`, `1/6`, `-(1/3)`, `#### 72`): the same value, in any of these
       forms, or of arithmetic in a box (`\\boxed{10 + 3}` is 13). Units are ignored, and so is `%`: `50%` equals 50 and
       not 0.5. A fraction is a value (`2/4` is 1/2), its parts are not (`1/2` is not 2). A whole number must match
-      exactly, any other to 1e-4 (and to 0.1 % of itself). `3 million` is 3,000,000 or 3, as questions ask for either.
+      exactly, any other to 1e-4 (and to 0.1 % of itself). `3 million` is 3,000,000 or 3, as questions ask for either;
+      so is `3k`, but `3M` and `3 bn` are no units.
     - several numbers (`5 (hr); 10 (hr)`, `-1, 3`): the same values in any order, no more and no fewer.
     - an expression (`3\\pi`, `(3, \\frac{\\pi}{2})`, `x+1`, `3ab`, `n!`, `1010_2`): an equal one. Letters behind a
       number are variables unless they are in a closed list of units. Factorials, primes and numerals in a base are

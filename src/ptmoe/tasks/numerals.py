@@ -1,14 +1,15 @@
 r"""Numbers as they are written: `NUMBER` finds them in a text that `plain` has brought into one form, `value_of` reads
 one.
 
-Forms: `72`, `1,080`, `12,34,567`, `.5`, `-$5`, `5%`, `1/6`, `1 / 6`, `3 1/2`, `3½`, `\frac{1}{6}`, `1e3`, `3.2 × 10^4`,
-`negative 5`, `零下5度`, `3분의 1`, `三分之2`, `1億2000万`, `3만 5천`. A minus may be any of Unicode's
-minus signs and dashes.
+Forms: `72`, `1,080`, `1'080`, `12,34,567`, `.5`, `-$5`, `-CHF 5`, `5%`, `1/6`, `1 / 6`, `3 1/2`, `3½`, `\frac{1}{6}`,
+`1e3`, `3.2 × 10^4`, `2.5M`, `negative 5`, `零下5度`, `3분의 1`, `三分之2`, `1億2000万`, `3만 5천`. A minus may be any
+of Unicode's minus signs and dashes.
 
 What only looks like a number has no value: `9:7`, `3,5`, `5^2`, `2^n`, `3x`, `3\pi`, `3万5` (35,000 in Chinese, 30,005
 in Japanese). It is found all the same, so that no part of it is taken for a number.
 """
 
+import html
 import re
 import unicodedata
 from fractions import Fraction
@@ -23,31 +24,41 @@ _SYMBOL = (
     r"[√∛∜α-λν-ωΓΔΘΛΞΠΣΦΨ]|(?:pi|sqrt)(?![A-Za-z])|\\(?:sqrt|pi)(?![A-Za-z])"
     r"|(?<=\d)(?:[aeijnqruvyzXYZ]|x(?!\s(?:as|more|less|the|[a-z]{1,9}er)\b))(?!\w)"
 )
-_DEGREE = r"\{?\s{0,3}(?:\\circ|\\degree|o(?!\w)|'|st(?!\w)|nd(?!\w)|rd(?!\w)|th(?!\w))"  # or an ordinal
+_DEGREE = r"[ ]?\{?\s{0,3}(?:\\circ|\\(?:text)?degree|o(?!\w)|'|st(?!\w)|nd(?!\w)|rd(?!\w)|th(?!\w))"  # or an ordinal
 # Every repetition below is bounded or over one class of characters, so matching takes linear time at most.
-_GROUPED = r"(?:\d{1,3}(?:[,\u00a0\u2009\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d+)"  # 12,34,567 too
+_GROUPED = (
+    r"(?:\d{1,3}(?:[,'’_\u00a0\u2009\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d+)"  # 12,34,567 too
+)
 _DECIMAL = rf"(?:{_GROUPED}(?:\.\d+)?|(?<!\.)\.\d+)"
-_CURRENCY = r"(?i:rs[ ]?\.?|usd|eur|gbp|inr)"  # `rs . 5` is MathQA's
+# Of money before a number: any currency's sign, R$ and HK$ as well. `rs . 5` is MathQA's. Between a minus and a number
+# three capitals are a currency's code, as in -CHF 5.
+_SIGNS = "".join(sign for sign in map(chr, range(0x10000)) if unicodedata.category(sign) == "Sc")
+_CURRENCY = rf"(?:[A-Z]{{0,3}}\$|[{_SIGNS}]|(?i:rs[ ]?\.?|usd|eur|gbp|inr))"
+_CODE = r"[A-Z]{3}[ \u00a0]?"
+_AT_NUMBER = rf"(?=(?:(?:{_CURRENCY}|{_CODE})[ \u00a0]?)?\.?\d)"
 SCALES = {"hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7, "billion": 10**9}
-SCALES |= {"trillion": 10**12, "dozen": 12}
+SCALES |= {"trillion": 10**12, "dozen": 12, "k": 10**3}
+_SHORT_SCALES = {"M": 10**6, "bn": 10**9}  # no unit, as `million` may be
 _MORE = r"[.,/:]?\d|[ ]/[ ]\d"
 NUMBER = re.compile(
     rf"""
-    (?<!{_WORD}) (?<!\^) (?<!\^\{{)                             # not inside a word (m2), not an exponent (m^2)
+    (?<!{_WORD}) (?<!\^) (?<!\^[ ]) (?<!\^\{{)                 # not inside a word (m2), not an exponent (m^2)
     (?<!\\sqrt) (?<!sqrt[{{(]) (?<![√∛∜]) (?<![√∛∜]\() (?<!\}}\{{)  # nor in √5, \sqrt{{5}} or \frac{{…}}{{5}}
     (?<![±∓]) (?<![±∓][ ])                                     # two numbers
-    (?P<sign> (?: (?<![)\]}}%]) - )?                            # and the - of 10-3, (2)-3, 5%-3 is not a sign
-              (?: (?: US\$ | [$£€¥₹] | {_CURRENCY} ) [ \u00a0]? -? )? )
+    (?P<sign> (?: (?<![)\]}}%]) - (?: {_CODE} )? )?             # and the - of 10-3, (2)-3, 5%-3 is not a sign
+              (?: {_CURRENCY} [ \u00a0]? -? )? )
     (?P<number> {_DECIMAL} )
     (?: [ ]?/[ ]? (?P<over> -?{_DECIMAL} ) (?! {_MORE} )        # 1/2, 1/-2
       | [ \u00a0] (?P<top>\d+) [ ]?/[ ]? (?P<bottom>\d+) (?! {_MORE} )  # 3 1/2
       | [eE] (?P<e> [-+]?\d+ ) (?! {_WORD} )                     # 1e3
       | [ ]? [x×*·] [ ]? 10\^\{{? (?P<ten> [-+]?\d+ ) \}}?      # 3.2 × 10^4
       | (?P<other> (?: (?: [.,/:] | [ ][:/][ ] ) \d+ )+            # none: 9:7, 3,5
-                 | \^ (?! {_DEGREE} ) (?: \{{ [^{{}}]{{0,80}} \}} | [-+{{(\\]{{0,3}} [\w.]{{0,80}} ) )  # 5^2, 2^n
+                 | [ ]? \^ (?! {_DEGREE} ) [ ]?                # 5^2, 2^n
+                   (?: \{{ [^{{}}]{{0,80}} \}} | [-+{{(\\]{{0,3}} [\w.]{{0,80}} ) )
     )?
     (?P<symbol> [ ]? (?: [*·] [ ]? )? (?: {_SYMBOL} ) )?       # nor is 3π
-    (?: [ \u00a0]? (?P<scale> {"|".join(SCALES)} ) s? (?! {_WORD} ) )?  # 3 million
+    (?: (?P<short> M | [ ]?bn ) (?! {_WORD} )
+      | [ \u00a0]? (?P<scale> {"|".join(SCALES)} ) s? (?! {_WORD} ) )?  # 3 million
     """,
     re.VERBOSE,
 )
@@ -55,10 +66,18 @@ LONGEST_NUMBER = 300  # of a number's characters and of its exponent: longer num
 
 _LATEX_TERM = r"\s{0,3}(?:\{\s{0,3}([^{}]{1,80}?)\s{0,3}\}|([A-Za-z\d]))"  # in braces, or one letter or digit
 _LATEX_FRACTION = re.compile(rf"([\d,]?)\\[cdt]?frac(?![A-Za-z]){_LATEX_TERM}{_LATEX_TERM}")
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s?\{([^{}]{0,200})\}")
-_LATEX_SIGN = re.compile(r"\\(cdot|div)(?![A-Za-z])")
-_LATEX_SPACE = re.compile(r"\\[,;:! ]|\\[()\[\]]")
-_SIGNED_BRACKET = re.compile(r"(?<![^\W_)])-\(([\d.,/]{1,80})\)")  # ASDiv's -(1/3)
+_LATEX_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|bm|boldsymbol|underline|ensuremath)\s?\{([^{}]{0,200})\}"
+)
+_LATEX_COLOR = re.compile(r"\\(?:text)?color\s?\{[^{}]{0,40}\}")
+_LATEX_SIGN = re.compile(r"\\(cdot|div|pm)(?![A-Za-z])")
+_LATEX_SPACE = re.compile(r"\\[,;:! ]|\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])")
+_TIE = re.compile(r"~(?!\d)|(?<!\d)~|~(?=\d{3}(?!\d))")  # 12~345 is one number, 3~4 are two
+_GROUP = re.compile(r"(?<![\w\]}^])(?<![\w\]}^][ ])\{([-+]|[-+]?[$]?[\d.,/ \u00a0]{1,80})\}")  # {5}, of no command
+_SIGNED_BRACKET = re.compile(
+    rf"(?<!{_WORD})(?<!\))((?:-|minus|negative)[ \u00a0]{{0,3}})[(\[`\"“][ ]?([\d.,/]{{1,80}})[ ]?[)\]`\"”]"
+)  # ASDiv's -(1/3), -[5], -`5`
+_ENTITY = re.compile(r"&#?\w{2,10};")  # HTML's &minus;
 _VULGAR = re.compile(r"((?<=\d)[ ]?)?([¼-¾⅐-⅞])")
 _AND_A_HALF = re.compile(r"(?<=\d) and (?:a|one)[ -]half\b")
 _RAISED = re.compile("⁻?[⁰¹²³⁴-⁹]+")
@@ -66,23 +85,25 @@ _FROM_RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 # Spaces that do not group digits, and marks of a text's direction, which may stand between a sign and its number.
 _SPACES = "\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u200a\u205f\u3000"
 _TO_ASCII = str.maketrans(
-    "−–－‐‑‒﹣﹘˗➖﹢＋，．：／％＄￥٬٫∶⁄" + _SPACES,
-    "----------++,.:/%$¥,.:/" + " " * len(_SPACES),
+    "−–－‐‑‒﹣﹘˗➖﹢＋，．：／％＄￥٬٫∶⁄～〜" + _SPACES,
+    "----------++,.:/%$¥,.:/~~" + " " * len(_SPACES),
     "\u200b\u200e\u200f\u2060\u2066\u2067\u2068\u2069\ufeff",
 )
 # These are dashes as well: signs only before a number, where no word or number is before them.
-_LONG_DASH = re.compile(r"(?<![^\W_])(?<!\d[ ])(?<![—―ー])[—―ー⁻₋](?=[$£€¥₹]?\.?\d)")
+_LONG_DASH = re.compile(r"(?<![^\W_])(?<!\d[ ])(?<![—―ー])[—―ー⁻₋]" + _AT_NUMBER)
 # A minus that stands apart, or is a word, where no number is before it: of a lone answer, after a mark, `=`, a bracket
 # or a verb. At the start of one of several lines, `-` is a bullet; `the total minus 5` is a subtraction.
 _APART = re.compile(
-    r"(?:(?P<sign>(?<!\d)(?<!\d\s)(?:(?<![担擔胜勝自背肩承抱])[负負]|マイナス|마이너스|영하|零下|氷点下|冰点下)\s{0,3}"
+    r"(?i:(?P<sign>(?<!\d)(?<!\d\s)"
+    r"(?:(?<![担擔胜勝自背肩承抱正])[负負][的の]?|マイナス|마이너스|영하|零下|氷点下|冰点下)\s{0,3}"
     r"|(?<![^\W_])negative[ \t\u00a0\u2009\u202f]{1,3})"
-    r"|(?:-|(?P<word>(?<![^\W_])(?:minus|moins|menos|минус)))[ \t\u00a0\u2009\u202f]{1,3})(?=[$£€¥₹]?\.?\d)",
-    re.IGNORECASE,
+    r"|(?:-|(?P<word>(?<![^\W_])(?:minus|moins|menos|минус)))[ \t\u00a0\u2009\u202f]{1,3})" + _AT_NUMBER
 )
-_LEADS_TO_MINUS = re.compile(
-    r"(?:[=:(\[{#]|(?<![^\W_])(?:is|are|was|were|be|becomes?|became|equals?|to|gets?|got|gives?|gave|obtain|obtained"
-    r"|yields?|makes?|made|reached|reaches|hits?|finds?|found|have|has|had|reads?))\s{0,3}[$£€¥₹]?\Z",
+# A mark, an HTML tag, an arrow, a verb or a particle before what is stated.
+STATES = re.compile(
+    r"(?:[=:(\[{#→]|[A-Za-z=-]>|[是为為はが은는이가]"
+    r"|(?<![^\W_])(?:is|are|was|were|be|becomes?|became|equals?|to|gets?|got|gives?|gave"
+    r"|obtain|obtained|yields?|makes?|made|reached|reaches|hits?|finds?|found|have|has|had|reads?))[\s*_]{0,3}[$£€¥₹]?\Z",
     re.IGNORECASE,
 )
 _LEADS_TO_WORD = re.compile(
@@ -96,7 +117,7 @@ def _minus(found: re.Match[str]) -> str:
     behind = text[max(0, start - 20) : start]
     alone = start < 20 and behind.strip(" \t$") == "" and "\n" not in text
     word = found["word"] and (_LEADS_TO_WORD.search(behind) or not behind)
-    return "-" if found["sign"] or alone or word or _LEADS_TO_MINUS.search(behind) else found[0]
+    return "-" if found["sign"] or alone or word or STATES.search(behind) else found[0]
 
 
 # ---- Chinese, Japanese and Korean numerals ---------------------------------------------------------------------------
@@ -193,6 +214,8 @@ def _vulgar(found: re.Match[str]) -> str:
 
 def plain(text: str) -> str:
     """The text with signs, fractions and exponents in ASCII, and without LaTeX and Markdown markup."""
+    if "&" in text:
+        text = _ENTITY.sub(lambda m: html.unescape(m[0]), text)
     if not text.isascii():
         text = _LONG_DASH.sub("-", text.translate(_TO_ASCII))
         text = _VULGAR.sub(_vulgar, text)
@@ -200,14 +223,17 @@ def plain(text: str) -> str:
         text = _RAISED.sub(lambda m: "^" + m[0].translate(_FROM_RAISED), text)
     if "\\" in text:
         text = text.replace("\\$", "$").replace("\\%", "%").replace("\\times", "×")
-        text = _LATEX_SIGN.sub(lambda m: "·" if m[1] == "cdot" else "÷", text)
+        text = _LATEX_SIGN.sub(lambda m: {"cdot": "·", "div": "÷", "pm": "±"}[m[1]], text)
+        text = _LATEX_COLOR.sub("", _TIE.sub("\u00a0", text))
         text = _LATEX_TEXT.sub(r" \1 ", _LATEX_SPACE.sub("", text))
         text = _LATEX_FRACTION.sub(lambda m: f"{m[1]} {m[2] or m[3]}/{m[4] or m[5]}".lstrip(), text)
-    text = _AND_A_HALF.sub(" 1/2", text)
+        text = _LATEX_TEXT.sub(r" \1 ", text)  # \mathbf{\frac{1}{2}}
+    for _ in range(3 if "{" in text else 0):  # of braces in braces
+        text = _GROUP.sub(r"\1", text)
+    text = _AND_A_HALF.sub(" 1/2", text.replace("+/-", "±"))
     if "**" in text:
         text = text.replace("\n**", "\n").replace("**", " ")
-    if "-(" in text:
-        text = _SIGNED_BRACKET.sub(r"-\1", text)
+    text = _SIGNED_BRACKET.sub(r"\1\2", text)
     return _APART.sub(_minus, text.replace("{,}", ",").strip())
 
 
@@ -229,20 +255,22 @@ def value_of(number: re.Match[str]) -> Fraction | None:
         if abs(int(exponent)) > LONGEST_NUMBER:
             return None
         amount *= Fraction(10) ** int(exponent)
+    amount *= _SHORT_SCALES.get((number["short"] or "").strip(), 1)
     return -amount if "-" in number["sign"] else amount
 
 
 def decimal(text: str) -> Fraction:
-    return Fraction(int(text)) if text.isdecimal() else Fraction(re.sub("[,\u00a0\u2009\u202f]", "", text))
+    return Fraction(int(text)) if text.isdecimal() else Fraction(re.sub("[,'’_\u00a0\u2009\u202f]", "", text))
 
 
 # A unit after a number is ignored; but `5 p.m.` is not 5, and neither is a number followed by more digits, or by an
 # operator and a letter.
 UNIT = re.compile(r"(?<=[\d%])\s{0,3}\([^()]{0,100}\)")
-_STARTS = re.compile(rf"[\W_]*(?:\d|US\$|{_CURRENCY})")
+_STARTS = re.compile(rf"[\W_]*(?:\d|{_CODE}\d|{_CURRENCY})")
 _LETTER = re.compile(r"[^\W_]")
 _NO_UNIT = re.compile(
-    r"\s{0,3}[ap]\.?\s?m\b|\s{0,3}o'clock|[^\sA-Za-z]{0,2}\d|\s?(?:[-+*×·÷]\s?[A-Za-z]|/\s?[knxyz])(?![A-Za-z])",
+    r"\s{0,3}[ap]\.?\s?m\b|\s{0,3}o'clock|\s?(?:[±∓]|r\d)|[^\sA-Za-z]{0,2}\d"
+    r"|\s?(?:[-+*×·÷]\s?[A-Za-z]|/\s?[knxyz])(?![A-Za-z])",
     re.IGNORECASE,
 )
 
