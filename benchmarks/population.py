@@ -9,10 +9,9 @@ tokens, and each adapter's gradient divided by the number of its own.
 
 The plan, a YAML file, has `model`, `task`, `max_steps`, `batch_size`, `max_length`, `judged` ({split: examples}, after
 the last step, and after every `evaluate_every` steps for all but `test`) and `runs`, a list of `{label, method: {name,
-…}, learning_rate: […], seeds: n or a list}`. A run's `rates`, `{tensor: factor}`, multiply its learning rate. With
-`domains` it is trained once on each of them alone, and judged on it; its `batch_size` is the plan's unless it has its
-own. `experts_of`, a list of domains, takes the place of its router: the first domain's inputs get the first expert, and
-so on. An answer is right if every token of the completion, its end
+…}, learning_rate: […], seeds: n or a list}`. With `domains` a run is trained once on each of them alone, and judged on
+it; its `batch_size` is the plan's unless it has its own. `experts_of`, a list of domains, takes the place of its
+router: the first domain's inputs get the first expert, and so on. An answer is right if every token of the completion, its end
 included, is the most likely one, which is what greedy decoding then writes. A line for each run and evaluation is
 written as it comes; `experts` in it says how many inputs of each domain each expert got.
 """
@@ -88,11 +87,7 @@ class Member:
             self.encoder.route = self.given_route  # type: ignore[assignment]
         self.parameters = list(self.encoder.parameters())
         self.steps = plan.max_steps
-        factors, named = run.get("rates", {}), dict(self.encoder.named_parameters())
-        if unknown := sorted({*factors} - {*named}):
-            raise SystemExit(f"{run['label']}: no tensor {', '.join(unknown)} has a rate: {', '.join(named)}")
-        groups = [{"params": [tensor], "lr": rate * factors.get(name, 1.0)} for name, tensor in named.items()]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0, fused=True)
         warmup = max(1, round(WARMUP * self.steps))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
