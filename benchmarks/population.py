@@ -11,9 +11,9 @@ The plan, a YAML file, has `model`, `task`, `max_steps`, `batch_size`, `max_leng
 the last step, and after every `evaluate_every` steps for all but `test`) and `runs`, a list of `{label, method: {name,
 …}, learning_rate: […], seeds: n or a list}`. With `domains` a run is trained once on each of them alone, and judged on
 it; its `batch_size` is the plan's unless it has its own. `experts_of`, a list of domains, takes the place of its
-router: the first domain's inputs get the first expert, and so on. An answer is right if every token of the completion, its end
-included, is the most likely one, which is what greedy decoding then writes. A line for each run and evaluation is
-written as it comes; `experts` in it says how many inputs of each domain each expert got.
+router: the first domain's inputs get the first expert, and so on. An answer is right if every token of the completion,
+its end included, is the most likely one, which is what greedy decoding then writes. A line for each run and evaluation
+is written as it comes; `experts` in it says how many inputs of each domain each expert got.
 """
 
 import argparse
