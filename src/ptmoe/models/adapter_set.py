@@ -253,7 +253,7 @@ class AdapterSet(nn.Module):
         """
         rows = getattr(self.embedding, "num_embeddings", None)
         if rows is not None and input_ids.numel() and not (self.training and input_ids.is_cuda):
-            for token in map(int, input_ids.aminmax()):
+            for token in torch.stack(input_ids.aminmax()).tolist():
                 if not 0 <= token < rows:
                     raise PtmoeError(f"input_ids: {without_embedding(token, rows)}")
         return cast(Tensor, self.embedding(input_ids))

@@ -228,8 +228,8 @@ class RoutingSummary(Record):
     def is_soft(self) -> bool:
         """Whether the gate mixes all experts, so that its largest entry decides nothing."""
         # In a folder that does not say, an entry of a hard gate is the router's probability, below 1, or exactly 1.
-        mixed = any(sum(gate) > 1 - 1e-6 and gate != self.use[domain] for domain, gate in self.mean_gate.items())
-        return mixed if self.soft_gate is None else self.soft_gate
+        mixed = (sum(gate) > 1 - 1e-6 and gate != self.use[domain] for domain, gate in self.mean_gate.items())
+        return any(mixed) if self.soft_gate is None else self.soft_gate
 
     @property
     def shares(self) -> dict[str, list[float]]:

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ptmoe.errors import PtmoeError, without_embedding
+from ptmoe.errors import PtmoeError
 from ptmoe.serve.engine import Engine, Sampling, check_room
 from ptmoe.serve.limits import Limits
 from ptmoe.serve.metrics import Metrics
@@ -223,16 +223,11 @@ class Service:
         elif isinstance(prompt[0], dict):
             example, in_template = self._conversation(prompt, chat)
         else:
-            return self._embedded(prompt)
+            return prompt
         encoded = encode_prompt(example, self.tokenizer, chat=in_template)
         if encoded is None or not encoded.ids:
             raise PtmoeError("the prompt has no tokens: give a text")
-        return self._embedded(encoded.ids)
-
-    def _embedded(self, ids: list[int]) -> list[int]:
-        if (token := max(ids)) >= (rows := len(self.registry.embedding)):
-            raise PtmoeError(f"prompt: {without_embedding(token, rows)}")
-        return ids
+        return encoded.ids
 
     def _conversation(self, messages: list[dict[str, str]], chat: bool | None) -> tuple[Example, bool]:
         """As the adapter was trained: in the chat template, or a single message as a plain text."""

@@ -19,9 +19,10 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+([^\s{}$\\]+))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}(\^\{?-?\d\}?)?")
+_DRESS = r"\\(?:bm|boldsymbol|underline|ensuremath)(?![A-Za-z])"  # commands that change how an answer looks alone
 _LAYOUT = re.compile(
     r"\\(?:left|right|displaystyle|d?t?frac|approx|quad|qquad|circ|(?:text)?degree|[bB]igg?[lr]?)(?![A-Za-z])"
-    r"|\\(?:bm|boldsymbol|underline|ensuremath)(?![A-Za-z])|\\[,;:! %$()\[\]]|\^\{?\s*\\circ\s*\}?|\^\{\s*\}"
+    rf"|{_DRESS}|\\[,;:! %$()\[\]]|\^\{{?\s*\\circ\s*\}}?|\^\{{\s*\}}"
 )
 _OPERATION = re.compile(r"\\(?:times|cdot|div)(?![A-Za-z])")
 _NESTED = re.compile(r"frac\s*\{[^{}]*(?:\}\s*\{[^{}]*)?\{")  # a fraction in a fraction, a root in a fraction
@@ -74,7 +75,7 @@ _UNICODE = (
     (re.compile(r"∛\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))"), r"\\sqrt[3]{\1\2}"),
     (re.compile(r"(?<![A-Za-z\\])(ln|log|sin|cos|tan|exp)(?![A-Za-z])"), r"\\\1 "),
     (_DASH, "-"),
-    (re.compile(r"\\(?:bm|boldsymbol|underline|ensuremath)(?![A-Za-z])"), ""),
+    (re.compile(_DRESS), ""),
     (re.compile("[·∙⋅]"), r"\\cdot "),
     (re.compile(r"(?<=[\d)])(?<![_^]\d)\s*\("), r"\\cdot ("),  # math-verify does not read 2(3)
     (re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))(?![^(\[]*[)\]])"), ""),  # 1,200; but (1,200) has two numbers

@@ -26,8 +26,9 @@ _SYMBOL = (
 )
 _DEGREE = r"[ ]?\{?\s{0,3}(?:\\circ|\\(?:text)?degree|o(?!\w)|'|st(?!\w)|nd(?!\w)|rd(?!\w)|th(?!\w))"  # or an ordinal
 # Every repetition below is bounded or over one class of characters, so matching takes linear time at most.
+_BETWEEN_GROUPS = "[,'’_\u00a0\u2009\u202f]"
 _GROUPED = (
-    r"(?:\d{1,3}(?:[,'’_\u00a0\u2009\u202f]\d{3})+(?!\d)|\d{1,2}(?:,\d{2}){1,6},\d{3}(?!\d)|\d+)"  # 12,34,567 too
+    rf"(?:\d{{1,3}}(?:{_BETWEEN_GROUPS}\d{{3}})+(?!\d)|\d{{1,2}}(?:,\d{{2}}){{1,6}},\d{{3}}(?!\d)|\d+)"  # 12,34,567 too
 )
 _DECIMAL = rf"(?:{_GROUPED}(?:\.\d+)?|(?<!\.)\.\d+)"
 # Of money before a number: any currency's sign, R$ and HK$ as well. `rs . 5` is MathQA's. Between a minus and a number
@@ -260,7 +261,7 @@ def value_of(number: re.Match[str]) -> Fraction | None:
 
 
 def decimal(text: str) -> Fraction:
-    return Fraction(int(text)) if text.isdecimal() else Fraction(re.sub("[,'’_\u00a0\u2009\u202f]", "", text))
+    return Fraction(int(text)) if text.isdecimal() else Fraction(re.sub(_BETWEEN_GROUPS, "", text))
 
 
 # A unit after a number is ignored; but `5 p.m.` is not 5, and neither is a number followed by more digits, or by an

@@ -201,10 +201,13 @@ def usable(
     Raises:
         PtmoeError: there are others, and they are not skipped; or none is left.
     """
-    kept = []
+    kept, rows = [], vars(tokenizer).get("embedded_tokens")
+    tokens_without_embedding = rows is not None and rows < len(tokenizer)  # else there is nothing to tokenise them for
     for example in examples:
         with problems.at(example.where):
-            _ids(tokenizer, prompt_text(example, tokenizer, chat=chat))
+            text = check_unicode(prompt_text(example, tokenizer, chat=chat))
+            if tokens_without_embedding:
+                _ids(tokenizer, text)
             kept.append(example)
     problems.refuse()
     if examples and not kept:

@@ -272,11 +272,13 @@ class TrainOptions(SharedOptions):
         Raises:
             PtmoeError: no such file, not YAML, or an unknown key or unfit value.
         """
+        from ptmoe.runs.folders import CONFIG_FILE  # which imports what a command's help does not need
+
         path = Path(path)
-        if (path / "config.yaml").is_file():
+        if (path / CONFIG_FILE).is_file():
             raise PtmoeError(
-                f"{path} is a run's folder: give {path}/config.yaml to train anew as it says, or --resume --output-dir "
-                f"{path} to go on with it"
+                f"{path} is a run's folder: give {path / CONFIG_FILE} to train anew as it says, or --resume "
+                f"--output-dir {path} to go on with it"
             )
         if not path.is_file():
             raise PtmoeError(f"no config file {path}")

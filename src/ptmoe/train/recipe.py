@@ -36,9 +36,8 @@ from ptmoe.train.processes import ALONE, TIMEOUT, Processes, on_one_device
 from ptmoe.train.resume import (
     Differences,
     check_base,
+    check_checkpoint,
     check_data,
-    check_length,
-    check_processes,
     continued,
     has_checkpoints,
     is_run,
@@ -128,9 +127,7 @@ def _train(
     if resume and is_run(folder):
         options, different = continued(options, folder, force)
         checkpoint = newest_whole(folder / CHECKPOINTS_FOLDER, say)
-        if checkpoint is not None:
-            check_length(checkpoint, options)
-            different |= check_processes(checkpoint, force)
+        different |= {} if checkpoint is None else check_checkpoint(checkpoint, options, force)
     if resume and checkpoint is None:
         say(f"{folder} holds no checkpoint yet: the run starts from the beginning")
     config = method_config(options.method)

@@ -228,25 +228,17 @@ def check_base(checkpoint: Path, model: PromptedCausalLM, force: bool = False) -
     return {}
 
 
-def check_length(checkpoint: Path, options: TrainOptions) -> None:
+def check_checkpoint(checkpoint: Path, options: TrainOptions, force: bool = False) -> Differences:
     """
     Raises:
-        PtmoeError: the run would end before its checkpoint.
+        PtmoeError: the run would end before its checkpoint; or other processes than now have made that, and from it
+            steps are left: a step would read another number of batches.
     """
     state, steps = json.loads((checkpoint / "trainer_state.json").read_text()), options.max_steps
     name, end = ("max_steps", steps) if steps > 0 else ("num_train_epochs", options.num_train_epochs)
     done = state["global_step"] if steps > 0 else round(state["epoch"] or 0, 3)
     if done > end:
         raise PtmoeError(f"{name}={end:g}: {checkpoint} has {done:g}; give as many or more, or another --output-dir")
-
-
-def check_processes(checkpoint: Path, force: bool = False) -> Differences:
-    """
-    Raises:
-        PtmoeError: other processes than now have made the checkpoint, from which steps are left: a step would read
-            another number of batches.
-    """
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
     before, now = len(list(checkpoint.glob(RANDOM_STATE.replace(".", "*.")))), world_size()
     if before in (0, now) or state["global_step"] >= state["max_steps"]:
         return {}
