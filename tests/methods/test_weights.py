@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 import ptmoe
 from ptmoe.adapters.folder import read_adapter
+from ptmoe.adapters.identity import FINGERPRINT_SIZE
 from ptmoe.adapters.peft import to_peft
 from ptmoe.evaluate.choices import likelihoods
 from ptmoe.methods import METHODS, PiSSAConfig, PTConfig, method_named
@@ -144,11 +145,13 @@ def test_training_lowers_the_loss_and_changes_the_methods_own_numbers_alone(meth
 @weight_side
 def test_checkpoints_hold_each_trained_or_frozen_number_once_and_nothing_of_the_base(method):
     model = attached(method)
-    saved = sum(value.numel() for value in model.state_dict().values())
+    state = model.state_dict()
+    assert len(state.pop("base_fingerprint")) == 1 + FINGERPRINT_SIZE  # which base it is
+    saved = sum(value.numel() for value in state.values())
     frozen = sum(buffer.numel() for buffer in model.encoder.buffers())
     assert saved == model.num_parameters(only_trainable=True) + frozen
     assert not frozen or method in PARTS
-    assert all(key.startswith("encoders.default.") for key in model.state_dict())
+    assert all(key.startswith("encoders.default.") for key in state)
     assert model.num_virtual_tokens == 0
 
 
@@ -444,6 +447,17 @@ def test_the_trainer_takes_the_methods_own_optimizer_and_another_is_told(method,
     assert name in ("RiemannianPreconditionedOptimizer", "LoraFAOptimizer")
     with pytest.warns(UserWarning, match=f"{method} is an optimizer: another trains it as LoRA"):
         attached(method).train()(**TRAINING)
+
+
+@pytest.mark.parametrize("method", ["pissa", "sorsa", "ba-lora"])
+def test_a_loaded_adapter_that_trains_on_as_another_method_says_so(method, tmp_path):
+    attached(method).save_pretrained(tmp_path)
+    model = load_adapter(tiny_llama(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(**TRAINING)
+    with pytest.warns(UserWarning, match=f"a loaded {method} adapter is LoRA of rank"):
+        model.train()(**TRAINING)
 
 
 def test_lora_fa_trains_b_alone():

@@ -48,10 +48,10 @@ def dataset(count=24):
     return rows
 
 
-def trainer(folder, config, *, callbacks=True, trainer_class=Trainer, compute_loss_func=None, **arguments):
+def trainer(folder, config, *, base=None, callbacks=True, trainer_class=Trainer, compute_loss_func=None, **arguments):
     options = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.03} | arguments
     return trainer_class(
-        model=ptmoe.attach(tiny_llama(), config),
+        model=ptmoe.attach(base or tiny_llama(), config),
         args=TrainingArguments(
             str(folder),
             use_cpu=DEVICE.type == "cpu",
@@ -61,6 +61,7 @@ def trainer(folder, config, *, callbacks=True, trainer_class=Trainer, compute_lo
             **options,
         ),
         train_dataset=dataset(),
+        eval_dataset=dataset(4),
         data_collator=collate,
         callbacks=[ptmoe.RoutingCallback()] if callbacks else None,
         compute_loss_func=compute_loss_func,
@@ -235,6 +236,42 @@ def test_a_checkpoint_of_other_sizes_is_refused_in_words(tmp_path):
     other = ROUTED["smop"].model_copy(update={"num_experts": 3})
     with pytest.raises(PtmoeError, match=r"has shape \(2, .* in what is to be loaded and \(3, .* in this adapter"):
         trainer(tmp_path, other).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, PromptTrainer])
+@pytest.mark.parametrize("method", ["pt", "lora", "ft"])
+def test_a_checkpoint_on_another_base_is_refused(method, trainer_class, tmp_path):
+    config = METHODS[method](**SIZES[method])
+    trainer(tmp_path, config, trainer_class=trainer_class).train()
+    other = trainer(tmp_path, config, base=tiny_llama(seed=1), trainer_class=trainer_class)
+    with pytest.raises(PtmoeError, match="trained on another base than this one"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("method", ["pt", "ft"])
+def test_the_best_checkpoint_of_a_run_is_on_its_base_whatever_it_has_trained(method, tmp_path):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    run = trainer(tmp_path, METHODS[method](**SIZES[method]), **evaluated)
+    run.train()
+    assert run.state.best_model_checkpoint is not None
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("pt", "dpt"), ("dpt", "pt"), ("lora", "ia3")])
+def test_a_checkpoint_of_another_method_is_refused(saved, loaded, tmp_path):
+    trainer(tmp_path, METHODS[saved](**SIZES[saved])).train()
+    with pytest.raises(PtmoeError, match=f"this {loaded} adapter are not of one method with the same options"):
+        trainer(tmp_path, METHODS[loaded](**SIZES[loaded])).train(resume_from_checkpoint=True)
+
+
+def test_the_state_of_one_adapter_of_several_can_be_loaded_and_none_is_taken_for_it():
+    config = METHODS["pt"](**SIZES["pt"])
+    one, both = (ptmoe.attach(tiny_llama(), config, seed=seed) for seed in (0, 1))
+    both = ptmoe.attach(both, config, adapter_name="b")
+    state = one.state_dict()
+    assert both.load_state_dict(state, strict=False).missing_keys == ["b.prompt"]
+    assert torch.equal(both.encoders["default"].prompt, one.encoder.prompt)
+    with pytest.raises(RuntimeError, match=r"b\.prompt"):
+        both.load_state_dict(state)
 
 
 CAST = {name: METHODS[name](**fields) for name, fields in SIZES.items() if name != "ft"} | ROUTED

@@ -245,6 +245,8 @@ def test_a_loss_function_of_the_users_own_leaves_the_routing_alone(tokenizer, tm
     assert losses(own) == pytest.approx(losses(default), rel=1e-4)
     first_own, first_default = (routing.probabilities for (_, routing), *_ in calls)
     assert torch.equal(first_own, first_default)
+    logged = [{key for line in run.state.log_history for key in line} for run in (own, default)]
+    assert logged[1] - logged[0] == {"entropy", "mean_token_accuracy"}  # which no labels are there to count for
 
 
 @pytest.mark.parametrize("whole_logits", [False, True])

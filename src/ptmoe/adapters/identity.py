@@ -75,14 +75,15 @@ class BaseIdentity:
         Raises:
             PtmoeError: the adapter was trained on another base.
         """
+        names = [f" ({name})" if name else "" for name in (self.name_or_path, name_or_path)]
         if self.hidden_size is not None and embedding.shape[1] != self.hidden_size:
             raise PtmoeError(
-                f"{adapter} is for a base of hidden size {self.hidden_size} ({self.name_or_path}), "
-                f"this one has {embedding.shape[1]} ({name_or_path}): load the base it was trained on"
+                f"{adapter} is for a base of hidden size {self.hidden_size}{names[0]}, "
+                f"this one has {embedding.shape[1]}{names[1]}: load the base it was trained on"
             )
         if self.fingerprint is not None and not _matches(embedding, self.fingerprint):
             raise PtmoeError(
-                f"{adapter} was trained on another base ({self.name_or_path}) than this one ({name_or_path}): "
+                f"{adapter} was trained on another base{names[0]} than this one{names[1]}: "
                 "their embeddings differ; load the base it was trained on"
             )
 

@@ -5,15 +5,16 @@ y = (W' + s B A) x = (W + s (B A - B₀ A₀)) x                     A: (R, in),
 
 The target modules' own weights are replaced by `W'` before training, so they cannot be quantized. `disable_adapter` and
 `delete_adapter` restore `W` to the bit from a copy, and the saved adapter is the second form: LoRA of rank `2·R` on the
-untouched base, as `peft` converts it. A loaded adapter that trains on is that LoRA.
+untouched base, as `peft` converts it. A loaded adapter that trains on is that LoRA, and says so.
 """
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ptmoe.methods.base import QUANTIZATIONS, PreTrainedModel
+from ptmoe.methods.base import QUANTIZATIONS, PreTrainedModel, Prompt
 from ptmoe.methods.injected import Injected, PeftConfig
 from ptmoe.methods.lora import LoRAFamilyConfig
 from ptmoe.methods.parts import check_rank
@@ -48,6 +49,23 @@ class Residual(Injected):
             value.copy_(tensors[key][: len(value), : value.shape[1]])
 
 
+class Converted(Injected):
+    """A saved adapter of the family, on the untouched base."""
+
+    config: Any  # with a rank
+    warned = False
+
+    def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
+        if self.training and torch.is_grad_enabled() and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"a loaded {self.config.method} adapter is LoRA of rank {2 * self.config.rank} on the untouched base and "
+                f"trains on as that, not as {self.config.method}",
+                stacklevel=2,
+            )
+        return super().forward(input_embeds, input_mask)
+
+
 class PiSSAConfig(LoRAFamilyConfig):
     """PiSSA: `R·(in + out)` trainable parameters for each target module."""
 
@@ -66,4 +84,4 @@ class PiSSAConfig(LoRAFamilyConfig):
 
     def saved_encoder_for(self, base: PreTrainedModel) -> Injected:  # of LoRA, so the base may be quantized
         config, common = self.resolved(base)
-        return Injected(config, base, self.saved_peft_config(**common))
+        return Converted(config, base, self.saved_peft_config(**common))

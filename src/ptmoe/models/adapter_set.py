@@ -12,10 +12,10 @@ spliced, prompts = adapters.compose(input_ids, attention_mask, adapter_names=["q
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -152,20 +152,6 @@ class AdapterSet(nn.Module):
             encoder.remove()
             self.active = ""
         del self.encoders[name]
-
-    def load_state(self, tensors: Mapping[str, Tensor], **options: Any) -> Any:
-        """Load the encoders' `state_dict()`, as `torch` does with these options.
-
-        Raises:
-            PtmoeError: a tensor of another shape.
-        """
-        for name, own in self.encoders.state_dict().items():
-            if name in tensors and tensors[name].shape != own.shape:
-                raise PtmoeError(
-                    f"{name} has shape {tuple(tensors[name].shape)} in what is to be loaded and {tuple(own.shape)} in "
-                    "this adapter: it was trained with other options (num_experts, rank, …); use those, or start again"
-                )
-        return self.encoders.load_state_dict(tensors, **options)
 
     def load(self, path: str | Path, name: str, *, revision: str | None = None) -> None:
         """Add a saved adapter whose prompt is composed from embeddings alone.

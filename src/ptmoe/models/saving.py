@@ -1,10 +1,12 @@
-"""`SavingModel`: writing adapter folders, here and on the Hub."""
+"""`SavingModel`: adapter folders, here and on the Hub, and what checkpoints of other trainers hold."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ptmoe.adapters.folder import save_adapter
@@ -15,16 +17,18 @@ if TYPE_CHECKING:
     from ptmoe.models.adapter_set import AdapterSet
 
 KNOWN = ("adapter_name", "is_main_process", "push_to_hub", "repo_id")
+FINGERPRINT = "base_fingerprint"  # in `state_dict()`
 OF_TRAINER = ("state_dict", "safe_serialization", "save_function", "max_shard_size")  # an adapter needs none of them
 
 
 class SavingModel(nn.Module):
-    """What of a model with adapters saves them."""
+    """What of a model with adapters saves them. The base is not part of `state_dict()`, which holds adapters only."""
 
+    _keys_to_ignore_on_save = None  # `Trainer` asks for it where a checkpoint lacks an adapter
     adapters: AdapterSet
     config: Any
     name_or_path: Any
-    _fingerprint: dict[str, Any] | None
+    _fingerprint: dict[str, Any]
 
     @property
     def identity(self) -> BaseIdentity:
@@ -32,6 +36,56 @@ class SavingModel(nn.Module):
         hidden = cast(Tensor, cast(Any, self).get_input_embeddings().weight).shape[1]
         revision = getattr(self.config, "_commit_hash", None)
         return BaseIdentity(self.name_or_path, revision, hidden, self._fingerprint)
+
+    def check_saved(self, saved: BaseIdentity, adapter: object) -> None:
+        """
+        Args:
+            saved: the base that an adapter belongs to.
+            adapter: what to call it in a message.
+
+        Raises:
+            PtmoeError: it is another than this model's.
+        """
+        if saved.fingerprint is None or saved.fingerprint != self._fingerprint:  # `ft` changes the embedding itself
+            saved.check(cast(Any, self).get_input_embeddings().weight, adapter, self.name_or_path)
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters' tensors as they are in training, and `base_fingerprint (65,)`: which base they are trained on,
+        which has a folder of its own."""
+        prefix = options.pop("prefix", "")
+        state = self.adapters.encoders.state_dict(*arguments, prefix=f"{prefix}encoders.", **options)
+        mark = self._fingerprint
+        state[f"{prefix}{FINGERPRINT}"] = torch.tensor([mark["vocabulary"], *mark["values"]], dtype=torch.float64)
+        return cast(dict[str, Any], state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict()` gives.
+
+        Raises:
+            PtmoeError: tensors of another base, method or shape than this model's.
+        """
+        tensors = {key.removeprefix("encoders."): value for key, value in state_dict.items()}
+        if (mark := tensors.pop(FINGERPRINT, None)) is not None:  # earlier versions wrote none
+            size, *values = mark.tolist()
+            self.check_saved(
+                BaseIdentity(None, fingerprint={"vocabulary": int(size), "values": values}), "what is to be loaded"
+            )
+        encoders = self.adapters.encoders
+        for key, own in encoders.state_dict().items():
+            if key in tensors and tensors[key].shape != own.shape:
+                raise PtmoeError(
+                    f"{key} has shape {tuple(tensors[key].shape)} in what is to be loaded and {tuple(own.shape)} in "
+                    "this adapter: it was trained with other options (num_experts, rank, …); use those, or start again"
+                )
+        loaded = encoders.load_state_dict(tensors, strict=strict, assign=assign)
+        unmatched = [*loaded.unexpected_keys, *loaded.missing_keys]
+        for name in {key.partition(".")[0] for key in tensors} & encoders.keys():
+            if lacking := [key for key in unmatched if key.startswith(f"{name}.")]:
+                raise PtmoeError(
+                    f"what is to be loaded and this {self.adapters[name].config.method} adapter are not of one method "
+                    f"with the same options: only one of them has {lacking[0]}"
+                )
+        return loaded
 
     def save_pretrained(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +26,7 @@ CHANGED_BY = "ptmoe_method"  # an attribute of a base whose layers a method has 
 
 
 class ModelWrapper(SavingModel):
-    """The base is not part of `state_dict()`: checkpoints hold adapters only.
+    """What a base and its adapters are to those who hold a model.
 
     Attributes:
         base_model: the frozen model; with a weight-side adapter, that adapter's parts are in it.
@@ -269,15 +269,6 @@ class ModelWrapper(SavingModel):
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
-    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapters' tensors as they are in training; the base has a folder of its own."""
-        prefix = options.pop("prefix", "")
-        return cast(dict[str, Any], self.encoders.state_dict(*arguments, prefix=f"{prefix}encoders.", **options))
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        tensors = {key.removeprefix("encoders."): value for key, value in state_dict.items()}
-        return self.adapters.load_state(tensors, strict=strict, assign=assign)
 
 
 def check_unchanged(base: PreTrainedModel) -> None:

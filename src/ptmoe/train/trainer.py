@@ -283,6 +283,8 @@ class PromptTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         encoder = self.model.encoder
         saved = read_adapter(folder)
+        if not self.changed:
+            self.model.check_saved(saved.base, folder)
         saved.check(encoder)
         encoder.load_tensors(saved.tensors)
         if (folder / TRAINING_STATE).exists():

@@ -108,8 +108,9 @@ class SFTTrainer(PromptTrainer, trl.SFTTrainer):
         if mode == "train":
             self._total_train_tokens += int(tokens)
         metrics = self._metrics[mode]
-        metrics["entropy"].append(entropy / max(supervised, 1))
-        metrics["mean_token_accuracy"].append(correct / max(supervised, 1))
+        if supervised:  # a `compute_loss_func` keeps the labels to itself
+            metrics["entropy"].append(entropy / supervised)
+            metrics["mean_token_accuracy"].append(correct / supervised)
         metrics["num_tokens"] = [self._total_train_tokens]
 
 
