@@ -59,8 +59,8 @@ class Converted(Injected):
         if self.training and torch.is_grad_enabled() and not self.warned:
             self.warned = True
             warnings.warn(
-                f"a loaded {self.config.method} adapter is LoRA of rank {2 * self.config.rank} on the untouched base and "
-                f"trains on as that, not as {self.config.method}",
+                f"a loaded {self.config.method} adapter is LoRA of rank {2 * self.config.rank} on the untouched base, "
+                f"and trains on as that, not as {self.config.method}",
                 stacklevel=2,
             )
         return super().forward(input_embeds, input_mask)
