@@ -59,13 +59,27 @@ class Settings(BaseModel):
         return type(self)(**{**self.model_dump(), **changes})
 
 
+def _flags(owner: type[BaseModel]) -> dict[str, str]:
+    """The field of each flag of the command line that is not spelled like it."""
+    return {
+        spelling.lstrip("-").replace("-", "_"): name
+        for name, field in owner.model_fields.items()
+        for entry in field.metadata
+        if isinstance(entry, Flag)
+        for spelling in entry.names
+    }
+
+
 def _one_line_each(owner: type[BaseModel], error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         message = f"{key}={shown(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key {key!r}{near(key, owner.model_fields)}"
+            flags = _flags(owner)  # --batch-size is a key of another name
+            message = f"unknown key {key!r}" + (
+                f"; did you mean {flags[key]!r}?" if key in flags else near(key, owner.model_fields)
+            )
         elif problem["type"] == "missing":
             message = f"{key} is missing"
         elif problem["type"] == "value_error":  # one of our own checks: it says everything itself
