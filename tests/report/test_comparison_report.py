@@ -590,14 +590,22 @@ def told(folder):
     return text, {heading for heading in UNLIKE if heading in text}
 
 
+def terminal(folder, width=400):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(comparison_summary(folder))
+    return console.export_text()
+
+
 @pytest.mark.parametrize("heading", UNLIKE)
 def test_cells_that_are_unlike_are_named_and_others_are_not(heading, alike, tmp_path):
     file, values, line = UNLIKE[heading]
     assert told(tmp_path)[1] == set()
+    assert not any(other in terminal(tmp_path) for other in UNLIKE)
     rewrite(alike[2] / file, **values)
     text, headings = told(tmp_path)
     assert headings == {heading}
     assert line in text
+    assert f"{heading} {line}" in terminal(tmp_path)
 
 
 @pytest.mark.parametrize("short_of_room", ["cut", "unanswered"])
@@ -659,9 +667,7 @@ def test_markdown_and_latex_show_a_name_as_it_is():
 
 def test_the_terminal_shows_methods_tasks_and_intervals_within_80_columns(folder, maths):
     for where in (folder, maths):
-        console = Console(width=80, record=True, file=io.StringIO())
-        console.print(comparison_summary(where))
-        lines = console.export_text().splitlines()
+        lines = terminal(where, width=80).splitlines()
         assert max(map(len, lines)) <= 80
         assert any(re.match(r"\s*pt-moe\s+3,764\s.*±", line) for line in lines)
     assert any("1 failed" in line for line in lines) is (where == folder)

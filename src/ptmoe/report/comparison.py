@@ -353,3 +353,33 @@ def _order(plan: Mapping[str, Any]) -> Callable[[Cell], tuple[Any, ...]]:
 def _natural(text: str) -> list[tuple[int, str]]:
     """Sorts "N=2" before "N=10"."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
+    """What makes cells incomparable, or their scores too good: headings, and lines under each."""
+    evaluated: dict[str, dict[Any, str]] = {}
+    trained: dict[str, dict[Any, str]] = {}
+    programs: dict[Any, str] = {}
+    for cell in comparison.cells:
+        name, environment = f"{cell.label} on {cell.task}, seed {cell.seed}", cell.run.environment
+        for task in cell.eval_tasks:
+            summary = cell.run.evaluations[task]
+            if not summary.cut and not summary.unanswered:  # each method has room for inputs of another length
+                evaluated.setdefault(task, {}).setdefault(summary.settings.get("data"), name)
+        trained.setdefault(f"{cell.label} on {cell.task}", {}).setdefault(environment.data, name)
+        programs.setdefault((environment.commit, *sorted(environment.versions.items())), name)
+    for heading, found in (
+        ("Cells were evaluated on different data.", evaluated),
+        ("Cells were trained on different data.", trained),
+        ("Cells ran with different versions.", {"": programs}),
+    ):
+        if lines := [
+            f"{of}: {'; '.join(names.values())}".removeprefix(": ") for of, names in found.items() if len(names) > 1
+        ]:
+            yield heading, [f"The first that differ: {line}." for line in lines]
+    seen = {cell.task: cell.run.result for cell in comparison.cells if cell.run.result.examples_evaluated}
+    if seen:
+        yield (
+            "Training examples are evaluated as well.",
+            [f"{task}: {one.examples_evaluated:,} of {one.examples:,}." for task, one in seen.items()],
+        )

@@ -7,10 +7,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from ptmoe.files import write_whole
-from ptmoe.report.comparison import AVERAGE, Comparison, counted_states, read_comparison, single_run
+from ptmoe.report.comparison import AVERAGE, Comparison, counted_states, incomparable, read_comparison, single_run
 from ptmoe.report.costs import rate_warnings
 from ptmoe.report.figures import styles
 from ptmoe.report.gallery import Gallery, Section
@@ -191,40 +190,10 @@ def _warnings(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
             for (label, task), seeds in alike.items()
         ]
         yield "One expert serves all inputs.", single
-    yield from _unlike(comparison)
+    yield from incomparable(comparison)
     if comparison.left_out:
         counted = counted_states(comparison.left_out)
         yield "Not every cell is in the numbers.", [f"{counted}; they are listed under “Cells that are left out”."]
-
-
-def _unlike(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
-    """What makes cells incomparable, or their scores too good."""
-    evaluated: dict[str, dict[Any, str]] = {}
-    trained: dict[str, dict[Any, str]] = {}
-    programs: dict[Any, str] = {}
-    for cell in comparison.cells:
-        name, environment = f"{cell.label} on {cell.task}, seed {cell.seed}", cell.run.environment
-        for task in cell.eval_tasks:
-            summary = cell.run.evaluations[task]
-            if not summary.cut and not summary.unanswered:  # each method has room for inputs of another length
-                evaluated.setdefault(task, {}).setdefault(summary.settings.get("data"), name)
-        trained.setdefault(f"{cell.label} on {cell.task}", {}).setdefault(environment.data, name)
-        programs.setdefault((environment.commit, *sorted(environment.versions.items())), name)
-    for heading, found in (
-        ("Cells were evaluated on different data.", evaluated),
-        ("Cells were trained on different data.", trained),
-        ("Cells ran with different versions.", {"": programs}),
-    ):
-        if lines := [
-            f"{of}: {'; '.join(names.values())}".removeprefix(": ") for of, names in found.items() if len(names) > 1
-        ]:
-            yield heading, [f"The first that differ: {line}." for line in lines]
-    seen = {cell.task: cell.run.result for cell in comparison.cells if cell.run.result.examples_evaluated}
-    if seen:
-        yield (
-            "Training examples are evaluated as well.",
-            [f"{task}: {one.examples_evaluated:,} of {one.examples:,}." for task, one in seen.items()],
-        )
 
 
 def _documents(comparison: Comparison, plan: Path) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ptmoe.report.comparison import ALL, AVERAGE, MEAN, Comparison, counted_states, read_comparison
+from ptmoe.report.comparison import (
+    ALL,
+    AVERAGE,
+    MEAN,
+    Comparison,
+    counted_states,
+    incomparable,
+    read_comparison,
+)
 from ptmoe.report.results import Board, Score, boards, part_scores
 from ptmoe.report.table import best_rows, metric_name, short_count
 
@@ -27,7 +35,8 @@ INTERVALS = {
 
 
 def comparison_summary(comparison: Comparison | str | Path) -> RenderableType:
-    """A table for each metric that ranks methods; many columns of scores become rows, so that all fits.
+    """A table for each metric that ranks methods; many columns of scores become rows, so that all fits. Below stands
+    what makes cells incomparable.
 
     Raises:
         PtmoeError: a folder that `read_comparison` refuses.
@@ -37,6 +46,7 @@ def comparison_summary(comparison: Comparison | str | Path) -> RenderableType:
     shown: list[RenderableType] = [_table(comparison, board) for board in boards(comparison) if board.ranks]
     if comparison.left_out:
         shown.append(Text(f"without {len(comparison.left_out)} cell(s): {counted_states(comparison.left_out)}"))
+    shown += [f"{heading} {' '.join(lines)}" for heading, lines in incomparable(comparison)]
     return Group(*shown)
 
 
