@@ -99,7 +99,7 @@ class Member:
         self.arguments = SimpleNamespace(
             per_device_train_batch_size=plan.batch_size * 8, gradient_accumulation_steps=1, world_size=1, seed=seed
         )
-        self.arguments.disable_tqdm = True
+        self.arguments.disable_tqdm, self.arguments.learning_rate = True, rate
         self.state = SimpleNamespace(global_step=0, max_steps=self.steps, is_world_process_zero=True)
         self.losses: list[float] = []
 

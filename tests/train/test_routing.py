@@ -13,6 +13,7 @@ from transformers import (
 
 import ptmoe
 from ptmoe.methods.pt_moe import PTMoE
+from ptmoe.methods.routing import ROUTER_RATE, SPREAD, Router
 from ptmoe.train import routing
 from ptmoe.train.data import collate
 from ptmoe.train.routing import RoutingCallback, prompt_gradients, start_router
@@ -143,7 +144,7 @@ def test_a_router_of_one_expert_gives_its_prompt_whole_and_never_moves(optimizer
     torch.manual_seed(0)
     built = encoder().train()
     built.has_callback = True
-    built.router.standardize(grouped()[1])
+    built.router.standardize(grouped()[1], learning_rate=30.0)
     built.router.choose_always(2)
     embeds, mask = 30 * torch.randn(6, 7, HIDDEN), torch.ones(6, 7, dtype=torch.bool)
     before = [parameter.clone() for parameter in built.router.parameters()]
@@ -237,6 +238,49 @@ def test_standardising_and_folding_leave_the_same_function_to_the_bit():
     assert torch.equal(built.router(means, 0.0), trained)
     assert built.router.mean is None
     assert built.router.scale is None
+
+
+@pytest.mark.parametrize("hidden", [32, 192, 576, 2048])
+@pytest.mark.parametrize("rate", [0.001, 0.03, 0.3, 3.0])
+def test_no_learning_rate_makes_the_router_faster_than_its_own(rate, hidden):
+    """The largest change of a logit in a step of an optimizer that moves every parameter by its rate, whatever the
+    gradient."""
+    generator = torch.Generator().manual_seed(0)
+    means = 3 + torch.randn(64, hidden, generator=generator)
+    router = Router(hidden, 3)
+    router.initialise(generator)
+    router.standardize(means, learning_rate=rate)
+    updates = torch.optim.Adam(router.parameters(), lr=rate)
+    standard = (means - means.mean(0)) / means.std(0, correction=0)
+    before = router(means, 0.0).detach()
+    for parameter in router.parameters():
+        parameter.grad = torch.ones_like(parameter)  # Adam's first step is its rate, whatever the gradient's size
+    updates.step()
+    moved = (router(means, 0.0) - before).detach()
+    own = min(rate, ROUTER_RATE / hidden)
+    expected = -own * (SPREAD * standard.sum(1, keepdim=True) + 1).expand(-1, 3)
+    torch.testing.assert_close(moved, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("rate", [0.003, 0.3])
+def test_a_trained_router_keeps_its_function_in_the_coordinates_of_more_training(rate):
+    _, means, _ = grouped()
+    built = encoder()
+    before = built.router(means, 0.0)
+    built.router.standardize(means, learning_rate=rate, keep=True)
+    torch.testing.assert_close(built.router(means, 0.0), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.003, 0.3])
+def test_the_initial_routing_is_the_same_whatever_the_learning_rate(rate):
+    _, means, gradients = grouped()
+    starts = []
+    for given in (rate, 0.0):
+        built = encoder()
+        built.router.standardize(means, learning_rate=given)
+        start_router(built, means, gradients, torch.Generator().manual_seed(0))
+        starts.append(built.router(means, 0.0).detach())
+    torch.testing.assert_close(*starts, atol=1e-4, rtol=1e-4)
 
 
 def test_a_feature_that_never_varies_does_not_decide():

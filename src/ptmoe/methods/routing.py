@@ -23,11 +23,14 @@ from ptmoe.methods.base import PromptConfig, PromptEncoder, Routing, Size, fill_
 # its gradient, so inputs below 1 let the router decide more slowly than the experts learn: at 1 it commits before they
 # differ, and two kinds of input end up with one expert; at 1/6 it has not decided in time (docs/findings.md).
 SPREAD = 1 / 3
+# The router's highest learning rate, times H: such an optimizer moves a logit by up to `H · SPREAD` rates in a step, so
+# at the rate that a prompt needs on a wide base the router would forget its start at once (docs/findings.md).
+ROUTER_RATE = 5.76
 CERTAIN = 1000.0  # a logit so large that the other experts' probability is 0 in any floating type, whatever the noise
 CONFIDENCE_PACE = 0.05  # of the running mean of the largest probability, per training step
 # What `state_dict()` holds while training lasts, beside the tensors of the published form.
 PROGRESS = ("hardness", "confidence")
-TRAINING_STATE = (*PROGRESS, "router.mean", "router.scale")
+TRAINING_STATE = (*PROGRESS, "router.mean", "router.scale", "router.pace")
 
 
 class Router(nn.Module):
@@ -35,10 +38,12 @@ class Router(nn.Module):
 
     The mean of the embeddings has one large component that all inputs share, and what tells inputs apart is small
     beside it: a router on it sends every input to one expert. So `W` and `b` can be *trained* in the coordinates
-    `(x̄ - mean) / scale`, whose statistics come from training inputs. The forward pass always uses `published()`, which
+    `x = (x̄ - mean) / scale`, whose statistics come from training inputs, with logits `pace · (W x + b)`, which slows
+    the router down where the optimizer's rate is too high for it. The forward pass always uses `published()`, which
     folds them in, so the result is the same in training and after.
 
-    Tensors: `weight (N, H)`, `bias (N,)` or None, and while training on standardised inputs `mean (H,)`, `scale (H,)`.
+    Tensors: `weight (N, H)`, `bias (N,)` or None, and while training on standardised inputs `mean (H,)`, `scale (H,)`
+    and `pace ()`.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, bias: bool = True) -> None:
@@ -48,19 +53,22 @@ class Router(nn.Module):
         # Unset outside training: a base may hold thousands of adapters that need neither.
         self.register_buffer("mean", None)
         self.register_buffer("scale", None)
+        self.register_buffer("pace", None)
         self.mean: Tensor | None
         self.scale: Tensor | None
+        self.pace: Tensor | None
 
     def initialise(self, generator: torch.Generator) -> None:
         for parameter in self.parameters():
             fill_as_linear(parameter, self.weight.shape[1], generator)
 
     @torch.no_grad()
-    def standardize(self, means: Tensor, *, keep: bool = False) -> None:
+    def standardize(self, means: Tensor, *, learning_rate: float = 0.0, keep: bool = False) -> None:
         """Train in the coordinates of these mean embeddings `(examples, H)`.
 
         Args:
             means: of training inputs.
+            learning_rate: of the training; the router trains at no more than `ROUTER_RATE / H`, whatever it is.
             keep: the function: `W` and `b` are those of a trained router; else their values, which become another.
         """
         if self.bias is None:
@@ -70,23 +78,33 @@ class Router(nn.Module):
         # A feature that never varies says nothing; dividing by its rounding error would make it decide.
         varies = deviation > 1e-6 * deviation.max()
         self.scale = torch.where(varies, deviation / SPREAD, torch.ones_like(deviation)).to(self.weight)
+        highest = ROUTER_RATE / self.weight.shape[1]
+        self.pace = self.weight.new_tensor(highest / max(learning_rate, highest))
         if keep:
-            self.bias.add_(self.weight @ self.mean)
-            self.weight.mul_(self.scale)
+            self.start(self.weight * self.scale, self.bias + self.weight @ self.mean)
+
+    @torch.no_grad()
+    def start(self, slope: Tensor, offset: Tensor) -> None:
+        """Let the logits be `slope x + offset` of the inputs `x` in the coordinates of training; without a bias there
+        is no `offset`."""
+        for parameter, value in zip(self.parameters(), (slope, offset), strict=False):
+            parameter.copy_(value if self.pace is None else value / self.pace)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Fold the statistics into `W` and `b`: the same function, bit for bit, in the published coordinates."""
         for parameter, published in zip(self.parameters(), self.published(), strict=True):
             parameter.copy_(published)
-        self.mean = self.scale = None
+        self.mean = self.scale = self.pace = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Weights come with their coordinates, or are published."""
         if f"{prefix}weight" in state_dict:
             # Copied below, because a file's tensors may be unaligned in memory, where sums over them round differently.
-            for name in ("mean", "scale"):
-                setattr(self, name, torch.empty_like(self.weight[0]) if f"{prefix}{name}" in state_dict else None)
+            if f"{prefix}mean" in state_dict:
+                state_dict.setdefault(f"{prefix}pace", torch.ones(()))  # of an earlier version
+            for name, like in (("mean", self.weight[0]), ("scale", self.weight[0]), ("pace", self.weight[0, 0])):
+                setattr(self, name, torch.empty_like(like) if f"{prefix}{name}" in state_dict else None)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @torch.no_grad()
@@ -94,9 +112,8 @@ class Router(nn.Module):
         """Send every input to this expert, with a probability of exactly 1 and gradients of exactly 0."""
         if self.bias is None:
             raise ValueError("a router without a bias cannot prefer one expert whatever it reads")
-        self.weight.zero_()
-        self.bias.zero_()
-        self.bias[expert] = CERTAIN
+        one = nn.functional.one_hot(torch.tensor(expert), len(self.bias)).to(self.bias)
+        self.start(torch.zeros_like(self.weight), CERTAIN * one)
 
     @property
     def is_constant(self) -> bool:
@@ -107,10 +124,10 @@ class Router(nn.Module):
         """`W (N, H)` and, if there is one, `b (N,)`, on the raw mean embedding."""
         if self.bias is None:
             return (self.weight,)
-        if self.mean is None or self.scale is None:
+        if self.mean is None or self.scale is None or self.pace is None:
             return self.weight, self.bias
-        weight = self.weight / self.scale
-        return weight, self.bias - weight @ self.mean
+        weight = self.pace * self.weight / self.scale
+        return weight, self.pace * self.bias - weight @ self.mean
 
     def forward(self, mean_embeds: Tensor, noise: float) -> Tensor:
         """`(B, H)` to logits `(B, N)`; `noise` is σ, applied in training only."""

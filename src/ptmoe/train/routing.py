@@ -90,7 +90,7 @@ class RoutingCallback(TrainerCallback):
         if config.router_standardize:
             batches = self._batches(EXAMPLES, args, model, train_dataloader)
             means = torch.cat([mean_inputs(model, batch) for batch in batches])
-            encoder.router.standardize(means, keep=further)
+            encoder.router.standardize(means, learning_rate=args.learning_rate, keep=further)
         if further:
             return
         if config.routing_anneal:
@@ -287,10 +287,8 @@ def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, gener
         centres = nn.functional.normalize(centres, dim=1)
     slope, offset = centres @ project.T, -centres.square().sum(1) / 2
     temperature = _temperature(centred @ slope.T + offset)
-    router.weight.copy_(slope / temperature)
-    if router.bias is not None:
-        # Router.published() subtracts the raw mean itself; what remains of the inputs' mean goes into the bias.
-        router.bias.copy_((offset - slope @ shift) / temperature)
+    # Router.published() subtracts the raw mean itself; what remains of the inputs' mean goes into the bias.
+    router.start(slope / temperature, (offset - slope @ shift) / temperature)
     return chance
 
 
