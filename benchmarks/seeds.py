@@ -53,7 +53,13 @@ TRIED: dict[str, dict[str, Any]] = {
     },
 }
 TRIED = {name: cell | {"options": SHORTER | cell.get("options", {})} for name, cell in TRIED.items()}
-CELLS = TABLE | TRIED
+WHOLE = {"routing_anneal": False, "probationary": False}
+GATE: dict[str, dict[str, Any]] = {  # today's default otherwise
+    "chosen and whole from the first step": MOE | {"fields": WHOLE},
+    "the same, the router at a tenth of its pace": MOE
+    | {"fields": WHOLE, "constants": {"ptmoe.methods.routing.ROUTER_RATE": 0.576}},
+}
+CELLS = TABLE | TRIED | GATE
 
 
 @contextmanager
@@ -107,14 +113,14 @@ def measure(task: str, name: str, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="nano/mixed")
-    parser.add_argument("--cells", nargs="+", default=["table"], help="table, tried, or names of cells")
+    parser.add_argument("--cells", nargs="+", default=["table"], help="table, tried, gate, or names of cells")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, one a finished cell")
     chosen = parser.parse_args()
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     quiet()
-    groups = {"table": tuple(TABLE), "tried": tuple(TRIED)}
+    groups = {"table": tuple(TABLE), "tried": tuple(TRIED), "gate": tuple(GATE)}
     for name in [name for cell in chosen.cells for name in groups.get(cell, (cell,))]:
         for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
             if (name, seed) not in {(line["cell"], line["seed"]) for line in finished(chosen.output)}:

@@ -124,7 +124,7 @@ def test_the_same_base_in_bfloat16_is_recognised(folder):
 
 
 def test_a_base_of_another_hidden_size_is_refused(folder):
-    with pytest.raises(ptmoe.PtmoeError, match=r"hidden size 32 .* has 48"):
+    with pytest.raises(ptmoe.PtmoeError, match="hidden size 32, this one has 48"):
         ptmoe.load_adapter(tiny_llama(hidden_size=48), folder)
 
 
