@@ -58,6 +58,8 @@ GATE: dict[str, dict[str, Any]] = {  # today's default otherwise
     "chosen and whole from the first step": MOE | {"fields": WHOLE},
     "the same, the router at a tenth of its pace": MOE
     | {"fields": WHOLE, "constants": {"ptmoe.methods.routing.ROUTER_RATE": 0.576}},
+    "chosen from the first step": MOE | {"fields": {"routing_anneal": False}},
+    "whole": MOE | {"fields": {"probationary": False}},
 }
 CELLS = TABLE | TRIED | GATE
 

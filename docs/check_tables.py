@@ -40,7 +40,7 @@ def main() -> None:
         ("README.md", table(finished(RESULTS / "mixed.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "words.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "tried.jsonl"))),
-        ("docs/findings.md", table(finished(RESULTS / "gate.jsonl"))),
+        *(("docs/findings.md", table(finished(RESULTS / name))) for name in ("gate.jsonl", "gate_words.jsonl")),
         *(("docs/findings.md", real_table(RESULTS / name)) for name in REAL),
         *(("docs/findings.md", rates(RESULTS / name)) for name in ("real_search.jsonl", "real_variants.jsonl")),
         *(("docs/findings.md", "\n".join(line for line in lines if line.startswith("|"))) for lines in compared),
