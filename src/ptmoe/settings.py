@@ -60,7 +60,7 @@ class Settings(BaseModel):
 
 
 def _flags(owner: type[BaseModel]) -> dict[str, str]:
-    """The field of each flag of the command line that is not spelled like it."""
+    """The field of each spelling that a `Flag` gives, as a key would be written."""
     return {
         spelling.lstrip("-").replace("-", "_"): name
         for name, field in owner.model_fields.items()

@@ -50,7 +50,7 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
-        # Unset outside training: a base may hold thousands of adapters that need neither.
+        # Unset outside training: a base may hold thousands of adapters that need none of them.
         self.register_buffer("mean", None)
         self.register_buffer("scale", None)
         self.register_buffer("pace", None)

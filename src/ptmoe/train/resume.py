@@ -218,7 +218,7 @@ def check_base(checkpoint: Path, model: PromptedCausalLM, force: bool = False) -
         return {}
     saved, embedding = read_adapter(checkpoint).base, model.base_model.get_input_embeddings().weight
     try:
-        saved.check(embedding, checkpoint, model.name_or_path)
+        model.check_saved(saved, checkpoint)
     except PtmoeError as error:
         if not force or embedding.shape[1] != saved.hidden_size:
             raise PtmoeError(f"{error}, or {FORCE}" if embedding.shape[1] == saved.hidden_size else error) from None
