@@ -1,6 +1,7 @@
 """Bases in GGUF files: dequantized once, checked, and from then on ordinary model folders."""
 
 import json
+import warnings
 from importlib.util import find_spec
 
 import numpy as np
@@ -45,7 +46,7 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, *, architecture="llama", tokenizer=True, kind="F32", seed=0, lacking="", scaling=None):
+def write_gguf(path, *, architecture="llama", tokenizer=True, kind="F32", seed=0, lacking="", scaling=None, beside=None):
     """A tiny random Llama and its tokenizer in a GGUF file; returns the model."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(TEXT, vocab_size=280, special_tokens=["<s>", "</s>"], show_progress=False)
@@ -75,6 +76,8 @@ def write_gguf(path, *, architecture="llama", tokenizer=True, kind="F32", seed=0
         writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
     elif scaling is not None:
         writer.add_string(f"{architecture}.rope.scaling.type", scaling)
+    if beside is not None:
+        writer.add_tensor(beside, np.ones(config.hidden_size, dtype=np.float32))
     for name, value in model.state_dict().items():
         if gguf_name(name) == lacking:
             continue
@@ -126,6 +129,19 @@ def test_it_is_the_model_that_was_written_and_one_like_any_other(tmp_path, named
     ids = torch.arange(2, 9)[None].to(model.device)
     model(input_ids=ids, labels=ids.where(ids > 5, -100)).loss.backward()
     assert any(parameter.grad is not None for parameter in model.encoder.parameters())
+
+
+@pytest.mark.parametrize("beside", [None, "blk.0.attn_q.bias", "blk.0.attn_q_norm.weight"])
+def test_weights_without_a_place_are_told(tmp_path, beside):
+    """`transformers` leaves a tensor that it has no name for out without a word."""
+    file = tmp_path / "tiny.gguf"
+    size = write_gguf(file, beside=beside).config.hidden_size
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load_base(str(file))
+    found = [str(warning.message) for warning in told if "has no place for" in str(warning.message)]
+    assert len(found) == (beside is not None)
+    assert all(f"holds {size} weights that" in text for text in found)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16"])

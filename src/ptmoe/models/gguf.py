@@ -95,7 +95,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _dequantize(file: Path, folder: Path) -> None:
-    _check(file)
+    held = _check(file)
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
@@ -110,6 +110,12 @@ def _dequantize(file: Path, folder: Path) -> None:
     except Exception as error:  # parsers of a foreign format end in whatever they end in
         raise PtmoeError(f"transformers cannot read {file}: {' '.join(str(error).split())[:300]}") from None
     check_whole(str(file), model, found)
+    if (surplus := held - sum(parameter.numel() for parameter in model.parameters())) > 0:
+        warnings.warn(
+            f"{file} holds {surplus:,} weights that transformers has no place for in a {type(model).__name__}, and "
+            "does without: its answers may not be the file's",
+            stacklevel=2,
+        )
     model.config.name_or_path = file.stem
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -134,8 +140,9 @@ def check_whole(name: str, model: PreTrainedModel, found: dict[str, Any]) -> Non
         )
 
 
-def _check(file: Path) -> None:
-    """
+def _check(file: Path) -> int:
+    """The number of weights that the file holds.
+
     Raises:
         PtmoeError: a fault that can be told from the file's header, in words that `transformers` does not find.
     """
@@ -165,3 +172,4 @@ def _check(file: Path) -> None:
     parts = reader.fields.get("split.count")
     if parts is not None and int(parts.contents()) > 1:
         raise PtmoeError(f"{file} is one of {parts.contents()} parts: join them with llama.cpp's gguf-split --merge")
+    return sum(int(tensor.n_elements) for tensor in reader.tensors)
