@@ -46,7 +46,9 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, *, architecture="llama", tokenizer=True, kind="F32", seed=0, lacking="", scaling=None, beside=None):
+def write_gguf(
+    path, *, architecture="llama", tokenizer=True, kind="F32", seed=0, lacking="", scaling=None, beside=None
+):
     """A tiny random Llama and its tokenizer in a GGUF file; returns the model."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(TEXT, vocab_size=280, special_tokens=["<s>", "</s>"], show_progress=False)
