@@ -69,7 +69,7 @@ class Router(nn.Module):
         Args:
             means: of training inputs.
             learning_rate: of the training; the router trains at no more than `ROUTER_RATE / H`, whatever it is.
-            keep: the function: `W` and `b` are those of a trained router; else their values, which become another.
+            keep: the function: `W` and `b` are those of a trained router; else they are those of the new coordinates.
         """
         if self.bias is None:
             raise ValueError("a router without a bias has nothing to fold the inputs' mean into")
@@ -82,6 +82,8 @@ class Router(nn.Module):
         self.pace = self.weight.new_tensor(highest / max(learning_rate, highest))
         if keep:
             self.start(self.weight * self.scale, self.bias + self.weight @ self.mean)
+        else:
+            self.start(self.weight, self.bias)
 
     @torch.no_grad()
     def start(self, slope: Tensor, offset: Tensor) -> None:
