@@ -122,15 +122,19 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     quiet()
+
+    def lines() -> list[dict[str, Any]]:
+        return [line for line in finished(chosen.output) if line["task"] == chosen.task]
+
     groups = {"table": tuple(TABLE), "tried": tuple(TRIED), "gate": tuple(GATE)}
     for name in [name for cell in chosen.cells for name in groups.get(cell, (cell,))]:
         for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
-            if (name, seed) not in {(line["cell"], line["seed"]) for line in finished(chosen.output)}:
+            if (name, seed) not in {(line["cell"], line["seed"]) for line in lines()}:
                 line = measure(chosen.task, name, seed)
                 with chosen.output.open("a") as opened:
                     opened.write(json.dumps(line) + "\n")
                 print(name, seed, line["accuracy"], flush=True)
-    print(table(finished(chosen.output)))
+    print(table(lines()))
 
 
 if __name__ == "__main__":
