@@ -54,12 +54,15 @@ TRIED: dict[str, dict[str, Any]] = {
 }
 TRIED = {name: cell | {"options": SHORTER | cell.get("options", {})} for name, cell in TRIED.items()}
 WHOLE = {"routing_anneal": False, "probationary": False}
+SOON = {f"ptmoe.train.routing.{name}": 0.1 for name in ("EARLIEST", "LATEST", "HARDENING")}
 GATE: dict[str, dict[str, Any]] = {  # today's default otherwise
     "chosen and whole from the first step": MOE | {"fields": WHOLE},
     "the same, the router at a tenth of its pace": MOE
     | {"fields": WHOLE, "constants": {"ptmoe.methods.routing.ROUTER_RATE": 0.576}},
     "chosen from the first step": MOE | {"fields": {"routing_anneal": False}},
     "whole": MOE | {"fields": {"probationary": False}},
+    "soft for a tenth of the steps, hardened over the next": MOE | {"constants": SOON},
+    "the same, whole": MOE | {"fields": {"probationary": False}, "constants": SOON},
 }
 CELLS = TABLE | TRIED | GATE
 
