@@ -1,5 +1,5 @@
 """A learning rate is in the base's units: the same function, on another scale of embeddings, trains alike at a rate in
-that scale (docs/tutorial.md says which)."""
+that scale (docs/compare.md says which)."""
 
 import copy
 
