@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import ptmoe
 from ptmoe.errors import PtmoeError
@@ -14,6 +14,7 @@ from ptmoe.train import PromptTrainer
 from ptmoe.train.data import collate
 from testing.bases import DEVICE, on_device, tiny_llama, tokens
 from testing.shelf import OF_SHORT
+from testing.training import dataset, trainer
 
 SIZES = {
     "pt": {"num_virtual_tokens": 4},
@@ -38,34 +39,6 @@ ROUTED = {
 }
 
 SLOW = pytest.mark.slow
-
-
-def dataset(count=24):
-    rows = []
-    for index in range(count):
-        ids = tokens(4 + index % 5, index).tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:]})
-    return rows
-
-
-def trainer(folder, config, *, base=None, callbacks=True, trainer_class=Trainer, compute_loss_func=None, **arguments):
-    options = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.03} | arguments
-    return trainer_class(
-        model=ptmoe.attach(base or tiny_llama(), config),
-        args=TrainingArguments(
-            str(folder),
-            use_cpu=DEVICE.type == "cpu",
-            disable_tqdm=True,
-            report_to="none",
-            remove_unused_columns=False,
-            **options,
-        ),
-        train_dataset=dataset(),
-        eval_dataset=dataset(4),
-        data_collator=collate,
-        callbacks=[ptmoe.RoutingCallback()] if callbacks else None,
-        compute_loss_func=compute_loss_func,
-    )
 
 
 @pytest.mark.ci
