@@ -232,7 +232,7 @@ class GatewayEngine:
                 kind = UnavailableError if answer.status_code in (429, 502, 503, 504) else EngineError
                 raise kind(f"the inference engine refuses the request ({answer.status_code}: {said})")
             reason = None
-            async for line in answer.aiter_lines():
+            async for line in _lines(answer):
                 data = line.removeprefix("data:").strip()
                 if not line.startswith("data:") or data == "[DONE]":
                     continue
@@ -247,6 +247,15 @@ class GatewayEngine:
                     ) from None
             if reason not in ("stop", "length"):  # as when it is shut down
                 raise UnavailableError(f"the inference engine gave the request up ({reason})")
+
+
+async def _lines(answer: httpx.Response) -> AsyncGenerator[str, None]:
+    """The lines of a stream. httpx's own end at U+2028 and the like as well, which vLLM's JSON holds as they are."""
+    rest = b""
+    async for part in answer.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
 
 
 def _address(url: str) -> str:
