@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from ptmoe.serve import start
 from testing.serving import alone, save, service_of
 
 
@@ -27,6 +28,21 @@ def test_chat_answers_each_line_and_names_the_expert(run, model, monkeypatch, na
     assert status == 0, err
     assert out == "".join(f"{answer}\n" for answer in answers)
     assert err.count("expert ") == (2 if name == "routed" else 0)
+
+
+def test_no_limit_of_a_server_ends_a_conversation(run, model, monkeypatch):
+    def service(*arguments, limits, **options):
+        made.append(local_service(*arguments, limits=limits, **options))
+        return made[0]
+
+    made, local_service = [], start.local_service
+    monkeypatch.setattr(start, "local_service", service)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    options = ("--model", model.folder / "base", "--device", "cpu", "--max-new-tokens", "5000")
+    status, _, err = run("chat", model.folder / "adapters" / "fixed", *options)
+    assert status == 0, err
+    assert "the base has 2,048" in err
+    assert made[0].limits.deadline >= 24 * 3600
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ptmoe.files import check_adapters
 if TYPE_CHECKING:
     from ptmoe.serve.service import Service
 
+DAY = 86_400.0  # seconds
 Dtype = Annotated[str | None, typer.Option(help="of the base: float32, bfloat16, float16; by default as saved")]
 Quantization = Annotated[str | None, typer.Option(help="of the base: 8bit or 4bit")]
 Revision = Annotated[str | None, typer.Option(help="of the base on the Hub")]
@@ -136,10 +137,13 @@ def chat(
     from ptmoe.models.bases import quiet
 
     quiet()
+    from ptmoe.serve.limits import Limits
     from ptmoe.serve.start import local_service
 
+    # A server's own limits are not for somebody who watches the answer: a slow one would end the conversation.
+    limits = Limits(max_tokens=max_new_tokens, deadline=DAY)
     options = given(dtype=dtype, quantization=quantization, revision=revision)
-    service = local_service(adapter, model=model, device=device, **options)
+    service = local_service(adapter, model=model, device=device, limits=limits, **options)
     asyncio.run(_talk(service, adapter.resolve().name, max_new_tokens, temperature))
 
 
