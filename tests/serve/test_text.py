@@ -11,12 +11,14 @@ from ptmoe.serve.text import Text
 
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 WORDS = ["▁Paris", "▁is", "is", "▁", "é", "▁日本", "!", "ab", "ba"]
+SPECIAL = "<s>"
 
 
 def sentencepiece_like():
-    """Spaces before words, and bytes for what is not in the vocabulary."""
-    vocabulary = {token: index for index, token in enumerate([*BYTES, *WORDS])}
+    """Spaces before words, bytes for what is not in the vocabulary, and a special token that is not said."""
+    vocabulary = {token: index for index, token in enumerate([*BYTES, *WORDS, SPECIAL])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token=BYTES[0]))
+    tokenizer.add_special_tokens([SPECIAL])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     characters = st.characters(exclude_categories=["Cs"]).map(lambda one: list(one.encode()))

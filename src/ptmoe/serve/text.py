@@ -61,7 +61,9 @@ class Text:
         now = self._decode(self._ids[self._context :])
         if last or not now.endswith(HALF):
             self._held += now[len(before) :]
-            self._context, self._decoded = self._decoded, len(self._ids)
+            if len(now) > len(before):  # behind a token that says nothing, as a special one, a space may be dropped
+                self._context = self._decoded
+            self._decoded = len(self._ids)
         places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if places:
             self.stopped = True
