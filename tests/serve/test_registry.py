@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
@@ -114,6 +115,28 @@ def test_an_adapter_is_withdrawn_and_added_by_name(base, folder):
         registry.add("nothing")
     prompted(tiny("llama"), CONFIGS["PT"], seed=3).save_pretrained(folder / "new")
     registry.add("new")
+    assert "new" in registry.names()
+
+
+def test_a_look_that_is_under_way_does_not_take_back_what_is_added(base, folder, monkeypatch):
+    registry = registry_of(base, folder)
+    find, looked, added = registry._find, threading.Event(), threading.Event()
+
+    def slow():
+        found = find()
+        looked.set()
+        added.wait(0.5)
+        return found
+
+    monkeypatch.setattr(registry, "_find", slow)
+    polling = threading.Thread(target=registry.scan)
+    polling.start()
+    looked.wait()
+    monkeypatch.setattr(registry, "_find", find)
+    prompted(tiny("llama"), CONFIGS["PT"], seed=3).save_pretrained(folder / "new")
+    registry.add("new")
+    added.set()
+    polling.join()
     assert "new" in registry.names()
 
 

@@ -105,6 +105,7 @@ class Registry:
         self._seen: dict[str, tuple[int, ...]] = {}
         self._keys = count()
         self._lock = threading.RLock()
+        self._looking = threading.Lock()  # taken first: an older look must not undo what a newer one has found
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
         self.scan(settled=True)
@@ -239,19 +240,20 @@ class Registry:
         Args:
             settled: believe it at once.
         """
-        found = self._find()
-        with self._lock:
-            for name in self._entries.keys() - found.keys():
-                self._forget(name)
-                del self._entries[name]
-            for name, (folder, stamp) in found.items():
-                known = self._entries.get(name)
-                if known is not None and known.stamp == stamp:
-                    continue
-                if settled or self._seen.get(name) == stamp:
+        with self._looking:
+            found = self._find()
+            with self._lock:
+                for name in self._entries.keys() - found.keys():
                     self._forget(name)
-                    self._entries[name] = Entry(folder, stamp, error=self._unfit(name))
-            self._seen = {name: stamp for name, (_, stamp) in found.items()}
+                    del self._entries[name]
+                for name, (folder, stamp) in found.items():
+                    known = self._entries.get(name)
+                    if known is not None and known.stamp == stamp:
+                        continue
+                    if settled or self._seen.get(name) == stamp:
+                        self._forget(name)
+                        self._entries[name] = Entry(folder, stamp, error=self._unfit(name))
+                self._seen = {name: stamp for name, (_, stamp) in found.items()}
 
     def _unfit(self, name: str) -> str | None:
         if name == self.base:
