@@ -118,6 +118,18 @@ def test_an_adapter_is_withdrawn_and_added_by_name(base, folder):
     assert "new" in registry.names()
 
 
+def test_adding_one_adapter_believes_nothing_of_another_that_is_being_written(base, folder):
+    registry = registry_of(base, folder)
+    before = registry.compose("c", IDS).row.embeds
+    (folder / "c" / "adapter_model.safetensors").write_bytes(b"123")
+    for name in ("keys", "a.b"):
+        prompted(tiny("llama"), CONFIGS["PT"], seed=3).save_pretrained(folder / name)
+        registry.add(name)
+    registry.scan()
+    assert torch.equal(registry.compose("c", IDS).row.embeds, before)
+    assert registry.compose("keys", IDS).row.virtual == 5
+
+
 def test_a_look_that_is_under_way_does_not_take_back_what_is_added(base, folder, monkeypatch):
     registry = registry_of(base, folder)
     find, looked, added = registry._find, threading.Event(), threading.Event()

@@ -243,17 +243,20 @@ class Registry:
         with self._looking:
             found = self._find()
             with self._lock:
-                for name in self._entries.keys() - found.keys():
-                    self._forget(name)
-                    del self._entries[name]
-                for name, (folder, stamp) in found.items():
-                    known = self._entries.get(name)
-                    if known is not None and known.stamp == stamp:
-                        continue
-                    if settled or self._seen.get(name) == stamp:
-                        self._forget(name)
-                        self._entries[name] = Entry(folder, stamp, error=self._unfit(name))
+                for name in sorted(self._entries.keys() | found.keys()):
+                    if settled or name not in found or self._seen.get(name) == found[name][1]:
+                        self._take(name, found.get(name))
                 self._seen = {name: stamp for name, (_, stamp) in found.items()}
+
+    def _take(self, name: str, found: tuple[Path, tuple[int, ...]] | None) -> None:
+        """What was found under this name, if anything, is what is served under it from now on."""
+        known = self._entries.get(name)
+        if known is not None and found is not None and known.stamp == found[1]:
+            return
+        self._forget(name)
+        self._entries.pop(name, None)
+        if found is not None:
+            self._entries[name] = Entry(*found, error=self._unfit(name))
 
     def _unfit(self, name: str) -> str | None:
         if name == self.base:
@@ -299,11 +302,13 @@ class Registry:
             PtmoeError: it is the base.
         """
         self._check_not_base(name)
-        with self._lock:
-            self._withdrawn.discard(name)
-            if name in self._entries and self._entries[name].error is not None:
-                del self._entries[name]  # what was wrong may lie where no file's time shows that it was mended
-        self.scan(settled=True)
+        with self._looking:
+            found = self._find().get(name)  # of others, somebody may still be writing
+            with self._lock:
+                self._withdrawn.discard(name)
+                if name in self._entries and self._entries[name].error is not None:
+                    del self._entries[name]  # what was wrong may lie where no file's time shows that it was mended
+                self._take(name, found)
         entry = self.entry(name)
         if entry is not None and entry.key is None:
             self._load(name, entry)
