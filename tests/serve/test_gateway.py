@@ -22,7 +22,7 @@ from ptmoe.serve import gateway
 from ptmoe.serve.engine import EngineError, Input, Sampling, Token, UnavailableError
 from ptmoe.serve.gateway import GatewayEngine, encoded
 from ptmoe.serve.matrix import read_embedding
-from ptmoe.serve.start import gateway_service
+from ptmoe.serve.start import gateway_service, local_service
 from ptmoe.serve.vllm_request import agree
 from testing.bases import ARCHITECTURES, tiny
 from testing.serving import listening, running, save
@@ -316,10 +316,26 @@ def test_the_whole_server_answers_through_it(tmp_path):
     assert len(embeds) == got["usage"]["prompt_tokens"] + 6
 
 
+@pytest.mark.parametrize("without", [False, True])
+def test_an_answer_ends_where_the_base_in_this_process_would_end_it(tmp_path, without):
+    base = tiny("llama", vocab_size=512)
+    base.config.eos_token_id = [7, 9]
+    base.generation_config.eos_token_id = [8]
+    base.save_pretrained(tmp_path)
+    load_tokenizer("nano")[0].save_pretrained(tmp_path)
+    if without:  # as in bases saved long ago
+        (tmp_path / "generation_config.json").unlink()
+    here, there = (
+        local_service(None, model=str(tmp_path), device="cpu"),
+        gateway_service(None, ["http://127.0.0.1:9"], model=str(tmp_path)),
+    )
+    assert there.ends == here.ends >= ({7, 9} if without else {8})
+
+
 SMALL = """
 import sys
 from pathlib import Path
-from ptmoe.serve.start import gateway_service
+from ptmoe.serve.start import gateway_service, local_service
 from ptmoe.serve.vllm_request import agree
 gateway_service(Path(sys.argv[1]), ["http://127.0.0.1:9"], model="nano")
 import ptmoe.serve.app

@@ -19,7 +19,7 @@ from ptmoe.adapters.folder import local_folder, read_config_file
 from ptmoe.errors import PtmoeError
 from ptmoe.files import check_adapters
 from ptmoe.models.adapter_set import AdapterSet
-from ptmoe.models.bases import load_base, load_tokenizer, locate
+from ptmoe.models.bases import load_base, load_config, load_tokenizer, locate
 from ptmoe.serve.engine import Engine
 from ptmoe.serve.limits import Limits
 from ptmoe.serve.metrics import Metrics
@@ -193,9 +193,10 @@ def _service(
     tokenizer, positions = load_tokenizer(model, revision=revision)
     embedding = read_embedding(model, revision)
     try:
-        ends = GenerationConfig.from_pretrained(locate(model), revision=revision).eos_token_id
-    except OSError:  # not every base has one
-        ends = None
+        generation = GenerationConfig.from_pretrained(locate(model), revision=revision)
+    except OSError:  # not every base has one; `transformers` then makes it of the base's own config, as here
+        generation = GenerationConfig.from_model_config(load_config(model, revision=revision))
+    ends = generation.eos_token_id
     all_ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     made = engine(Base(model, revision, embedding, positions, limits))
     registry = Registry(AdapterSet(embedding), adapters, base=public_name(model), memory=memory)
