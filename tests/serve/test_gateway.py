@@ -265,6 +265,17 @@ def test_a_busy_or_silent_one_is_replaced_before_its_first_token_and_not_after()
         assert "middle" in str(failed)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"busy": True}, "the inference engine refuses the request (503: "), ({"pause": 1.5}, "it takes too long")],
+)
+def test_a_client_is_told_why_an_engine_that_can_be_reached_does_not_answer(options, reason):
+    with listening(spoken(**options)) as url:
+        (refused,), health = asked(GatewayEngine([url], MATRIX, timeout=0.5), Sampling(3))
+    assert refused.message.startswith(f"no inference engine answers: {reason}")
+    assert health["ok"]
+
+
 def test_one_that_is_too_busy_to_be_looked_at_is_used_where_no_other_is(monkeypatch):
     monkeypatch.setattr(gateway, "CONNECT", 0.2)
 

@@ -135,6 +135,7 @@ class GatewayEngine:
         """As `Engine.generate`. An upstream that fails before its first token is replaced by another."""
         check_room(row, sampling.max_tokens, self.positions)
         body = parameters(sampling) | {"prompt_embeds": encoded(row.embeds)}
+        reason = "none can be reached, and /health says why"
         left = sorted((one for one in self.upstreams if one.fault is None), key=lambda one: (one.late, one.rows))
         while left:
             upstream, started = left.pop(0), False
@@ -154,7 +155,7 @@ class GatewayEngine:
                     raise EngineError("the inference engine failed in the middle of the answer") from None
             finally:
                 upstream.rows -= 1
-        raise UnavailableError("no inference engine can be reached: /health says why")
+        raise UnavailableError(f"no inference engine answers: {reason}")
 
     # -- upstreams ---------------------------------------------------------------------------------------------------
 
@@ -296,4 +297,5 @@ def encoded(embeds: Tensor) -> str:
 
 
 def _down(error: Exception) -> str:
-    return f"it cannot be reached ({type(error).__name__})"
+    slow = isinstance(error, httpx.ReadTimeout)
+    return f"it {'takes too long' if slow else 'cannot be reached'} ({type(error).__name__})"
