@@ -78,3 +78,9 @@ def test_a_character_of_several_tokens_is_said_at_once():
     ids = list("日".encode())
     _, pieces = said(decode, ids)
     assert [piece.text for piece in pieces] == ["", "", "日", ""]
+
+
+def test_no_token_of_a_stop_text_is_told():
+    words = ["ab", "S", "TOP"]
+    _, pieces = said(lambda ids: "".join(words[token] for token in ids), [0, 1, 1, 2], ["STOP"])
+    assert [(token.id, offset) for piece in pieces for token, offset in piece.tokens] == [(0, 0), (1, 2)]

@@ -74,8 +74,9 @@ class Text:
         self._said += len(text)
         if not (text or self.stopped or last):
             return Said()
-        tokens = [pair for pair in self._tokens if not self.stopped or pair[1] < self._said]
-        self._tokens = []
+        whole = last and not self.stopped
+        tokens = [pair for pair in self._tokens if whole or pair[1] < self._said]
+        del self._tokens[: len(tokens)]  # the rest may yet be of a stop text
         return Said(text, tokens)
 
 
