@@ -124,7 +124,7 @@ def test_an_answer_that_the_engine_gives_up_is_a_failure_and_no_short_answer(sam
     with listening(spoken(aborts=aborts)) as url:
         (failed,), health = asked(GatewayEngine([url], MATRIX), sampling)
     assert type(failed) is kind
-    assert message in failed.message
+    assert message in str(failed)
     assert "gave the request up (abort)" in caplog.text
     assert health["ok"], "it may answer the next request"
 
@@ -272,7 +272,7 @@ def test_a_busy_or_silent_one_is_replaced_before_its_first_token_and_not_after()
 def test_a_client_is_told_why_an_engine_that_can_be_reached_does_not_answer(options, reason):
     with listening(spoken(**options)) as url:
         (refused,), health = asked(GatewayEngine([url], MATRIX, timeout=0.5), Sampling(3))
-    assert refused.message.startswith(f"no inference engine answers: {reason}")
+    assert str(refused).startswith(f"no inference engine answers: {reason}")
     assert health["ok"]
 
 

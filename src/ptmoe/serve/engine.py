@@ -17,15 +17,7 @@ LEAST = -9999.0  # a log-probability of minus infinity, which JSON cannot hold
 
 
 class EngineError(RuntimeError):
-    """A fault inside an engine, which ends one request.
-
-    Attributes:
-        message: what the client is told; what the engine raised is for the log.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+    """A fault inside an engine, which ends one request; the client is told this, and the log what the engine raised."""
 
 
 class UnavailableError(EngineError):

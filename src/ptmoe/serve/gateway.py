@@ -147,7 +147,7 @@ class GatewayEngine:
                         yield token
                 return
             except (httpx.HTTPError, UnavailableError) as error:
-                reason = error.message if isinstance(error, UnavailableError) else _down(error)
+                reason = str(error) if isinstance(error, UnavailableError) else _down(error)
                 log.warning("%s: %s", upstream.shown, reason)
                 if isinstance(error, httpx.TransportError) and not isinstance(error, httpx.TimeoutException):
                     upstream.fault = reason  # until the next look at it
@@ -211,7 +211,7 @@ class GatewayEngine:
                 async with aclosing(self._stream(upstream, parameters(TRIED) | prompt)) as tokens:
                     answers.append([token async for token in tokens])
             except UnavailableError as error:
-                raise httpx.ReadError(error.message) from None
+                raise httpx.ReadError(str(error)) from None
             except EngineError as error:
                 raise MisfitError(f"{upstream.shown} does not take {way} ({error!s:.300}): {NEEDED}") from None
         if not agree(*answers):

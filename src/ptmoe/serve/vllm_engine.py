@@ -148,7 +148,7 @@ class VllmEngine:
             by_ids = [token async for token in self._ask({"prompt_token_ids": ids}, TRIED)]
             by_embeds = [token async for token in self._ask({"prompt_embeds": embeds.to(dtype)}, TRIED)]
         except EngineError as error:
-            raise PtmoeError(f"vLLM cannot serve {self._model}: {error.message}") from None
+            raise PtmoeError(f"vLLM cannot serve {self._model}: {error}") from None
         if not agree(by_ids, by_embeds):
             raise PtmoeError(
                 f"vLLM does not answer embeddings of {self._model} as it answers the tokens that they stand for: it "
