@@ -119,7 +119,7 @@ class Service:
         self._mean_seconds = 1.0
         self._threads = ThreadPoolExecutor(PREPARED_AT_ONCE, thread_name_prefix="ptmoe-prepare")
         # Some tokenizers come with truncation or padding on, which the first call turns off, before threads share it.
-        self.tokenizer("a", add_special_tokens=False)
+        self._before: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
 
     async def start(self) -> None:
         """Start the engine, in the event loop of the server; a second call does nothing.
@@ -278,5 +278,5 @@ class Service:
         return decoded(self.tokenizer, ids, special=False)
 
     def token_text(self, token: int) -> str:
-        """A token by itself; special ones by their names."""
-        return decoded(self.tokenizer, [token])
+        """A token by itself; special ones by their names. Some tokenizers drop the space of a text's first token."""
+        return decoded(self.tokenizer, [*self._before, token]).removeprefix(decoded(self.tokenizer, self._before))
