@@ -297,6 +297,15 @@ def test_what_would_read_the_input_again_without_its_prompt_is_refused(name, val
         model.generate(ROWS[0][None], **options)
 
 
+def test_checkpointing_in_training_mode_is_refused_as_it_leaves_no_cache():
+    model = prompted(tiny_llama(), ROUTED)
+    expected = model.eval().generate(ROWS[0][None], max_new_tokens=3)
+    model.train().gradient_checkpointing_enable()  # as Trainer leaves a model
+    with pytest.raises(PtmoeError, match=r"drops the cache, .*call model\.eval\(\)"):
+        model.generate(ROWS[0][None], max_new_tokens=3)
+    assert torch.equal(model.eval().generate(ROWS[0][None], max_new_tokens=3), expected)
+
+
 def test_what_is_off_is_not_refused():
     model = prompted(tiny_llama(), ROUTED)
     off = {"use_mtp": False, "token_healing": False, "prompt_lookup_num_tokens": None}

@@ -74,8 +74,7 @@ class GeneratingModel(ModelWrapper):
         return inputs
 
     def _filled_cache(self, cache: Tensor, batch: int, copies: int) -> DynamicCache:
-        if self.training and getattr(self.base_model, "is_activation_checkpointing", False):
-            raise PtmoeError("gradient checkpointing drops the cache that holds the prompt: leave it out")
+        self.check_cache()
         filled = DynamicCache(config=self.config)
         for index, layer in enumerate(cache.to(self.dtype).unbind()):
             keys, values = layer.expand(-1, batch, -1, -1, -1).repeat_interleave(copies, 1)
@@ -136,6 +135,7 @@ class GeneratingModel(ModelWrapper):
         input_ids = inputs if input_ids is None else input_ids
         if input_ids is None:
             raise PtmoeError("generate needs input_ids: the prompt is composed from the input")
+        self.check_cache()
         for name in REREADING.split():
             if self._setting(options, name, False) is not False:
                 raise PtmoeError(f"{name} re-reads the input without its prompt: leave it out")

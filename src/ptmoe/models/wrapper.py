@@ -257,6 +257,17 @@ class ModelWrapper(SavingModel):
 
     gradient_checkpointing_disable = activation_checkpointing_disable
 
+    def check_cache(self) -> None:
+        """
+        Raises:
+            PtmoeError: the base drops its cache, so each new token would be made from the one before it alone.
+        """
+        if self.training and getattr(self.base_model, "is_activation_checkpointing", False):
+            raise PtmoeError(
+                "gradient checkpointing drops the cache, which generation and a prompt in the cache need: leave it "
+                "out, or call model.eval()"
+            )
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         excluded = {id(p) for p in self.get_input_embeddings().parameters()} if exclude_embeddings else set()
         return sum(
