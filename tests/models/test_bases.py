@@ -71,6 +71,13 @@ def test_weights_that_are_not_there_are_not_made_up(config, tmp_path):
         load_base(str(folder))
 
 
+@pytest.mark.parametrize("load", [load_base, load_tokenizer])
+def test_a_folder_without_a_tokenizer_is_told_from_one_without_a_model(load, tmp_path):
+    shutil.copytree(nano.FOLDER, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(PtmoeError, match=r"base' has no tokenizer: put it there with tokenizer\.save_pretrained$"):
+        load(str(tmp_path / "base"))
+
+
 def test_a_fault_is_said_once(tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(nano.FOLDER, folder)

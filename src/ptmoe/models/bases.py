@@ -218,7 +218,12 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trusted, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trusted, **options)
+    except (OSError, ValueError):
+        if (Path(where) / "config.json").is_file() and not any(Path(where).glob("tokenizer*")):
+            raise PtmoeError(f"{where!r} has no tokenizer: put it there with tokenizer.save_pretrained") from None
+        raise
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast("PreTrainedTokenizerBase", tokenizer)
