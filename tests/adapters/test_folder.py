@@ -190,6 +190,12 @@ def test_a_damaged_folder_is_refused_by_name(damage, folder):
         ptmoe.load_adapter(tiny_llama(), folder)
 
 
+def test_a_run_whose_training_was_stopped_is_told_from_a_damaged_folder(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ptmoe.PtmoeError, match=r"training has not ended: .*`ptmoe train --resume --output-dir .*`$"):
+        read_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_pt_adapter_becomes_pefts_prompt_tuning_and_back(architecture, tmp_path, inputs):
     peft = pytest.importorskip("peft")

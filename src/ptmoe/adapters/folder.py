@@ -287,6 +287,11 @@ def _check_files(folder: Path) -> None:
         raise PtmoeError(f"{folder} holds {', '.join(pickles)}: pickles can run code and are not read; delete them")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
+            if (folder / "metrics.jsonl").is_file():
+                raise PtmoeError(
+                    f"{folder} is a run whose training has not ended: if it was stopped, go on with `ptmoe train "
+                    f"--resume --output-dir {folder}`"
+                )
             raise PtmoeError(f"{folder} has no {name}: it is not a whole adapter folder")
 
 
