@@ -928,6 +928,7 @@ def test_a_base_that_looks_at_a_window_of_positions_is_refused_a_prefix(architec
         attach(tiny(architecture), METHODS["mept"]())
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor:UserWarning")
 @pytest.mark.parametrize("method", ["prefix-tuning", "mept"])
 def test_what_would_lose_the_prefix_is_refused(method):
     model = attached(method)

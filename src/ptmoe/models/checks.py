@@ -239,7 +239,7 @@ def _off_by(base: PreTrainedModel, expected: Tensor, given: Tensor) -> float:
 
     In half precision a mixture of experts may send a single token elsewhere, so there the median of the tokens counts.
     """
-    wanted, found = expected.float(), given.float()
+    wanted, found = expected.detach().float(), given.detach().float()
     masked = wanted.abs() > 1e30  # tokens that the base never predicts
     wanted, found = wanted.masked_fill(masked, 0), found.masked_fill(masked, 0)
     wanted, found = wanted - wanted.mean(1, keepdim=True), found - found.mean(1, keepdim=True)
