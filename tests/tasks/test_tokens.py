@@ -153,6 +153,16 @@ def test_a_tokenizer_that_changes_texts_is_named_once(prompt, completion, shown)
     assert TextCheck(tokenizer).look(example("one", " two")) == ""
 
 
+def test_a_tokenizer_without_an_end_token_is_said_once():
+    tokenizer = lossy(normalizers.NFC())
+    tokenizer.eos_token = None
+    messages = []
+    rows = fit([example("one", " two")] * 3, tokenizer, 100, say=messages.append)
+    assert [label for label in rows[0]["labels"].tolist() if label != -100] == [4]
+    assert len(messages) == 1
+    assert "has no end token" in messages[0]
+
+
 def test_each_token_is_shown_with_its_spaces():
     for name, shown in {
         "pieces, always": "'▁a' '=' ' 12' '\\n' ‹</s>›",

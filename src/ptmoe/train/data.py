@@ -46,12 +46,15 @@ def fit(
         chat: put prompts in the tokenizer's chat template.
         cache: cache the tokens of large data in files, and read them from there (`ptmoe.train.rows`).
         problems: gets the examples that the chat template refuses; by default they are refused here.
-        say: gets a line of text if they cannot be cached, and if the tokenizer does not keep every text.
+        say: gets a line of text if they cannot be cached, and if the tokenizer does not keep every text or has no end
+            token.
 
     Raises:
         PtmoeError: no example fits, or one cannot be tokenised.
     """
     problems = problems if problems is not None else Problems(at_once=True)
+    if tokenizer.eos_token_id is None:
+        say("the tokenizer has no end token, so the model does not learn to stop: set its eos_token and save it again")
 
     def watched() -> Iterator[Example]:
         check = TextCheck(tokenizer, chat=chat)
