@@ -50,7 +50,7 @@ def test_all_bad_lines_are_counted_and_the_first_are_named(tmp_path):
         '{"prompt": "a", "completion": " "}': "'completion' is empty",
         '{"prompt": "", "completion": "b"}': "'prompt' is empty",
         '{"prompt": "a", "completion": ["b"]}': "'completion' is list, needs text",
-        '{"text": "a"}': "has the keys 'text': needs prompt and completion",
+        '{"text": "a"}': "has the keys 'text': needs prompt and completion, messages, or question and answers; rename",
         '{"question": "a"}': "lacks the key 'answers'",
         '{"question": "a", "answers": []}': "'answers' needs a list of one text or more",
         '{"messages": [{"role": "user", "content": "a"}]}': "'messages' must end with the assistant's answer",

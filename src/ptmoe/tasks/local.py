@@ -102,7 +102,7 @@ def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> 
     else:
         raise BadRecordError(
             f"has the keys {', '.join(map(repr, record)) or 'none'}: needs prompt and completion, messages, or "
-            "question and answers; map other keys with --prompt-key and --completion-key"
+            "question and answers; rename others (for ptmoe train --data, --prompt-key and --completion-key map them)"
         )
     for name, text in (("completion", completion), ("prompt", prompt)):
         if not text.strip():
