@@ -558,7 +558,7 @@ UNLIKE = {  # what of one cell is otherwise: its file, the values, and what the 
     "Cells were trained on different data.": (
         "environment.json",
         {"data": "other"},
-        "The first that differ: pt on nano/mixed: pt on nano/mixed, seed 0; pt on nano/mixed, seed 1.",
+        "The first that differ: nano/mixed: pt on nano/mixed, seed 0; pt on nano/mixed, seed 1.",
     ),
     "Cells ran with different versions.": (
         "environment.json",
@@ -608,10 +608,34 @@ def test_cells_that_are_unlike_are_named_and_others_are_not(heading, alike, tmp_
     assert f"{heading} {line}" in terminal(tmp_path)
 
 
-@pytest.mark.parametrize("short_of_room", ["cut", "unanswered"])
-def test_cells_without_room_for_all_inputs_are_not_said_to_be_evaluated_on_other_data(short_of_room, alike, tmp_path):
-    rewrite(alike[2] / "eval" / "nano__mixed.json", settings={"data": "other"}, **{short_of_room: 1})
+NO_ROOM = {  # what says that some inputs do not fit, the file it is in, and which data may then be others
+    "cut": ("eval/nano__mixed.json", "Cells were evaluated on different data."),
+    "unanswered": ("eval/nano__mixed.json", "Cells were evaluated on different data."),
+    "examples_cut": ("result.json", "Cells were trained on different data."),
+    "examples_left_out": ("result.json", "Cells were trained on different data."),
+}
+
+
+@pytest.mark.parametrize("short_of_room", NO_ROOM)
+def test_methods_with_other_data_are_named_unless_they_have_no_room_for_all_of_it(short_of_room, alike, tmp_path):
+    file, heading = NO_ROOM[short_of_room]
+    data, values, _ = UNLIKE[heading]
+
+    def add(seed, **changes):
+        place = write_cell(tmp_path, "pt-moe", "nano/mixed", seed)
+        rewrite(place / "eval" / "nano__mixed.json", settings={"data": "same"})
+        rewrite(place / "environment.json", data="same")
+        rewrite(place / data, **changes)
+        return place
+
+    place = add(0, **values)
+    assert told(tmp_path)[1] == {heading}
+    rewrite(place / file, **{short_of_room: 1})
     assert told(tmp_path)[1] == set()
+    add(1)  # with as much room, and other data for all that
+    text, headings = told(tmp_path)
+    assert headings == {heading}
+    assert "The first that differ: nano/mixed: pt-moe on nano/mixed, seed 0; pt-moe on nano/mixed, seed 1." in text
 
 
 def test_what_cells_ran_on_stands_once_for_all_that_agree_in_it(alike, tmp_path):

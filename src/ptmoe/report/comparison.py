@@ -357,24 +357,32 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     """What makes cells incomparable, or their scores too good: headings, and lines under each."""
-    evaluated: dict[str, dict[Any, str]] = {}
-    trained: dict[str, dict[Any, str]] = {}
+    evaluated: dict[str, dict[str, dict[Any, str]]] = {}
+    trained: dict[str, dict[str, dict[Any, str]]] = {}
     programs: dict[Any, str] = {}
     for cell in comparison.cells:
-        name, environment = f"{cell.label} on {cell.task}, seed {cell.seed}", cell.run.environment
-        for task in cell.eval_tasks:
-            summary = cell.run.evaluations[task]
-            if not summary.cut and not summary.unanswered:  # each method has room for inputs of another length
-                evaluated.setdefault(task, {}).setdefault(summary.settings.get("data"), name)
-        trained.setdefault(f"{cell.label} on {cell.task}", {}).setdefault(environment.data, name)
+        name, environment, result = (
+            f"{cell.label} on {cell.task}, seed {cell.seed}",
+            cell.run.environment,
+            cell.run.result,
+        )
+        summaries = [(task, cell.run.evaluations[task]) for task in cell.eval_tasks]
+        read = [(evaluated, task, one.settings.get("data"), one.cut or one.unanswered) for task, one in summaries]
+        if cell.trainable_parameters:
+            read.append((trained, cell.task, environment.data, result.examples_cut or result.examples_left_out))
+        for found, task, data, short in read:
+            # Each method has room for inputs of another length: where some are too long, only its own cells are alike.
+            for label in (cell.label,) if short else ("", cell.label):
+                found.setdefault(task, {}).setdefault(label, {}).setdefault(data, name)
         programs.setdefault((environment.commit, *sorted(environment.versions.items())), name)
-    for heading, found in (
+    for heading, tasks in (
         ("Cells were evaluated on different data.", evaluated),
         ("Cells were trained on different data.", trained),
-        ("Cells ran with different versions.", {"": programs}),
+        ("Cells ran with different versions.", {"": {"": programs}}),
     ):
+        unlike = {task: next((names for names in of.values() if len(names) > 1), {}) for task, of in tasks.items()}
         if lines := [
-            f"{of}: {'; '.join(names.values())}".removeprefix(": ") for of, names in found.items() if len(names) > 1
+            f"{task}: {'; '.join(names.values())}".removeprefix(": ") for task, names in unlike.items() if names
         ]:
             yield heading, [f"The first that differ: {line}." for line in lines]
     seen = {cell.task: cell.run.result for cell in comparison.cells if cell.run.result.examples_evaluated}
