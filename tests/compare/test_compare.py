@@ -700,6 +700,8 @@ def test_a_title_stays_until_another_one_is_given(tmp_path, trained):
         ("max_steps: 4", "max_steps: 8", "max_steps was 4, is 8"),
         ("learning_rate: 0.03", "learning_rate: 0.05", "learning_rate was 0.03, is 0.05"),
         ("init: vocabulary", "init: random", "init was 'vocabulary', is 'random'"),
+        ("max_new_tokens: null", "max_new_tokens: 5", "max_new_tokens was None, is 5"),
+        ("train: {}", "train: {trainer: {adam_beta1: 0.5}}", "trainer was .*, is .*'adam_beta1': 0.5"),
     ],
 )
 def test_a_plan_that_was_edited_in_its_folder_does_not_pass_for_what_was_trained(
@@ -727,6 +729,10 @@ def test_what_a_run_decided_for_itself_is_no_edit(tmp_path, trained):
     asked = {"methods": methods, "budget": None}
     compare(prepared(tmp_path / "c", **asked))
     assert prepared(tmp_path / "c", **asked).unfinished == prepare(read_plan(tmp_path / "c")).unfinished == []
+    plan = tmp_path / "c" / "comparison.yaml"
+    plan.write_text(plan.read_text().replace("- q_proj", "- o_proj"))
+    with pytest.raises(PtmoeError, match=r"target_modules was \['q_proj', 'v_proj'\], is \['v_proj', 'o_proj'\]"):
+        prepare(read_plan(tmp_path / "c"))
 
 
 def test_what_could_not_be_read_again_stops_before_a_cell_is_trained(tmp_path, trained, monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ptmoe.compare.cells import Cell
 from ptmoe.compare.plan import ComparePlan, read_plan
@@ -15,8 +16,6 @@ from ptmoe.runs.folders import CELL_FILE, CONFIG_FILE, FAILED_FILE, PLAN_FILE, S
 from ptmoe.runs.records import CellRecord, Failure, write_lines
 from ptmoe.runs.searches import RateSearch
 from ptmoe.settings import read_yaml
-
-SCALARS = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class ComparisonFolder:
 
     def differences(self, cell: Cell, unseen: set[str]) -> list[str]:
         """In what a finished cell was trained otherwise than is planned now: the plan's file was edited. What the plan
-        leaves at None the run has decided, and lists, such as a base's layers, it has written out.
+        leaves at None the run has decided, and the names of a base's layers are in its own order.
 
         Args:
             cell: that is finished.
@@ -79,7 +78,7 @@ class ComparisonFolder:
         return [
             f"{name} was {before!r}, is {now!r}"
             for name, before, now in pairs
-            if isinstance(before, SCALARS) and isinstance(now, SCALARS) and before != now and name not in unseen
+            if now is not None and _unordered(before) != _unordered(now) and name not in unseen
         ]
 
     def finish(self, cell: Cell, outcome: int | str) -> None:
@@ -105,3 +104,7 @@ class ComparisonFolder:
 
     def write_searches(self, searches: Iterable[RateSearch]) -> None:
         write_lines(self.path / SEARCH_FILE, searches)
+
+
+def _unordered(value: Any) -> Any:
+    return set(map(str, value)) if isinstance(value, list) else value
