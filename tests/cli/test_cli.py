@@ -244,7 +244,7 @@ def test_params_counts_without_weights(run):
     assert status == 0
     assert "3,764" in out
     assert "3,840" in out
-    status, out, _ = run("params", "--method", "pt-moe:num_virtual_tokens=20,rank=11,num_experts=4")
+    status, out, _ = run("params", "--method", "pt-moe:num_virtual_tokens=20,rank=11,num_experts=4,recipe=paper")
     assert status == 0
     assert "3,764" in out
 

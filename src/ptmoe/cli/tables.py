@@ -44,7 +44,7 @@ def params(
     if method is not None:
         fields = {**method_entry(method), **fields}
         method = str(fields.pop("name"))
-        known = method_named(method).model_fields
+        known = method_named(method).model_fields | method_named(method).shorthands
         if unknown := sorted(fields.keys() - known.keys()):
             raise PtmoeError(f"{method} has no {', '.join(unknown)}{near(unknown[0], known)}")
     limit = None if budget is None else parse_budget(budget)
@@ -53,7 +53,7 @@ def params(
     for column in ("trainable parameters", *([] if limit is None else ["of the budget"])):
         table.add_column(column, justify="right")
     for name, kind in METHODS.items() if method is None else [(method, method_named(method))]:
-        sizes = {key: value for key, value in fields.items() if key in kind.model_fields}
+        sizes = {key: value for key, value in fields.items() if method is not None or key in kind.model_fields}
         try:
             chosen = kind(**sizes) if limit is None else fit_budget(config, kind, limit, sizes)
             count = count_parameters(config, chosen)
