@@ -356,20 +356,22 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 
 def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
-    """What makes cells incomparable, or their scores too good: headings, and lines under each."""
+    """What makes cells incomparable, or their scores too good or too low: headings, and lines under each."""
     evaluated: dict[str, dict[str, dict[Any, str]]] = {}
     trained: dict[str, dict[str, dict[Any, str]]] = {}
     programs: dict[Any, str] = {}
+    too_long: dict[tuple[str, str], str] = {}
     for cell in comparison.cells:
-        name, environment, result = (
-            f"{cell.label} on {cell.task}, seed {cell.seed}",
-            cell.run.environment,
-            cell.run.result,
-        )
-        summaries = [(task, cell.run.evaluations[task]) for task in cell.eval_tasks]
-        read = [(evaluated, task, one.settings.get("data"), one.cut or one.unanswered) for task, one in summaries]
+        environment, result, read = cell.run.environment, cell.run.result, list[Any]()
+        name = f"{cell.label} on {cell.task}, seed {cell.seed}"
         if cell.trainable_parameters:
             read.append((trained, cell.task, environment.data, result.examples_cut or result.examples_left_out))
+        for task in cell.eval_tasks:
+            one = cell.run.evaluations[task]
+            read.append((evaluated, task, one.settings.get("data"), one.cut or one.unanswered))
+            if one.cut or one.unanswered:
+                counts = f"{one.cut:,} cut and {one.unanswered:,} not answered of {one.examples:,}"
+                too_long.setdefault((cell.label, task), f"{cell.label} on {task}: {counts}.")
         for found, task, data, short in read:
             # Each method has room for inputs of another length: where some are too long, only its own cells are alike.
             for label in (cell.label,) if short else ("", cell.label):
@@ -385,6 +387,8 @@ def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
             f"{task}: {'; '.join(names.values())}".removeprefix(": ") for task, names in unlike.items() if names
         ]:
             yield heading, [f"The first that differ: {line}." for line in lines]
+    if too_long:
+        yield "Inputs did not fit: they were cut, or not answered, which scores 0.", list(too_long.values())
     seen = {cell.task: cell.run.result for cell in comparison.cells if cell.run.result.examples_evaluated}
     if seen:
         yield (
