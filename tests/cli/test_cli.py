@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -335,7 +336,10 @@ def test_convert_goes_to_peft_and_back(run, tmp_path):
     from ptmoe.models.bases import load_base
 
     ptmoe.attach(load_base("nano")[0], ptmoe.PTConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "pt")
-    assert run("convert", tmp_path / "pt", tmp_path / "peft")[0] == 0
+    (tmp_path / "run").mkdir()
+    shutil.copytree(tmp_path / "pt", tmp_path / "run" / "adapter")
+    for source, target in (("pt", "peft"), ("run", "peft of the run")):
+        assert run("convert", tmp_path / source, tmp_path / target)[0] == 0
     assert run("convert", tmp_path / "peft", tmp_path / "back", "--model", "nano")[0] == 0
     first, back = (folder / "adapter_model.safetensors" for folder in (tmp_path / "pt", tmp_path / "back"))
     assert first.read_bytes() == back.read_bytes()

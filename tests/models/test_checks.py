@@ -5,6 +5,7 @@ import time
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -277,6 +278,16 @@ NOT_CAUSAL = {
     "OpenAIGPTLMHeadModel": ("OpenAIGPTConfig", "it does not generate from embeddings"),
     "CpmAntForCausalLM": ("CpmAntConfig", "is not a decoder that takes inputs_embeds"),
 }
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_base_with_an_adapter_of_peft_is_refused_until_it_is_merged(wrapped):
+    """It would be frozen in place, and be in no folder."""
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    with pytest.raises(PtmoeError, match=r"holds an adapter of peft.*merge_and_unload"):
+        ptmoe.attach(theirs if wrapped else theirs.get_base_model(), ptmoe.PTConfig(num_virtual_tokens=4))
+    assert any(parameter.requires_grad for parameter in theirs.parameters())
+    ptmoe.attach(theirs.merge_and_unload(), ptmoe.PTConfig(num_virtual_tokens=4))
 
 
 @pytest.mark.parametrize("name", NOT_CAUSAL)

@@ -210,11 +210,12 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a pt adapter to peft's PROMPT_TUNING, or back. The logits stay the same."""
-    from ptmoe.adapters.folder import CONFIG_FILE, read_config_file
+    from ptmoe.adapters.folder import CONFIG_FILE, local_folder, read_config_file
     from ptmoe.adapters.peft import from_peft, to_peft
     from ptmoe.models.bases import load_base, quiet
 
     check_name(target)
+    source = local_folder(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PtmoeError(f"{target} already exists: name a new or empty folder")
     if not (source / CONFIG_FILE).is_file():

@@ -141,7 +141,7 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
     for name, entry in zip(names, plan.methods, strict=True):
         fields = {key: value for key, value in entry.items() if key not in OWN_KEYS}
         if name == BASE:
-            choose(Variant(str(entry.get("label", BASE)), UntouchedConfig(**fields), None, None, 0), BASE)
+            choose(Variant(str(entry.get("label") or BASE), UntouchedConfig(**fields), None, None, 0), BASE)
             continue
         config_class = type(method_config({"name": name, **fields}))
         limits: list[int | None] = [*(budgets(entry["budget"]) if "budget" in entry else plan.budget)] or [None]
@@ -149,7 +149,7 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
             varied = dict(zip(plan.vary, values, strict=True))
             parts = [f"{key}={value}" for key, value in varied.items()]
             parts += [f"budget={budget}"] if len(limits) > 1 else []
-            label = " ".join([str(entry.get("label", name)), *parts])
+            label = " ".join([str(entry.get("label") or name), *parts])
             given = (varied.pop("learning_rate", None), entry.get("learning_rate"), rates.get(name))
             rate = _OwnRate(learning_rate=next((rate for rate in given if rate is not None), None)).learning_rate
             known_fields = config_class.model_fields | config_class.shorthands

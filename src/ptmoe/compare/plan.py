@@ -12,6 +12,7 @@ is six cells: two methods, their free sizes picked to fit the budget, one task, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -114,7 +115,7 @@ def parse_budget(text: str | int) -> int:
     found = re.fullmatch(r"((?:\d{1,3}(?:,\d{3})+|\d[\d_]*)(?:\.\d+)?)([kmb]?)", str(text).strip().lower())
     units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
     number = float(re.sub("[_,]", "", found[1])) * units[found[2]] if found else 0.0
-    if number < 1 or number != round(number):
+    if not 1 <= number < math.inf or number != round(number):
         raise PtmoeError(f"budget {text!r}: needs a whole number of parameters, such as 80k, 1.5M or 80000")
     return round(number)
 

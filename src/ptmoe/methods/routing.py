@@ -272,7 +272,8 @@ class RoutedEncoder(PromptEncoder):
             selective: as in `gate`.
             probationary: as in `gate`.
         """
-        if self.training and not self.has_callback and self.config.needs_callback:
+        watched = self.has_callback or not torch.is_grad_enabled()  # as in generation
+        if self.training and not watched and self.config.needs_callback:
             self.has_callback = True  # warn once
             warnings.warn(
                 "training without ptmoe.RoutingCallback: router_init, router_standardize and routing_anneal have no "

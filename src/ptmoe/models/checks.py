@@ -9,6 +9,7 @@ configuration, in half a dozen passes over a few tokens.
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from itertools import pairwise
 from os import PathLike
@@ -23,6 +24,7 @@ from ptmoe.methods.base import quantization_of
 from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import GREEDY
 from ptmoe.models.input_path import probe_ids, reason
+from ptmoe.models.wrapper import check_unchanged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,8 +40,8 @@ _checked: dict[str, bool] = {}  # `InputPath.left_padding` of bases that agree
 def check_decoder(base: PreTrainedModel) -> None:
     """
     Raises:
-        PtmoeError: what is no model of `transformers`, or is of a class that is no causal language model or takes no
-            embeddings.
+        PtmoeError: what is no model of `transformers`, is of a class that is no causal language model or takes no
+            embeddings, or holds an adapter, of another model or of `peft`.
     """
     name = type(base).__name__
     if isinstance(base, str | PathLike | tuple | list):
@@ -57,6 +59,17 @@ def check_decoder(base: PreTrainedModel) -> None:
         raise PtmoeError(
             f"{name} is not a decoder that predicts the next token: give a causal language model, loaded by "
             "AutoModelForCausalLM"
+        )
+    check_unchanged(base)
+    if "peft" not in sys.modules:  # importing it takes seconds, and who has such a base has done so
+        return
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in base.modules()):
+        raise PtmoeError(
+            f"{name} holds an adapter of peft, which would not be saved with ours: merge it into the base first, with "
+            "merge_and_unload of peft's model, or load the base again"
         )
     if not isinstance(getattr(base.get_input_embeddings(), "weight", None), Tensor):
         raise PtmoeError(f"{name} is not a decoder of text: its input embedding is not one matrix")

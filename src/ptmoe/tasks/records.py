@@ -377,6 +377,9 @@ def check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = ascii(text[error.start])[1:-1]
-        raise BadRecordError(f"not Unicode text: {half} is half of a character (a lone surrogate)") from None
+        half = text[error.start]
+        typed = ", or a byte that is not UTF-8" if "\udc80" <= half <= "\udcff" else ""  # as Python reads one
+        raise BadRecordError(
+            f"not Unicode text: {ascii(half)[1:-1]} is half of a character (a lone surrogate){typed}"
+        ) from None
     return text
