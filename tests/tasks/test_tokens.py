@@ -537,6 +537,19 @@ def test_a_template_that_strips_texts_is_named_once():
     ]
 
 
+@pytest.mark.parametrize("space", [" ", "\n\n"])
+@pytest.mark.parametrize("strip", ["", " | trim"])
+def test_a_context_that_begins_with_a_space_is_cut_in_every_template(space, strip):
+    tokenizer = load_tokenizer("nano")[0]
+    tokenizer.chat_template = PLAIN.replace("m.content", f"m.content{strip}")
+    passage = f"{space}the baker has a key"
+    item = example(f"{passage}\n\nQuestion: who?", " a", context=(0, len(passage)))
+    for options in ({}, {"chat": True}):
+        whole = encode_prompt(item, tokenizer, **options)
+        cut = encode_prompt(item, tokenizer, room=len(whole.ids) - 2, **options)
+        assert decoded(tokenizer, cut.ids) == decoded(tokenizer, whole.ids).replace("a key", "")
+
+
 @pytest.mark.parametrize("calls", ["adder", ["adder"], [{"function": "adder"}], {"function": {"name": 7}}, [[]], 3])
 def test_calls_of_any_form_are_no_traceback(calls):
     tokenizer = load_tokenizer("nano")[0]

@@ -95,10 +95,12 @@ def encode_prompt(
     ids = begin_of_text + ids
     if room is None or len(ids) <= room:
         return Prompt(ids)
-    start, end = example.context
+    _, end = example.context
+    passage = example.input[slice(*example.context)].lstrip()  # a template may strip the text
+    start = end - len(passage)
     if start == end:
         return None
-    shift = text.find(example.input[start:end]) - start
+    shift = text.find(passage) - start
     if shift + start < 0:
         return None  # the template rewrites the text
     if not tokenizer.is_fast:
