@@ -454,6 +454,12 @@ EXPRESSIONS = {  # gold: (right, wrong)
     r"\frac{\pi}{7}": (["pi/7", "π/7"], ["pi", "7", "1/7"]),
     r"4\sqrt{5}": (["4*sqrt(5)", "4 sqrt(5)"], ["4", "5", "sqrt(5)"]),
     r"\{3,8\}": ([r"\boxed{\{8, 3\}}"], ["3", "8", r"\boxed{\{3,5\}}"]),
+    r"0.5\sqrt{7}": (
+        [r"\boxed{.5\sqrt{7}}", r"The answer is $.5\sqrt7$.", r"\boxed{\frac{\sqrt7}{2}}"],
+        [r"\boxed{5\sqrt{7}}", "0.5"],
+    ),
+    r"7\sqrt{3}": ([r"\boxed{7\sqrt3}."], [r"\boxed{.7\sqrt{3}}", r"The answer is $.7\sqrt{3}$."]),
+    "x=8": ([r"\boxed{8}", "x = 8"], [r"\boxed{.8}", "The answer is $.8$."]),
 }
 
 

@@ -173,7 +173,7 @@ def _is_variable(run: re.Match[str]) -> bool:
 
 def equal(reference: str, answer: str) -> bool | None:
     """Whether an answer is the reference's expression; None if math-verify cannot read one of the two."""
-    reference, answer = reference.strip(" .$"), answer.strip(" .$")
+    reference, answer = (text.lstrip(" $").rstrip(" .$") for text in (reference, answer))  # the point of .5x stays
     if _compact(reference) == _compact(answer):
         return True
     return _equal(reference, answer)
