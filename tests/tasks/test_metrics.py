@@ -460,6 +460,14 @@ EXPRESSIONS = {  # gold: (right, wrong)
     ),
     r"7\sqrt{3}": ([r"\boxed{7\sqrt3}."], [r"\boxed{.7\sqrt{3}}", r"The answer is $.7\sqrt{3}$."]),
     "x=8": ([r"\boxed{8}", "x = 8"], [r"\boxed{.8}", "The answer is $.8$."]),
+    r"\frac{3 \pm \sqrt{5}}{2}": (
+        [
+            r"\boxed{\dfrac{3\pm\sqrt5}{2}}",
+            r"\boxed{x=\frac{3\pm\sqrt5}{2}}",
+            r"\boxed{\frac{3-\sqrt5}{2}, \frac{3+\sqrt5}{2}}",
+        ],
+        [r"\boxed{\frac{3+\sqrt5}{2}}", r"\boxed{\frac{3\pm\sqrt{3}}{2}}", "3", "2"],
+    ),
 }
 
 
@@ -484,6 +492,10 @@ def test_an_expression_is_met_by_an_equal_one_and_by_no_part_of_it(gold):
         (r"\boxed{x = 5}", "5", 1),
         (r"\boxed{5^2}", "25", 1),
         (r"\boxed{5^2}", "5", 0),
+        (r"\boxed{\pm 3}", "-3, 3", 1),
+        (r"The answer is $x = 1 \pm 2$.", "3,-1", 1),
+        (r"\boxed{\pm 3}", "3, 4", 0),
+        (r"\boxed{\pm 3}", "3", 0),
         (r"\boxed{\frac{\frac{1}{2}}{3}}", "1/6", 1),
         (r"\boxed{36\text{ cm}^2}", "36", 1),
         (r"\boxed{90^\circ}", "90", 1),

@@ -84,6 +84,7 @@ _UNICODE = (
 _PRODUCT = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,3}(?![A-Za-z])|(?<=\d)[A-Za-z](?![A-Za-z\d])")
 _SPACES = re.compile(r"\s+|\\[,;:! ]|\\(?:left|right|displaystyle)(?![A-Za-z])")
 _SHORT = re.compile(r"(?<=[_^])\{(\w|(?<=_\{)\d{1,3})\}")
+_EITHER_SIGN = re.compile(r"\\(?:pm|mp)(?![A-Za-z])|[±∓]")
 _LOCK = Lock()  # math-verify does not say that it may be used by several threads
 
 
@@ -203,6 +204,9 @@ def _parsed(text: str) -> Any:
     for sign, command in _UNICODE:
         text = sign.sub(command, text)
     text = _PRODUCT.sub(lambda run: "".join(map("{{{}}}".format, run[0])) if _is_variable(run) else run[0], text)
+    if len(_EITHER_SIGN.findall(text)) == 1:  # math-verify reads it between two terms, but in no fraction
+        left, equals, right = text.rpartition("=")
+        text = left + equals + ",".join(_EITHER_SIGN.sub(sign, right) for sign in "+-")
     if len(text) > LONGEST or _HEAVY.search(text) or math.prod(map(int, _POWER.findall(text))) > _MOST_DIGITS:
         return None
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no time-out

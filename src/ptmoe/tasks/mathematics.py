@@ -273,11 +273,10 @@ def _gold(reference: str) -> _Gold:
 def _satisfies(text: str, expression: str, prediction: str, gold: _Gold) -> bool:
     if gold.expression and any(equal(gold.expression, stated) for stated in _stated(prediction)):
         return True
+    if expression and (len(gold.numbers) == 1 or (gold.numbers and r"\pm" in expression)):
+        wanted = ",".join(rf"\frac{{{number.numerator}}}{{{number.denominator}}}" for number in gold.numbers)
+        return bool(equal(wanted, without_words(expression)))
     if len(gold.numbers) == 1:
-        if expression:
-            number = gold.numbers[0]
-            wanted = rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
-            return bool(equal(wanted, without_words(expression)))
         answer = _final(text)
         return _same_scaled(numbers_of(answer), _scale(answer), gold)
     if gold.numbers:
