@@ -942,6 +942,18 @@ def test_a_list_is_met_by_the_same_values_in_any_order_and_by_no_other(values, r
     judged(f"The answer is {equations}.", right=[gold], wrong=map(str, values))
 
 
+NUMBERS = st.integers(-99, 99) | st.fractions(-9, 9, max_denominator=9) | st.sampled_from((0.5, -2.5, 12.75))
+
+
+@settings(max_examples=100)
+@given(st.lists(NUMBERS, min_size=2, max_size=4, unique=True), st.randoms())
+def test_a_list_is_the_same_with_and_without_a_space_behind_its_commas(values, rng):
+    golds = [mark.join(map(str, values)) for mark in (",", ", ")]
+    for listed in (mark.join(map(str, rng.sample(values, len(values)))) for mark in (",", ", ", "; ")):
+        judged(boxed(listed), right=golds, wrong=map(str, values))
+        judged(boxed(f"{listed},100"), wrong=golds)
+
+
 @pytest.mark.parametrize(
     ("word", "power"), [("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12), ("hundred", 2), ("lakh", 5)]
 )

@@ -28,7 +28,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ptmoe.tasks.expressions import LONGEST, equal, has_arithmetic, is_expression, last_boxed, without_words
-from ptmoe.tasks.numerals import LONGEST_NUMBER, NUMBER, SCALES, STATES, UNIT, decimal, numbers_of, plain, value_of
+from ptmoe.tasks.numerals import LONGEST_NUMBER, NUMBER, SCALES, STATES, UNIT, numbers_of, plain, value_of
 
 # ---- mathematics: finding the answer ---------------------------------------------------------------------------------
 
@@ -311,12 +311,11 @@ def _stated(text: str) -> list[str]:
 def _every_number(text: str) -> tuple[Fraction, ...] | None:
     values = []
     for found in NUMBER.finditer(UNIT.sub("", text)):
-        if found["other"] and set(found["other"]) <= set("0123456789,") and len(found[0]) <= LONGEST_NUMBER:  # 11,12,13
-            first = decimal(found["number"])
-            values += [-first if "-" in found["sign"] else first, *map(decimal, found["other"][1:].split(","))]
-        elif (value := value_of(found)) is None:
-            return None
-        else:
+        first, comma, others = (found["other"] or "").partition(",")  # of 11,12,13 and 1/2,2.5
+        written = [f"{found['sign']}{found['number']}{first}", *others.split(",")]
+        for number in map(NUMBER.fullmatch, written) if comma and len(found[0]) <= LONGEST_NUMBER else [found]:
+            if number is None or (value := value_of(number)) is None:
+                return None
             values.append(value)
     return tuple(values)
 
