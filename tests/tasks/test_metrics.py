@@ -1234,6 +1234,7 @@ ASDIV = {  # gold: (right, wrong)
         ["Molly", "90", "Ted or Molly"],
     ),
     "Vendor 2": (["vendor 2.", "#### Vendor 2"], ["2", "Vendor 1", "Vendor", "Vendor -2"]),
+    "B,D": (["B, D", "b , d", r"\boxed{\text{B, D}}", r"\boxed{B, D}"], ["B", "D", "B, C", "BD"]),
     "Book store": (["the book store", "#### A book store."], ["Online", "book"]),
     "Richard's recipe": (["richard\u2019s recipe"], ["Anna's recipe"]),
     "They are equal": (

@@ -214,6 +214,7 @@ _RATIO = re.compile(
 )
 _RANGE = re.compile(r"\d{1,50}(?:-\d{1,50}){1,7}")  # pages 10-15, a score, a date: as a reference no subtraction
 _TIME = re.compile(r"(\d)\s{0,3}([ap])\.?\s?m\b\.?", re.IGNORECASE)
+_COMMA = re.compile(r"(?<!\d),|,(?!\d)")  # of A,B and no number
 _EDGES = string.punctuation + "“”‘’«»…"
 
 
@@ -356,7 +357,8 @@ def _terms(ratio: str) -> tuple[Fraction, ...]:
 
 def _words(text: str) -> tuple[str, ...]:
     words = []
-    for token in _TIME.sub(r"\1\2m", unicodedata.normalize("NFC", text).casefold()).split():
+    text = _COMMA.sub(" ", unicodedata.normalize("NFC", text).casefold())
+    for token in _TIME.sub(r"\1\2m", text).split():
         if word := token.strip(_EDGES):
             one = len(word) == 1 and word.isalpha()  # of a letter, x, the marks of -x, |x| and y' count as well
             sign = "-" if (word[0].isdigit() or one) and token.lstrip("($£€").startswith("-") else ""
