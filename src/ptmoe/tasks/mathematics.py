@@ -210,7 +210,8 @@ def _is_list(text: str) -> bool:
 
 _TOLERANCE = Fraction(1, 10**4)
 _RATIO = re.compile(
-    r"(?<![\w.:/])\d{1,50}(?:\.\d{1,50})?(?:(?:\s?[:/]\s?|\s(?:is\s)?to\s)\d{1,50}(?:\.\d{1,50})?){1,7}(?![\w:/]|\.\d)"
+    r"(?<![\w.:/-])(?<!\d[ ])"  # no part of -1/2 or 1 1/2
+    r"\d{1,50}(?:\.\d{1,50})?(?:(?:\s?[:/]\s?|\s(?:is\s)?to\s)\d{1,50}(?:\.\d{1,50})?){1,7}(?![\w:/]|\.\d)"
 )
 _RANGE = re.compile(r"\d{1,50}(?:-\d{1,50}){1,7}")  # pages 10-15, a score, a date: as a reference no subtraction
 _TIME = re.compile(r"(\d)\s{0,3}([ap])\.?\s?m\b\.?", re.IGNORECASE)
