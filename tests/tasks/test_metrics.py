@@ -344,6 +344,16 @@ def test_a_number_is_read_in_less_common_forms(prediction, gold):
     assert accuracy(prediction, gold) == 1.0
 
 
+@pytest.mark.parametrize("judged_so", ["correct", "indeed correct", "verified", "consistent with the above", "helpful"])
+def test_what_is_said_of_an_answer_is_no_answer(judged_so):
+    for stated in ("The answer is {}.", r"Hence \boxed{{{}}}.", "Answer: {}\n", "So it is {}."):
+        for behind in ("\n\nCheck: 6 * 7 = 42, so the answer is {}.", " I hope this answer is {}!"):
+            assert accuracy(stated.format(42) + behind.format(judged_so), "42") == 1.0
+            assert accuracy(stated.format(41) + behind.format(judged_so), "7") == 0.0
+    assert accuracy(rf"\boxed{{3\pi}}. The answer is {judged_so}.", r"3\pi") == 1.0
+    assert accuracy(f"The answer is Ted. The answer is {judged_so}.", "Ted") == 1.0
+
+
 def test_any_of_several_references_may_match():
     assert accuracy("7", "5", "7") == 1.0
     assert accuracy("6", "5", "7") == 0.0

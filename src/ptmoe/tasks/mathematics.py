@@ -33,8 +33,12 @@ from ptmoe.tasks.numerals import LONGEST_NUMBER, NUMBER, SCALES, STATES, UNIT, n
 # ---- mathematics: finding the answer ---------------------------------------------------------------------------------
 
 _HASHES = re.compile(r"####(?=[\W_]{0,12}(?:boxed[\W_]{0,4}|[Rr]s\.? ?)?\d)")
+_JUDGES = (  # `the answer is correct` states none
+    r"\s[*_]{0,3}(?:also\s|indeed\s)?(?:(?:in)?correct|right|wrong|valid|verified|confirmed|consistent|reasonable|helpful|clear"
+    r"|rounded\sto\sthe\snearest)\b"
+)
 _LABEL = re.compile(
-    r"[Aa](?:(?<![^\W_][Aa])(?i:nswers?)\b[ \t*_]{0,4}(?::|=|(?P<says>(?i:is|are|was|would be)\b))"
+    rf"[Aa](?:(?<![^\W_][Aa])(?i:nswers?)\b[ \t*_]{{0,4}}(?::|=|(?P<says>(?i:is|are|was|would be)\b)(?!{_JUDGES}))"
     r"|(?<=A)(?<![^\n]A)[ \t*_]{0,4}:)"
 )
 _SENTENCE_END = re.compile(r"(?<![Rr]s)[.!?](?=\s|$)|[。！？]")
@@ -83,8 +87,8 @@ def extract_answer(completion: str) -> str:
     r"""The final answer in a completion, `""` in an empty one. Of these, the first that applies:
 
     1. what follows the first `####` before a number, GSM8K's marker;
-    2. what follows the last `A:` at the start of a line, `Answer:` or `answer is`, or the last `\boxed{}`, if that is
-       later;
+    2. what follows the last `A:` at the start of a line, `Answer:` or `answer is` (but not `answer is correct`), or the
+       last `\boxed{}`, if that is later;
     3. what follows the first `####`;
     4. the last number; without one, the last line.
 
