@@ -208,6 +208,19 @@ def test_the_examples_hold_what_their_records_say(tmp_path):
     assert made["squad"][1].input[slice(*made["squad"][1].answer)] == "big"
 
 
+@pytest.mark.parametrize("listed", ["{}", "['{}']"])
+@pytest.mark.parametrize(
+    "last", ["3 !", "( 1 / 2 )", "2 ( x + 1 )", "| x |", "12.5 %", "8 $", "16 , 20", "none of these"]
+)
+def test_an_option_of_mathqa_is_read_to_its_last_sign(last, listed, tmp_path):
+    values = [last, "24", last]
+    between = "', '" if "'" in listed else " , "
+    options = listed.format(between.join(f"{letter} ) {value}" for letter, value in zip("abc", values, strict=True)))
+    records = ({"Problem": f"{letter} ?", "options": options, "correct": letter} for letter in "abc")
+    found = load_task("math_problems", "test", lines(tmp_path / "p.jsonl", *records))
+    assert [example.references[0] for example in found] == values
+
+
 def test_the_first_500_of_math_problems_are_its_test(tmp_path):
     path = lines(tmp_path / "p.jsonl", *({"question": f"{n}?", "answer": f"{n}"} for n in range(900)))
     assert [example.references[0] for example in load_task("math_problems", "test", path)] == [

@@ -21,7 +21,7 @@ from ptmoe.tasks.prompts import WordProblems, word_problem
 from ptmoe.tasks.records import name_of, text_of
 
 FIRST = 500
-_OPTION = re.compile(r"\b([a-e]) \) *(.*?)(?=\W*\b[a-e] \) |\W*$)", re.DOTALL)
+_OPTION = re.compile(r"\b([a-e]) \) *(.*?)(?=[\s,.'\"\]]*(?:\b[a-e] \) |$))", re.DOTALL)
 
 
 def example(record: dict[str, Any], origin: Origin) -> Example:
