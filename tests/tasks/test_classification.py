@@ -282,6 +282,9 @@ def test_other_forms_in_circulation_give_the_same_examples(tmp_path):
     examples = load_task("trec", "test", numbered)
     assert [e.references[0] for e in examples] == ["number", "location", "description"]
     assert [e.input for e in examples[:2]] == [f"{text}\n=>" for text in ORIGINALS["trec"][2]]
+    for encoding in ("utf-8", "utf-8-sig"):  # as an editor saves the copy
+        numbered.write_text(numbered.read_bytes().decode("latin-1" if encoding == "utf-8" else "utf-8"), encoding)
+        assert load_task("trec", "test", numbered) == examples
     listed = tmp_path / "agnews" / "test.json"
     listed.parent.mkdir()
     names = {"science": "Science or Technology", "world": "World"}

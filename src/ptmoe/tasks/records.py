@@ -290,10 +290,14 @@ def csv_rows(path: Path, problems: Problems, *, columns: Sequence[str] = (), tab
 
 
 def text_lines(path: Path, problems: Problems, *, encoding: str) -> Iterator[Record]:
-    """Each line that is not empty, as `{"line": …}`."""
+    """Each line that is not empty, as `{"line": …}`: of the data set's own encoding, or of a copy in UTF-8."""
     with _reading(path, problems) as reading:
         for line in reading:
-            if text := line.decode(encoding).strip():
+            try:
+                text = line.decode("utf-8-sig").strip()
+            except UnicodeDecodeError:
+                text = line.decode(encoding).strip()
+            if text:
                 yield reading.place, {"line": text}
 
 
