@@ -330,6 +330,8 @@ def test_damage_in_every_other_format_is_named_by_file_and_line(tmp_path):
     refused("mawps csv", without(b"56.0 9.0", b"56.0"), "{path}:2: number1 has no number: Numbers holds 1", 1)
     refused("mawps csv", without(b'"[1]",x,y', b'"[1]",x'), "{path}:3: 6 fields, the header has 7", 1)
     refused("mawps csv", without(b'"[1]",x', b'"[1"x",x'), "{path}:3: not CSV", 1)
+    opened = without(b'13]",x', b'13]","x')  # a quotation that takes in the next row
+    refused("mawps csv", opened, "{path}:2: not CSV (',' expected after '\"'): all from here to line 3 is lost", 0)
     refused("mawps json", without(b'"lSolutions": [43.0]', b'"lSolutions": []'), "{path}:1: 'lSolutions' needs", 1)
     refused("mathqa", without(b'"correct": "b"', b'"correct": "z"'), "{path}:1: the correct option 'z' is not among", 1)
     refused("boxed", without(b"boxed{7}", b"box{7}"), "{path}:2: the solution has no \\boxed", 1)

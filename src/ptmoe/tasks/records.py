@@ -274,7 +274,8 @@ def csv_rows(path: Path, problems: Problems, *, columns: Sequence[str] = (), tab
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                problems.add(place, f"not CSV ({error})")
+                lost = f": all from here to line {rows.line_num} is lost" if rows.line_num > reading.line else ""
+                problems.add(place, f"not CSV ({error}){lost}")
                 row = []
             if row is None:
                 return
