@@ -116,7 +116,7 @@ def evaluate(
     together: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Answers to `examples`, graded as the task's own evaluator grades.
+    """Answers to `examples`, graded as the task says.
 
     Args:
         model: with its active adapter.

@@ -22,7 +22,7 @@ def score(
     *,
     missing_as_wrong: bool = False,
 ) -> dict[str, float]:
-    """Grade predictions as the data set's own evaluator does, in percent.
+    """Grade predictions as the task says, in percent.
 
     Args:
         name: a task, as for `load_task`.
