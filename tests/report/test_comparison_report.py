@@ -560,6 +560,11 @@ UNLIKE = {  # what of one cell is otherwise: its file, the values, and what the 
         {"data": "other"},
         "The first that differ: nano/mixed: pt on nano/mixed, seed 0; pt on nano/mixed, seed 1.",
     ),
+    "Cells ran on different bases.": (
+        "environment.json",
+        {"base": "other"},
+        "The first that differ: base on nano/mixed, seed 0; pt on nano/mixed, seed 1.",
+    ),
     "Cells ran with different versions.": (
         "environment.json",
         {"versions": {"python": "3.11.7", "torch": "2.99.1", "peft": "0.99"}},

@@ -41,6 +41,7 @@ ALL_ON_SECOND = [[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.1, 0.9, 0.0, 0.0
 ENVIRONMENT = Environment(
     versions={"python": "3.11.7", "torch": "2.99.1", "peft": None},
     commit="c0ffee1234",
+    base="same",
     seed=0,
     hardware={"processor": "Abacus 9000", "cores": 2, "accelerator": None},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -64,6 +65,11 @@ class BaseIdentity:
     def of(cls, embedding: Tensor, name_or_path: str | None = None, revision: str | None = None) -> BaseIdentity:
         """The identity of the base with this `(V, H)` input embedding."""
         return cls(name_or_path, revision, embedding.shape[1], fingerprint(embedding))
+
+    @property
+    def mark(self) -> str:
+        """16 hexadecimal digits, the same for the same fingerprint."""
+        return hashlib.sha256(repr(self.fingerprint or {}).encode()).hexdigest()[:16]
 
     def check(self, embedding: Tensor, adapter: object, name_or_path: str | None) -> None:
         """

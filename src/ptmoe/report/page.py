@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from ptmoe.files import write_whole
-from ptmoe.report.comparison import AVERAGE, Comparison, counted_states, incomparable, read_comparison, single_run
+from ptmoe.report.comparability import incomparable
+from ptmoe.report.comparison import AVERAGE, Comparison, counted_states, read_comparison, single_run
 from ptmoe.report.costs import rate_warnings
 from ptmoe.report.figures import styles
 from ptmoe.report.gallery import Gallery, Section

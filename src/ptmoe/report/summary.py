@@ -13,13 +13,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ptmoe.report.comparability import incomparable
 from ptmoe.report.comparison import (
     ALL,
     AVERAGE,
     MEAN,
     Comparison,
     counted_states,
-    incomparable,
     read_comparison,
 )
 from ptmoe.report.results import Board, Score, boards, part_scores

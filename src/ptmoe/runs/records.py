@@ -98,12 +98,8 @@ def append_line(path: Path, record: Record) -> None:
 
 
 class Change(Record):
-    """What a resumed run does otherwise than before, by force or because it runs elsewhere.
-
-    Attributes:
-        step: the optimizer steps that had been done.
-        differences: by name, the value before and the value since.
-    """
+    """What a resumed run does otherwise than before, by force or because it runs elsewhere: from `step` on, each of
+    its `differences` by name, the value before and the value since."""
 
     step: int
     differences: dict[str, tuple[Any, Any]]
@@ -114,6 +110,7 @@ class Environment(Record):
 
     Attributes:
         fast_paths: by the name of each of `ptmoe.fast`'s paths, None where it was used, otherwise why it was not.
+        base: a fingerprint of its embedding before any training; None in runs of earlier versions.
         data: a fingerprint of the tokens that the run was trained on; None where nothing was trained.
         options: that its checkpoints were made with, as in config.yaml.
         changes: of a run that was resumed, in order.
@@ -124,6 +121,7 @@ class Environment(Record):
     seed: int | None = None
     hardware: dict[str, Any]
     fast_paths: dict[str, str | None] | None = None
+    base: str | None = None
     data: str | None = None
     options: dict[str, Any] | None = None
     changes: list[Change] = []

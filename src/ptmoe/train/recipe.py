@@ -192,8 +192,8 @@ def _train(
     if first:
         step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         change = Change(step=step, differences=different)
-        begin = partial(record_start, folder, options, fast_paths, change, data=data, failure=compile_failure, say=say)
-        trainer.add_callback(OnBegin(begin))
+        begin = partial(record_start, folder, options, fast_paths, change, base=model.identity.mark, data=data)
+        trainer.add_callback(OnBegin(partial(begin, failure=compile_failure, say=say)))
     base_losses: list[float] = []
     if texts and config.trains_base and checkpoint is None:
         trainer.add_callback(OnBegin(lambda: base_losses.append(text_loss(model, texts))))
@@ -242,7 +242,7 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     held_out = askable(held_out, tokenizer, options, chat, say)
     model.to(PartialState().device)  # where a trainer would put it
     options = options.replace(method={"name": BASE}, chat=chat, revision=model.identity.revision or options.revision)
-    record_start(folder, options, model.fast_paths())
+    record_start(folder, options, model.fast_paths(), base=model.identity.mark)
     result = Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0)
     _finish(folder, result, model, tokenizer, held_out, options)
 

@@ -7,7 +7,6 @@ differs is taken as it is given, and both values are recorded with the step.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +133,7 @@ def record_start(
     fast_paths: dict[str, str | None],
     change: Change | None = None,
     *,
+    base: str,
     data: str | None = None,
     failure: str | None = None,
     say: Callable[[str], None] = print,
@@ -145,6 +145,7 @@ def record_start(
         options: resolved.
         fast_paths: as `PromptedCausalLM.fast_paths` says.
         change: the step from which the run goes on, 0 for the first, and what is done otherwise from there by force.
+        base: the mark of its base (`BaseIdentity.mark`).
         data: the fingerprint of its data; None where nothing is trained.
         failure: why layers that were to be compiled are not.
         say: gets a line where the run goes on elsewhere than where it began.
@@ -162,8 +163,8 @@ def record_start(
         if differences := change.differences | elsewhere:
             changes = [*changes, Change(step=change.step, differences=differences)]
     options.write(folder / CONFIG_FILE)
-    recorded = {"data": data, "options": options.model_dump(exclude=options.unwritten), "changes": changes}
-    here.model_copy(update=recorded).write(known)
+    written = options.model_dump(exclude=options.unwritten)
+    here.model_copy(update={"base": base, "data": data, "options": written, "changes": changes}).write(known)
 
 
 def check_data(
@@ -212,7 +213,7 @@ def check_base(checkpoint: Path, model: PromptedCausalLM, force: bool = False) -
     """
     from ptmoe.adapters.folder import CONFIG_FILE as ADAPTER_CONFIG
     from ptmoe.adapters.folder import read_adapter
-    from ptmoe.adapters.identity import fingerprint
+    from ptmoe.adapters.identity import BaseIdentity
 
     if not (checkpoint / ADAPTER_CONFIG).exists():  # sharded training keeps files of its own
         return {}
@@ -222,9 +223,7 @@ def check_base(checkpoint: Path, model: PromptedCausalLM, force: bool = False) -
     except PtmoeError as error:
         if not force or embedding.shape[1] != saved.hidden_size:
             raise PtmoeError(f"{error}, or {FORCE}" if embedding.shape[1] == saved.hidden_size else error) from None
-        marks = (saved.fingerprint or {}, fingerprint(embedding))
-        first, second = (hashlib.sha256(repr(mark).encode()).hexdigest()[:16] for mark in marks)
-        return {"fingerprint of the base": (first, second)}
+        return {"fingerprint of the base": (saved.mark, BaseIdentity.of(embedding).mark)}
     return {}
 
 

@@ -1,0 +1,55 @@
+"""What makes the cells of a comparison incomparable, or their scores too good or too low."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ptmoe.report.comparison import Comparison
+
+EVALUATED = "Cells were evaluated on different data."
+TRAINED = "Cells were trained on different data."
+BASES = "Cells ran on different bases."
+VERSIONS = "Cells ran with different versions."
+
+
+def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
+    """Headings, and lines under each."""
+    found: dict[tuple[str, str, str], dict[Any, str]] = {}  # by heading, task and label, each value's first cell
+    too_long: dict[tuple[str, str], str] = {}
+    for cell in comparison.cells:
+        environment, result = cell.run.environment, cell.run.result
+        data = [(EVALUATED, task, cell.run.evaluations[task].settings.get("data")) for task in cell.eval_tasks]
+        short = {(EVALUATED, task): one.cut or one.unanswered for task, one in cell.run.evaluations.items()}
+        if cell.trainable_parameters:
+            data.append((TRAINED, cell.task, environment.data))
+            short[TRAINED, cell.task] = result.examples_cut or result.examples_left_out
+        data.append((VERSIONS, "", (environment.commit, *sorted(environment.versions.items()))))
+        if environment.base is not None:
+            data.append((BASES, "", environment.base))
+        for heading, task, value in data:
+            # Each method has room for inputs of another length: where some are too long, only its own cells are alike.
+            for label in (cell.label,) if short.get((heading, task)) else ("", cell.label):
+                name = f"{cell.label} on {cell.task}, seed {cell.seed}"
+                found.setdefault((heading, task, label), {}).setdefault(value, name)
+        for task in cell.eval_tasks:
+            one = cell.run.evaluations[task]
+            if short[EVALUATED, task]:
+                counts = f"{one.cut:,} cut and {one.unanswered:,} not answered of {one.examples:,}"
+                too_long.setdefault((cell.label, task), f"{cell.label} on {task}: {counts}.")
+    for heading in (EVALUATED, TRAINED, BASES, VERSIONS):
+        unlike: dict[str, str] = {}
+        for (of, task, _), names in found.items():
+            if of == heading and len(names) > 1:
+                unlike.setdefault(task, "; ".join(names.values()))
+        if unlike:
+            lines = (f"{task}: {names}".removeprefix(": ") for task, names in unlike.items())
+            yield heading, [f"The first that differ: {line}." for line in lines]
+    if too_long:
+        yield "Inputs did not fit: they were cut, or not answered, which scores 0.", list(too_long.values())
+    seen = {cell.task: cell.run.result for cell in comparison.cells if cell.run.result.examples_evaluated}
+    if seen:
+        yield (
+            "Training examples are evaluated as well.",
+            [f"{task}: {one.examples_evaluated:,} of {one.examples:,}." for task, one in seen.items()],
+        )
