@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
 import ptmoe
+from ptmoe.adapters.identity import BaseIdentity
 from ptmoe.models.bases import load_base
 from ptmoe.tasks import load_task
 from ptmoe.tasks.tokens import encode_completion, encode_prompt
@@ -65,6 +66,12 @@ def test_a_run_folder_holds_what_the_design_says(trained):
         json.loads((trained.folder / "result.json").read_text())["trainable_parameters"]
         == 6 * 4 * 3 + 4 * 192 + 3 * 193
     )
+
+
+def test_the_environment_records_the_base_by_its_embedding(trained):
+    embedding = load_base("nano")[0].get_input_embeddings().weight
+    recorded = json.loads((trained.folder / "environment.json").read_text())["base"]
+    assert recorded == BaseIdentity.of(embedding).mark != BaseIdentity.of(2 * embedding).mark
 
 
 @pytest.mark.slow
