@@ -13,7 +13,7 @@ from transformers import (
 
 import ptmoe
 from ptmoe.methods.pt_moe import PTMoE
-from ptmoe.methods.routing import ROUTER_RATE, SPREAD, Router
+from ptmoe.methods.routing import CONFIDENCE_PACE, ROUTER_RATE, SPREAD, Router
 from ptmoe.train import routing
 from ptmoe.train.data import collate
 from ptmoe.train.routing import RoutingCallback, prompt_gradients, start_router
@@ -503,6 +503,24 @@ def test_the_gate_hardens_when_the_routing_has_settled_and_at_the_latest_in_time
     for seen in (settled, unsettled):
         assert seen == sorted(seen)
         assert seen[-1] == pytest.approx(1.0)
+
+
+def test_the_routing_settles_at_the_pace_of_steps_however_their_batches_are_accumulated(tmp_path):
+    confidences = {}
+    for size in (8, 2):
+        run = trainer(tmp_path, steps=4, router_noise=0.0)
+        run.args.per_device_train_batch_size, run.args.gradient_accumulation_steps = size, 8 // size
+        seen = confidences[size] = []
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, model, seen=seen, **_):
+                seen.append(float(model.encoder.confidence))
+
+        run.add_callback(Watch())
+        run.train()
+    assert len(confidences[2]) == 4
+    assert confidences[2] == pytest.approx(confidences[8], rel=0.05)
+    assert 0 < confidences[2][0] <= CONFIDENCE_PACE  # one step from zero
 
 
 def test_training_without_the_callback_says_so_once():

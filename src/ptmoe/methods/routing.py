@@ -169,12 +169,13 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def observe(self, probabilities: Tensor) -> Tensor:
-        """Count a batch `(B, N)` without waiting for the device; returns the mean of its largest probabilities."""
+        """Count a batch `(B, N)` without waiting for the device; returns the sum of its largest probabilities."""
         largest, expert = probabilities.max(1)
         self.inputs += len(probabilities)
         self.chosen = self.chosen + nn.functional.one_hot(expert, probabilities.shape[1]).sum(0)
-        self.confidence = self.confidence + largest.sum()
-        return largest.mean()
+        total = largest.sum()
+        self.confidence = self.confidence + total
+        return total
 
     def read(self) -> dict[str, float | list[float]]:
         """`expert_use` (each expert's share of the inputs) and `routing_confidence` (mean of the largest probability),
@@ -246,6 +247,7 @@ class RoutedEncoder(PromptEncoder):
         alone: whether one expert trains alone, because the router sends all inputs to it.
         hardness: of the gate in training, from 0 (soft) to 1 (the chosen gate).
         confidence: running mean of the largest probability over training steps.
+        of_step: sum of the largest probabilities, and the rows, since the last training step.
         has_callback: whether a `RoutingCallback` trains the router.
         trained: whether the router has been trained or loaded: it is then neither started nor softened again.
     """
@@ -258,6 +260,7 @@ class RoutedEncoder(PromptEncoder):
         self.together = self.alone = False
         self.hardness = 1.0
         self.confidence: Tensor | float = 0.0
+        self.of_step: tuple[Tensor | float, int] = 0.0, 0
         self.statistics = RoutingStatistics()
         self.has_callback = self.trained = False
 
@@ -283,8 +286,8 @@ class RoutedEncoder(PromptEncoder):
         probabilities = self.router(mean_input(input_embeds, input_mask), self.config.router_noise).softmax(1)
         hardness = self.hardness if self.training else 1.0
         if self.training:
-            confidence = self.statistics.observe(probabilities)
-            self.confidence = self.confidence + CONFIDENCE_PACE * (confidence - self.confidence)
+            total, rows = self.of_step
+            self.of_step = total + self.statistics.observe(probabilities), rows + len(probabilities)
         chosen = gate(probabilities, selective=selective, probationary=probationary, hardness=hardness)
         if self.training and self.together:
             chosen = 0 * probabilities + 1 / probabilities.shape[1]  # every parameter keeps a gradient
@@ -296,6 +299,11 @@ class RoutedEncoder(PromptEncoder):
     def tensors(self) -> dict[str, Tensor]:
         state = {name: value for name, value in self.state_dict().items() if name not in TRAINING_STATE}
         return state | dict(zip(("router.weight", "router.bias"), self.router.published(), strict=False))
+
+    def end_step(self, total: Tensor, rows: Tensor) -> None:
+        """Add a step's mean to the confidence; `total` and `rows` are `of_step`, over all processes."""
+        self.confidence = self.confidence + CONFIDENCE_PACE * (total / rows.clamp(min=1) - self.confidence)
+        self.of_step = 0.0, 0
 
     def finish_training(self) -> None:
         """From the coordinates and the soft gate of training to the published form."""

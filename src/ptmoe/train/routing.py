@@ -168,15 +168,20 @@ class RoutingCallback(TrainerCallback):
             encoder.together, encoder.confidence = False, 0.0
             self._start(args, state, model, train_dataloader)
         if encoder.config.routing_anneal and not encoder.together:
-            if args.world_size > 1:  # all harden at the same step, whatever rows each has seen
-                confidence = torch.as_tensor(encoder.confidence, dtype=torch.float, device=args.device)
-                torch.distributed.all_reduce(confidence)
-                encoder.confidence = confidence / args.world_size
             steps = state.max_steps - split
             progress = (state.global_step - split) / steps
             settled = progress >= EARLIEST and float(encoder.confidence) >= SETTLED
             if encoder.hardness > 0 or settled or progress >= LATEST:
                 encoder.hardness = min(1.0, encoder.hardness + 1 / (HARDENING * steps))
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, model: PromptedCausalLM, **_: Any) -> None:
+        encoder = model.encoder
+        if isinstance(encoder, RoutedEncoder) and encoder.config.routing_anneal:
+            parts = [torch.as_tensor(part, dtype=torch.float, device=args.device) for part in encoder.of_step]
+            of_step = torch.stack(parts)
+            if args.world_size > 1:  # all harden at the same step, whatever rows each has seen
+                torch.distributed.all_reduce(of_step)
+            encoder.end_step(*of_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: PromptedCausalLM, **_: Any) -> None:
         if isinstance(model.encoder, RoutedEncoder):
