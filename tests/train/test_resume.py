@@ -145,6 +145,15 @@ def test_every_option_that_was_edited_in_the_config_is_refused_and_named(stopped
     assert (taken.save_steps, taken.logging_steps, taken.eval_examples, differing) == (7, 3, 5, {})
 
 
+def test_the_command_of_a_run_resumes_it_in_whatever_order_it_names_modules(stopped, tmp_path):
+    method = {"name": "lora", "target_modules": ["v_proj", "k_proj", "v_proj"]}
+    source, folder = str(stopped / "data.jsonl"), str(tmp_path / "run")
+    options = TrainOptions(data=source, output_dir=folder, method=method, max_steps=1)
+    for resume in (False, True):
+        assert train(options, resume=resume, say=lambda _: None).result.steps == 1
+    assert recorded(tmp_path / "run").method["target_modules"] == ["k_proj", "v_proj"]
+
+
 @pytest.mark.ci
 def test_an_edited_config_is_left_as_it_is_or_by_force_trained_with_and_recorded(stopped, run_folder):
     options = TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run_folder))

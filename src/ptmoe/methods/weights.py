@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
@@ -34,6 +35,12 @@ class TargetedConfig(WeightConfig):
     """
 
     target_modules: list[str] | None = None
+
+    @field_validator("target_modules")
+    @classmethod
+    def _in_one_order(cls, names: list[str] | None) -> list[str] | None:
+        """That of a saved config, so that the command of a run is the one that resumes it."""
+        return None if names is None else sorted(set(names))
 
     def target_names(self, base: PreTrainedModel) -> list[str]:
         """The module names to change in this base.
