@@ -560,6 +560,18 @@ def test_a_trained_router_that_is_trained_further_goes_on_from_where_it_is(tmp_p
     torch.testing.assert_close(loaded.eval().route(ids).probabilities, before, atol=1e-4, rtol=1e-3)
 
 
+def test_a_trained_router_that_is_trained_further_is_not_parted_again_where_that_is_resumed(tmp_path):
+    run = trainer(tmp_path, steps=4, split_after=0.5)
+    run.train()
+    begin = RoutingCallback().on_train_begin
+    begin(run.args, TrainerState(max_steps=4), TrainerControl(), run.model, run.get_train_dataloader())
+    saved = run.model.encoder.training_state()
+    other = trainer(tmp_path, steps=4, split_after=0.5)
+    other.model.encoder.load_training_state(saved)
+    begin(run.args, TrainerState(global_step=1, max_steps=4), TrainerControl(), other.model)
+    assert not other.model.encoder.together
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(rows())

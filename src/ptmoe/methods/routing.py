@@ -29,7 +29,7 @@ ROUTER_RATE = 5.76
 CERTAIN = 1000.0  # a logit so large that the other experts' probability is 0 in any floating type, whatever the noise
 CONFIDENCE_PACE = 0.05  # of the running mean of the largest probability, per training step
 # What `state_dict()` holds while training lasts, beside the tensors of the published form.
-PROGRESS = ("hardness", "confidence")
+PROGRESS = ("hardness", "confidence", "together")
 TRAINING_STATE = (*PROGRESS, "router.mean", "router.scale", "router.pace")
 
 
@@ -327,12 +327,14 @@ class RoutedEncoder(PromptEncoder):
 
     def _progress(self) -> dict[str, Tensor]:
         hardness = torch.tensor(self.hardness, dtype=torch.float64)
-        return dict(zip(PROGRESS, (hardness, torch.as_tensor(self.confidence)), strict=True))
+        values = hardness, torch.as_tensor(self.confidence), torch.tensor(self.together)
+        return dict(zip(PROGRESS, values, strict=True))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Any trainer's checkpoint is this: it has to hold what training has decided so far."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.config.routing_anneal and (self.hardness != 1.0 or isinstance(self.confidence, Tensor)):
+        annealing = self.config.routing_anneal and (self.hardness != 1.0 or isinstance(self.confidence, Tensor))
+        if annealing or self.together:
             destination.update({f"{prefix}{name}": value for name, value in self._progress().items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -340,4 +342,5 @@ class RoutedEncoder(PromptEncoder):
             self.hardness = float(hardness)
         if (confidence := state_dict.pop(f"{prefix}confidence", None)) is not None:
             self.confidence = confidence.to(self.router.weight.device, copy=True)
+        self.together = bool(state_dict.pop(f"{prefix}together", False))
         super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -79,7 +79,8 @@ class RoutingCallback(TrainerCallback):
         config, split = encoder.config, split_step(encoder.config, state)
         further = encoder.trained and state.global_step == 0  # and not resumed
         encoder.alone = encoder.router.is_constant  # of a run that goes on; a new one's is random
-        encoder.together = not further and split > 0 and state.global_step <= split
+        if state.global_step == 0:
+            encoder.together = not further and split > 0
         if state.global_step > 0:  # resumed: the checkpoint has all of it
             if config.router_standardize and encoder.router.mean is None:
                 raise PtmoeError(
