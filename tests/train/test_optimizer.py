@@ -113,6 +113,11 @@ REFUSED = {
     "a number that the default cannot use": ({"trainer": {"adam_beta1": 2.0}}, "refuses .*Invalid beta parameter"),
     "a schedule that lacks a number": ({"lr_scheduler_type": "cosine_with_min_lr"}, "refuses .*min_lr_rate should be"),
     "a schedule with one too many": ({"trainer": {"lr_scheduler_kwargs": {"x": 1}}}, "refuses .*unexpected .*'x'"),
+    "a schedule by evaluations": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "a run evaluates after it"),
+    "two precisions": ({"bf16": True, "fp16": True}, "bf16=True, fp16=True: give one of the two"),
+    "an unknown logger": ({"report_to": "nologger"}, "report_to='nologger': nologger is not supported"),
+    "a logger whose package is missing": ({"report_to": "wandb"}, "report_to='wandb': .*requires wandb"),
+    "kernels for bases alone": ({"trainer": {"use_liger_kernel": True}}, "use_liger_kernel has no effect"),
     "one among the trainer's": ({"trainer": {"optim": "sgd"}}, "'optim' is an option of the run itself"),
 }
 
@@ -121,6 +126,7 @@ REFUSED = {
 def test_what_cannot_be_used_is_refused_before_the_base_is_loaded(case, tmp_path, monkeypatch):
     changes, message = REFUSED[case]
     monkeypatch.setattr(transformers.trainer_optimizer, "is_galore_torch_available", lambda: False)
+    monkeypatch.setattr(transformers.integrations.integration_utils, "is_wandb_available", lambda: False)
     monkeypatch.setattr("ptmoe.train.recipe.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(PtmoeError, match=message):
         quiet(options(tmp_path / "run", **changes))

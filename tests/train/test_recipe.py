@@ -250,7 +250,6 @@ UNFIT = {
     "no steps": ({"max_steps": 0}, "max_steps=0"),
     "a negative rate": ({"learning_rate": -1.0}, "learning_rate=-1.0"),
     "an unknown scheduler": ({"lr_scheduler_type": "linaer"}, "transformers refuses these options: .*linaer"),
-    "a logger that is not there": ({"report_to": "nologger"}, "transformers refuses these options: .*nologger"),
     "a trainer argument of another type": (
         {"trainer": {"data_seed": "7"}},
         r"trainer: data_seed='7': needs int \| None",

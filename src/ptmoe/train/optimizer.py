@@ -70,6 +70,11 @@ def check_optimizer(options: TrainOptions, config: MethodConfig) -> None:
     except Exception as error:  # whatever these packages raise
         what = refused if options.optim is None else f"optim={options.optim!r} cannot be used:"
         raise PtmoeError(f"{what} {' '.join(str(error).split())}") from None
+    if options.lr_scheduler_type == "reduce_lr_on_plateau":
+        raise PtmoeError(
+            "lr_scheduler_type='reduce_lr_on_plateau' follows an evaluation during training, and a run evaluates after "
+            "it: take another"
+        )
     try:
         get_scheduler(options.lr_scheduler_type, optimizer, 1, 1_000_000, scheduler_specific_kwargs=scheduled)
     except (ValueError, TypeError) as error:

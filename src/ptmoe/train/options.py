@@ -249,6 +249,12 @@ class TrainOptions(SharedOptions):
         return self
 
     @model_validator(mode="after")
+    def _one_precision(self) -> Self:
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16=True, fp16=True: give one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _arguments_of_an_optimizer(self) -> Self:
         for name in ("optim_args", "optim_target_modules"):
             if self.optim is None and (value := getattr(self, name)) is not None:
@@ -314,8 +320,10 @@ def method_config(method: dict[str, Any]) -> Any:
 def check_trainer_arguments(options: TrainOptions) -> None:
     """
     Raises:
-        PtmoeError: `trainer` holds what `transformers.TrainingArguments` does not have, or what a run cannot follow.
+        PtmoeError: `trainer` holds what `transformers.TrainingArguments` does not have, or what a run cannot follow, or
+            the logger is not there.
     """
+    _check_logger(options.report_to)
     if not options.trainer:
         return
     from transformers import TrainingArguments
@@ -333,6 +341,8 @@ def check_trainer_arguments(options: TrainOptions) -> None:
             raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
         if name.startswith("torch_compile_"):
             raise PtmoeError(f"trainer: {name} compiles the model as a whole: torch_compile does so layer by layer")
+        if name == "use_liger_kernel" and value is True:
+            raise PtmoeError("trainer: use_liger_kernel has no effect on a prompted model: leave it out")
         needed = known[name]  # `transformers` does not look, and fails anywhere
         try:
             TypeAdapter(needed, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
@@ -341,3 +351,17 @@ def check_trainer_arguments(options: TrainOptions) -> None:
             raise PtmoeError(f"trainer: {name}={shown(value)}: needs {needed}") from None
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise PtmoeError(f"trainer: {name}={shown(value)}: needs a number of 64 bits")
+
+
+def _check_logger(name: str) -> None:
+    if name == "none":
+        return
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    if name in ("all", *get_available_reporting_integrations()):
+        return
+    try:
+        for make in get_reporting_integration_callbacks(name):
+            make()  # says what is missing
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise PtmoeError(f"report_to={name!r}: {' '.join(str(error).split())}") from None
