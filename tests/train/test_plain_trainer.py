@@ -141,9 +141,11 @@ def test_a_trainer_that_keeps_the_labels_is_refused_where_training_needs_them(co
         run.train()
 
 
-def test_with_its_callback_a_routed_model_is_refused_before_it_is_evaluated(tmp_path):
+def test_with_its_callback_what_needs_the_labels_is_refused_before_it_is_evaluated(tmp_path):
     with pytest.raises(PtmoeError, match="the router would read the answers"):
         trainer(tmp_path, ROUTED["pt-moe"], label_smoothing_factor=0.1)
+    with pytest.raises(PtmoeError, match="from kasa, so its own loss is left out"):
+        trainer(tmp_path, METHODS["kasa"](rank=2), label_smoothing_factor=0.1)
     trainer(tmp_path, METHODS["pt"](**SIZES["pt"]), label_smoothing_factor=0.1)
 
 

@@ -68,6 +68,7 @@ class BALoRAConfig(PiSSAConfig):
     method = "ba-lora"
     order = 520
     encoder_class = BALoRA
+    adds_loss = True
     consistency: Weight = 1e-4
     diversity: Weight = 3e-4
     low_rank: Weight = 1e-4

@@ -63,8 +63,7 @@ class Prompt:
     Attributes:
         embeds: `(B, T, H)` in float32, the soft prompt of each row.
         routing: how each row was routed, if the method routes.
-        cache: `(layers, 2, B, heads, T, d)`, keys and values that every layer finds before those of the input, or with
-            1 for B, where all rows share them; or None.
+        cache: `(layers, 2, B or 1, heads, T, d)`, keys and values before those of the input, 1 where rows share them.
         auxiliary_loss: a scalar added to the loss in training, or None.
     """
 
@@ -89,6 +88,7 @@ class MethodConfig(Settings):
     needs_memory: ClassVar[bool] = False  # has no form on the meta device, so counting it takes the base's zeros
     reads_input: ClassVar[bool] = False  # an input's prompt depends on its tokens
     fills_cache: ClassVar[bool] = False  # its prompt is in the key-value cache
+    adds_loss: ClassVar[bool] = False  # its prompts carry an `auxiliary_loss`
     changes_layers: ClassVar[bool] = False  # a model holds one such adapter and no other
     divides_rows: ClassVar[bool] = False  # rows of a batch train different parameters: no packing, whole last layer
     trains_base: ClassVar[bool] = False  # its parameters are the base's own weights: too many to copy at every step

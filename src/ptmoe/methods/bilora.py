@@ -90,7 +90,7 @@ class BiLoRAConfig(LowRankConfig, PartsConfig):
     order = 460
     default_learning_rate = 1e-2
     part_class = BiLoRAPart
-    divides_rows = True
+    divides_rows = adds_loss = True
     gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
 
     def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> Parts:

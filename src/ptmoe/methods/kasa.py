@@ -34,6 +34,7 @@ class KaSAConfig(LoRAFamilyConfig):
     order = 160
     unsupported_quantizations = QUANTIZATIONS
     encoder_class = KaSA
+    adds_loss = True
 
     def initial_peft_config(self, **common: Any) -> PeftConfig:
         from peft import KasaConfig

@@ -48,4 +48,5 @@ class SORSAConfig(PiSSAConfig):
     order = 420
     default_learning_rate = 1e-2
     encoder_class = SORSA
+    adds_loss = True
     gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3

@@ -56,11 +56,15 @@ class RoutingCallback(TrainerCallback):
         self.progress, self.say = progress, say
 
     def on_init_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if args.label_smoothing_factor and isinstance(model, PromptedCausalLM) and model.method_config.reads_input:
+        if not args.label_smoothing_factor or not isinstance(model, PromptedCausalLM):
+            return
+        config = model.method_config
+        if config.reads_input or config.adds_loss:
             # `Trainer` would take the labels out of training's batches, and out of those of `evaluate`, too.
+            lacks = "the router would read the answers" if config.reads_input else "its own loss is left out"
             raise PtmoeError(
-                f"label_smoothing_factor={args.label_smoothing_factor:g} keeps the labels from the model, so "
-                "the router would read the answers: leave it out"
+                f"label_smoothing_factor={args.label_smoothing_factor:g} keeps the labels from {config.method}, so "
+                f"{lacks}: leave it out"
             )
 
     def on_train_begin(
