@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from ptmoe import METHODS, attach
 from ptmoe.fast.last_layer import last_layer_obstacle
 from ptmoe.models.causal import PromptedCausalLM
-from testing.bases import CONFIGS, DEVICE, HIDDEN, prompted, tiny, tiny_llama
+from testing.bases import COMMON, CONFIGS, DEVICE, HIDDEN, ROTARY, prompted, tiny, tiny_llama
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
 
 NARROW = {"llama", "qwen2", "mistral", "gemma"}
@@ -52,6 +52,22 @@ def test_the_feed_forward_part_sees_supervised_positions_only() -> None:
     out = model.eval()(**labelled(ROWS, [0] * 5))  # logits are wanted
     assert out.logits.shape[:2] == (5, 24)
     assert seen[-1][0] == 5
+
+
+@pytest.mark.parametrize("by", ["config", "call"])
+def test_a_mixture_asked_for_its_router_logits_computes_the_whole_layer(by: str) -> None:
+    """It puts them together with the mask, position by position."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig(**COMMON, **ROTARY, num_local_experts=4)).to(DEVICE).eval()
+    model = prompted(base, CONFIGS["PT"]).train()
+    base.eval()
+    inputs = labelled(ROWS, [0] * 5)
+    expected = loss_and_gradients(model, inputs, False)
+    asked = {} if by == "config" else {"output_router_logits": True}
+    base.config.output_router_logits = by == "config"
+    assert_same(loss_and_gradients(model, inputs | asked, False), expected)
 
 
 def test_a_layer_put_together_in_another_way_is_found_out() -> None:

@@ -20,6 +20,9 @@ from ptmoe.fast.packing import pack, packed_attention, packing_obstacle
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# What a base is asked for, by the call or its config, of every position in every layer.
+EVERY_POSITION = ("output_hidden_states", "output_attentions", "output_router_logits")
+
 
 @contextmanager
 def fast_kernels(base: PreTrainedModel) -> Iterator[None]:
@@ -104,8 +107,9 @@ class FastPaths:
         """
         rows, columns, targets = supervised
         base, head = self.base, self.base.get_output_embeddings()
-        size = max(1, LOGITS_AT_ONCE // base.config.get_text_config().vocab_size)
-        whole = whole or bool(options.get("output_hidden_states") or options.get("output_attentions"))
+        config = base.config.get_text_config()
+        size = max(1, LOGITS_AT_ONCE // config.vocab_size)
+        whole = whole or any(options.get(name, getattr(config, name, False)) for name in EVERY_POSITION)
         at_some = not whole and self.last_layer_obstacle() is None
         with ExitStack() as paths:
             paths.enter_context(use_onednn(base))
