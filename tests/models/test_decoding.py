@@ -102,6 +102,17 @@ def test_a_window_that_may_lose_the_prompt_is_filled_with_it_each_time(architect
     assert (len(ROWS), model.num_virtual_tokens + max(map(len, ROWS))) in shapes
 
 
+@pytest.mark.parametrize("window", [12, 64])
+def test_gpt_neos_window_of_which_its_cache_does_not_know_is_one_that_may_lose_the_prompt(monkeypatch, window):
+    own = {"attention_types": [[["global", "local"], 1]], "window_size": window}
+    monkeypatch.setitem(ARCHITECTURES, "gpt_neo", ("GPTNeo", own))
+    model = prompted(tiny("gpt_neo"), CONFIGS["PT"]).eval()
+    with read_by(model.base_model) as shapes:
+        assert decoded(Decoder(model)) == generated(model)
+    again = (len(ROWS), model.num_virtual_tokens + max(map(len, ROWS))) in shapes
+    assert again == (window == 12)
+
+
 def test_what_decides_a_rotation_by_the_length_is_read_each_time():
     model = prompted(
         tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), CONFIGS["PT"]

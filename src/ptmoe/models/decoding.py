@@ -147,6 +147,7 @@ class Decoder:
         """The arguments of the first pass, with a cache that has room for `new` tokens and holds a fixed prompt."""
         layers = DynamicCache(config=self.base.config).layers
         limits = [self.model.max_positions, *(layer.sliding_window for layer in layers if layer.is_sliding)]
+        limits.append(getattr(self.base.config, "window_size", None))  # GPT-Neo's, in its masks alone
         virtual = self.model.num_virtual_tokens
         needed = virtual + ids.shape[1] + new
         # A window counts the padding behind the prompt as well.
