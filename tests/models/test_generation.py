@@ -8,7 +8,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from ptmoe.errors import PtmoeError
-from testing.bases import CONFIGS, DEVICE, HIDDEN, POSITIONS, VOCABULARY, batch, prompted, tiny_llama, tokens
+from ptmoe.methods import METHODS
+from testing.bases import CONFIGS, DEVICE, HIDDEN, PAD, POSITIONS, VOCABULARY, batch, prompted, tiny_llama, tokens
 
 all_methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 ROUTED = CONFIGS["PT-MoE selective probationary"]
@@ -263,6 +264,32 @@ def test_each_row_generates_with_the_adapter_it_names(base):
             model.set_adapter(name)
             alone = model.generate(row[None], max_new_tokens=4)
         assert torch.equal(new[i], alone[0, len(row) :])
+
+
+REPEATING = [
+    torch.tensor(row, device=DEVICE) for row in ([9, 8, 7, 9, 8, 7, 6], [5, 4], [3, 9, 5, 3, 4, 8, 9, 3, 6, 7])
+]
+PROMPTS = {"PT": CONFIGS["PT"], "prefix": METHODS["prefix-tuning"](num_virtual_tokens=3)}
+
+
+@pytest.mark.parametrize("lefts", [[0, 0, 0], [3, 8, 0], [1, 4, 0]], ids=["right", "left", "both"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("prompt", "names"), [("PT", None), ("PT", ["default", "__base__", "__base__"]), ("prefix", None)]
+)
+def test_a_repetition_penalty_reads_the_tokens_of_each_row_and_no_padding(lefts, options, prompt, names):
+    model = prompted(tiny_llama(), PROMPTS[prompt])
+    options = options | {"max_new_tokens": 8, "repetition_penalty": 3.0, "pad_token_id": PAD}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    ids, mask = batch(REPEATING, lefts)
+    made = model.generate(ids, mask, adapter_names=names, **options)
+    for i, row in enumerate(REPEATING):
+        alone = model.generate(row[None], adapter_names=names and names[i : i + 1], **options)
+        count, rows = len(alone.sequences), len(alone.scores[0])
+        new = made.sequences[i * count : (i + 1) * count, ids.shape[1] :]
+        assert torch.equal(new, alone.sequences[:, len(row) :])
+        scores = torch.stack(made.scores)[:, i * rows : (i + 1) * rows]
+        assert_close(scores, torch.stack(alone.scores), atol=1e-4, rtol=0)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

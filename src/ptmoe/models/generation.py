@@ -17,6 +17,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import without_plans
 from ptmoe.models.adapter_set import Prompts
 from ptmoe.models.input_path import PER_LAYER, taking_embeddings
+from ptmoe.models.penalty import of_real_tokens
 from ptmoe.models.rotation import reading_again
 from ptmoe.models.splice import Spliced, align, splice
 from ptmoe.models.wrapper import ModelWrapper
@@ -149,8 +150,7 @@ class GeneratingModel(ModelWrapper):
                 )
         spliced, prompts = self.compose(input_ids, attention_mask, input_mask, adapter_names)
         spliced = spliced.reordered(align(spliced.attention_mask, "right"))
-        limit = self.max_positions
-        virtual = prompts.cached_length
+        limit, virtual = self.max_positions, prompts.cached_length
         room = None if limit is None else limit - virtual - int(spliced.attention_mask.sum(1).max())
         options, new = self._with_new_tokens(options, input_ids.shape[1], room)
         self.check_length(spliced, prompts, new)
@@ -159,9 +159,11 @@ class GeneratingModel(ModelWrapper):
             lengths = spliced.attention_mask.sum(1) + virtual
             if self.path.straddled(int(lengths.min()), int(lengths.max()) + new - 1):
                 again = [switch + 1 - prompts.length for switch in self.path.switches]
-        if (again or not self.path.left_padding) and not bool(spliced.attention_mask.all()):
+        if not bool(spliced.attention_mask.all()):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            return self._row_by_row(input_ids, mask, input_mask, adapter_names, options)
+            if again or not self.path.left_padding:
+                return self._row_by_row(input_ids, mask, input_mask, adapter_names, options)
+            options = of_real_tokens(self._setting(options, "repetition_penalty", 1.0), mask, options)
         base_inputs = self.base_inputs(spliced, prompts, self._copies(options) if virtual else 1)
         if virtual:  # transformers takes the cached positions off what it is given
             padding = spliced.embeds.new_zeros(len(spliced.embeds), virtual, spliced.embeds.shape[2])
@@ -175,8 +177,7 @@ class GeneratingModel(ModelWrapper):
         if own.get("use_cache") is False:
             options["use_cache"] = True
         per_layer = base_inputs.pop(PER_LAYER, None)
-        whole = partial(self._whole_inputs, prompts)
-        anew = reading_again(self.base_model, again, whole) if again else nullcontext()
+        anew = reading_again(self.base_model, again, partial(self._whole_inputs, prompts)) if again else nullcontext()
         with self.lock, without_plans(self.base_model), taking_embeddings(self.base_model, per_layer), anew:
             return self.base_model.generate(input_ids, **base_inputs, **options)
 
