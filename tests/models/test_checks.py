@@ -202,6 +202,22 @@ def test_beams_behind_a_prompt_are_those_of_each_row_alone(kind):
         assert torch.equal(made[index, ids.shape[1] :], model.generate(row[None], **options)[0, len(row) :])
 
 
+def test_blocks_that_are_counted_from_the_start_of_a_batch_are_those_of_each_row_alone(monkeypatch):
+    """MiniMax M3 chooses blocks of keys; padding on the left would move their bounds."""
+    sparse = {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 8, "index_topk_blocks": 1}
+    monkeypatch.setitem(tabulate_bases.OWN, "minimax_m3_vl_text", sparse)
+    model = prompted(tiny_of("minimax_m3_vl_text"), CONFIGS["PT"])
+    ids, mask = batch(ROWS, LEFTS)
+    with torch.no_grad():
+        logits = model(ids, mask).logits
+        made = model.generate(ids, mask, max_new_tokens=3, pad_token_id=0)
+        for index, (row, left) in enumerate(zip(ROWS, LEFTS, strict=True)):
+            alone = model(row[None]).logits[0]
+            assert_close(logits[index, left : left + len(row)], alone, atol=1e-4 * float(alone.abs().max()), rtol=0)
+            alone = model.generate(row[None], max_new_tokens=3, pad_token_id=0)[0, len(row) :]
+            assert torch.equal(made[index, ids.shape[1] :], alone)
+
+
 def test_a_prompt_starts_from_what_the_base_makes_of_its_embeddings():
     base = tiny_of("falcon_h1")
     multiplier = base.config.embedding_multiplier

@@ -272,7 +272,7 @@ REPEATING = [
 PROMPTS = {"PT": CONFIGS["PT"], "prefix": METHODS["prefix-tuning"](num_virtual_tokens=3)}
 
 
-@pytest.mark.parametrize("lefts", [[0, 0, 0], [3, 8, 0], [1, 4, 0]], ids=["right", "left", "both"])
+@pytest.mark.parametrize("lefts", [[0, 0, 0], [3, 7, 0], [1, 4, 0]], ids=["right", "left", "both"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize(
     ("prompt", "names"), [("PT", None), ("PT", ["default", "__base__", "__base__"]), ("prefix", None)]

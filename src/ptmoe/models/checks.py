@@ -187,7 +187,10 @@ def _rotation_obstacle(model: GeneratingModel, row: Tensor) -> str | None:
         return None
     bounds = [short - 1, *(switch for switch in model.path.switches if short <= switch < limit), limit]
     for before, longest in pairwise(bounds):
-        near, far = (_at_positions(model, row, last) for last in (before, longest - 1))
+        try:
+            near, far = (_at_positions(model, row, last) for last in (before, longest - 1))
+        except (IndexError, RuntimeError):  # positions are places in its cache as well (MiniMax M3's sparse attention)
+            return None
         if _off_by(base, near, far):
             return (
                 f"its first tokens' logits depend on a row's length between {before + 1} and {longest} positions, so "

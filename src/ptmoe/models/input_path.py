@@ -121,7 +121,8 @@ def measure(base: PreTrainedModel) -> InputPath:
         path.placeholder = config.pad_token_id or 0
     # Some choose padding, too, but in rows too long to be tried out.
     path.chosen = getattr(config, "index_topk", None) or getattr(config, "indexer_budget", None)
-    path.left_padding = path.chosen is None
+    in_blocks = "minimax_m3_sparse" in (getattr(config, "layer_types", None) or ())  # counted from the batch's start
+    path.left_padding = path.chosen is None and not in_blocks
     path.switches = switches(base)
     with evaluating(base):
         ids = probe_ids(base)
