@@ -235,10 +235,10 @@ class AdapterSet(nn.Module):
         """`(B, L)` ids to `(B, L, H)`.
 
         Raises:
-            PtmoeError: an id without an embedding. While a GPU trains nobody waits for it to say so.
+            PtmoeError: an id without an embedding.
         """
         rows = getattr(self.embedding, "num_embeddings", None)
-        if rows is not None and input_ids.numel() and not (self.training and input_ids.is_cuda):
+        if rows is not None and input_ids.numel():
             for token in torch.stack(input_ids.aminmax()).tolist():
                 if not 0 <= token < rows:
                     raise PtmoeError(f"input_ids: {without_embedding(token, rows)}")
