@@ -211,6 +211,7 @@ def test_the_loss_in_parts_is_the_loss(base: PreTrainedModel, packing: bool, mon
     base.eval()
     inputs = labelled(ROWS, [0, 0, 19, 0, 0], supervised=3)
     whole = loss_and_gradients(model, inputs, packing)
+    assert model.fast_paths()["loss_in_parts"] is None  # tried out here, once
     largest: list[int] = []
     base.get_output_embeddings().register_forward_hook(lambda _, __, out: largest.append(out.shape[:-1].numel()))
     monkeypatch.setattr("ptmoe.fast.paths.LOGITS_AT_ONCE", 4 * VOCABULARY + 1)

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 IGNORED = -100
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32: 261 positions of a vocabulary of 128k
@@ -60,49 +57,6 @@ def projected_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Non
         yield
     finally:
         handle.remove()
-
-
-class Hidden:
-    """The hidden states of a base's decoder, and their logits as the base itself computes them.
-
-    Within `at(…)` the base's forward is called: behind the decoder it sees one position only, and `states (S, H)` holds
-    the states asked for. Afterwards `project` returns their logits.
-
-    Attributes:
-        states: None where the base does not call its decoder as a module.
-    """
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        self.base = base
-        self.decoder = base.get_decoder()
-        self.states: Tensor | None = None
-
-    @contextmanager
-    def at(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
-        def keep(_: nn.Module, __: Any, output: Any) -> Any:
-            self.states = output.last_hidden_state[rows, columns]
-            self.output = type(output)
-            output["last_hidden_state"] = output.last_hidden_state[:1, :1].detach()
-            return output
-
-        handle = self.decoder.register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def project(self, states: Tensor) -> Tensor:
-        """`(S, H)` to `(S, V)`: the base's own forward runs, with the states in place of its decoder's output."""
-        before = vars(self.decoder).get("forward")
-        vars(self.decoder)["forward"] = lambda *_, **__: self.output(last_hidden_state=states[None])
-        try:
-            logits: Tensor = self.base(inputs_embeds=states[None], use_cache=False, return_dict=True).logits[0]
-        finally:
-            if before is None:
-                del vars(self.decoder)["forward"]
-            else:
-                vars(self.decoder)["forward"] = before
-        return logits
 
 
 def cross_entropy_in_parts(

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ptmoe.fast.attention import attention_obstacle, products_obstacle, without_plans
 from ptmoe.fast.compiled import compilation_obstacle
+from ptmoe.fast.hidden import Hidden, decoder_of
 from ptmoe.fast.last_layer import last_layer_at, last_layer_in_use, last_layer_obstacle
 from ptmoe.fast.linear import onednn_obstacle, use_onednn
-from ptmoe.fast.loss import LOGITS_AT_ONCE, Hidden, TokenStatistics, cross_entropy, cross_entropy_in_parts, projected_at
+from ptmoe.fast.loss import LOGITS_AT_ONCE, TokenStatistics, cross_entropy, cross_entropy_in_parts, projected_at
 from ptmoe.fast.packing import pack, packed_attention, packing_obstacle
 
 if TYPE_CHECKING:
@@ -36,13 +37,6 @@ def is_sharded(base: nn.Module) -> bool:
     return hasattr(base, "unshard") or any(hasattr(parameter, "ds_id") for parameter in base.parameters())
 
 
-def parts_obstacle(base: PreTrainedModel) -> str | None:
-    """Why many logits are not computed in parts; None where they are."""
-    if is_sharded(base):  # in each process another number of times
-        return "each part would gather the weights of the head from all processes"
-    return None
-
-
 class FastPaths:
     """The fast paths of one base. What has to be tried out is tried once; a path that cannot be taken is named once.
 
@@ -53,6 +47,7 @@ class FastPaths:
     def __init__(self, base: PreTrainedModel) -> None:
         self.base = base
         self._tried: dict[str, str | None] = {}
+        self._decoder: nn.Module | None = None
 
     def packing_obstacle(self) -> str | None:
         """As `ptmoe.fast.packing.packing_obstacle`, tried once."""
@@ -71,6 +66,19 @@ class FastPaths:
                 self._warn(f"the last layer of {self._name} is computed at every position: {reason}")
         return in_use or self._tried["last_layer"]
 
+    def parts_obstacle(self) -> str | None:
+        """Why many logits are not computed in parts, tried out once; None where they are."""
+        if is_sharded(self.base):  # in each process another number of times
+            return "each part would gather the weights of the head from all processes"
+        if "parts" not in self._tried:
+            self._decoder = decoder_of(self.base)
+            self._tried["parts"] = reason = (
+                "its logits follow from more than the last hidden states" if self._decoder is None else None
+            )
+            if reason is not None:
+                self._warn(f"the logits of {self._name} are computed all at once: {reason}")
+        return self._tried["parts"]
+
     def obstacles(self) -> dict[str, str | None]:
         """Each path by name, and what keeps it from being taken; None where it is taken."""
         return {
@@ -80,7 +88,7 @@ class FastPaths:
             "without_cudnn_attention": attention_obstacle(self.base),
             "attention_by_products": products_obstacle(self.base),
             "compiled_layers": compilation_obstacle(self.base),
-            "loss_in_parts": parts_obstacle(self.base),
+            "loss_in_parts": self.parts_obstacle(),
         }
 
     def loss(
@@ -111,6 +119,8 @@ class FastPaths:
         size = max(1, LOGITS_AT_ONCE // config.vocab_size)
         whole = whole or any(options.get(name, getattr(config, name, False)) for name in EVERY_POSITION)
         at_some = not whole and self.last_layer_obstacle() is None
+        in_parts = len(targets) > size and not any(parameter.requires_grad for parameter in head.parameters())
+        decoder = self._decoder if in_parts and self.parts_obstacle() is None else None
         with ExitStack() as paths:
             paths.enter_context(use_onednn(base))
             if packed:
@@ -121,19 +131,15 @@ class FastPaths:
             if at_some:
                 paths.enter_context(last_layer_at(base, rows, columns))
                 rows, columns = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
-            in_parts = len(targets) > size and parts_obstacle(base) is None
-            if in_parts and not any(parameter.requires_grad for parameter in head.parameters()):
-                hidden = Hidden(base)
+            if decoder is not None:
+                hidden = Hidden(base, decoder)
                 with hidden.at(rows, columns):
                     out = base(**inputs, **options)
-                if hidden.states is not None:
-                    states, project = hidden.states, hidden.project
-                    return cross_entropy_in_parts(states, targets, num_items, project, size, statistics), out
-                logits = out.logits[rows, columns]
-            else:
-                with projected_at(head, rows, columns):
-                    out = base(**inputs, **options)
-                logits = out.logits[0]
+                states, project = hidden.states, hidden.project
+                return cross_entropy_in_parts(states, targets, num_items, project, size, statistics), out
+            with projected_at(head, rows, columns):
+                out = base(**inputs, **options)
+            logits = out.logits[0]
         if statistics is not None:
             statistics.add(logits, targets)
         return cross_entropy(logits, targets, num_items), out
