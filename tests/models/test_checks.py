@@ -347,6 +347,7 @@ def test_a_method_that_the_base_cannot_have_is_refused_and_leaves_no_trace(kind,
 NO_MODELS = {
     "nano": (lambda: "nano", "'nano' is not a model: give one alone"),
     "what load_base returns": (lambda: (tiny_llama(), None), "a tuple is not a model: give one alone"),
+    "compiled": (lambda: torch.compile(tiny_llama()), r"OptimizedModule is not .* in it \(its \._orig_mod\), and wrap"),
     "DataParallel": (lambda: torch.nn.DataParallel(tiny_llama()), "DataParallel is not .* the LlamaForCausalLM in it"),
     "a module": (lambda: torch.nn.Linear(2, 2), "Linear is not a model of transformers: give a causal"),
     "nothing": (lambda: None, "NoneType is not a model of transformers: give a causal"),

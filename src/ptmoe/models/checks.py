@@ -47,11 +47,12 @@ def check_decoder(base: PreTrainedModel) -> None:
     if isinstance(base, str | PathLike | tuple | list):
         what = repr(base) if isinstance(base, str) else f"a {name}"
         raise PtmoeError(f"{what} is not a model: give one alone, as in model, tokenizer = load_base('nano')")
-    if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
-        inner = getattr(base, "module", None)  # of DataParallel and its like
+    wrapping = "_orig_mod" if hasattr(base, "_orig_mod") else "module"  # of torch.compile; of DataParallel and its like
+    if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings") or wrapping == "_orig_mod":
+        inner = getattr(base, wrapping, None)
         give = "give a causal language model, loaded by AutoModelForCausalLM"
         if inner is not None:
-            give = f"give the {type(inner).__name__} in it (its .module), and wrap what attach returns"
+            give = f"give the {type(inner).__name__} in it (its .{wrapping}), and wrap what attach returns"
         raise PtmoeError(f"{name} is not a model of transformers: {give}")
     if base.config.is_encoder_decoder:
         raise PtmoeError(f"{name} is not a decoder that takes inputs_embeds: give a causal language model")
