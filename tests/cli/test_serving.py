@@ -30,6 +30,18 @@ def test_chat_answers_each_line_and_names_the_expert(run, model, monkeypatch, na
     assert err.count("expert ") == (2 if name == "routed" else 0)
 
 
+def test_a_conversation_that_has_no_room_left_starts_again(run, model, monkeypatch):
+    long = " ".join(["hello"] * 300)  # of four tokens each
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{long}\n{long}\nhello\n"))
+    options = ("--model", model.folder / "base", "--device", "cpu", "--max-new-tokens", "9")
+    status, out, err = run("chat", model.folder / "adapters" / "fixed", *options)
+    assert status == 0, err
+    assert "the base 2,048 positions" in err
+    assert err.count("the conversation starts again") == 1
+    expected = alone(model, service_of(model), "fixed", [{"role": "user", "content": "hello"}], 9)
+    assert out.splitlines()[-1] == expected.splitlines()[-1]
+
+
 def test_no_limit_of_a_server_ends_a_conversation(run, model, monkeypatch):
     def service(*arguments, limits, **options):
         made.append(local_service(*arguments, limits=limits, **options))

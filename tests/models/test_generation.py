@@ -301,8 +301,9 @@ def test_inputs_is_another_name_for_input_ids():
     expected = model.generate(ids, max_new_tokens=3)
     assert torch.equal(model.generate(inputs=ids, max_new_tokens=3), expected)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=3), expected)
-    with pytest.raises(PtmoeError, match="needs input_ids"):
-        model.generate(max_new_tokens=3)
+    for given in ((), ({"input_ids": ids},), ("hello",)):
+        with pytest.raises(PtmoeError, match=r"composed from the input: generate\(\*\*tokenizer"):
+            model.generate(*given, max_new_tokens=3)
 
 
 @pytest.mark.parametrize(

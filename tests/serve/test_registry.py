@@ -108,7 +108,9 @@ def test_an_adapter_is_withdrawn_and_added_by_name(base, folder):
     with pytest.raises(UnknownModelError):
         registry.compose("c", IDS)
     registry.scan(settled=True)
+    registry.fill()
     assert registry.names() == ["tiny", "a.b", "keys"]
+    assert not registry.listing()["c"]["in_memory"]
     registry.add("c")
     assert registry.compose("c", IDS).expert is not None
     with pytest.raises(UnknownModelError):

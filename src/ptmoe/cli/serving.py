@@ -166,6 +166,9 @@ async def _talk(service: Service, name: str, max_new_tokens: int, temperature: f
             except (PtmoeError, EngineError) as error:
                 print(f"error: {printable(str(error))}", file=sys.stderr)
                 messages.pop()
+                if messages and isinstance(error, PtmoeError):  # they leave no room, and never would
+                    messages = []
+                    print("the conversation starts again", file=sys.stderr)
                 continue
             print(flush=True)
             messages.append({"role": "assistant", "content": said})

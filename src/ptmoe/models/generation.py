@@ -134,8 +134,8 @@ class GeneratingModel(ModelWrapper):
             PtmoeError: no input, one too long for the base's positions, or an option that cannot hold the prompt.
         """
         input_ids = inputs if input_ids is None else input_ids
-        if input_ids is None:
-            raise PtmoeError("generate needs input_ids: the prompt is composed from the input")
+        if not isinstance(input_ids, Tensor):
+            raise PtmoeError("the prompt is composed from the input: generate(**tokenizer(text, return_tensors='pt'))")
         self.check_cache()
         for name in REREADING.split():
             if self._setting(options, name, False) is not False:

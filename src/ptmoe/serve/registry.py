@@ -289,7 +289,7 @@ class Registry:
             size = entry.stamp[-1]
             if self._stopping.is_set() or (self.memory is not None and self.bytes_in_memory + size > self.memory):
                 return
-            if entry.key is None and entry.error is None and not entry.size:
+            if entry.key is None and entry.error is None and not entry.size and name not in self._withdrawn:
                 started = time.monotonic()
                 self._load(name, entry)
                 self._stopping.wait(time.monotonic() - started)  # requests come first

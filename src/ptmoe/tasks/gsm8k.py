@@ -3,8 +3,8 @@ r"""GSM8K: grade-school problems with worked solutions (Cobbe et al., arXiv:2110
     {"question": "Natalia sold clips to 48 of her friends in April, and then …", "answer": "Natalia sold 48/2 =
      <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72 clips altogether …\n#### 72"}
 
-One JSON object a line, `train.jsonl` and `test.jsonl` of github.com/openai/grade-school-math. The calculator
-annotations `<<…>>` are part of the answer and are kept. The last line is the final answer: `#### 72`.
+One JSON object a line, `train.jsonl` and `test.jsonl` of github.com/openai/grade-school-math, or an array of them. The
+calculator annotations `<<…>>` are part of the answer and are kept. The last line is the final answer: `#### 72`.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ TASKS = (
         },
         licence="MIT",
         source="github.com/openai/grade-school-math",
-        formats=(Format("GSM8K's JSON lines", "{", ("question answer",), example),),
+        formats=(Format("GSM8K's JSON lines", "{[", ("question answer",), example),),
         hub=Hub("openai/gsm8k", example, config="main"),
     ),
 )
