@@ -18,25 +18,25 @@ def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
     found: dict[tuple[str, str, str], dict[Any, str]] = {}  # by heading, task and label, each value's first cell
     too_long: dict[tuple[str, str], str] = {}
     for cell in comparison.cells:
+        name = f"{cell.label} on {cell.task}, seed {cell.seed}"
         environment, result = cell.run.environment, cell.run.result
-        data = [(EVALUATED, task, cell.run.evaluations[task].settings.get("data")) for task in cell.eval_tasks]
-        short = {(EVALUATED, task): one.cut or one.unanswered for task, one in cell.run.evaluations.items()}
-        if cell.trainable_parameters:
-            data.append((TRAINED, cell.task, environment.data))
-            short[TRAINED, cell.task] = result.examples_cut or result.examples_left_out
-        data.append((VERSIONS, "", (environment.commit, *sorted(environment.versions.items()))))
+        read: list[tuple[str, str, Any, int]] = [
+            (VERSIONS, "", (environment.commit, *sorted(environment.versions.items())), 0)
+        ]
         if environment.base is not None:
-            data.append((BASES, "", environment.base))
-        for heading, task, value in data:
-            # Each method has room for inputs of another length: where some are too long, only its own cells are alike.
-            for label in (cell.label,) if short.get((heading, task)) else ("", cell.label):
-                name = f"{cell.label} on {cell.task}, seed {cell.seed}"
-                found.setdefault((heading, task, label), {}).setdefault(value, name)
+            read.append((BASES, "", environment.base, 0))
+        if cell.trainable_parameters:
+            read.append((TRAINED, cell.task, environment.data, result.examples_cut + result.examples_left_out))
         for task in cell.eval_tasks:
             one = cell.run.evaluations[task]
-            if short[EVALUATED, task]:
+            read.append((EVALUATED, task, one.settings.get("data"), one.cut + one.unanswered))
+            if one.cut + one.unanswered:
                 counts = f"{one.cut:,} cut and {one.unanswered:,} not answered of {one.examples:,}"
                 too_long.setdefault((cell.label, task), f"{cell.label} on {task}: {counts}.")
+        for heading, task, value, short in read:
+            # Each method has room for inputs of another length: where some are too long, only its own cells are alike.
+            for label in (cell.label,) if short else ("", cell.label):
+                found.setdefault((heading, task, label), {}).setdefault(value, name)
     for heading in (EVALUATED, TRAINED, BASES, VERSIONS):
         unlike: dict[str, str] = {}
         for (of, task, _), names in found.items():
