@@ -48,6 +48,7 @@ LONGROPE = ROPE | {"rope_type": "longrope", "original_max_position_embeddings": 
 LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0], "short_mscale": 1.0, "long_mscale": 1.2}
 INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
 HEADS = {"num_key_value_heads": 4}
+BLOCKS = {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 8, "index_topk_blocks": 1}
 SCALED = {"scale_embedding": True}
 ROBERTA = {"pad_token_id": 1}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -67,6 +68,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": MLA | {"layer_types": ["linear_attention", "full_attention"]},
+    "minimax_m3_vl_text": BLOCKS,
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"], "n_groups": 1, "num_hidden_layers": None},
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 12},

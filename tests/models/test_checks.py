@@ -202,10 +202,8 @@ def test_beams_behind_a_prompt_are_those_of_each_row_alone(kind):
         assert torch.equal(made[index, ids.shape[1] :], model.generate(row[None], **options)[0, len(row) :])
 
 
-def test_blocks_that_are_counted_from_the_start_of_a_batch_are_those_of_each_row_alone(monkeypatch):
+def test_blocks_that_are_counted_from_the_start_of_a_batch_are_those_of_each_row_alone():
     """MiniMax M3 chooses blocks of keys; padding on the left would move their bounds."""
-    sparse = {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 8, "index_topk_blocks": 1}
-    monkeypatch.setitem(tabulate_bases.OWN, "minimax_m3_vl_text", sparse)
     model = prompted(tiny_of("minimax_m3_vl_text"), CONFIGS["PT"])
     ids, mask = batch(ROWS, LEFTS)
     with torch.no_grad():
