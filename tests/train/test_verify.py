@@ -72,6 +72,22 @@ def test_what_was_changed_is_named(what, trained, tmp_path, run):
     assert "differs" in line
 
 
+def test_bad_records_that_the_evaluation_left_out_change_nothing_and_one_that_turned_bad_is_named(
+    trained, tmp_path, run
+):
+    folder, data = shutil.copytree(trained, tmp_path / "run"), tmp_path / "mine.jsonl"
+    lines = [json.dumps({"id": name, "prompt": name, "completion": "x"}) for name in "abc"]
+    data.write_text("\n".join([lines[0], '{"input": 5}', *lines[1:]]) + "\n")
+    assert run("eval", folder, "--task", data, "--skip-bad")[0] == 0
+    status, printed, _ = run("verify", folder)
+    assert status == 0, printed
+    data.write_text("\n".join([*lines[:2], "{"]) + "\n")
+    status, printed, _ = run("verify", folder)
+    assert status == 1
+    told = "".join(line.split("│")[3].strip() + " " for line in printed.splitlines() if line.count("│") > 3)
+    assert "1 of its 3 examples are not in the data any more; 1 bad record(s)" in told
+
+
 def test_other_versions_are_told_and_decide_nothing(trained, tmp_path, run):
     folder = shutil.copytree(trained, tmp_path / "run")
     rewritten("environment.json", lambda record: record["versions"].update(torch="0.1"))(folder)

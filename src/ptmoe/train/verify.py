@@ -137,7 +137,7 @@ def _evaluation(
     again = evaluate(
         model,
         tokenizer,
-        _asked(summary, {each.id for each in recorded}, data_dir or evaluation_data_dir(options), options, say),
+        _asked(summary, {each.id for each in recorded}, data_dir or evaluation_data_dir(options), say),
         task=task_named(summary.task),
         split=summary.split,
         score=settings.get("score", "answers"),
@@ -158,16 +158,17 @@ def _evaluation(
 
 
 def _asked(
-    summary: EvaluationSummary, ids: set[str], data_dir: str | None, options: TrainOptions, say: Callable[[str], None]
+    summary: EvaluationSummary, ids: set[str], data_dir: str | None, say: Callable[[str], None]
 ) -> list[Example]:
     """The examples that were evaluated: usually the first ones, or of all those with the recorded ids."""
     found: list[Example] = []
     for limit in (summary.examples, None):
-        problems = Problems(skip=options.skip_bad)
+        problems = Problems(skip=True)  # as `ptmoe eval` may have done; whether any is missing, its id tells
         found = load_task(summary.task, summary.split, data_dir, max_examples=limit, problems=problems, say=say)
         found = [example for example in found if example.id in ids]
         if len(found) == len(ids):
             break
     if len(found) < len(ids):
-        raise PtmoeError(f"{len(ids) - len(found):,} of its {len(ids):,} examples are not in the data any more")
+        bad = f"; {problems.listed()}" if problems.count else ""
+        raise PtmoeError(f"{len(ids) - len(found):,} of its {len(ids):,} examples are not in the data any more{bad}")
     return found
