@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, AnyStr, TypeVar, cast
 from xml.etree import ElementTree
 
 from ptmoe.errors import PtmoeError
@@ -67,9 +67,10 @@ def head(path: Path) -> tuple[str, frozenset[str]]:
     Raises:
         PtmoeError: an empty file.
     """
-    text = head_text(path)
-    if text is None:
+    start = head_bytes(path)
+    if start is None:
         return "", frozenset()
+    text = start.decode("utf-8-sig", errors="replace").lstrip()
     if not text:
         raise PtmoeError(f"{path} is empty: needs at least one record")
     if text[0] in "{[":
@@ -91,12 +92,6 @@ def head_bytes(path: Path) -> bytes | None:
         return None
 
 
-def head_text(path: Path) -> str | None:
-    """The beginning of a file, without white space before it; None for a damaged gzip."""
-    start = head_bytes(path)
-    return None if start is None else start.decode("utf-8-sig", errors="replace").lstrip()
-
-
 def _first_keys(text: str) -> Iterator[str]:
     """The keys of the first JSON object in a text that may be truncated."""
     depth, last = 0, ""
@@ -112,6 +107,13 @@ def _first_keys(text: str) -> Iterator[str]:
                 return
 
 
+def _short_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+    while line := file.readline(_LONGEST):
+        if len(line) == _LONGEST:
+            raise BadRecordError(_TOO_LONG)
+        yield line
+
+
 @dataclass
 class _Reading:
     """A file that is being read, and the line that has been reached."""
@@ -125,9 +127,7 @@ class _Reading:
         return f"{self.path}:{self.line}"
 
     def __iter__(self) -> Iterator[bytes]:
-        while line := self.file.readline(_LONGEST):
-            if len(line) == _LONGEST:
-                raise BadRecordError(_TOO_LONG)
+        for line in _short_lines(self.file):
             yield line
             self.line += 1
 
@@ -248,13 +248,6 @@ def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Recor
         except ElementTree.ParseError as error:
             reading.line = error.position[0]
             raise BadRecordError(f"not XML ({str(error).split(':')[0]})") from None
-
-
-def _short_lines(file: IO[str]) -> Iterator[str]:
-    while line := file.readline(_LONGEST):
-        if len(line) == _LONGEST:
-            raise BadRecordError(_TOO_LONG)
-        yield line
 
 
 def csv_rows(path: Path, problems: Problems, *, columns: Sequence[str] = (), tabs: bool = False) -> Iterator[Record]:
