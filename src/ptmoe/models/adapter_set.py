@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ptmoe.adapters.folder import SavedAdapter, local_folder, read_adapter
+from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError, near, without_embedding
 from ptmoe.methods.base import MethodConfig, Prompt, PromptEncoder, Routing, VirtualTokensConfig
 from ptmoe.models.splice import Spliced, splice
@@ -168,14 +168,11 @@ class AdapterSet(nn.Module):
         if not isinstance(saved.config, VirtualTokensConfig):
             raise PtmoeError(f"{saved.folder} is a {saved.config.method} adapter, which needs its base model's layers")
         self.check_addable(name, saved.config)
-        self.add(name, self._read(saved, saved.config))
-
-    def _read(self, saved: SavedAdapter, config: VirtualTokensConfig) -> PromptEncoder:
         weight = cast(Tensor, self.embedding.weight)
         saved.base.check(weight, saved.folder, None)
-        encoder = config.build(weight.shape[1])
+        encoder = saved.config.build(weight.shape[1])
         encoder.load_tensors(saved.tensors)
-        return encoder
+        self.add(name, encoder)
 
     def encode(self, embeds: Tensor, input_mask: Tensor, adapter_names: Sequence[str] | None = None) -> Prompts:
         """The prompts of a batch, each row's from its own adapter.
