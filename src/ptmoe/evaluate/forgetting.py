@@ -75,7 +75,8 @@ def text_loss(model: PromptedCausalLM, texts: Sequence[Text]) -> float:
         for batch in batches_within(texts, [len(text.ids) for text in texts], TOKENS_AT_ONCE):
             ids = pad_sequence([torch.tensor(text.ids) for text in batch], batch_first=True)  # (B, L)
             place = torch.arange(ids.shape[1])
-            lengths, given, read = (torch.tensor(column)[:, None] for column in zip(*map(_counts, batch), strict=True))
+            counts = [(len(text.ids), text.given, text.read) for text in batch]
+            lengths, given, read = (column[:, None] for column in torch.tensor(counts).unbind(1))
             labels = ids.masked_fill((place < given) | (place >= lengths), IGNORED)
             rows = [ids, place < lengths, labels, place < read]
             ids, mask, labels, readable = (tensor.to(model.device) for tensor in rows)
@@ -84,10 +85,6 @@ def text_loss(model: PromptedCausalLM, texts: Sequence[Text]) -> float:
     finally:
         model.train(was_training)
     return total / predicted(texts)
-
-
-def _counts(text: Text) -> tuple[int, int, int]:
-    return len(text.ids), text.given, text.read
 
 
 def predicted(texts: Sequence[Text]) -> int:
