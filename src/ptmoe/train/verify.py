@@ -90,20 +90,17 @@ def _checks(
         yield Check("base and adapter", "as they were", str(error))
         return
     if run.environment.data is not None:
-        yield _of("training data", run.environment.data, lambda: _training_data(options, model, tokenizer, say))
+        try:
+            data = _training_data(options, model, tokenizer, say)
+        except PtmoeError as error:
+            data = str(error)
+        yield Check("training data", run.environment.data, data)
     for name, summary in run.evaluations.items():
         try:
             found = list(_evaluation(run, options, name, summary, model, tokenizer, data_dir, say))
         except PtmoeError as error:
             found = [Check(f"{name}: evaluation", "as it was", str(error))]
         yield from found
-
-
-def _of(what: str, recorded: Any, find: Callable[[], Any]) -> Check:
-    try:
-        return Check(what, recorded, find())
-    except PtmoeError as error:
-        return Check(what, recorded, str(error))
 
 
 def _training_data(
