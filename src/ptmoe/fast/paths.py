@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -51,33 +51,24 @@ class FastPaths:
 
     def packing_obstacle(self) -> str | None:
         """As `ptmoe.fast.packing.packing_obstacle`, tried once."""
-        if "packing" not in self._tried:
-            self._tried["packing"] = reason = packing_obstacle(self.base)
-            if reason is not None:
-                self._warn(f"rows cannot be packed with {self._name}: {reason}; padding costs time and memory")
-        return self._tried["packing"]
+        message = "rows cannot be packed with {}: {}; padding costs time and memory"
+        return self._once("packing", packing_obstacle, message)
 
     def last_layer_obstacle(self) -> str | None:
         """As `ptmoe.fast.last_layer.last_layer_obstacle`, its trial once."""
-        in_use = last_layer_in_use(self.base)
-        if in_use is None and "last_layer" not in self._tried:
-            self._tried["last_layer"] = reason = last_layer_obstacle(self.base)
-            if reason is not None:
-                self._warn(f"the last layer of {self._name} is computed at every position: {reason}")
-        return in_use or self._tried["last_layer"]
+        message = "the last layer of {} is computed at every position: {}"
+        return last_layer_in_use(self.base) or self._once("last_layer", last_layer_obstacle, message)
 
     def parts_obstacle(self) -> str | None:
         """Why many logits are not computed in parts, tried out once; None where they are."""
         if is_sharded(self.base):  # in each process another number of times
             return "each part would gather the weights of the head from all processes"
-        if "parts" not in self._tried:
-            self._decoder = decoder_of(self.base)
-            self._tried["parts"] = reason = (
-                "its logits follow from more than the last hidden states" if self._decoder is None else None
-            )
-            if reason is not None:
-                self._warn(f"the logits of {self._name} are computed all at once: {reason}")
-        return self._tried["parts"]
+
+        def obstacle(base: PreTrainedModel) -> str | None:
+            self._decoder = decoder_of(base)
+            return "its logits follow from more than the last hidden states" if self._decoder is None else None
+
+        return self._once("parts", obstacle, "the logits of {} are computed all at once: {}")
 
     def obstacles(self) -> dict[str, str | None]:
         """Each path by name, and what keeps it from being taken; None where it is taken."""
@@ -144,9 +135,9 @@ class FastPaths:
             statistics.add(logits, targets)
         return cross_entropy(logits, targets, num_items), out
 
-    @property
-    def _name(self) -> str:
-        return type(self.base).__name__
-
-    def _warn(self, message: str) -> None:
-        warnings.warn(message, stacklevel=5)
+    def _once(self, path: str, obstacle: Callable[[PreTrainedModel], str | None], message: str) -> str | None:
+        if path not in self._tried:
+            self._tried[path] = reason = obstacle(self.base)
+            if reason is not None:
+                warnings.warn(message.format(type(self.base).__name__, reason), stacklevel=5)
+        return self._tried[path]
