@@ -116,7 +116,7 @@ def score_by_parameters(board: Board, parameters: Mapping[str, int], looks: Mapp
     than a factor of three the axis goes from 1k to 300k at least, so that figures of several comparisons can be laid
     side by side.
     """
-    figure, axes = _plot("trainable parameters", f"{metric_name(board.metric)}, %", height=3.3)
+    figure, axes = plot("trainable parameters", f"{metric_name(board.metric)}, %", height=3.3)
     scored = {label: board.scores[label, AVERAGE] for label in board.ranking}
     for label, score in scored.items():
         color, _, marker = looks[label]
@@ -201,7 +201,7 @@ def learning_curves(points: pd.DataFrame, looks: Mapping[str, Style]) -> Figure:
     """Each label's mean training loss over its seeds, from one task's `curve_points`; the band goes from the lowest
     seed to the highest."""
     by = "optimiser step" if points["by"].iat[0] == "step" else "seconds of training"
-    figure, axes = _plot(by, "training loss", height=3.1)
+    figure, axes = plot(by, "training loss", height=3.1)
     for label, curve in points.groupby("method", sort=False):
         color, _, marker = looks[label]
         every = max(1, len(curve) // 6)
@@ -229,7 +229,7 @@ def scores_by_domain(
     labels = list(dict.fromkeys(label for row in scores.values() for label in row))
     pitch = 0.17 if len(labels) < 6 else 0.13  # inches from one label's point to the next
     row_height = pitch * len(labels) + 0.16
-    figure, axes = _plot(f"{metric_name(metric)}, %", "", height=0.95 + len(scores) * row_height)
+    figure, axes = plot(f"{metric_name(metric)}, %", "", height=0.95 + len(scores) * row_height)
     for turn, label in enumerate(labels):
         color, _, marker = looks[label]
         offset = (turn - (len(labels) - 1) / 2) * pitch / row_height
@@ -272,7 +272,7 @@ def routing_figures(routing: RoutingSummary) -> dict[str, Figure]:
 def _heat_map(rows: Sequence[Sequence[float]], names: Sequence[str], of: str, form: str) -> Figure:
     """Values from −1 to 1: the larger, the more of the colour of its sign covers the page, in either mode."""
     experts = len(rows[0])
-    figure, axes = _plot("expert", of, height=0.75 + 0.38 * len(rows))
+    figure, axes = plot("expert", of, height=0.75 + 0.38 * len(rows))
     size = FONT_SIZE if experts <= 6 else max(4.5, FONT_SIZE * 6 / experts)
     for (y, x), value in np.ndenumerate(np.array(rows)):
         color, cover = (HIGH if value >= 0 else LOW), min(1.0, 0.06 + 0.94 * abs(value))
@@ -313,7 +313,7 @@ def routing_over_training(logs: Sequence[LogLine]) -> Figure:
     return figure
 
 
-def _plot(xlabel: str, ylabel: str, height: float) -> tuple[Figure, Axes]:
+def plot(xlabel: str, ylabel: str, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)

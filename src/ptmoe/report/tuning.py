@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ptmoe.compare.search import TunePlan
 from ptmoe.compare.tuning import best_of
-from ptmoe.report.figures import FAINT, HIGH, INK, WIDTH
+from ptmoe.report.figures import FAINT, HIGH, INK, plot
 from ptmoe.report.gallery import Gallery, Section
 from ptmoe.report.page import write_page
 from ptmoe.report.table import Table
@@ -81,14 +81,12 @@ def _shown(value: Any) -> str:
 
 def curves(records: Sequence[TrialRecord], best: TrialRecord) -> Figure:
     """Each trial's validation score by step, the best one's strong."""
-    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plot("optimiser step", "validation score, %", height=3.1)
     for record in [*(record for record in records if record != best), best]:
         steps, scores = zip(*record.scores, strict=True)
         color, width = (HIGH, 2.4) if record == best else (INK, 0.9)
         alpha = 1.0 if record == best else 0.45
         axes.plot(steps, scores, color=color, linewidth=width, alpha=alpha, marker="o", markersize=3)
-    axes.set(xlabel="optimiser step", ylabel="validation score, %")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid(axis="y", color=FAINT)
     return figure
@@ -96,13 +94,11 @@ def curves(records: Sequence[TrialRecord], best: TrialRecord) -> Figure:
 
 def scatter(field: str, points: Sequence[tuple[float, float, int]], best: int) -> Figure:
     """The finished trials' scores by one setting, on a logarithmic axis where it goes over more than a decade."""
-    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plot(field, "validation score, %", height=2.6)
     for value, score, number in points:
         axes.plot(value, score, "o", color=HIGH if number == best else INK, alpha=1.0 if number == best else 0.6)
     values = [point[0] for point in points]
     if min(values) > 0 and max(values) >= 10 * min(values):
         axes.set_xscale("log")
-    axes.set(xlabel=field, ylabel="validation score, %")
     axes.grid(axis="y", color=FAINT)
     return figure
