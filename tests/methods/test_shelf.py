@@ -18,7 +18,7 @@ from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.models.bases import load_base
 from ptmoe.train.options import method_config, method_entry
 from testing.bases import batch, tiny, tiny_llama, tokens
-from testing.losses import answers
+from testing.losses import answers, checkpointed_gradients, logits_of, losses_of_steps
 from testing.shelf import OF_TYPE
 
 TRAINING = answers()
@@ -60,25 +60,9 @@ def drawn(kind, base=None):
     return model
 
 
-def logits_of(model):
-    ids, mask = TRAINING["input_ids"], TRAINING["attention_mask"]
-    return model(ids, mask).logits[mask.bool()]
-
-
 def after_steps(model, steps=3):
-    """The losses of some steps on one batch."""
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.01)
-    model.encoders.train()
-    model.training = True
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(**TRAINING).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval()
-    return losses
+    return losses_of_steps(model, optimizer, steps)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -123,14 +107,7 @@ def test_a_row_is_alone_in_its_batch_and_the_loss_is_that_of_the_logits(kind):
         assert_close(logits[i, left : left + len(row)], model(row[None]).logits[0], atol=1e-5, rtol=0)
         assert torch.equal(made[i, -4:], model.generate(row[None], max_new_tokens=4, do_sample=False)[0, -4:])
     assert_close(model(**TRAINING, skip_logits=True).loss, model(**TRAINING, skip_logits=False).loss)
-    gradients = []
-    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
-        enable()
-        model.train().zero_grad()
-        torch.manual_seed(0)
-        model(**TRAINING).loss.backward()
-        gradients.append([parameter.grad for parameter in model.encoder.parameters()])
-    assert_close(*gradients, atol=1e-6, rtol=1e-5)
+    assert_close(*checkpointed_gradients(model, TRAINING), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", WHILE_IT_IS_QUICK)

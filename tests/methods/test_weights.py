@@ -24,8 +24,8 @@ from ptmoe.methods.parts import PartsConfig
 from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.models.decoding import Decoder
 from ptmoe.train import PromptTrainer
-from testing.bases import DEVICE, PAD, POSITIONS, array, batch, pad, tiny, tiny_llama, tokens
-from testing.losses import answers
+from testing.bases import DEVICE, POSITIONS, array, batch, collate, tiny, tiny_llama, tokens
+from testing.losses import answers, checkpointed_gradients, logits_of, losses_of_steps
 
 ARCHITECTURES = ["llama", "gpt2", "opt", "phi", "gpt_neox"]
 SIZES = {
@@ -94,21 +94,7 @@ def trained(method, base=None, steps=4, **fields):
         warnings.simplefilter("ignore")
         optimizer = model.encoder.optimizer(rate, 0.0)
     optimizer = optimizer or torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=rate)
-    model.encoders.train()
-    model.training = True  # the base stays without dropout
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(**TRAINING).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return model.eval(), losses
-
-
-def logits_of(model):
-    ids, mask = TRAINING["input_ids"], TRAINING["attention_mask"]
-    return model(ids, mask).logits[mask.bool()]
+    return model, losses_of_steps(model, optimizer, steps)
 
 
 # -- what is counted and trained ---------------------------------------------------------------------------------------
@@ -182,15 +168,7 @@ def test_full_fine_tuning_of_a_bfloat16_base_is_in_float32():
 
 @weight_side
 def test_gradient_checkpointing_changes_no_gradient(method):
-    model = attached(method).train()
-    gradients = []
-    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
-        enable()
-        model.zero_grad()
-        torch.manual_seed(0)
-        model(**TRAINING).loss.backward()
-        gradients.append([parameter.grad for parameter in model.encoder.parameters()])
-    assert_close(*gradients, atol=1e-6, rtol=1e-5)
+    assert_close(*checkpointed_gradients(attached(method), TRAINING), atol=1e-6, rtol=1e-5)
 
 
 # -- padding and generation --------------------------------------------------------------------------------------------
@@ -372,15 +350,6 @@ def test_another_base_is_refused_and_the_folder_needs_no_conversion(folder, tmp_
 
 
 # -- training by the trainer -------------------------------------------------------------------------------------------
-
-
-def collate(rows):
-    width = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
-    return {
-        key: torch.stack([pad(row[key], 0, width - len(row[key]), value) for row in rows])
-        for key, value in fill.items()
-    }
 
 
 def data():

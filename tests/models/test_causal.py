@@ -17,19 +17,19 @@ from testing.bases import (
     CONFIGS,
     DEVICE,
     HIDDEN,
-    PAD,
     POSITIONS,
     PT_MOE,
     SELECTIVE_PROBATIONARY,
     array,
     batch,
+    collate,
     on_device,
     own_projection,
-    pad,
     prompted,
     tiny_llama,
     tokens,
 )
+from testing.losses import checkpointed_gradients
 
 every_base = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 all_methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -634,26 +634,11 @@ def test_hidden_states_and_kept_logits_are_those_asked_for(base):
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    model = prompted(tiny_llama(), CONFIGS["PT-MoE selective probationary"].replace(router_noise=0)).train()
-    gradients = []
-    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
-        enable()
-        model.zero_grad()
-        model(**MIXED).loss.backward()
-        gradients.append([parameter.grad for parameter in model.encoder.parameters()])
-    assert_close(*gradients, atol=1e-7, rtol=1e-5)
+    model = prompted(tiny_llama(), CONFIGS["PT-MoE selective probationary"].replace(router_noise=0))
+    assert_close(*checkpointed_gradients(model, MIXED), atol=1e-7, rtol=1e-5)
 
 
 # -- transformers.Trainer ----------------------------------------------------------------------------------------------
-
-
-def collate(examples):
-    width = max(len(example["input_ids"]) for example in examples)
-    fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
-    return {
-        key: torch.stack([pad(example[key], 0, width - len(example[key]), value) for example in examples])
-        for key, value in fill.items()
-    }
 
 
 def dataset():

@@ -31,6 +31,40 @@ def answers() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def logits_of(model: PromptedCausalLM) -> Tensor:
+    """Of the real tokens of `answers`."""
+    inputs = answers()
+    mask = inputs["attention_mask"]
+    return model(inputs["input_ids"], mask).logits[mask.bool()]
+
+
+def losses_of_steps(model: PromptedCausalLM, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Of training on `answers`, in which the base stays without dropout."""
+    model.encoders.train()
+    model.training = True
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**answers()).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def checkpointed_gradients(model: PromptedCausalLM, inputs: dict[str, Tensor]) -> list[list[Tensor | None]]:
+    """Of the adapter's parameters, without and with gradient checkpointing."""
+    gradients = []
+    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        enable()
+        model.train().zero_grad()
+        torch.manual_seed(0)
+        model(**inputs).loss.backward()
+        gradients.append([parameter.grad for parameter in model.encoder.parameters()])
+    return gradients
+
+
 def loss_and_gradients(model: PromptedCausalLM, inputs: dict[str, Tensor], packing: bool | None) -> dict[str, Tensor]:
     model.packing = packing
     model.zero_grad()
