@@ -1,12 +1,11 @@
 """A base is tried out when it is wrapped: from embeddings it gives what it gives from token ids, or it is refused."""
 
-import importlib.util
 import time
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
+import tabulate_bases
 import torch
 import transformers
 from accelerate import cpu_offload
@@ -20,12 +19,6 @@ from ptmoe.models import checks
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.decoding import Decoder
 from testing.bases import CONFIGS, DEVICE, PT_MOE, batch, prompted, tiny, tiny_llama, tokens
-
-spec = importlib.util.spec_from_file_location(
-    "tabulate_bases", Path(__file__).parents[2] / "docs" / "tabulate_bases.py"
-)
-tabulate_bases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tabulate_bases)
 
 
 def tiny_of(kind):

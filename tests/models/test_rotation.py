@@ -1,9 +1,7 @@
 """Bases that rotate all positions by the longest row's length: a row gets in a batch what it gets alone."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import tabulate_bases
 import torch
 from torch.testing import assert_close
 
@@ -14,12 +12,6 @@ from ptmoe.models import rotation
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.decoding import Decoder
 from testing.bases import ARCHITECTURES, CONFIGS, DEVICE, batch, prompted, tiny, tokens
-
-spec = importlib.util.spec_from_file_location(
-    "tabulate_bases", Path(__file__).parents[2] / "docs" / "tabulate_bases.py"
-)
-tabulate_bases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tabulate_bases)
 
 SWITCH = 12  # of the longrope bases
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": SWITCH, "factor": 4.0}
