@@ -12,11 +12,10 @@ or two experts, are nearly tied, one pass over the example alone decides.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +24,7 @@ from ptmoe.evaluate.generation import NEAR_TIE, Completion, nearly_tied, rounded
 from ptmoe.evaluate.routing import route
 from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.decoding import padded
+from ptmoe.models.greedy import last_logits
 from ptmoe.tasks import TASKS, check_labels
 from ptmoe.tasks.tokens import encode_completion
 
@@ -131,12 +131,9 @@ def _log_probabilities(model: PromptedCausalLM, rows: Sequence[Row]) -> list[tor
     ids, mask = padded([prompt + before for _, prompt, before in rows], model.device)
     ends = torch.tensor([ids.shape[1] - len(before) for _, _, before in rows], device=ids.device)
     readable = torch.arange(ids.shape[1], device=ids.device) < ends[:, None]  # (B, L)
-    options: dict[str, Any] = {"use_cache": False, "return_dict": True}
-    if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
-        options["logits_to_keep"] = most
     with model.lock, fast_kernels(base):
         inputs = model.decoder_inputs(ids, mask, 1, readable)
-        logits = base(**inputs, **options).logits
+        logits = base(**inputs, use_cache=False, **last_logits(base, most)).logits
     return [
         logits[row, -len(before) - 1 :].log_softmax(-1, dtype=torch.float32) for row, (*_, before) in enumerate(rows)
     ]

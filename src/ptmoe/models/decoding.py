@@ -10,7 +10,6 @@ A base that caches more than keys and values, prepares its inputs itself or asks
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.causal import PromptedCausalLM
-from ptmoe.models.greedy import GREEDY, stepping_obstacle
+from ptmoe.models.greedy import GREEDY, last_logits, stepping_obstacle
 
 
 class Decoder:
@@ -37,17 +36,14 @@ class Decoder:
         model.check_unchanged()
         self.model = model
         self.base = model.base_model
-        parameters = inspect.signature(type(self.base).forward).parameters
-        self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if "logits_to_keep" in parameters:
-            self.options["logits_to_keep"] = 1
+        self.options = {"use_cache": True, **last_logits(self.base)}
         obstacle = stepping_obstacle(self.base, model.path)
         self.steps = obstacle is None
         if obstacle is not None:
             warnings.warn(
                 f"{type(self.base).__name__} is decoded by transformers, which is slower: {obstacle}", stacklevel=2
             )
-        self.takes_positions = "position_ids" in parameters
+        self.takes_positions = model.takes_positions
         self.prefix: list[tuple[Tensor, Tensor]] | None = None  # each layer's keys and values, (N, heads, T, d)
         self.shapes: list[tuple[Tensor, Tensor]] = []  # likewise of any input, for the shapes and dtypes of a cache
         if not self.steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationMixin
@@ -27,6 +28,12 @@ HARMLESS = {
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
     *("use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
 }
+
+
+def last_logits(base: PreTrainedModel, count: int = 1) -> dict[str, Any]:
+    """Options of the base's `forward` that leave out the logits of all but the last positions, where it can."""
+    takes = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    return {"return_dict": True, **({"logits_to_keep": count} if takes else {})}
 
 
 def stepping_obstacle(base: PreTrainedModel, path: InputPath | None = None) -> str | None:

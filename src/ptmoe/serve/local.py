@@ -11,7 +11,6 @@ pass over the row alone decides, as in `ptmoe.evaluate.generation`.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import queue
 import threading
@@ -28,7 +27,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import NEAR_TIE
 from ptmoe.fast.paths import fast_kernels
-from ptmoe.models.greedy import stepping_obstacle
+from ptmoe.models.greedy import last_logits, stepping_obstacle
 from ptmoe.serve.engine import LEAST, EngineError, Input, Sampling, Token, check_room
 from ptmoe.serve.rows import Rows
 
@@ -92,11 +91,8 @@ class LocalEngine:
         self.margin = NEAR_TIE if model.dtype == torch.float32 and self.max_batch > 1 else 0.0
         self.near_ties = 0
         self.on_step: Callable[[int], None] = lambda rows: None
-        parameters = inspect.signature(type(base).forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._options: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if "logits_to_keep" in parameters:
-            self._options["logits_to_keep"] = 1
+        self._takes_positions = model.takes_positions
+        self._options = {"use_cache": True, **last_logits(base)}
         windows = [layer.sliding_window for layer in DynamicCache(config=base.config).layers if layer.is_sliding]
         self._window = min(windows, default=None)
         self._rows = Rows(base.config)
