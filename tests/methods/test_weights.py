@@ -24,7 +24,8 @@ from ptmoe.methods.parts import PartsConfig
 from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.models.decoding import Decoder
 from ptmoe.train import PromptTrainer
-from testing.bases import DEVICE, POSITIONS, array, batch, collate, tiny, tiny_llama, tokens
+from ptmoe.train.data import collate
+from testing.bases import DEVICE, POSITIONS, array, batch, tiny, tiny_llama, tokens
 from testing.losses import answers, checkpointed_gradients, logits_of, losses_of_steps
 
 ARCHITECTURES = ["llama", "gpt2", "opt", "phi", "gpt_neox"]

@@ -13,6 +13,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, PTConfig, PTMoEConfig
 from ptmoe.models.attach import attach
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
+from ptmoe.train.data import collate
 from testing.bases import (
     CONFIGS,
     DEVICE,
@@ -22,7 +23,6 @@ from testing.bases import (
     SELECTIVE_PROBATIONARY,
     array,
     batch,
-    collate,
     on_device,
     own_projection,
     prompted,

@@ -142,13 +142,3 @@ def batch(rows: list[Tensor], lefts: list[int], width: int | None = None) -> tup
     ids = [pad(row, left, width - left - len(row)) for row, left in zip(rows, lefts, strict=True)]
     mask = [pad(torch.ones_like(row), left, width - left - len(row)) for row, left in zip(rows, lefts, strict=True)]
     return torch.stack(ids), torch.stack(mask)
-
-
-def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows of different lengths as a batch, padded on the right."""
-    width = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
-    return {
-        key: torch.stack([pad(row[key], 0, width - len(row[key]), value) for row in rows])
-        for key, value in fill.items()
-    }
