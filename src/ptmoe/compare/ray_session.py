@@ -108,11 +108,11 @@ def session(on: str, usual: int, jobs: int | None, gpus: float | None) -> Iterat
             os.environ.update(zip(OF_WORKERS, (local, threads, threads, TOKEN), strict=True))
             options |= {"include_dashboard": False, "num_cpus": max(usual, os.cpu_count() or 1), "_temp_dir": local}
         try:
-            with _signals_kept():
+            with signals_kept():
                 _connect(ray, on, options)
             yield room(ray, on, usual, jobs, gpus)
         finally:
-            with _signals_kept():
+            with signals_kept():
                 ray.shutdown()
     finally:
         if local is not None:
@@ -147,7 +147,7 @@ def _connect(ray: Any, on: str, options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
+def signals_kept() -> Iterator[None]:
     """Ray answers SIGTERM in its own way from when it starts."""
     if threading.current_thread() is not threading.main_thread():
         yield

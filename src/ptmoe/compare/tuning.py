@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ptmoe.compare.on_ray import RETRIES
-from ptmoe.compare.ray_session import session
+from ptmoe.compare.ray_session import session, signals_kept
 from ptmoe.compare.search import TunePlan, drawn
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.folders import BEST_FILE, TRIALS_FILE, TUNE_FILE, writing
@@ -107,28 +105,25 @@ def _fit(
     told = {number: record.scores for number, record in known.items()}
     plain = {**plan.model_dump(), "output_dir": None}
     trainable = ray_tune.with_parameters(trial, plan=plain, settings=settings, known=told)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray_tune.Tuner(
-            ray_tune.with_resources(trainable, {"cpu": 1, "gpu": room.gpus}),
-            param_space={"number": ray_tune.grid_search(list(range(plan.trials)))},
-            tune_config=ray_tune.TuneConfig(
-                metric="score",
-                mode="max",
-                scheduler=ASHAScheduler(max_t=plan.evaluations, grace_period=1, reduction_factor=REDUCTION),
-                max_concurrent_trials=room.jobs,
-                reuse_actors=True,  # and with them the libraries; a stopped trial ends in its next report
-            ),
-            run_config=ray_tune.RunConfig(
-                name="tune",
-                storage_path=str((folder / STORAGE).resolve()),
-                failure_config=ray_tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[Results(ended)],
-                verbose=0,
-            ),
-        ).fit()
+        with signals_kept():
+            ray_tune.Tuner(
+                ray_tune.with_resources(trainable, {"cpu": 1, "gpu": room.gpus}),
+                param_space={"number": ray_tune.grid_search(list(range(plan.trials)))},
+                tune_config=ray_tune.TuneConfig(
+                    metric="score",
+                    mode="max",
+                    scheduler=ASHAScheduler(max_t=plan.evaluations, grace_period=1, reduction_factor=REDUCTION),
+                    max_concurrent_trials=room.jobs,
+                    reuse_actors=True,  # and with them the libraries; a stopped trial ends in its next report
+                ),
+                run_config=ray_tune.RunConfig(
+                    name="tune",
+                    storage_path=str((folder / STORAGE).resolve()),
+                    failure_config=ray_tune.FailureConfig(max_failures=RETRIES),
+                    callbacks=[Results(ended)],
+                    verbose=0,
+                ),
+            ).fit()
     finally:
         shutil.rmtree(folder / STORAGE, ignore_errors=True)
-        with suppress(ValueError):  # not the main thread, where there are none
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
