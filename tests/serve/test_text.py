@@ -84,3 +84,27 @@ def test_no_token_of_a_stop_text_is_told():
     words = ["ab", "S", "TOP"]
     _, pieces = said(lambda ids: "".join(words[token] for token in ids), [0, 1, 1, 2], ["STOP"])
     assert [(token.id, offset) for piece in pieces for token, offset in piece.tokens] == [(0, 0), (1, 2)]
+
+
+@given(st.data())
+def test_the_first_of_several_stop_texts_in_one_token_ends_it(data):
+    stops = data.draw(st.permutations(["ab", "cd", "", "ef"]))
+    words = ["x", "".join(data.draw(st.permutations(["-ab-", "-cd-", "-ef-"])))]
+    _, pieces = said(lambda ids: "".join(words[token] for token in ids), [0, 1], stops)
+    assert "".join(piece.text for piece in pieces) == "x-"
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "text", "told", "finish"),
+    [
+        ([b"ab", b"STO", b"P\xe6"], "STOP", "ab", [(0, 0)], "stop"),
+        ([b"ab", b"STO", b"P"], "STOPS", "abSTOP", [(0, 0), (1, 2), (2, 5), (9, 6)], "length"),
+    ],
+)
+def test_the_end_says_what_was_held_back_unless_it_holds_a_stop_text(words, stop, text, told, finish):
+    made = Text(lambda ids: b"".join(words[token] for token in ids).decode(errors="replace"), [stop])
+    pieces = [made.add(Token(token)) for token in range(3)]
+    pieces.append(made.end("length", Token(9)))
+    assert "".join(piece.text for piece in pieces) == text
+    assert [(token.id, offset) for piece in pieces for token, offset in piece.tokens] == told
+    assert pieces[-1].finish == finish

@@ -72,8 +72,6 @@ class Text:
             kept = 0 if last else max((_overlap(self._held, stop) for stop in self._stop), default=0)
             text, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         self._said += len(text)
-        if not (text or self.stopped or last):
-            return Said()
         whole = last and not self.stopped
         tokens = [pair for pair in self._tokens if whole or pair[1] < self._said]
         del self._tokens[: len(tokens)]  # the rest may yet be of a stop text
