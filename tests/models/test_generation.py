@@ -169,6 +169,19 @@ def test_a_logits_processor_sees_the_input_and_the_new_tokens():
     assert torch.equal(seen[-1], sequence[:, :-1])
 
 
+def test_a_logits_processor_sees_scores_with_the_repetition_penalty():
+    model, seen = prompted(tiny_llama(), ROUTED), []
+
+    def processor(input_ids, scores):
+        seen.append(scores)
+        return scores
+
+    options = {"max_new_tokens": 3, "repetition_penalty": 3.0, "return_dict_in_generate": True, "output_scores": True}
+    ids, mask = batch(ROWS[:2], [1, 2])  # with padding the penalty is not transformers' own
+    made = model.generate(ids, mask, logits_processor=[processor], pad_token_id=PAD, **options)
+    assert_close(torch.stack(seen), torch.stack(made.scores))
+
+
 # -- lengths -----------------------------------------------------------------------------------------------------------
 
 
