@@ -645,13 +645,14 @@ def test_methods_with_other_data_are_named_unless_they_have_no_room_for_all_of_i
     assert "The first that differ: nano/mixed: pt-moe on nano/mixed, seed 0; pt-moe on nano/mixed, seed 1." in text
 
 
-def test_inputs_that_did_not_fit_are_counted_for_each_method(alike, tmp_path):
+@pytest.mark.parametrize(("cut", "unanswered"), [(3, 2), (3, 0), (0, 2)])
+def test_inputs_that_did_not_fit_are_counted_for_each_method(cut, unanswered, alike, tmp_path):
     assert "did not fit" not in told(tmp_path)[0] + terminal(tmp_path)
     for place in alike[1:]:
-        rewrite(place / "eval" / "nano__mixed.json", cut=3, unanswered=2, examples=1000)
+        rewrite(place / "eval" / "nano__mixed.json", cut=cut, unanswered=unanswered, examples=1000)
     for text in (told(tmp_path)[0], terminal(tmp_path)):
         assert "Inputs did not fit: they were cut, or not answered, which scores 0." in text
-        assert text.count("pt on nano/mixed: 3 cut and 2 not answered of 1,000.") == 1
+        assert text.count(f"pt on nano/mixed: {cut} cut and {unanswered} not answered of 1,000.") == 1
 
 
 def test_what_cells_ran_on_stands_once_for_all_that_agree_in_it(alike, tmp_path):
