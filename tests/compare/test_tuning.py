@@ -130,7 +130,10 @@ def test_the_best_came_furthest_and_then_scores_highest():
 def test_a_search_stops_what_falls_behind_reports_and_is_not_run_twice(run, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "search"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("a text\n")
     written = {**SMALL, "search": {"learning_rate": [1e-9, 0.03]}, "max_steps": 6, "max_examples": 200}
+    written["forgetting"] = "texts.txt"  # a path starts where the command does
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(written))
     status, out, err = run("tune", tmp_path / "plan.yaml", "--output-dir", folder)
     assert status == 0, err

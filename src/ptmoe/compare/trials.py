@@ -3,8 +3,10 @@ does not train on."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,7 @@ def trial(
     plan: dict[str, Any],
     settings: list[dict[str, Any]],
     known: dict[int, list[tuple[int, float]]],
+    place: str,
 ) -> None:
     """A trial, by its number in `config`.
 
@@ -106,6 +109,7 @@ def trial(
         plan: the values of a `TunePlan`.
         settings: of all trials.
         known: the scores of those that ran before, which are reported again and not run.
+        place: where the names of files in the plan start; Tune has gone to a folder of its own.
     """
     from ray import tune
 
@@ -118,6 +122,8 @@ def trial(
     if number in known:
         return
     quiet()
+    with suppress(OSError):  # another machine without this folder
+        os.chdir(place)
     search = TunePlan(**plan)
     try:
         with tempfile.TemporaryDirectory(prefix="ptmoe-") as folder:

@@ -104,7 +104,7 @@ def _fit(
     shutil.rmtree(folder / STORAGE, ignore_errors=True)
     told = {number: record.scores for number, record in known.items()}
     plain = {**plan.model_dump(), "output_dir": None}
-    trainable = ray_tune.with_parameters(trial, plan=plain, settings=settings, known=told)
+    trainable = ray_tune.with_parameters(trial, plan=plain, settings=settings, known=told, place=os.getcwd())
     try:
         with signals_kept():
             ray_tune.Tuner(
