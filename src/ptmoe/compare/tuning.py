@@ -69,11 +69,12 @@ def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) ->
 
 
 def best_of(records: Sequence[TrialRecord]) -> TrialRecord:
-    """The trial with the highest last score among those that came furthest; the first of equal ones."""
+    """The trial with the highest last score among those that trained to their end or, where none did, that came
+    furthest; the first of equal ones. Trials of few steps, as with large batches, end after fewer scores."""
     furthest = max(len(record.scores) for record in records)
-    return max(
-        (record for record in records if len(record.scores) == furthest), key=lambda record: record.scores[-1][1]
-    )
+    finished = [record for record in records if record.state == "finished"]
+    far = finished or [record for record in records if len(record.scores) == furthest]
+    return max(far, key=lambda record: record.scores[-1][1])
 
 
 def _fit(
