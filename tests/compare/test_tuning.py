@@ -1,5 +1,6 @@
 """Searches: what is drawn, what a trial trains on and is scored on, and that a broken-off one goes on."""
 
+import json
 import signal
 import time
 from importlib.util import find_spec
@@ -132,7 +133,11 @@ def test_the_best_came_furthest_and_then_scores_highest():
 def test_a_search_stops_what_falls_behind_reports_and_is_not_run_twice(run, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "search"
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": one.input, "completion": one.target} for one in load_task("nano/mixed", "train")[:300]]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     written = {**SMALL, "search": {"learning_rate": [1e-9, 0.03]}, "max_steps": 6, "max_examples": 200}
+    written |= {"task": None, "data": "rows.jsonl"}  # a path starts where the command does
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(written))
     status, out, err = run("tune", tmp_path / "plan.yaml", "--output-dir", folder)
     assert status == 0, err

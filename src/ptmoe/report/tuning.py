@@ -52,6 +52,7 @@ def write_tuning_report(folder: Path) -> Path | None:
     values = ", ".join(f"{name} {value}" for name, value in best.settings.items()) or "the settings as they are given"
     states = [sum(record.state == state for record in records) for state in ("finished", "stopped", "failed")]
     errors = [f"trial {record.number}: {record.error}" for record in records if record.error]
+    far = "trained to their end" if best.state == "finished" else "came furthest"
     return write_page(
         folder,
         [Section("Trials", tables=[table], pictures=pictures)],
@@ -59,7 +60,7 @@ def write_tuning_report(folder: Path) -> Path | None:
         subtitle=f"{plan.method['name']} on {plan.task or plan.data} · base {plan.model} · {states[0]} trials finished,"
         f" {states[1]} stopped early, {states[2]} failed",
         summary=[
-            f"Trial {best.number} has the highest score of those that came furthest, {best.scores[-1][1]:.1f} %, with "
+            f"Trial {best.number} has the highest score of those that {far}, {best.scores[-1][1]:.1f} %, with "
             f"{values}. It is the best of {len(scored)} on these examples, so its score flatters it: train with "
             f"{BEST_FILE}, and evaluate on the test split."
         ],
