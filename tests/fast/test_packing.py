@@ -1,6 +1,7 @@
 """A batch computed without its padding: the same losses and gradients, on every base."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from transformers import PreTrainedModel
 
 import ptmoe.fast.loss
 from ptmoe import METHODS, PtmoeError, attach
+from ptmoe.fast import packing
 from ptmoe.fast.last_layer import last_layer_obstacle
+from ptmoe.fast.lock import base_lock
 from ptmoe.fast.packing import SHORT, SIMILAR, groups_of, packing_obstacle
 from testing.bases import CONFIGS, DEVICE, HIDDEN, VOCABULARY, prompted, tiny, tiny_llama
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
@@ -107,6 +110,21 @@ def test_the_base_is_left_as_it_was() -> None:
     with pytest.raises(IndexError, match="in the last layer"):
         model(**labelled(ROWS, [0] * 5))
     assert base.config._attn_implementation == before
+
+
+def test_nothing_of_a_packed_batch_stays_behind() -> None:
+    base = tiny_llama()
+    model = prompted(base, CONFIGS["PT"]).train()
+    model.gradient_checkpointing_enable()
+    name = "_gradient_checkpointing_func"
+    functions = {module: getattr(module, name) for module in base.modules() if hasattr(module, name)}
+    model(**labelled(ROWS, [0] * 5)).loss.backward()
+    assert functions
+    assert all(getattr(module, name) is function for module, function in functions.items())
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(base_lock(base).acquire, blocking=False).result()
+    with pytest.raises(LookupError):
+        packing._current.get()
 
 
 def bloom() -> PreTrainedModel:
