@@ -365,6 +365,7 @@ def test_labels_are_unique_and_folders_safe(tmp_path):
     rate = METHODS["pt"].narrow_learning_rate
     assert [variant.label for variant in variants] == ["pt", f"pt num_virtual_tokens=4 learning_rate={rate}"]
     assert len(prepared(tmp_path / "c", methods=[both[0], both[0]], budget=None).variants) == 1
+    assert prepared(tmp_path / "c", methods=[{"name": "pt", "label": None}]).variants[0].label == "pt"
     named = [{**entry, "label": "a/b"} for entry in both]
     place = prepared(tmp_path / "c", methods=named[:1]).cells[0].place
     assert place.parts == ("cells", "a__b", "nano__mixed", "seed-0")
@@ -731,7 +732,7 @@ def test_what_a_run_decided_for_itself_is_no_edit(tmp_path, trained):
     assert prepared(tmp_path / "c", **asked).unfinished == prepare(read_plan(tmp_path / "c")).unfinished == []
     plan = tmp_path / "c" / "comparison.yaml"
     plan.write_text(plan.read_text().replace("- q_proj", "- o_proj"))
-    with pytest.raises(PtmoeError, match=r"target_modules was \['q_proj', 'v_proj'\], is \['v_proj', 'o_proj'\]"):
+    with pytest.raises(PtmoeError, match=r"target_modules was \['q_proj', 'v_proj'\], is \['o_proj', 'v_proj'\]"):
         prepare(read_plan(tmp_path / "c"))
 
 

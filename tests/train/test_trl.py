@@ -300,4 +300,4 @@ def test_a_trained_model_keeps_its_own_forward(tokenizer, tmp_path):
     assert "forward" not in vars(model)
     trainer.train()
     ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]], device=model.device)
-    assert model.generate(ids, max_new_tokens=3).shape[1] == ids.shape[1] + 3
+    assert model.eval().generate(ids, max_new_tokens=3).shape[1] == ids.shape[1] + 3

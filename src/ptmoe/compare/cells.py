@@ -140,8 +140,9 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
             raise PtmoeError(f"learning_rate of {name!r}, which is not compared{near(name, names)}")
     for name, entry in zip(names, plan.methods, strict=True):
         fields = {key: value for key, value in entry.items() if key not in OWN_KEYS}
+        called = name if entry.get("label") is None else str(entry["label"])
         if name == BASE:
-            choose(Variant(str(entry.get("label") or BASE), UntouchedConfig(**fields), None, None, 0), BASE)
+            choose(Variant(called, UntouchedConfig(**fields), None, None, 0), BASE)
             continue
         config_class = type(method_config({"name": name, **fields}))
         limits: list[int | None] = [*(budgets(entry["budget"]) if "budget" in entry else plan.budget)] or [None]
@@ -149,7 +150,7 @@ def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ())
             varied = dict(zip(plan.vary, values, strict=True))
             parts = [f"{key}={value}" for key, value in varied.items()]
             parts += [f"budget={budget}"] if len(limits) > 1 else []
-            label = " ".join([str(entry.get("label") or name), *parts])
+            label = " ".join([called, *parts])
             given = (varied.pop("learning_rate", None), entry.get("learning_rate"), rates.get(name))
             rate = _OwnRate(learning_rate=next((rate for rate in given if rate is not None), None)).learning_rate
             known_fields = config_class.model_fields | config_class.shorthands
