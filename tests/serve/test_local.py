@@ -15,7 +15,7 @@ from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
 from ptmoe.serve.engine import EngineError, Input, Sampling
 from ptmoe.serve.local import LocalEngine, described, sample
-from testing.bases import CONFIGS, DEVICE, VOCABULARY, prompted, tiny, tokens
+from testing.bases import ARCHITECTURES, CONFIGS, DEVICE, VOCABULARY, prompted, tiny, tokens
 
 NAMES = {"PT": "fixed", "PT-MoE selective": "fixed of each expert", "PT-MoE neither": "composed", "SMoP": "composed"}
 NEW = 10
@@ -59,6 +59,15 @@ def answers(engine, *asked):
         one if isinstance(one, Exception) else [token.id for token in one] if not asked[0][2].get("logprobs") else one
         for one in asyncio.run(run())
     ]
+
+
+def test_gpt_neos_window_takes_no_row_its_prompt_beside_a_longer_one(monkeypatch):
+    own = {"attention_types": [[["global", "local"], 1]], "window_size": 12}
+    monkeypatch.setitem(ARCHITECTURES, "gpt_neo", ("GPTNeo", own))
+    model = served(tiny("gpt_neo"))
+    rows = [tokens(length, length) for length in (3, 24, 5)]
+    asked = [(row_of(model, ids, "PT"), 0.0, {}) for ids in rows]
+    assert answers(LocalEngine(model, max_batch=3), *asked) == [alone(model, ids, "PT") for ids in rows]
 
 
 def test_rows_that_come_and_go_get_the_answers_of_generate_alone(base):

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.causal import PromptedCausalLM
-from ptmoe.models.greedy import GREEDY, last_logits, stepping_obstacle
+from ptmoe.models.greedy import GREEDY, last_logits, narrowest_window, stepping_obstacle
 
 
 class Decoder:
@@ -141,9 +141,7 @@ class Decoder:
 
     def _first_inputs(self, ids: Tensor, mask: Tensor, experts: Sequence[int], new: int) -> dict[str, Any]:
         """The arguments of the first pass, with a cache that has room for `new` tokens and holds a fixed prompt."""
-        layers = DynamicCache(config=self.base.config).layers
-        limits = [self.model.max_positions, *(layer.sliding_window for layer in layers if layer.is_sliding)]
-        limits.append(getattr(self.base.config, "window_size", None))  # GPT-Neo's, in its masks alone
+        limits = self.model.max_positions, narrowest_window(self.base)
         virtual = self.model.num_virtual_tokens
         needed = virtual + ids.shape[1] + new
         # A window counts the padding behind the prompt as well.
@@ -164,7 +162,7 @@ class Decoder:
         # All of them before anything else is computed: allocated later, they would fragment the memory.
         cache.layers = [
             layer if layer.is_sliding else PreallocatedLayer([_allocated(tensor, len(ids), room) for tensor in shapes])
-            for layer, shapes in zip(layers, self.shapes, strict=True)
+            for layer, shapes in zip(cache.layers, self.shapes, strict=True)
         ]
         for index, (keys, values) in enumerate(before):
             cache.update(keys, values, index)

@@ -36,6 +36,14 @@ def last_logits(base: PreTrainedModel, count: int = 1) -> dict[str, Any]:
     return {"return_dict": True, **({"logits_to_keep": count} if takes else {})}
 
 
+def narrowest_window(base: PreTrainedModel) -> int | None:
+    """Of its layers' sliding windows; None without any."""
+    layers = DynamicCache(config=base.config).layers
+    windows = [layer.sliding_window for layer in layers if layer.is_sliding]
+    of_masks = getattr(base.config, "window_size", None)  # GPT-Neo's, of which its cache does not know
+    return min([*windows, of_masks] if of_masks is not None else windows, default=None)
+
+
 def stepping_obstacle(base: PreTrainedModel, path: InputPath | None = None) -> str | None:
     """Why greedy decoding of this base is left to `transformers`' `generate`; None where `Decoder` steps it itself."""
     path = path or InputPath()

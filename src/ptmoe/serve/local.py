@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import NEAR_TIE
 from ptmoe.fast.paths import fast_kernels
-from ptmoe.models.greedy import last_logits, stepping_obstacle
+from ptmoe.models.greedy import last_logits, narrowest_window, stepping_obstacle
 from ptmoe.serve.engine import LEAST, EngineError, Input, Sampling, Token, check_room
 from ptmoe.serve.rows import Rows
 
@@ -93,8 +93,7 @@ class LocalEngine:
         self.on_step: Callable[[int], None] = lambda rows: None
         self._takes_positions = model.takes_positions
         self._options = {"use_cache": True, **last_logits(base)}
-        windows = [layer.sliding_window for layer in DynamicCache(config=base.config).layers if layer.is_sliding]
-        self._window = min(windows, default=None)
+        self._window = narrowest_window(base)
         self._rows = Rows(base.config)
         self._running: list[_Row] = []
         self._waiting: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
