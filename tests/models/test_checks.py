@@ -405,6 +405,14 @@ def test_a_base_that_does_not_mask_padding_generates_rows_of_one_length_together
         model.generate(ids, mask, max_new_tokens=2, return_dict_in_generate=True)
 
 
+def test_a_base_that_does_not_mask_padding_tells_a_function_of_allowed_tokens_which_row_it_reads():
+    model = prompted(tiny_of("bart"), CONFIGS["PT"])
+    ids, mask = batch(ROWS, LEFTS)
+    options = {"max_new_tokens": 2, "pad_token_id": 0, "prefix_allowed_tokens_fn": lambda row, ids: [20 + row]}
+    made = model.generate(ids, mask, **options)
+    assert made[:, ids.shape[1] :].tolist() == [[20, 20], [21, 21], [22, 22]]
+
+
 def test_generate_refuses_what_cannot_hold_the_prompt():
     model = prompted(tiny_llama(), CONFIGS["PT"])
     ids = tokens(4)[None]

@@ -285,24 +285,53 @@ REPEATING = [
 PROMPTS = {"PT": CONFIGS["PT"], "prefix": METHODS["prefix-tuning"](num_virtual_tokens=3)}
 
 
+def third_of_each_sort(row, ids):
+    """Tokens whose remainder by three is that of the last one's and the row's sum: a different third for each row."""
+    return [token for token in range(VOCABULARY) if (token - int(ids[-1]) - row) % 3 == 0]
+
+
+READING = {
+    "repetition penalty": {"repetition_penalty": 3.0},
+    "beams with a penalty": {"repetition_penalty": 3.0, "num_beams": 3},
+    "several beams with a penalty": {"repetition_penalty": 3.0, "num_beams": 3, "num_return_sequences": 2},
+    "no repeated n-gram": {"no_repeat_ngram_size": 2},
+    "beams without a repeated n-gram": {"no_repeat_ngram_size": 2, "num_beams": 3},
+    "bad words": {"bad_words_ids": [[last, token] for last in (6, 4, 7) for token in range(VOCABULARY // 2)]},
+    "a bias": {"sequence_bias": [[[last, 5], 90.0] for last in (6, 4, 7)]},
+    "allowed tokens": {"prefix_allowed_tokens_fn": third_of_each_sort},
+}
+
+
 @pytest.mark.parametrize("lefts", [[0, 0, 0], [3, 7, 0], [1, 4, 0]], ids=["right", "left", "both"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("options", READING.values(), ids=READING)
 @pytest.mark.parametrize(
     ("prompt", "names"), [("PT", None), ("PT", ["default", "__base__", "__base__"]), ("prefix", None)]
 )
-def test_a_repetition_penalty_reads_the_tokens_of_each_row_and_no_padding(lefts, options, prompt, names):
+def test_whatever_reads_the_tokens_reads_those_of_each_row_and_no_padding(lefts, options, prompt, names):
     model = prompted(tiny_llama(), PROMPTS[prompt])
-    options = options | {"max_new_tokens": 8, "repetition_penalty": 3.0, "pad_token_id": PAD}
+    options = options | {"max_new_tokens": 8, "pad_token_id": PAD}
     options |= {"return_dict_in_generate": True, "output_scores": True}
     ids, mask = batch(REPEATING, lefts)
     made = model.generate(ids, mask, adapter_names=names, **options)
+    count = len(made.sequences) // len(REPEATING)
+    assert torch.equal(made.sequences[:, : ids.shape[1]], ids.repeat_interleave(count, 0))
     for i, row in enumerate(REPEATING):
+        if "prefix_allowed_tokens_fn" in options:
+            options["prefix_allowed_tokens_fn"] = lambda _, ids, i=i: third_of_each_sort(i, ids)
         alone = model.generate(row[None], adapter_names=names and names[i : i + 1], **options)
-        count, rows = len(alone.sequences), len(alone.scores[0])
         new = made.sequences[i * count : (i + 1) * count, ids.shape[1] :]
         assert torch.equal(new, alone.sequences[:, len(row) :])
+        rows = len(alone.scores[0])
         scores = torch.stack(made.scores)[:, i * rows : (i + 1) * rows]
         assert_close(scores, torch.stack(alone.scores), atol=1e-4, rtol=0)
+
+
+def test_stopping_criteria_are_shown_the_new_tokens_right_after_the_last_one():
+    model, criterion = prompted(tiny_llama(), ROUTED), After(99)
+    ids, mask = batch(ROWS, [0] * len(ROWS))
+    sequences = model.generate(ids, mask, max_new_tokens=3, stopping_criteria=[criterion])
+    for row, shown, made in zip(ROWS, criterion.shown[-1], sequences, strict=True):
+        assert torch.equal(shown[-3 - len(row) :], torch.cat([row, made[-3:]]))
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import without_plans
 from ptmoe.models.adapter_set import Prompts
+from ptmoe.models.generation_settings import GenerationSettings
 from ptmoe.models.input_path import PER_LAYER, taking_embeddings
 from ptmoe.models.penalty import of_real_tokens
 from ptmoe.models.rotation import reading_again
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 # Settings of `generate` that take the token ids again: a draft's, one that reads them in pieces, one that changes them.
 REREADING = "assistant_model prompt_lookup_num_tokens assistant_early_exit use_mtp prefill_chunk_size token_healing"
-DEFAULT_NEW_TOKENS = 20  # of transformers, where neither the caller nor the base sets a length
 
 
 class GeneratingModel(ModelWrapper):
@@ -137,10 +136,11 @@ class GeneratingModel(ModelWrapper):
         if not isinstance(input_ids, Tensor):
             raise PtmoeError("the prompt is composed from the input: generate(**tokenizer(text, return_tensors='pt'))")
         self.check_cache()
+        settings = self._settings(options)
         for name in REREADING.split():
-            if self._setting(options, name, False) is not False:
+            if settings.get(name, False) is not False:
                 raise PtmoeError(f"{name} re-reads the input without its prompt: leave it out")
-        if self._setting(options, "cache_implementation", None) == "paged":
+        if settings.get("cache_implementation") == "paged":
             raise PtmoeError("cache_implementation='paged' reads the input without its prompt: leave it out")
         for name in ("position_ids", "inputs_embeds", "past_key_values", PER_LAYER):
             if options.pop(name, None) is not None:
@@ -152,34 +152,43 @@ class GeneratingModel(ModelWrapper):
         spliced = spliced.reordered(align(spliced.attention_mask, "right"))
         limit, virtual = self.max_positions, prompts.cached_length
         room = None if limit is None else limit - virtual - int(spliced.attention_mask.sum(1).max())
-        options, new = self._with_new_tokens(options, input_ids.shape[1], room)
+        options, new = settings.with_new_tokens(input_ids.shape[1], room)
         self.check_length(spliced, prompts, new)
         again: list[int] = []  # lengths of token ids at which all is rotated anew
         if self.path.switches:
             lengths = spliced.attention_mask.sum(1) + virtual
             if self.path.straddled(int(lengths.min()), int(lengths.max()) + new - 1):
                 again = [switch + 1 - prompts.length for switch in self.path.switches]
+        aligned = input_ids
         if not bool(spliced.attention_mask.all()):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             if again or not self.path.left_padding:
                 return self._row_by_row(input_ids, mask, input_mask, adapter_names, options)
-            options = of_real_tokens(self._setting(options, "repetition_penalty", 1.0), mask, options)
-        base_inputs = self.base_inputs(spliced, prompts, self._copies(options) if virtual else 1)
+            order = align(mask, "right")  # what reads the tokens (n-grams, criteria) finds the new ones after the last
+            aligned = input_ids.gather(1, order)
+            options = of_real_tokens(settings.get("repetition_penalty", 1.0), mask.gather(1, order), options)
+        base_inputs = self.base_inputs(spliced, prompts, settings.copies() if virtual else 1)
         if virtual:  # transformers takes the cached positions off what it is given
             padding = spliced.embeds.new_zeros(len(spliced.embeds), virtual, spliced.embeds.shape[2])
             base_inputs["inputs_embeds"] = torch.cat([padding, spliced.embeds], 1)
             if self.takes_positions:
                 first = torch.arange(virtual, device=padding.device).expand(len(padding), -1) + self.path.first_position
                 base_inputs["position_ids"] = torch.cat([first, base_inputs["position_ids"]], 1)
-        *asked, own = self._generation_settings(options)
-        if prompts.length and any(one.get("use_cache") is False for one in asked):
+        if prompts.length and any(source.get("use_cache") is False for source in settings.asked):
             raise PtmoeError("use_cache=False reads the input again at each token, without its prompt: leave it out")
-        if own.get("use_cache") is False:
+        if settings.own.get("use_cache") is False:
             options["use_cache"] = True
         per_layer = base_inputs.pop(PER_LAYER, None)
         anew = reading_again(self.base_model, again, partial(self._whole_inputs, prompts)) if again else nullcontext()
         with self.lock, without_plans(self.base_model), taking_embeddings(self.base_model, per_layer), anew:
-            return self.base_model.generate(input_ids, **base_inputs, **options)
+            made = self.base_model.generate(aligned, **base_inputs, **options)
+        if aligned is not input_ids:
+            sequences = made if isinstance(made, Tensor) else made.sequences
+            sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(sequences) // len(input_ids), 0)
+        return made
+
+    def _settings(self, options: dict[str, Any]) -> GenerationSettings:
+        return GenerationSettings(options, vars(self.base_model.generation_config))
 
     def _whole_inputs(self, prompts: Prompts, input_ids: Tensor) -> dict[str, Any]:
         """The arguments of the base's `forward` for `(B · copies, L)` token ids without padding, behind the prompts of
@@ -199,13 +208,17 @@ class GeneratingModel(ModelWrapper):
         options: dict[str, Any],
     ) -> Tensor:
         """As `generate`, of each row without its padding."""
-        if self._setting(options, "return_dict_in_generate", False):
+        settings = self._settings(options)
+        if settings.get("return_dict_in_generate", False):
             raise PtmoeError(
                 f"{type(self.base_model).__name__} does not mask padding, or rotates a row by its batch's longest, so "
                 "rows of several lengths are generated one after another, as token ids alone: give it one row at a time"
             )
         made = []
+        allowed = options.pop("prefix_allowed_tokens_fn", None)
         for row, real in enumerate(attention_mask.bool()):
+            if allowed is not None:  # it is told which row it reads
+                options["prefix_allowed_tokens_fn"] = lambda _, ids, row=row: allowed(row, ids)
             new = self.generate(
                 input_ids[row, real][None],
                 input_mask=None if input_mask is None else input_mask[row, real][None],
@@ -213,7 +226,7 @@ class GeneratingModel(ModelWrapper):
                 **options,
             )[:, int(real.sum()) :]
             made.append(torch.cat([input_ids[row].expand(len(new), -1), new], 1))
-        pad, longest = self._setting(options, "pad_token_id", 0), max(part.shape[1] for part in made)
+        pad, longest = settings.get("pad_token_id", 0), max(part.shape[1] for part in made)
         return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in made])
 
     def decoder_inputs(
@@ -241,59 +254,3 @@ class GeneratingModel(ModelWrapper):
             return None
         with torch.autocast(self.device.type, enabled=False):
             return self.encoder.fixed_prompts()
-
-    def _generation_settings(self, options: dict[str, Any]) -> list[dict[str, Any]]:
-        """Where `generate` reads a setting, in the order it looks: the options, a config given, the base's config."""
-        given = options.get("generation_config")
-        return [options, *([] if given is None else [vars(given)]), vars(self.base_model.generation_config)]
-
-    def _setting(self, options: dict[str, Any], name: str, default: Any) -> Any:
-        found = (one[name] for one in self._generation_settings(options) if one.get(name) is not None)
-        return next(found, default)
-
-    def _copies(self, options: dict[str, Any]) -> int:
-        """How many sequences `generate` makes of a row.
-
-        Raises:
-            PtmoeError: a setting that leaves out the cache that the prompt stands in.
-        """
-        if not self._setting(options, "use_cache", True):
-            raise PtmoeError("use_cache=False leaves out the cache that the prompt stands in: leave it out")
-        if self._setting(options, "cache_implementation", None) is not None:
-            raise PtmoeError("cache_implementation makes another cache than the prompt stands in: leave it out")
-        return max(int(self._setting(options, name, 1)) for name in ("num_beams", "num_return_sequences"))
-
-    def _with_new_tokens(self, options: dict[str, Any], length: int, room: int | None) -> tuple[dict[str, Any], int]:
-        """The options with their lengths as numbers of new tokens, and the highest number of them.
-
-        `transformers` would subtract the length of `inputs_embeds`, virtual tokens included, from a `max_length`; here
-        it counts what the caller sees. `room` is the number of positions that the base has left, if it has a limit.
-        """
-        *asked, own = self._generation_settings(options)
-        most = _new_tokens("max", asked, length)
-        if most is None:  # the base's default, or that of transformers, as far as the base's positions go
-            most = _new_tokens("max", [own], length)
-            most = DEFAULT_NEW_TOKENS if most is None else most
-            most = most if room is None else min(most, max(room, 1))
-        if most < 1:
-            raise PtmoeError(f"{most} new tokens after an input of {length}: raise max_length or max_new_tokens")
-        least = _new_tokens("min", [*asked, own], length)
-        lengths = {"max_length": None, "min_length": None, "max_new_tokens": most}
-        lengths["min_new_tokens"] = None if least is None else max(least, 0)
-        rest = {name: value for name, value in options.items() if name not in lengths}
-        if options.get("generation_config") is None:
-            return rest | {name: value for name, value in lengths.items() if value is not None}, most
-        rest["generation_config"] = copy(options["generation_config"])
-        for name, value in lengths.items():
-            setattr(rest["generation_config"], name, value)
-        return rest, most
-
-
-def _new_tokens(bound: str, sources: list[dict[str, Any]], length: int) -> int | None:
-    """The `"max"` or `"min"` of new tokens after an input of `length`, from the first source that has one."""
-    for source in sources:
-        if source.get(f"{bound}_new_tokens") is not None:
-            return cast(int, source[f"{bound}_new_tokens"])
-        if source.get(f"{bound}_length") is not None:
-            return cast(int, source[f"{bound}_length"]) - length
-    return None

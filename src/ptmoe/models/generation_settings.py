@@ -1,0 +1,87 @@
+"""The settings of one call of `generate`: what is asked, else what the base has."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ptmoe.errors import PtmoeError
+
+DEFAULT_NEW_TOKENS = 20  # of transformers, where neither the caller nor the base sets a length
+
+
+@dataclass
+class GenerationSettings:
+    """
+    Attributes:
+        options: of the call, a `generation_config` among them or not.
+        own: the base's.
+    """
+
+    options: dict[str, Any]
+    own: dict[str, Any]
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """The options and the config given, in the order in which `generate` looks there; the base's come last."""
+        given = self.options.get("generation_config")
+        return [self.options, *([] if given is None else [vars(given)])]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The first value set."""
+        found = (source[name] for source in (*self.asked, self.own) if source.get(name) is not None)
+        return next(found, default)
+
+    def copies(self) -> int:
+        """How many sequences `generate` makes of a row.
+
+        Raises:
+            PtmoeError: a setting that leaves out the cache that the prompt stands in.
+        """
+        if not self.get("use_cache", True):
+            raise PtmoeError("use_cache=False leaves out the cache that the prompt stands in: leave it out")
+        if self.get("cache_implementation") is not None:
+            raise PtmoeError("cache_implementation makes another cache than the prompt stands in: leave it out")
+        return max(int(self.get(name, 1)) for name in ("num_beams", "num_return_sequences"))
+
+    def with_new_tokens(self, length: int, room: int | None) -> tuple[dict[str, Any], int]:
+        """The options with their lengths as numbers of new tokens, and the highest number of them.
+
+        `transformers` would subtract the length of `inputs_embeds`, virtual tokens included, from a `max_length`; here
+        it counts what the caller sees.
+
+        Args:
+            length: of the input, in tokens, padding included.
+            room: the positions that the base has left, if it has a limit.
+
+        Raises:
+            PtmoeError: no new token.
+        """
+        most = _new_tokens("max", self.asked, length)
+        if most is None:  # the base's default, or that of transformers, as far as the base's positions go
+            most = _new_tokens("max", [self.own], length)
+            most = DEFAULT_NEW_TOKENS if most is None else most
+            most = most if room is None else min(most, max(room, 1))
+        if most < 1:
+            raise PtmoeError(f"{most} new tokens after an input of {length}: raise max_length or max_new_tokens")
+        least = _new_tokens("min", [*self.asked, self.own], length)
+        lengths = {"max_length": None, "min_length": None, "max_new_tokens": most}
+        lengths["min_new_tokens"] = None if least is None else max(least, 0)
+        rest = {name: value for name, value in self.options.items() if name not in lengths}
+        if self.options.get("generation_config") is None:
+            return rest | {name: value for name, value in lengths.items() if value is not None}, most
+        rest["generation_config"] = copy(self.options["generation_config"])
+        for name, value in lengths.items():
+            setattr(rest["generation_config"], name, value)
+        return rest, most
+
+
+def _new_tokens(bound: str, sources: list[dict[str, Any]], length: int) -> int | None:
+    """The `"max"` or `"min"` of new tokens after an input of `length`, from the first source that has one."""
+    for source in sources:
+        if source.get(f"{bound}_new_tokens") is not None:
+            return cast(int, source[f"{bound}_new_tokens"])
+        if source.get(f"{bound}_length") is not None:
+            return cast(int, source[f"{bound}_length"]) - length
+    return None
