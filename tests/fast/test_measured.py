@@ -1,5 +1,7 @@
 """Which way is faster on a machine is measured once and kept."""
 
+import time
+
 import pytest
 import torch
 
@@ -48,9 +50,31 @@ def test_the_ratio_is_of_the_fastest_of_each_in_turns(monkeypatch) -> None:
 
         return compute
 
-    monkeypatch.setattr(measured.time, "perf_counter", lambda: clock[0])
-    assert measured.time_ratio(way("a"), way("b"), ["1", "2"]) == (2 + 1) / (4 + 2)
+    assert measured.time_ratio(way("a"), way("b"), ["1", "2"], lambda: clock[0]) == (2 + 1) / (4 + 2)
     assert order == ["a1", "b1"] * measured.TIMES + ["a2", "b2"] * measured.TIMES
+
+
+def test_what_else_the_machine_does_counts_for_nothing_where_one_thread_is_measured(tmp_path, monkeypatch) -> None:
+    """Preempted, two threads were told apart wrongly, and the verdict stayed."""
+    monkeypatch.setenv("PTMOE_CACHE", str(tmp_path))
+    before, threads = torch.get_num_threads(), []
+
+    def busy(*_) -> None:
+        threads.append(torch.get_num_threads())
+        sum(range(100_000))
+
+    def kept_waiting(*_) -> None:
+        sum(range(1_000))
+        time.sleep(0.01)
+
+    try:
+        torch.set_num_threads(2)
+        assert measured.is_faster("one", kept_waiting, busy, lambda: ["x"], one_thread=True)
+        assert threads == [1] * measured.TIMES
+        assert torch.get_num_threads() == 2
+        assert not measured.is_faster("all", kept_waiting, busy, lambda: ["x"])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", [pytest.param("onednn", marks=needs_onednn), "attention"])
