@@ -15,9 +15,8 @@ from transformers.cache_utils import DynamicCache
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import without_plans
 from ptmoe.models.adapter_set import Prompts
-from ptmoe.models.generation_settings import GenerationSettings
+from ptmoe.models.generation_settings import GenerationSettings, of_real_tokens
 from ptmoe.models.input_path import PER_LAYER, taking_embeddings
-from ptmoe.models.penalty import of_real_tokens
 from ptmoe.models.rotation import reading_again
 from ptmoe.models.splice import Spliced, align, splice
 from ptmoe.models.wrapper import ModelWrapper
