@@ -16,14 +16,14 @@ from transformers import TrainerCallback
 from ptmoe.compare.on_ray import RETRIES
 from ptmoe.compare.search import TunePlan
 from ptmoe.compare.workers import error_message
-from ptmoe.evaluate import Evaluation, evaluate
 from ptmoe.models.bases import load_tokenizer, quiet
 from ptmoe.runs.searches import mean_score
 from ptmoe.tasks import task_named
 from ptmoe.tasks.tokens import uses_chat
 from ptmoe.train import train
-from ptmoe.train.examples import evaluation_examples, evaluation_split
+from ptmoe.train.examples import evaluation_examples
 from ptmoe.train.options import TrainOptions
+from ptmoe.train.recipe import evaluated
 
 WORST = float("-inf")
 
@@ -38,30 +38,16 @@ class Validation(TrainerCallback):
     """
 
     def __init__(self, options: TrainOptions, evaluations: int, report: Callable[[int, float], None]) -> None:
-        self.examples, self.split = evaluation_examples(options, lambda line: None), evaluation_split(options)
+        self.examples = evaluation_examples(options, lambda line: None)
         self.tokenizer, _ = load_tokenizer(options.model, revision=options.revision)
-        self.chat = uses_chat(task_named(options.task or str(options.data)), self.tokenizer, options.chat)
-        self.options, self.evaluations, self.report = options, evaluations, report
+        chat = uses_chat(task_named(options.task or str(options.data)), self.tokenizer, options.chat)
+        self.options, self.evaluations, self.report = options.replace(chat=chat), evaluations, report
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         steps = {-(-state.max_steps * part // self.evaluations) for part in range(1, self.evaluations)}
         if state.global_step in steps - {state.max_steps}:
-            evaluations = [self._evaluation(model, task) for task in self.examples]
+            evaluations = evaluated(self.options, model, self.tokenizer, self.examples)
             self.report(state.global_step, mean_score(evaluation.summary() for evaluation in evaluations))
-
-    def _evaluation(self, model: Any, task: str) -> Evaluation:
-        return evaluate(
-            model,
-            self.tokenizer,
-            self.examples[task],
-            task=task_named(task),
-            split=self.split,
-            score=self.options.score,
-            batch_size=self.options.eval_batch_size,
-            max_new_tokens=self.options.max_new_tokens,
-            max_length=self.options.max_length,
-            chat=self.chat,
-        )
 
 
 class Results(Callback):

@@ -217,7 +217,9 @@ def _train(
             result = result.model_copy(update={"forgetting": forgetting(model, texts, *base_losses)})
     except PtmoeError as error:  # a method that cannot be switched off, where a resumed run has changed the base before
         say(f"what the base forgets is not measured: {error}")
-    evaluations = _finish(folder, result, model, tokenizer, held_out, options)
+    if first:
+        result.write(folder / RESULT_FILE)
+    evaluations = evaluated(options, model, tokenizer, held_out, folder)
     processes.part()
     return Trained(folder, result, model, tokenizer, evaluations)
 
@@ -244,7 +246,8 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     options = options.replace(method={"name": BASE}, chat=chat, revision=model.identity.revision or options.revision)
     record_start(folder, options, model.fast_paths(), base=model.identity.mark)
     result = Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0)
-    _finish(folder, result, model, tokenizer, held_out, options)
+    result.write(folder / RESULT_FILE)
+    evaluated(options, model, tokenizer, held_out, folder)
 
 
 def _base(options: TrainOptions, sharding: str | None = None) -> tuple[PromptedCausalLM, PreTrainedTokenizerBase, bool]:
@@ -263,20 +266,17 @@ def _base(options: TrainOptions, sharding: str | None = None) -> tuple[PromptedC
     return PromptedCausalLM(base), tokenizer, chat
 
 
-def _finish(
-    folder: Path,
-    result: Result,
+def evaluated(
+    options: TrainOptions,
     model: PromptedCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     held_out: dict[str, list[Example]],
-    options: TrainOptions,
+    folder: Path | None = None,
 ) -> list[Evaluation]:
-    """Write the result, and evaluate on each task's examples, as the resolved options say."""
+    """Each task's examples, answered and graded as the resolved options say; written to a run's folder."""
     from ptmoe.evaluate import evaluate
     from ptmoe.fast.paths import is_sharded
 
-    if rank() == 0:
-        result.write(folder / RESULT_FILE)
     # A pass through a sharded base takes all processes: each answers everything.
     together = world_size() > 1 and not is_sharded(model.base_model)
     graded = distinct_tasks(held_out)
