@@ -20,13 +20,8 @@ Launch = Annotated[
 
 
 def launch(count: int, *more: str) -> NoReturn:
-    """Run this command line without `--launch` in `count` processes, and exit with their status.
-
-    SIGINT and SIGTERM are passed on, and where one process ends in an error the others are stopped.
-
-    Args:
-        count: of processes.
-        *more: arguments.
+    """Run this command line without `--launch`, and with more arguments, in `count` processes, and exit with their
+    status. SIGINT and SIGTERM are passed on, and where one process ends in an error the others are stopped.
 
     Raises:
         PtmoeError: a launcher has started this process already, or there are too few accelerators.

@@ -60,13 +60,9 @@ class ComparisonFolder:
         return record == cell.record(record.trainable_parameters)
 
     def differences(self, cell: Cell, unseen: set[str]) -> list[str]:
-        """In what a finished cell was trained otherwise than is planned now: the plan's file was edited. What the plan
-        leaves at None the run has decided, and the names of a base's layers are in its own order.
-
-        Args:
-            cell: that is finished.
-            unseen: names of options that may differ.
-        """
+        """In what a finished cell was trained otherwise than is planned now, but for the options `unseen`: the plan's
+        file was edited. What the plan leaves at None the run has decided, and the names of a base's layers are in its
+        own order."""
         try:
             trained = read_yaml(self.run_folder(cell) / CONFIG_FILE)
         except (PtmoeError, OSError):  # the report says that it is damaged

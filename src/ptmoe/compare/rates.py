@@ -94,16 +94,8 @@ def trials(plan: ComparePlan, search: RateSearch, cell: Cell) -> Iterator[Trial]
 def search_rates(
     plan: ComparePlan, cells: Sequence[Cell], folder: ComparisonFolder, run: Executor, watcher: Watcher
 ) -> list[Cell]:
-    """Run the trials that these cells need, and give each cell the rate that was chosen for it. A cell without one has
-    failed, which is recorded, and is left out.
-
-    Args:
-        plan: with `search`.
-        cells: that are to be run.
-        folder: of the comparison; its `search.jsonl` gets each trial as it ends.
-        run: where the trials run.
-        watcher: called with what happens.
-    """
+    """Run the trials that these cells need, each of which goes to the folder's `search.jsonl` as it ends, and give each
+    cell the rate that was chosen for it. A cell without one has failed, which is recorded, and is left out."""
     known = {(search.label, search.task): search for search in folder.searches()}
     asked = searches(plan, cells, known.values())
     known |= {(search.label, search.task): search for search, _ in asked}

@@ -23,10 +23,6 @@ class Hidden:
 
     Within `at(…)` the base's forward is called: behind the decoder it sees one position only, and `states (S, H)` holds
     the states asked for. Afterwards `project` returns their logits.
-
-    Args:
-        base: calls the decoder.
-        decoder: as `decoder_of` finds it.
     """
 
     states: Tensor

@@ -67,18 +67,11 @@ def cross_entropy_in_parts(
     size: int,
     statistics: TokenStatistics | None = None,
 ) -> Tensor:
-    """`cross_entropy(project(hidden), …)` with the logits of at most `size` positions in memory.
+    """`cross_entropy(project(hidden), …)`, of `hidden (S, H)`, with the logits `(size, V)` of at most `size` positions
+    in memory; `statistics` receives each chunk.
 
     The gradient is computed together with the loss, chunk by chunk, so no logits are kept or computed twice. `project`
     is frozen: it gets no gradient.
-
-    Args:
-        hidden: `(S, H)`.
-        targets: `(S,)`.
-        num_items: as in `cross_entropy`.
-        project: to logits `(size, V)`.
-        size: positions at once.
-        statistics: receives each chunk.
     """
     total: Tensor = _InParts.apply(hidden, targets, project, size, statistics)
     return total / _count(targets, num_items)

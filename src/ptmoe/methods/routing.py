@@ -272,8 +272,7 @@ class RoutedEncoder(PromptEncoder):
         Args:
             input_embeds: `(B, L, H)`.
             input_mask: `(B, L)`, true at the tokens that the router may read.
-            selective: as in `gate`.
-            probationary: as in `gate`.
+            selective, probationary: as in `gate`.
         """
         watched = self.has_callback or not torch.is_grad_enabled()  # as in generation
         if self.training and not watched and self.config.needs_callback:

@@ -102,12 +102,8 @@ def check_base(model: GeneratingModel) -> None:
 
 
 def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
-    """Try an adapter that is not virtual tokens alone on its base; one that does not fit is taken out again.
-
-    Args:
-        model: holds the adapter.
-        name: of the adapter.
-        before: the adapter that was active before it was added.
+    """Try an adapter that is not virtual tokens alone on its base; one that does not fit is taken out again, and the
+    one `before` it is active again.
 
     Raises:
         PtmoeError: the base does not run with it, or nothing that it changes is on the way of text.

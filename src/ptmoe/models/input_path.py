@@ -59,12 +59,7 @@ class InputPath:
 
 
 class ScaledEmbedding(nn.Module):
-    """An embedding times a number. It does not own the weights.
-
-    Args:
-        embedding: `(B, L)` ids to `(B, L, H)`.
-        scale: the number.
-    """
+    """An embedding, `(B, L)` ids to `(B, L, H)`, times a number. It does not own the weights."""
 
     embedding: nn.Embedding
 

@@ -39,12 +39,8 @@ def switches(base: PreTrainedModel) -> tuple[int, ...]:
 
 
 def sides(lengths: Tensor, at: Sequence[int]) -> list[Tensor]:
-    """The indices of the rows, `(n,)` each, that are on one side of every switch.
-
-    Args:
-        lengths: `(B,)`, real and virtual positions.
-        at: the switches.
-    """
+    """The indices of the rows, `(n,)` each, that are on one side of every switch; `lengths (B,)` count their real and
+    virtual positions."""
     if not at:
         return [torch.arange(len(lengths), device=lengths.device)]
     side = torch.bucketize(lengths, torch.tensor(at, device=lengths.device))  # a row as long as a switch is before it

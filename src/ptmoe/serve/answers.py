@@ -14,13 +14,7 @@ from ptmoe.serve.text import Said
 
 
 class Shape:
-    """One response to a request.
-
-    Args:
-        run: its answers.
-        body: the request.
-        token_text: what to call a token.
-    """
+    """One response to a request."""
 
     prefix: str
     kind: str

@@ -235,11 +235,7 @@ class Registry:
     # -- the folder --------------------------------------------------------------------------------------------------
 
     def scan(self, *, settled: bool = False) -> None:
-        """Look at the folder. A change counts once it is found twice, when nobody is writing any more.
-
-        Args:
-            settled: believe it at once.
-        """
+        """Look at the folder. A change counts once it is found twice, when nobody is writing any more, or `settled`."""
         with self._looking:
             found = self._find()
             with self._lock:

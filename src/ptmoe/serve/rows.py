@@ -114,13 +114,8 @@ class Rows:
         self.lengths = [length + 1 for length in self.lengths]
 
     def _make_room(self, rows: int, width: int, like: list[tuple[Tensor, Tensor]]) -> None:
-        """Buffers with so many rows, and so many columns before `end` and one behind.
-
-        Args:
-            rows: places.
-            width: columns.
-            like: keys and values of a row, where there are no buffers yet.
-        """
+        """Buffers with places for so many rows, and `width` columns before `end` and one behind; like the keys and
+        values of a row, where there are none yet."""
         buffers = self.layers[0].buffers
         places, columns = (buffers[0].shape[0], buffers[0].shape[2]) if buffers else (0, 0)
         if rows <= places and width <= self.end < columns:

@@ -103,8 +103,7 @@ def gateway_service(adapters: Path | None, urls: Sequence[str], *, api_key: str 
 
     Args:
         adapters: as of `local_service`.
-        urls: of the engines.
-        api_key: of the engines.
+        urls, api_key: of the engines.
         **ours: `model`, `revision`, `memory` and `limits`, as of `local_service`.
 
     Raises:
@@ -204,12 +203,7 @@ def _service(
 
 
 def serve(service: Service, app: FastAPI, listening: socket.socket) -> None:
-    """Serve until a signal comes, then finish what has been accepted.
-
-    Args:
-        service: what the application answers with.
-        app: from `create_app`.
-        listening: from `bind`.
+    """Serve until a signal comes, then finish what has been accepted; `listening` is from `bind`.
 
     Raises:
         PtmoeError: the engine cannot serve this base.
@@ -245,10 +239,6 @@ def bind(host: str, port: int) -> socket.socket:
 
     `asyncio` turns Nagle's algorithm off only where a socket's protocol is named, else each answer would wait 40 ms for
     the client to acknowledge its headers. Accepted connections inherit the option.
-
-    Args:
-        host: a name or an address.
-        port: 0 for any that is free.
 
     Raises:
         PtmoeError: there is no such host here, or another program has the port.

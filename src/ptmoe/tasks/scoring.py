@@ -81,14 +81,8 @@ def grade(
 def summarise(
     task: Task, split: str, marks: Sequence[Marks], answers: Answers, domains: Sequence[str]
 ) -> dict[str, Any]:
-    """The results of a task from the marks of its examples.
-
-    Args:
-        task: whose examples were graded.
-        split: of the task.
-        marks: of each example, at least one.
-        answers: to each example, in the same order.
-        domains: of each example.
+    """The results of a task from the marks of its examples, of which there is at least one, the answers to them and
+    their domains, all in the same order.
 
     Returns:
         `metrics` in percent with the 95 % `interval` of each; `by_domain`, the same for each domain;

@@ -294,12 +294,8 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: 
 
 
 def row_length(positions: int | None, num_virtual_tokens: int, max_length: int | None = None) -> int:
-    """How many real tokens a row may have.
-
-    Args:
-        positions: of the base; None if it has no limit.
-        num_virtual_tokens: take their part of them.
-        max_length: as asked.
+    """How many real tokens a row may have, at most `max_length`, beside its virtual ones; `positions` are the base's,
+    None if it has no limit.
 
     Raises:
         PtmoeError: the virtual tokens leave no room.

@@ -65,12 +65,7 @@ class TokenBatches(Sampler[list[int]]):
 
 
 class EvenBatches(BatchSampler):
-    """As many batches for each process as for every other: those that are missing hold one blank (`WithBlanks`).
-
-    Args:
-        batches: of all processes, with a length.
-        processes: that share them.
-    """
+    """As many batches for each process as for every other: those that are missing hold one blank (`WithBlanks`)."""
 
     def __init__(self, batches: Any, processes: int) -> None:
         self.batches, self.processes = batches, processes

@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 
 class Overlap:
-    """Counts the training examples whose input is evaluated.
-
-    Args:
-        held_out: the evaluated examples of each task.
-    """
+    """Counts the training examples whose input is evaluated."""
 
     def __init__(self, held_out: dict[str, list[Example]]) -> None:
         self.count = 0
@@ -30,15 +26,8 @@ class Overlap:
 
 
 def notes(rows: TokenRows, problems: Problems, overlap: Overlap, length: int, virtual_tokens: int) -> Iterator[str]:
-    """What a user should know of the training examples, a sentence each.
-
-    Args:
-        rows: of them.
-        problems: with those that are bad.
-        overlap: that has watched them.
-        length: tokens of a row at most.
-        virtual_tokens: beside them.
-    """
+    """What a user should know of the training examples, a sentence each; a row has at most `length` tokens, beside the
+    virtual ones."""
     if problems.count:
         yield f"left out {problems.listed()}"
     if overlap.count:

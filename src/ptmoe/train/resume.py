@@ -141,7 +141,6 @@ def record_start(
     """Write what is known before the run.
 
     Args:
-        folder: of the run.
         options: resolved.
         fast_paths: as `PromptedCausalLM.fast_paths` says.
         change: the step from which the run goes on, 0 for the first, and what is done otherwise from there by force.
