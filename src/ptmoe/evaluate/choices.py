@@ -15,24 +15,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import NEAR_TIE, Completion, nearly_tied, rounded_gate
 from ptmoe.evaluate.routing import route
 from ptmoe.fast.paths import fast_kernels
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.decoding import padded
 from ptmoe.models.greedy import last_logits
-from ptmoe.tasks import TASKS, check_labels
+from ptmoe.tasks import TASKS, Example, Task, check_labels
 from ptmoe.tasks.tokens import encode_completion
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ptmoe.models.causal import PromptedCausalLM
-    from ptmoe.tasks.base import Example, Task
 
 Labels = dict[str, list[int]]  # a label's tokens
 Row = tuple[int, list[int], list[int]]  # which example's, its prompt, and a label's tokens before the last

@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
+
+from transformers import PreTrainedTokenizerBase
 
 from ptmoe import __version__
 from ptmoe.errors import PtmoeError
@@ -19,21 +21,16 @@ from ptmoe.evaluate.routing import expert_similarity, has_one_expert, summarise_
 from ptmoe.evaluate.together import from_first, gathered
 from ptmoe.fast.paths import is_sharded
 from ptmoe.methods.base import quantization_of
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.decoding import Decoder
 from ptmoe.runs.environment import rank, world_size
 from ptmoe.runs.folders import evaluation_file, predictions_file
 from ptmoe.runs.predictions import PredictionsFile
 from ptmoe.runs.records import EvaluationSummary, Prediction
-from ptmoe.tasks import task_named
+from ptmoe.tasks import Example, Task, task_named
 from ptmoe.tasks.metrics import mark
 from ptmoe.tasks.scoring import overall, summarise
 from ptmoe.tasks.tokens import Prompt, TextCheck, decoded, encode_prompts, row_length
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ptmoe.models.causal import PromptedCausalLM
-    from ptmoe.tasks.base import Example, Task
 
 ENTRIES = 64  # of each of the base's parameters, that tell bases of one name apart
 T = TypeVar("T")

@@ -10,22 +10,19 @@ line of text every token but the first is predicted, and a router reads the line
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.evaluation import batches_within
 from ptmoe.fast.loss import IGNORED
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import Forgetting
+from ptmoe.tasks.base import Example
 from ptmoe.tasks.tokens import encode_completion, encode_prompts, row_length
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ptmoe.models.causal import PromptedCausalLM
-    from ptmoe.tasks.base import Example
 
 MOST_TOKENS = 512  # of a text; the rest is left out
 TOKENS_AT_ONCE = 8192

@@ -10,20 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ptmoe.evaluate.routing import route
+from ptmoe.methods import Routing
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.decoding import Decoder
 from ptmoe.tasks.metrics import END_OF_REASONING
 from ptmoe.tasks.tokens import decoded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ptmoe.methods import Routing
-    from ptmoe.models.causal import PromptedCausalLM
 
 # Scores of a row alone and in a batch were never more than a tenth of this apart in float32
 # (tests/evaluate/test_evaluation.py).

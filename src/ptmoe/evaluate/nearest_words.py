@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
 
 from ptmoe.errors import PtmoeError
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import NearestWords
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ptmoe.models.causal import PromptedCausalLM
 
 ROWS = 16_384  # of the embedding at once, so that a large vocabulary is never copied as a whole
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import entr
+from transformers import PreTrainedTokenizerBase
 
+from ptmoe.methods.base import PromptEncoder, Routing
 from ptmoe.methods.routing import RoutedEncoder
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.runs.records import RoutingSummary
+from ptmoe.tasks.base import Example
 from ptmoe.tasks.tokens import encode_prompts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ptmoe.methods.base import PromptEncoder, Routing
-    from ptmoe.models.causal import PromptedCausalLM
-    from ptmoe.tasks.base import Example
 
 
 def summarise_routing(

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ptmoe.fast.compiled import replaceable
 from ptmoe.fast.packing import TOLERANCE
 from ptmoe.fast.trial import evaluating
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROBED = 6  # tokens that a base is tried out on

@@ -19,18 +19,16 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ptmoe.fast.attention import by_products, causal_products, products_obstacle
 from ptmoe.fast.lock import base_lock
 from ptmoe.fast.trial import evaluating
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 NAME = "ptmoe_packed"
 SIMILAR, SHORT = 3 / 4, 64  # a row shorter than this fraction of its group's longest starts a new group, unless short

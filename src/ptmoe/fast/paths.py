@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ptmoe.fast.attention import attention_obstacle, products_obstacle, without_plans
 from ptmoe.fast.compiled import compilation_obstacle
@@ -17,9 +18,6 @@ from ptmoe.fast.last_layer import last_layer_at, last_layer_in_use, last_layer_o
 from ptmoe.fast.linear import onednn_obstacle, use_onednn
 from ptmoe.fast.loss import LOGITS_AT_ONCE, TokenStatistics, cross_entropy, cross_entropy_in_parts, projected_at
 from ptmoe.fast.packing import pack, packed_attention, packing_obstacle
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # What a base is asked for, by the call or its config, of every position in every layer.
 EVERY_POSITION = ("output_hidden_states", "output_attentions", "output_router_logits")

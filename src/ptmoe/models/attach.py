@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError
@@ -20,9 +21,6 @@ from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.checks import check_adapter
 from ptmoe.runs.folders import trained_with_chat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def attach(

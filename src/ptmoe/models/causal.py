@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
@@ -22,10 +23,6 @@ from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import stepping_obstacle
 from ptmoe.models.rotation import joined, sides
 from ptmoe.models.splice import Spliced, Supervised, align, check_labels, predicting, within
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 OUTPUTS = ("logits", "hidden_states", "attentions")  # of a base
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from ptmoe.adapters.folder import save_adapter
 from ptmoe.adapters.identity import BaseIdentity
 from ptmoe.errors import PtmoeError, near
-
-if TYPE_CHECKING:
-    from ptmoe.models.adapter_set import AdapterSet
+from ptmoe.models.adapter_set import AdapterSet
 
 KNOWN = ("adapter_name", "is_main_process", "push_to_hub", "repo_id")
 FINGERPRINT = "base_fingerprint"  # in `state_dict()`

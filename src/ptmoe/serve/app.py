@@ -10,7 +10,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import takewhile
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ptmoe import __version__
 from ptmoe.errors import PtmoeError, shown
@@ -29,9 +30,6 @@ from ptmoe.serve.engine import EngineError, Sampling, UnavailableError
 from ptmoe.serve.playground import playground
 from ptmoe.serve.registry import UnknownModelError
 from ptmoe.serve.service import BusyError, DeadlineError, Prompt, Run, Service
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it
 GRACE = 10.0  # seconds beyond the deadline in which a client may still read its answer

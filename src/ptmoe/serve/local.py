@@ -18,7 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import NEAR_TIE
 from ptmoe.fast.paths import fast_kernels
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.greedy import last_logits, narrowest_window, stepping_obstacle
 from ptmoe.serve.engine import LEAST, EngineError, Input, Sampling, Token, check_room
 from ptmoe.serve.rows import Rows
-
-if TYPE_CHECKING:
-    from ptmoe.models.causal import PromptedCausalLM
 
 GATHER = 0.003  # seconds that the first row of a batch waits for others
 READ_AT_ONCE = 8192  # positions of one pass over inputs, padding included

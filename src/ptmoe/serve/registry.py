@@ -18,21 +18,17 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from ptmoe.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, local_folder
 from ptmoe.errors import PtmoeError, near
-from ptmoe.models.adapter_set import BASE
+from ptmoe.models.adapter_set import BASE, AdapterSet
 from ptmoe.runs.folders import CONFIG_FILE as RUN_FILE
 from ptmoe.runs.folders import trained_with_chat
 from ptmoe.serve.engine import Input
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ptmoe.models.adapter_set import AdapterSet
 
 POLL = 2.0  # seconds between looks at the folder, at least
 SHARE = 20  # and at least this many times as long as a look takes
@@ -158,7 +154,7 @@ class Registry:
     @property
     def embedding(self) -> Tensor:
         """`(V, H)`."""
-        return cast("Tensor", self.adapters.embedding.weight)
+        return cast(Tensor, self.adapters.embedding.weight)
 
     def trained_on_chat(self, name: str) -> bool | None:
         """Whether the adapter was trained on prompts in the chat template; None where that is unknown.
