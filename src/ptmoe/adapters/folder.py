@@ -11,8 +11,6 @@ The fingerprint's values are entries of the base's input embedding, spread over 
 trained on another base, and stay within rounding when the same base is loaded in another dtype.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Text of users, of data sets and of models, printed as it is: no markup in it, and no control of the terminal."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import rich.console

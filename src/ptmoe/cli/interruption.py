@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM in a command whose work can be continued."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """`--launch N`: a command in several processes on this machine, started by torch's own launcher."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

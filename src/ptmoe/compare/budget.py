@@ -4,8 +4,6 @@ pt on Llama-3.2-1B, H = 2048, 80k     39 tokens    79,872 (40 would be 81,920)
 pt-moe, T = 40, N = 2                 rank 35      78,578 (36 would be 80,706)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any

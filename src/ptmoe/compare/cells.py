@@ -1,7 +1,5 @@
 """The parts of a plan: its methods at every size, its tasks, and the cells that can be run."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

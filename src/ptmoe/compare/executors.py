@@ -4,8 +4,6 @@ An executor is called with cells and gives each back once, as it ends, with its 
 went wrong. By then the cell's run folder is as the cell left it, all but `cell.json`, which the caller writes.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed

@@ -1,7 +1,5 @@
 """A comparison's folder (`ptmoe.runs.records` has its layout): what is finished, what failed, and a lock on it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

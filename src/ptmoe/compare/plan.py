@@ -10,8 +10,6 @@
 is six cells: two methods, their free sizes picked to fit the budget, one task, seeds 0, 1 and 2.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ PT-MoE and keeps the number of trainable parameters as near to the standard form
 changes it, the rank is picked again at the budget.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ptmoe import nano

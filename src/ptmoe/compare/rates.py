@@ -8,8 +8,6 @@ Trials are cells with other options, so they run wherever cells do. No trial rea
 each scored, and the rate that was chosen, is in `search.jsonl`; the plan stays as it is.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Ray: one of its own on this machine, or a cluster by its address, connected for a while; and what it has room for."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import logging

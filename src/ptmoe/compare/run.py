@@ -1,7 +1,5 @@
 """Running a plan: finished cells are kept, interrupted ones start over, failed ones are reported while others run."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import closing, nullcontext

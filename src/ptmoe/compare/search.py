@@ -1,7 +1,5 @@
 """A search as one typed plan, and the settings of each of its trials."""
 
-from __future__ import annotations
-
 import math
 import random
 import re

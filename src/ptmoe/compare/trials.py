@@ -1,8 +1,6 @@
 """One trial of a search, in a worker of Ray Tune: a training that says, now and then, how it does on examples that it
 does not train on."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable

@@ -7,8 +7,6 @@ split stays unseen. The trials follow from the seed, and what each scored is kep
 finishes what was broken off. Ray keeps its own records in pickles, which are deleted with its folder and never read.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Sequence

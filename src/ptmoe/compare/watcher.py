@@ -1,7 +1,5 @@
 """What is heard of cells while they run, and when they end."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from typing import TypeAlias
 

@@ -10,8 +10,6 @@ As in `ptmoe.evaluate.generation`, in float32 the choice is the same in whatever
 or two experts, are nearly tied, one pass over the example alone decides.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations

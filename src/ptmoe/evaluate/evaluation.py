@@ -1,7 +1,5 @@
 """Answer every example of a task, grade the answers, and record which expert each input was routed to."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

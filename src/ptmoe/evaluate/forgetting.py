@@ -7,8 +7,6 @@ answer is predicted (its inputs are random, and nothing predicts them), and a ro
 line of text every token but the first is predicted, and a router reads the line, as it would read a prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

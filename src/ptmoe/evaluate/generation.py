@@ -5,8 +5,6 @@ are closer than that, one pass over the row alone decides. This holds in float32
 as real differences, and a completion may depend on the batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

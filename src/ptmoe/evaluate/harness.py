@@ -16,8 +16,6 @@ So here, always,
     P = encoder(context)        log p(continuation | P, context)
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import logging

@@ -1,7 +1,5 @@
 """The words of a base's vocabulary nearest to a soft prompt's virtual tokens."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

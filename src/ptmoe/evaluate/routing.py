@@ -1,7 +1,5 @@
 """The routing of many inputs: which expert each domain goes to, how evenly experts are used, and how alike they are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Several processes that evaluate together: what one of them has or finds, in all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

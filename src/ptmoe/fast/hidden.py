@@ -1,7 +1,5 @@
 """A base's last hidden states, from which its logits are computed a part at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

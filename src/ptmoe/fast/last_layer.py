@@ -4,8 +4,6 @@ Nothing reads the last layer's output at other positions; they are only attended
 those of all that follow it) the feed-forward part is two thirds of the work, in one layer of eight or sixteen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

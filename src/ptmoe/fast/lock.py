@@ -1,7 +1,5 @@
 """One lock per base model: fast paths replace parts of a base's forward pass while they run."""
 
-from __future__ import annotations
-
 import threading
 from weakref import WeakKeyDictionary
 

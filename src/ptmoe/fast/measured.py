@@ -3,8 +3,6 @@
 The two round differently, so a resumed run has to find the same verdict: it is a file in the cache's folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """`FastPaths`: which fast paths a base allows, and the loss computed along them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Trying a base out without leaving a trace."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

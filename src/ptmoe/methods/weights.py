@@ -4,8 +4,6 @@ Each is an encoder whose prompt has no tokens, so training, saving, generation a
 Because all rows of a batch go through the same layers, a model holds one such adapter and no other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """A base model and an adapter, fresh or saved, as one model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`PromptedCausalLM`: a base model and its adapters as one model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast

@@ -8,8 +8,6 @@ A base that caches more than keys and values, prepares its inputs itself or asks
 `transformers` (`stepping_obstacle` says why): the same tokens, slower.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any

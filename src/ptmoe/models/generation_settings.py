@@ -1,7 +1,5 @@
 """The settings of one call of `generate`: what is asked, else what the base has."""
 
-from __future__ import annotations
-
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast

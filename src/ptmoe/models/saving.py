@@ -1,7 +1,5 @@
 """`SavingModel`: adapter folders, here and on the Hub, and what checkpoints of other trainers hold."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast

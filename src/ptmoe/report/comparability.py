@@ -1,7 +1,5 @@
 """What makes the cells of a comparison incomparable, or their scores too good or too low."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

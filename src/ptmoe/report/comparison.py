@@ -4,8 +4,6 @@ A label is one method at one size, trained on each task with each seed. A cell t
 the others are reported. A single run is a comparison of one cell.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

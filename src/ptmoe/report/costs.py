@@ -1,7 +1,5 @@
 """What each method costs to keep, to train and to use, and how its learning rate was chosen."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any

@@ -5,8 +5,6 @@ read there and on a desktop alike. It is drawn once, in the colours of a light p
 has on a dark one. Nothing goes through pyplot: no window system, no global state.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a page is made of: sections of tables and pictures, and the figures' files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`report.html`: what a comparison or a run found, as one file that needs nothing else."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterator, Sequence

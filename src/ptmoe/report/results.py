@@ -4,8 +4,6 @@ All scores are in percent. The average is the plain mean over a table's tasks, a
 method's figure is the plain mean of its four types, which is the paper's form, too.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

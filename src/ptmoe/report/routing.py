@@ -5,8 +5,6 @@ Experts of different seeds have nothing to do with each other, so nothing is ave
 drawn, and the tables have all.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The parts of a report's page: what each table and figure holds, and what it says in words."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A comparison in a terminal of 80 columns: methods × tasks, or the domains of a single task, with parameters."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ CSV and JSON hold the numbers as they are, an interval's ends in columns of thei
 page prints, for a paper or an issue.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The page of a search: its trials in a table, how each went, and the score against each setting."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path

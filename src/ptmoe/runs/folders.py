@@ -1,7 +1,5 @@
 """The layout of run and comparison folders (listed in `ptmoe.runs.records`), and a finished run as one value."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress

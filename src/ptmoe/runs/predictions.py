@@ -5,8 +5,6 @@ answered, the longest prompts first, which is the same for every batch size: so 
 written is the beginning of the whole file, and whatever is left of a broken line is written anew.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

@@ -20,8 +20,6 @@ SEARCH/best.yaml                      the best trial's `TrainOptions`
 A key that a folder written earlier lacks gets its default, and a key that is not known is ignored.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields

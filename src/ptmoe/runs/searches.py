@@ -1,7 +1,5 @@
 """What a search tried and found, as records: trials of `ptmoe tune`, and a comparison's search for learning rates."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 

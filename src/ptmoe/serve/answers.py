@@ -1,7 +1,5 @@
 """Answers in the form of OpenAI's completions and chat completions, whole or in chunks."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Callable, Iterator

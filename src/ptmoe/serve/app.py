@@ -1,7 +1,5 @@
 """The HTTP server: OpenAI's API over a `Service`."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import json

@@ -3,8 +3,6 @@
 The prompt is composed and spliced on this side (`ptmoe.serve.registry`), so an engine knows nothing of adapters.
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -7,8 +7,6 @@ An upstream is tried out when it is first reached: the same few tokens are sent 
 expects next must be the same. That finds another base, embeddings that it treats in another way, and a missing flag.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io

@@ -8,8 +8,6 @@ Greedy answers are those of `generate` for the row alone: in float32, where a ba
 pass over the row alone decides, as in `ptmoe.evaluate.generation`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import queue

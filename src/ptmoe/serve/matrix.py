@@ -1,7 +1,5 @@
 """A base's input embedding, memory-mapped from its safetensors, and nothing else of the base."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import cast

@@ -1,7 +1,5 @@
 """What `/metrics` says, for Prometheus."""
 
-from __future__ import annotations
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ptmoe.serve.registry import Registry

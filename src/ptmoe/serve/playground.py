@@ -1,7 +1,5 @@
 """The playground: one page that asks this server's own API, and nothing else."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

@@ -9,8 +9,6 @@ The folder is polled. What a request gets is composed once, when it begins, so r
 no running request.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

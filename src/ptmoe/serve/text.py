@@ -1,7 +1,5 @@
 """From tokens that come one by one to text that is never taken back: no half characters, nothing of a stop text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 

@@ -1,8 +1,6 @@
 """What both engines on vLLM ask of it: how tokens are chosen, and whether it takes embeddings as the tokens they stand
 for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import median
 from typing import Any, cast

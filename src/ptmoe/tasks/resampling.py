@@ -5,8 +5,6 @@ picks. Likewise the signs of equal differences flip in one binomial. So ten thou
 take a tenth of a second, where `scipy.stats.bootstrap` takes more than one, and the examples' order cannot matter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Batches by a token budget instead of a number of rows, and a batch for each of several processes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

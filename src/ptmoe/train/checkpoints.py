@@ -4,8 +4,6 @@
 or a full disk in the middle of a save leaves the earlier ones as they were, and what changed later is noticed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

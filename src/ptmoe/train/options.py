@@ -4,8 +4,6 @@ The fields are the options of `ptmoe train`: their names, types, defaults and he
 `transformers.TrainingArguments` where it has them; any other of its arguments goes under `trainer`.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints

@@ -10,8 +10,6 @@ Three things, each an option of a routed method's config (`ptmoe.methods.routing
   when the routing has settled: when the router's largest probability is near 1, the soft gate is nearly the hard one.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice

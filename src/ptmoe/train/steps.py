@@ -1,7 +1,5 @@
 """The progress of a training run, for display."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,8 +1,6 @@
 """`transformers.Trainer` for adapters: checkpoints without pickles, batches by tokens, smaller parts where memory is
 short, and a stop when the loss diverges."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -32,8 +32,6 @@ batches (several examples in a row, and one prompt for all), label smoothing and
 head), `peft_config` and a `chat_template_path` that is a model (they change the base).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
