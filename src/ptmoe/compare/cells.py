@@ -111,12 +111,8 @@ class LeftOut(NamedTuple):
 
 
 def variants(plan: ComparePlan, base_config: Any, known: Sequence[Variant] = ()) -> tuple[list[Variant], list[LeftOut]]:
-    """The plan's methods at all their sizes, and those that this base or the budget does not allow.
-
-    Args:
-        plan: the plan.
-        base_config: the `transformers` config of its model.
-        known: the variants of the folder that is resumed: the same settings keep their label.
+    """The plan's methods at all their sizes, and those that its base, of this config of `transformers`, or the budget
+    does not allow. Settings that are among the `known` variants of a folder that is resumed keep their label.
 
     Raises:
         PtmoeError: an unknown method or field, a value that does not fit it, or two variants with one label.

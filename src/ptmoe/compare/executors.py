@@ -23,11 +23,8 @@ Executor: TypeAlias = Callable[[Sequence[Cell], ComparisonFolder, Watcher], Outc
 
 @contextmanager
 def executor(plan: ComparePlan, jobs: int) -> Iterator[Executor]:
-    """The executor that a plan asks for, ready to run; what it started ends with the block.
-
-    Args:
-        plan: with `on`, and `jobs` and `gpus_per_cell` where they are given.
-        jobs: cells at once on this machine.
+    """The executor that a plan asks for, ready to run, on this machine with `jobs` cells at once; what it started ends
+    with the block.
 
     Raises:
         PtmoeError: Ray is not installed, its address does not answer, or it has no room for a cell.

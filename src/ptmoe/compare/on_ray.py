@@ -62,12 +62,8 @@ class CellActor:
         import ptmoe.train.recipe  # noqa: F401  takes seconds, like what it imports
 
     def run(self, number: int, options: dict[str, Any], place: str) -> tuple[int | str, dict[str, Any], str]:
-        """Run a cell.
-
-        Args:
-            number: by which `news` names it.
-            options: of the run, with no folder.
-            place: its folder to be, which messages name.
+        """Run a cell, which `news` names by its number. Its options have no folder; messages name `place`, its folder
+        to be.
 
         Returns:
             The number of trainable parameters or what went wrong; the bytes of each file; what was printed.

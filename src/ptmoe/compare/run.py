@@ -58,7 +58,6 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
     """Resolve a plan to its cells; nothing is written but downloaded data.
 
     Args:
-        plan: what is asked for.
         say: called with a line for each download.
         data: check that the data is there.
 
@@ -132,13 +131,9 @@ def _folder_name(plan: ComparePlan) -> str:
 
 
 def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[Failure]:
-    """Run the cells that are not finished.
+    """Run the cells of a comparison from `prepare` that are not finished.
 
     After an interruption the same plan resumes: finished cells stay, the others start over.
-
-    Args:
-        comparison: from `prepare`.
-        watcher: called with what happens.
 
     Returns:
         The cells of the plan that failed.

@@ -37,13 +37,8 @@ class Text(NamedTuple):
 def encode_texts(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, positions: int | None, num_virtual_tokens: int
 ) -> list[Text]:
-    """The texts' tokens; an example without a target is a line of text.
-
-    Args:
-        examples: of which at least one has a token to predict, unless there is none.
-        tokenizer: the base's.
-        positions: of the base; None if it has no limit.
-        num_virtual_tokens: that take their part of them.
+    """The texts' tokens, as many as the base's positions hold beside the virtual ones; an example without a target is a
+    line of text.
 
     Raises:
         PtmoeError: no text has two tokens.
@@ -91,8 +86,6 @@ def forgetting(model: PromptedCausalLM, texts: Sequence[Text], base_loss: float 
     """Of the active adapter.
 
     Args:
-        model: with the adapter.
-        texts: at least one.
         base_loss: what `text_loss` was before the training; by default it is computed with the adapter disabled, which
             a method that trains the base's own weights cannot be.
     """

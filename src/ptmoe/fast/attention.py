@@ -66,13 +66,8 @@ def products_obstacle(base: PreTrainedModel) -> str | None:
 
 
 def by_products(module: nn.Module, query: Tensor, options: Mapping[str, Any]) -> bool:
-    """Whether `causal_products` computes what this attention asks for, of a base that `products_obstacle` lets pass.
-
-    Args:
-        module: the layer's attention.
-        query: `(B, h, S, d)`.
-        options: of the attention function, besides a mask, of which there is none.
-    """
+    """Whether `causal_products` computes what this attention, of `query (B, h, S, d)`, asks for, on a base that
+    `products_obstacle` lets pass; there is no mask beside the options."""
     given = {name for name, value in options.items() if value is not None}
     causal = options.get("is_causal")
     return (

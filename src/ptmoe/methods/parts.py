@@ -184,8 +184,6 @@ def leading(module: nn.Module, rank: int, blocks: tuple[int, int] | None = None)
     vectors, the sign is the one with which the largest entry of `V`'s is positive.
 
     Args:
-        module: of the base.
-        rank: `R`.
         blocks: `(m, n)`; the SVD is then that of the matrix whose `m·n` rows are the weight's `m × n` blocks.
 
     Raises:

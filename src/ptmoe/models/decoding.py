@@ -23,11 +23,8 @@ from ptmoe.models.greedy import GREEDY, last_logits, narrowest_window, stepping_
 
 
 class Decoder:
-    """Decodes greedily. While it is in use, neither the adapter nor the base may change.
-
-    Args:
-        model: in evaluation mode, with its active adapter.
-    """
+    """Decodes greedily with a model in evaluation mode and its active adapter. While it is in use, neither the adapter
+    nor the base may change."""
 
     @torch.no_grad()
     def __init__(self, model: PromptedCausalLM) -> None:
@@ -222,12 +219,8 @@ def _allocated(like: Tensor, rows: int, room: int) -> Tensor:
 
 
 class PreallocatedLayer(DynamicLayer):
-    """One layer's cache with room for all that will come: new keys and values are written behind the others, where
-    `DynamicLayer` copies them all.
-
-    Args:
-        buffers: for keys and for values, `(B, heads, room, d)` each.
-    """
+    """One layer's cache with room for all that will come: new keys and values are written behind the others in buffers
+    `(B, heads, room, d)`, where `DynamicLayer` copies them all."""
 
     def __init__(self, buffers: list[Tensor]) -> None:
         super().__init__()

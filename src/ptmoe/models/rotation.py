@@ -65,13 +65,8 @@ def joined(parts: Sequence[Any], rows: Sequence[Tensor], names: Sequence[str]) -
 def reading_again(
     base: PreTrainedModel, lengths: Sequence[int], inputs: Callable[[Tensor], dict[str, Any]]
 ) -> Iterator[None]:
-    """Within it the base's `generate` reads its rows from their beginning where they reach one of these lengths.
-
-    Args:
-        base: whose `generate` is called.
-        lengths: of the token ids.
-        inputs: the arguments of the base's `forward` for token ids, `(B · beams, L)`.
-    """
+    """Within it the base's `generate` reads its rows from their beginning where they reach one of these lengths;
+    `inputs` gives the arguments of the base's `forward` for token ids, `(B · beams, L)`."""
     own = base.prepare_inputs_for_generation
 
     @wraps(own)  # `generate` reads its signature

@@ -35,12 +35,8 @@ class SavingModel(nn.Module):
 
     def check_saved(self, saved: BaseIdentity, adapter: object) -> None:
         """
-        Args:
-            saved: the base that an adapter belongs to.
-            adapter: what to call it in a message.
-
         Raises:
-            PtmoeError: it is another than this model's.
+            PtmoeError: the base that an adapter belongs to, which the message calls `adapter`, is not this model's.
         """
         if saved.fingerprint is None or saved.fingerprint != self._fingerprint:  # `ft` changes the embedding itself
             saved.check(cast(Any, self).get_input_embeddings().weight, adapter, self.name_or_path)

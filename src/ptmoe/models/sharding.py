@@ -70,12 +70,8 @@ def _true(variable: str) -> bool:
 
 @contextmanager
 def loading_shards(engine: str | None, config: PretrainedConfig | None, dtype: str) -> Iterator[dict[str, Any]]:
-    """Within it `from_pretrained` loads this process's part of a model; gives options for it.
-
-    Args:
-        engine: as from `sharding_asked_for`.
-        config: of the base; None where it is loaded whole.
-        dtype: of the base, `"auto"` as saved.
+    """Within it `from_pretrained` loads this process's part of a model, or without a config the whole of it; gives
+    options for it. `engine` is as from `sharding_asked_for`.
 
     Raises:
         PtmoeError: a base without repeated layers.

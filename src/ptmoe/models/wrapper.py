@@ -70,13 +70,7 @@ class ModelWrapper(SavingModel):
         *,
         activate: bool = True,
     ) -> PromptEncoder:
-        """Add an encoder.
-
-        Args:
-            name: for `set_adapter` and `adapter_names`.
-            config: of its method.
-            make: gives the encoder for the base.
-            activate: make it the active one; the first always is.
+        """Add the encoder that `make` gives for the base, and, if asked, make it the active one; the first always is.
 
         Raises:
             PtmoeError: a name that cannot be used, or adapters that one model cannot hold together.

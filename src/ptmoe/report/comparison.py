@@ -191,7 +191,6 @@ def score_groups(scores: pd.DataFrame, *, by_domain: bool, weight: float = 1.0) 
     """The groups that a figure is the mean of.
 
     Args:
-        scores: of examples (`example_scores`).
         by_domain: the figure is the plain mean of the domains, not the mean over all examples.
         weight: of all groups together.
     """

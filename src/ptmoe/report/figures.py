@@ -216,14 +216,8 @@ def learning_curves(points: pd.DataFrame, looks: Mapping[str, Style]) -> Figure:
 def scores_by_domain(
     scores: Mapping[str, Mapping[str, Score]], metric: str, overall: int, looks: Mapping[str, Style]
 ) -> Figure:
-    """A point for each label in each domain, with its 95 % interval.
-
-    Args:
-        scores: for each row of the figure, by label.
-        metric: of the scores.
-        overall: the first rows, which are over all domains; a line separates them from the others.
-        looks: of the labels.
-    """
+    """A point for each label in each domain, with its 95 % interval, from each row's scores by label. A line separates
+    the first rows, `overall`, which are over all domains, from the others."""
     labels = list(dict.fromkeys(label for row in scores.values() for label in row))
     pitch = 0.17 if len(labels) < 6 else 0.13  # inches from one label's point to the next
     row_height = pitch * len(labels) + 0.16

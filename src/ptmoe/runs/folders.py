@@ -30,12 +30,9 @@ LONGEST_STEM = 200  # bytes of a name that is given endings
 
 @contextmanager
 def writing(folder: Path, busy: str = "another command is writing to") -> Iterator[None]:
-    """Keep other commands from writing to a folder until this one ends, however it ends. A folder in which nothing was
-    written is not left behind.
-
-    Args:
-        folder: created where it is missing.
-        busy: what is said, before the folder's name, where another command holds it.
+    """Keep other commands from writing to a folder, which is created where it is missing, until this one ends, however
+    it ends. A folder in which nothing was written is not left behind. Where another command holds it, `busy` is said,
+    before the folder's name.
 
     Raises:
         PtmoeError: another command is writing to it, or it cannot have this name.

@@ -55,11 +55,7 @@ class _Row:
 
 
 class LocalEngine:
-    """A base model in this process.
-
-    Args:
-        model: in evaluation mode, without a weight-side adapter.
-        max_batch: rows in a batch at most.
+    """A base model in this process, in evaluation mode and without a weight-side adapter.
 
     Attributes:
         near_ties: how many tokens a pass over the row alone has decided.

@@ -19,11 +19,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_embedding(name: str, revision: str | None = None) -> nn.Embedding:
-    """`(V, H)` in the dtype in which it is saved; pages are read as they are needed.
-
-    Args:
-        name: of the base, as `load_base` takes it.
-        revision: of a Hub repository.
+    """`(V, H)` of a base, named as for `load_base`, in the dtype as saved; pages are read as they are needed.
 
     Raises:
         PtmoeError: no safetensors, none of the known names in them, or a base that needs more than its matrix.

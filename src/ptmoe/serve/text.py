@@ -24,12 +24,7 @@ class Said:
 
 
 class Text:
-    """The text of an answer.
-
-    Args:
-        decode: token ids to text.
-        stop: texts before the first of which the answer ends.
-    """
+    """The text of an answer, which ends before the first of the texts `stop`."""
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
         self.stopped = False

@@ -219,12 +219,7 @@ def usable(
 
 class TextCheck:
     """Looks for a text that the chat template or the tokenizer does not keep, until one is found: in the first
-    `CHECKED` examples, and in each later one that has a character which none before it had.
-
-    Args:
-        tokenizer: the base's.
-        chat: whether prompts are put in its chat template.
-    """
+    `CHECKED` examples, and in each later one that has a character which none before it had."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> None:
         self.tokenizer, self.chat = tokenizer, chat

@@ -65,11 +65,8 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to resume from: the newest that is as it was written; None where there is none at all.
-
-    Args:
-        folder: that holds the checkpoints.
-        say: gets a line for each newer one that cannot be used.
+    """The checkpoint to resume from: the newest in a folder that is as it was written; None where there is none at all.
+    `say` gets a line for each newer one that cannot be used.
 
     Raises:
         PtmoeError: there are checkpoints, and none can be used.

@@ -136,14 +136,8 @@ def save_state(optimizer: Any, scheduler: Any, optim: str, folder: Path) -> None
 
 
 def load_state(optimizer: Any, scheduler: Any, folder: Path, changed: bool) -> None:
-    """Load what `save_state` has written.
-
-    Args:
-        optimizer: loads what the folder has of it.
-        scheduler: of its learning rate.
-        folder: the checkpoint's.
-        changed: the rates and decays are those of the options; only the moments and the step are taken over.
-    """
+    """Load what `save_state` has written in a folder. Where the options are `changed`, the rates and decays are theirs,
+    and only the moments and the step are taken over."""
     from safetensors import safe_open
     from torch.optim.lr_scheduler import LambdaLR
 

@@ -225,11 +225,8 @@ def _train(
 
 
 def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) -> None:
-    """Evaluate the base as it is, into a run folder in which nothing was trained; its method is `base`.
-
-    Args:
-        options: as of the runs that it is compared with.
-        say: gets a line of text for each thing a user should know.
+    """Evaluate the base as it is, into a run folder in which nothing was trained, with the options of the runs that it
+    is compared with; its method is `base`.
 
     Raises:
         PtmoeError: unfit options or data, before anything is written.

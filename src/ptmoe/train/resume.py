@@ -171,9 +171,7 @@ def check_data(
 ) -> Differences:
     """
     Args:
-        folder: of the run.
-        data: the fingerprint of its data as they are now.
-        options: which say where that is.
+        data: the fingerprint of the run's data as they are now.
         force: return the difference instead.
         say: gets a line where an earlier version recorded no fingerprint.
 

@@ -268,7 +268,6 @@ def start_router(encoder: RoutedEncoder, means: Tensor, gradients: Tensor, gener
     test at `SIGNIFICANT` finds that the input says anything about the gradient.
 
     Args:
-        encoder: whose router is set.
         means: `(examples, H)`, mean input embeddings, of at least two examples for each expert.
         gradients: `(examples, T·H)`, as from `prompt_gradients`.
         generator: of the random starts of k-means.
@@ -339,12 +338,7 @@ def left_out_residuals(inverse: Tensor, ridge: Tensor | float, intercept: bool) 
     """`(n, n)`, which takes targets `(n, D)` to the errors of ridge regression in each one, fitted to all others.
 
     The hat matrix is I - λ(K + λI)⁻¹, and with an intercept, of centred inputs and targets, that plus 11ᵀ/n: what is
-    left out moves the intercept as well.
-
-    Args:
-        inverse: `(K + λI)⁻¹ (n, n)`.
-        ridge: λ.
-        intercept: whether the regression has one.
+    left out moves the intercept as well. `inverse` is (K + λI)⁻¹, `(n, n)`, and `ridge` is λ.
     """
     own = inverse.diagonal() - (1 / (len(inverse) * ridge) if intercept else 0)
     return inverse / own[:, None]
