@@ -33,10 +33,7 @@ from ptmoe.fast.trial import evaluating
 NAME = "ptmoe_packed"
 SIMILAR, SHORT = 3 / 4, 64  # a row shorter than this fraction of its group's longest starts a new group, unless short
 PROBED = (7, 4, 5)  # tokens of the rows that a base is tried out on
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.float64: 1e-4,
-}  # relative; 2 % in other dtypes
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; 2 % in other dtypes
 
 
 class _CannotPackError(Exception):

@@ -12,14 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptmoe.report.comparability import incomparable
-from ptmoe.report.comparison import (
-    ALL,
-    AVERAGE,
-    MEAN,
-    Comparison,
-    counted_states,
-    read_comparison,
-)
+from ptmoe.report.comparison import ALL, AVERAGE, MEAN, Comparison, counted_states, read_comparison
 from ptmoe.report.results import Board, Score, boards, part_scores
 from ptmoe.report.table import best_rows, metric_name, short_count
 

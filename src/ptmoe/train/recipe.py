@@ -361,12 +361,7 @@ def _trainer(
     batches = None
     if options.tokens_per_batch is not None:
         lengths = rows.lengths + model.num_virtual_tokens
-        batches = TokenBatches(
-            lengths,
-            options.tokens_per_batch,
-            padded=not model.can_pack(),
-            seed=options.seed,
-        )
+        batches = TokenBatches(lengths, options.tokens_per_batch, padded=not model.can_pack(), seed=options.seed)
         # For what counts in rows: the routing's first examples come in batches that fit.
         chosen["per_device_train_batch_size"] = max(1, options.tokens_per_batch // int(lengths.max()))
     elif chosen.get("dataloader_drop_last") and len(rows) < options.per_device_train_batch_size * world_size():
