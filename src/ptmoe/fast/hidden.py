@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptmoe.fast.packing import TOLERANCE
-from ptmoe.fast.trial import evaluating
+from ptmoe.fast.trial import evaluating, standing_in
 
 PROBED = 3  # tokens that a base is tried out on
 
@@ -35,23 +35,13 @@ class Hidden:
             output["last_hidden_state"] = output.last_hidden_state[:1, :1].detach()
             return output
 
-        handle = self.decoder.register_forward_hook(keep)
-        try:
+        with self.decoder.register_forward_hook(keep):
             yield
-        finally:
-            handle.remove()
 
     def project(self, states: Tensor) -> Tensor:
         """`(S, H)` to `(S, V)`: the base's own forward runs, with the states in place of its decoder's output."""
-        before = vars(self.decoder).get("forward")
-        vars(self.decoder)["forward"] = lambda *_, **__: self.output(last_hidden_state=states[None])
-        try:
+        with standing_in(self.decoder, forward=lambda *_, **__: self.output(last_hidden_state=states[None])):
             logits: Tensor = self.base(inputs_embeds=states[None], use_cache=False, return_dict=True).logits[0]
-        finally:
-            if before is None:
-                del vars(self.decoder)["forward"]
-            else:
-                vars(self.decoder)["forward"] = before
         return logits
 
 

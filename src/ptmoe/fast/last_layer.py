@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ptmoe.fast.compiled import replaceable
 from ptmoe.fast.packing import TOLERANCE
-from ptmoe.fast.trial import evaluating
+from ptmoe.fast.trial import evaluating, standing_in
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROBED = 6  # tokens that a base is tried out on
@@ -31,11 +31,8 @@ def last_layer_at(base: PreTrainedModel, rows: Tensor, columns: Tensor) -> Itera
         output: Tensor = kept + layer.mlp(layer.post_attention_layernorm(kept))
         return output
 
-    vars(layer)["forward"] = forward
-    try:
+    with standing_in(layer, forward=forward):
         yield
-    finally:
-        del vars(layer)["forward"]
 
 
 def last_layer_obstacle(base: PreTrainedModel) -> str | None:

@@ -52,11 +52,8 @@ def projected_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Non
     def select(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (arguments[0][rows, columns][None],)
 
-    handle = head.register_forward_pre_hook(select)
-    try:
+    with head.register_forward_pre_hook(select):
         yield
-    finally:
-        handle.remove()
 
 
 def cross_entropy_in_parts(

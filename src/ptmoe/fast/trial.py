@@ -1,7 +1,8 @@
-"""Trying a base out without leaving a trace."""
+"""Trying a base out, and putting something else in the place of its parts, without leaving a trace."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,3 +26,16 @@ def evaluating(base: nn.Module) -> Iterator[None]:
         for buffer, before in buffers.items():
             if not torch.equal(buffer, before):
                 buffer.copy_(before)
+
+
+@contextmanager
+def standing_in(module: nn.Module, **substitutes: Any) -> Iterator[None]:
+    """Within it these attributes stand for the module's own, which may be substitutes themselves."""
+    before = {name: vars(module)[name] for name in substitutes if name in vars(module)}
+    vars(module).update(substitutes)
+    try:
+        yield
+    finally:
+        for name in substitutes:
+            del vars(module)[name]
+        vars(module).update(before)

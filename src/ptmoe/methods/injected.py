@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -47,15 +47,10 @@ def require_inputs(base: PreTrainedModel, names: list[str], batch: dict[str, Ten
     """
     modules = modules_named(base, names)
     reached: set[str] = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: reached.add(name)) for name, module in modules.items()
-    ]
-    try:
-        with torch.no_grad():
-            base(**{name: value.to(base.device) for name, value in model_inputs(batch).items()}, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=name: reached.add(name)))
+        base(**{name: value.to(base.device) for name, value in model_inputs(batch).items()}, use_cache=False)
     if idle := [name for name in modules if name not in reached]:
         raise PtmoeError(
             f"{len(idle)} of the {len(modules)} modules named {', '.join(names)} in {type(base).__name__} get no input "

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.fast.trial import evaluating
-from ptmoe.models.rotation import preparing, switches
+from ptmoe.fast.trial import evaluating, standing_in
+from ptmoe.models.rotation import switches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,7 +161,7 @@ def taking_embeddings(base: PreTrainedModel, per_layer: Tensor | None) -> Iterat
             prepared[PER_LAYER] = per_layer.repeat_interleave(len(input_ids) // len(per_layer), 0)
         return prepared
 
-    with preparing(base, prepare):
+    with standing_in(base, prepare_inputs_for_generation=prepare):
         yield
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from ptmoe.fast.trial import standing_in
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -76,18 +78,5 @@ def reading_again(
             return prepared
         return prepared | {"input_ids": None, "past_key_values": None} | inputs(input_ids)
 
-    with preparing(base, prepare):
+    with standing_in(base, prepare_inputs_for_generation=prepare):
         yield
-
-
-@contextmanager
-def preparing(base: PreTrainedModel, prepare: Callable[..., dict[str, Any]]) -> Iterator[None]:
-    """Within it `prepare` stands for the base's `prepare_inputs_for_generation`, which may be one of these itself."""
-    name = "prepare_inputs_for_generation"
-    before = {name: vars(base)[name]} if name in vars(base) else {}
-    vars(base)[name] = prepare
-    try:
-        yield
-    finally:
-        del vars(base)[name]
-        vars(base).update(before)

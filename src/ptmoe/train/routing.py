@@ -238,15 +238,14 @@ def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tenso
     assert isinstance(encoder, RoutedEncoder)
     mean = encoder.expert_prompts().detach().mean(0)
     copies = mean.expand(len(batch["input_ids"]), -1, -1).clone().requires_grad_()  # (B, T, H)
-    hook = encoder.register_forward_hook(lambda *_: Prompt(copies))
     was_training = model.training
     model.eval()  # no dropout
     try:
-        loss = model(**batch, skip_logits=True).loss
+        with encoder.register_forward_hook(lambda *_: Prompt(copies)):
+            loss = model(**batch, skip_logits=True).loss
         assert loss is not None
         (gradient,) = torch.autograd.grad(loss, copies)
     finally:
-        hook.remove()
         model.train(was_training)
     return nn.functional.normalize(gradient.flatten(1).float(), dim=1)
 
