@@ -43,17 +43,11 @@ TOKEN = secrets.token_hex(32)  # of this process's own Ray, so that other users 
 
 @dataclass(frozen=True)
 class Room:
-    """What a session has room for.
+    """What a session has room for."""
 
-    Attributes:
-        ray: the module, connected.
-        jobs: cells at once.
-        gpus: for each; a fraction shares one.
-    """
-
-    ray: Any
-    jobs: int
-    gpus: float
+    ray: Any  # the module, connected
+    jobs: int  # cells at once
+    gpus: float  # for each; a fraction shares one
 
 
 def check_place(on: str) -> str:

@@ -160,23 +160,14 @@ class _Gather(torch.autograd.Function):
 
 @dataclass
 class _Attention:
-    """How the layers of a base attend while this context is entered; recomputed layers enter it again.
+    """How the layers of a base attend while this context is entered; recomputed layers enter it again."""
 
-    Attributes:
-        base: whose layers.
-        config: of the base, which names its attention implementation.
-        implementation: the base's own.
-        groups: of the packed row.
-        products: whether short rows attend by plain products (`fast.attention`).
-        calls: number of attention calls; `windows`, of those that passed a sliding window or None for it.
-    """
-
-    base: PreTrainedModel
-    config: Any
-    implementation: str
-    groups: tuple[Group, ...]
-    products: bool
-    calls: int = 0
+    base: PreTrainedModel  # whose layers
+    config: Any  # of the base, which names its attention implementation
+    implementation: str  # the base's own
+    groups: tuple[Group, ...]  # of the packed row
+    products: bool  # whether short rows attend by plain products (`fast.attention`)
+    calls: int = 0  # number of attention calls; `windows`, of those that passed a sliding window or None for it
     windows: int = 0
 
     def __enter__(self) -> _Attention:

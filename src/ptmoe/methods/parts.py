@@ -26,14 +26,10 @@ class Part(nn.Module):
 
     What is trained is a parameter. What is frozen and needed again is a buffer, which is saved with the adapter: a
     decomposition or a random matrix that another machine computes again need not be the same.
-
-    Attributes:
-        name: of the base's module, in full.
-        shared: the module that all parts have in common (`PartsConfig.shared_by`), or None.
     """
 
-    name: str
-    shared: Any
+    name: str  # of the base's module, in full
+    shared: Any  # the module that all parts have in common (`PartsConfig.shared_by`), or None
 
     def __init__(self, config: Any, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -33,25 +33,15 @@ PER_LAYER = "per_layer_inputs"
 
 @dataclass
 class InputPath:
-    """What a path from embeddings has to add to be the base's own.
+    """What a path from embeddings has to add to be the base's own."""
 
-    Attributes:
-        scale: of the embeddings.
-        first_position: the position id of a row's first token.
-        per_layer: gives the inputs of the layers, `(B, S, layers, D)`, of token ids `(B, S)`; None without such.
-        placeholder: the token id that stands for a virtual token there, as it does for an image's.
-        left_padding: whether a row is the same behind padding; else it is brought to the front, and generates alone.
-        chosen: how many positions sparse attention chooses; None where it attends to all, or to a window.
-        switches: the lengths above which all positions are rotated otherwise (`ptmoe.models.rotation`).
-    """
-
-    scale: float = 1.0
-    first_position: int = 0
-    per_layer: Callable[[Tensor], Tensor] | None = None
-    placeholder: int = 0
-    left_padding: bool = True
-    chosen: int | None = None
-    switches: tuple[int, ...] = ()
+    scale: float = 1.0  # of the embeddings
+    first_position: int = 0  # the position id of a row's first token
+    per_layer: Callable[[Tensor], Tensor] | None = None  # of ids `(B, S)`, the layers' inputs `(B, S, layers, D)`
+    placeholder: int = 0  # the token id that stands for a virtual token there, as it does for an image's
+    left_padding: bool = True  # a row is the same behind padding; else it is brought to the front, and generates alone
+    chosen: int | None = None  # positions that sparse attention chooses; None where it attends to all, or to a window
+    switches: tuple[int, ...] = ()  # lengths above which all positions are rotated otherwise (`ptmoe.models.rotation`)
 
     def straddled(self, shortest: int, longest: int) -> bool:
         """Whether rows from `shortest` to `longest` positions are on both sides of a switch."""

@@ -23,19 +23,12 @@ Supervised = tuple[Tensor, Tensor, Tensor]  # row, position that predicts, token
 
 @dataclass
 class Spliced:
-    """A batch as the base model sees it.
+    """A batch as the base model sees it."""
 
-    Attributes:
-        embeds: `(B, T + L, H)`.
-        attention_mask: `(B, T + L)`, 1 at virtual and real tokens.
-        position_ids: `(B, T + L)`, counting virtual and real tokens only; 0 at padding.
-        token_ids: `(B, T + L)`, a placeholder at virtual tokens; None where the base does not need them.
-    """
-
-    embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    token_ids: Tensor | None = None
+    embeds: Tensor  # `(B, T + L, H)`
+    attention_mask: Tensor  # `(B, T + L)`, 1 at virtual and real tokens
+    position_ids: Tensor  # `(B, T + L)`, counting virtual and real tokens only; 0 at padding
+    token_ids: Tensor | None = None  # `(B, T + L)`, a placeholder at virtual tokens; None where the base needs none
 
     def rows(self, index: Tensor) -> Spliced:
         """Some rows, `(n,)`."""

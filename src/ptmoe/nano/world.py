@@ -52,19 +52,12 @@ def _facts(rng: random.Random, longest: int) -> tuple[str, tuple[Any, ...]]:
 
 @dataclass(frozen=True)
 class Skill:
-    """Something `nano` can do when instructed.
+    """Something `nano` can do when instructed."""
 
-    Attributes:
-        draw: draws an input.
-        answer: from what the input consists of.
-        instructions: three ways to say it.
-        later_share: of the records in the second phase of pretraining; in the first, each skill has a share of 1.
-    """
-
-    draw: Draw
-    answer: Callable[..., Any]
-    instructions: tuple[str, str, str]
-    later_share: int = 1
+    draw: Draw  # draws an input
+    answer: Callable[..., Any]  # from what the input consists of
+    instructions: tuple[str, str, str]  # three ways to say it
+    later_share: int = 1  # of the records in the second phase of pretraining; in the first, each skill has a share of 1
 
 
 SKILLS = {

@@ -33,17 +33,11 @@ class Section:
 
 @dataclass
 class Gallery:
-    """Draws the figures of a page and writes each, in light colours, as PNG and SVG.
+    """Draws the figures of a page and writes each, in light colours, as PNG and SVG."""
 
-    Attributes:
-        folder: for the files.
-        looks: of the labels.
-        names: of the files so far.
-    """
-
-    folder: Path
-    looks: Mapping[str, Style]
-    names: set[str] = field(default_factory=set)
+    folder: Path  # for the files
+    looks: Mapping[str, Style]  # of the labels
+    names: set[str] = field(default_factory=set)  # of the files so far
 
     def picture(
         self, title: str, draw: Callable[..., Any], *data: Any, alt: Mapping[str, str], note: str = ""

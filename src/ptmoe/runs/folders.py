@@ -99,27 +99,17 @@ def cell_folder(label: str, task: str, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        folder: where it was read from.
-        config: the options; `method` is a mapping with a `name`.
-        result: what was trained, and what that took.
-        environment: what it ran on.
-        logs: of its training, in order; empty where nothing was trained.
-        evaluations: by task; one on another split than `test` as `TASK, SPLIT`.
-        predictions: by the same names, the file for them, whether or not it is there.
-        nearest: the words nearest to the virtual tokens, where `ptmoe inspect` looked for them.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    result: Result
-    environment: Environment
-    logs: tuple[LogLine, ...] = ()
+    folder: Path  # where it was read from
+    config: dict[str, Any]  # the options; `method` is a mapping with a `name`
+    result: Result  # what was trained, and what that took
+    environment: Environment  # what it ran on
+    logs: tuple[LogLine, ...] = ()  # of its training, in order; empty where nothing was trained
+    # By task; one on another split than `test` as `TASK, SPLIT`.
     evaluations: Mapping[str, EvaluationSummary] = field(default_factory=dict)
-    predictions: Mapping[str, Path] = field(default_factory=dict)
-    nearest: NearestWords | None = None
+    predictions: Mapping[str, Path] = field(default_factory=dict)  # their files, by the same names, there or not
+    nearest: NearestWords | None = None  # to the virtual tokens, where `ptmoe inspect` looked for them
 
 
 def is_run(folder: Path) -> bool:

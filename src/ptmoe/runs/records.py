@@ -104,25 +104,17 @@ class Change(Record):
 
 
 class Environment(Record):
-    """What a run ran on. A version is None for a package that was not installed.
-
-    Attributes:
-        fast_paths: by the name of each of `ptmoe.fast`'s paths, None where it was used, otherwise why it was not.
-        base: a fingerprint of its embedding before any training; None in runs of earlier versions.
-        data: a fingerprint of the tokens that the run was trained on; None where nothing was trained.
-        options: that its checkpoints were made with, as in config.yaml.
-        changes: of a run that was resumed, in order.
-    """
+    """What a run ran on. A version is None for a package that was not installed."""
 
     versions: dict[str, str | None]
     commit: str | None = None
     seed: int | None = None
     hardware: dict[str, Any]
-    fast_paths: dict[str, str | None] | None = None
-    base: str | None = None
-    data: str | None = None
-    options: dict[str, Any] | None = None
-    changes: list[Change] = []
+    fast_paths: dict[str, str | None] | None = None  # why each of `ptmoe.fast`'s was not used; None where it was
+    base: str | None = None  # a fingerprint of its embedding before any training; None in runs of earlier versions
+    data: str | None = None  # a fingerprint of the tokens that the run was trained on; None where nothing was trained
+    options: dict[str, Any] | None = None  # that its checkpoints were made with, as in config.yaml
+    changes: list[Change] = []  # of a run that was resumed, in order
 
 
 class Forgetting(Record):
@@ -160,52 +152,31 @@ class Result(Record):
 
 
 class LogLine(Record):
-    """One log of a training; keys that `transformers` adds are kept.
-
-    Attributes:
-        seconds: since training began.
-        loss: mean over the supervised tokens since the previous line, in nats.
-        learning_rate: of the optimiser.
-        grad_norm: before clipping.
-        expert_use: the share of the training inputs that was routed to each expert, `(N,)`.
-        routing_confidence: mean of the router's largest probability.
-        hardness: of the gate, 0 soft, 1 the gate as it is used after training.
-    """
+    """One log of a training; keys that `transformers` adds are kept."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     step: int | None = None
-    seconds: float | None = None
-    loss: float | None = None
-    learning_rate: float | None = None
-    grad_norm: float | None = None
-    expert_use: list[float] | None = None
-    routing_confidence: float | None = None
-    hardness: float | None = None
+    seconds: float | None = None  # since training began
+    loss: float | None = None  # mean over the supervised tokens since the previous line, in nats
+    learning_rate: float | None = None  # of the optimiser
+    grad_norm: float | None = None  # before clipping
+    expert_use: list[float] | None = None  # the share of the training inputs that was routed to each expert, `(N,)`
+    routing_confidence: float | None = None  # mean of the router's largest probability
+    hardness: float | None = None  # of the gate, 0 soft, 1 the gate as it is used after training
 
 
 class RoutingSummary(Record):
-    """How a task's inputs were routed; `N` is `num_experts`.
+    """How a task's inputs were routed; `N` is `num_experts`."""
 
-    Attributes:
-        num_experts: `N`.
-        use: by domain, the share of its inputs whose largest gate entry is each expert's, `(N,)`.
-        mean_gate: by domain, the mean of each expert's gate entry, `(N,)`.
-        entropy: of the use over all inputs, in nats.
-        mutual_information: of expert and domain, in nats.
-        prompt_similarity: cosine of every pair of expert prompts, `(N, N)`.
-        soft_gate: whether the gate mixes all experts; None in folders that do not say.
-        one_expert: whether the router chooses the same one whatever it reads (`router_test`).
-    """
-
-    num_experts: int
-    use: dict[str, list[float]]
-    mean_gate: dict[str, list[float]]
-    entropy: float
-    mutual_information: float
-    prompt_similarity: list[list[float]] | None = None
-    soft_gate: bool | None = None
-    one_expert: bool = False
+    num_experts: int  # `N`
+    use: dict[str, list[float]]  # by domain, the share of its inputs whose largest gate entry is each expert's, `(N,)`
+    mean_gate: dict[str, list[float]]  # by domain, the mean of each expert's gate entry, `(N,)`
+    entropy: float  # of the use over all inputs, in nats
+    mutual_information: float  # of expert and domain, in nats
+    prompt_similarity: list[list[float]] | None = None  # cosine of every pair of expert prompts, `(N, N)`
+    soft_gate: bool | None = None  # whether the gate mixes all experts; None in folders that do not say
+    one_expert: bool = False  # whether the router chooses the same one whatever it reads (`router_test`)
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -244,33 +215,22 @@ class RoutingSummary(Record):
 
 
 class EvaluationSummary(Record, allow_inf_nan=False):  # NaN would spoil what a score is compared with
-    """A task's scores in percent; `metric` is the one that ranks methods.
-
-    Attributes:
-        interval: the 95 % interval of each metric, over examples.
-        by_domain: `examples` and the task's metrics, by domain.
-        mean_of_domains: the plain mean of the domains' scores, the form of SVAMP's figure in PT-MoE's paper.
-        cut: examples whose context was cut to fit.
-        unanswered: examples that do not fit even without their context; they score 0.
-        no_label: answers that are no label of a classification; they score 0.
-        seconds: of the evaluation, without what an interrupted one had done.
-        settings: what decided the predictions.
-    """
+    """A task's scores in percent; `metric` is the one that ranks methods."""
 
     task: str
     split: str = "test"
     examples: int
     metric: str = "accuracy"
     metrics: dict[str, float]
-    interval: dict[str, tuple[float, float]] = {}
-    by_domain: dict[str, dict[str, int | float]] = {}
-    mean_of_domains: dict[str, float] = {}
-    cut: int = 0
-    unanswered: int = 0
-    no_label: int = 0
+    interval: dict[str, tuple[float, float]] = {}  # the 95 % interval of each metric, over examples
+    by_domain: dict[str, dict[str, int | float]] = {}  # `examples` and the task's metrics
+    mean_of_domains: dict[str, float] = {}  # the plain mean of their scores, the form of SVAMP's figure in the paper
+    cut: int = 0  # examples whose context was cut to fit
+    unanswered: int = 0  # examples that do not fit even without their context; they score 0
+    no_label: int = 0  # answers that are no label of a classification; they score 0
     routing: RoutingSummary | None = None
-    seconds: float | None = None
-    settings: dict[str, Any] = {}
+    seconds: float | None = None  # of the evaluation, without what an interrupted one had done
+    settings: dict[str, Any] = {}  # what decided the predictions
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -34,31 +34,18 @@ class TrialRecord(Record):
 
 
 class RateSearch(Record):
-    """The search for one learning rate of a comparison: of a method at one size, trained on one task.
+    """The search for one learning rate of a comparison: of a method at one size, trained on one task."""
 
-    Attributes:
-        label: of the cells that it is for.
-        method: theirs.
-        task: theirs.
-        split: that scores are of: `validation`, or the part of `train` that no trial was trained on.
-        examples: of it, at most.
-        given: the learning rate as the plan has it, around which the others lie.
-        rates: the grid, the lowest first.
-        seeds: of the trials at each rate, which no cell has by default.
-        trials: those that have ended; their settings are `learning_rate` and `seed`.
-        chosen: the learning rate of the cells; None until every trial has ended.
-    """
-
-    label: str
-    method: str
-    task: str
-    split: str
-    examples: int
-    given: float
-    rates: list[float]
-    seeds: list[int]
-    trials: list[TrialRecord] = []
-    chosen: float | None = None
+    label: str  # of the cells that it is for
+    method: str  # theirs
+    task: str  # theirs
+    split: str  # that scores are of: `validation`, or the part of `train` that no trial was trained on
+    examples: int  # of it, at most
+    given: float  # the learning rate as the plan has it, around which the others lie
+    rates: list[float]  # the grid, the lowest first
+    seeds: list[int]  # of the trials at each rate, which no cell has by default
+    trials: list[TrialRecord] = []  # those that have ended; their settings are `learning_rate` and `seed`
+    chosen: float | None = None  # the learning rate of the cells; None until every trial has ended
 
     @property
     def scores(self) -> dict[float, list[float]]:

@@ -75,15 +75,10 @@ class Token:
 
 
 class Engine(Protocol):
-    """An inference engine.
+    """An inference engine."""
 
-    Attributes:
-        name: for `/health` and the log.
-        positions: how many a row may have, virtual and new tokens included; None without a limit.
-    """
-
-    name: str
-    positions: int | None
+    name: str  # for `/health` and the log
+    positions: int | None  # how many a row may have, virtual and new tokens included; None without a limit
 
     def generate(self, row: Input, sampling: Sampling) -> AsyncGenerator[Token, None]:
         """Tokens as they come, until `max_tokens` or one of `ends`. Closing the generator (`aclose`, or cancelling the

@@ -40,23 +40,14 @@ class MisfitError(PtmoeError):
 
 @dataclass
 class Upstream:
-    """An inference engine.
+    """An inference engine."""
 
-    Attributes:
-        url: without `/v1`.
-        fault: why it is not used; None where it is.
-        tried: whether it was found to fit.
-        model: its own name of the base.
-        rows: that it is answering.
-        late: whether it was too busy for the last look; it is used where no other can be.
-    """
-
-    url: str
-    fault: str | None = "not reached yet"
-    tried: bool = False
-    model: str = ""
-    rows: int = 0
-    late: bool = False
+    url: str  # without `/v1`
+    fault: str | None = "not reached yet"  # why it is not used; None where it is
+    tried: bool = False  # whether it was found to fit
+    model: str = ""  # its own name of the base
+    rows: int = 0  # that it is answering
+    late: bool = False  # whether it was too busy for the last look; it is used where no other can be
 
     @property
     def shown(self) -> str:

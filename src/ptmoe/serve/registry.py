@@ -42,25 +42,15 @@ class UnknownModelError(PtmoeError):
 
 @dataclass
 class Entry:
-    """An adapter in the folder.
+    """An adapter in the folder."""
 
-    Attributes:
-        folder: where it was found.
-        stamp: the times and sizes of its files: another stamp is another adapter.
-        key: its name in the `AdapterSet`; None while it is not in memory.
-        size: bytes, once it has been read.
-        fixed: whether an expert's prompt is the same for each input.
-        chat: whether it was trained on prompts in the chat template; None where its folder does not say.
-        error: why it is not served; None otherwise.
-    """
-
-    folder: Path
-    stamp: tuple[int, ...]
-    key: str | None = None
-    size: int = 0
-    fixed: bool = False
-    chat: bool | None = None
-    error: str | None = None
+    folder: Path  # where it was found
+    stamp: tuple[int, ...]  # the times and sizes of its files: another stamp is another adapter
+    key: str | None = None  # its name in the `AdapterSet`; None while it is not in memory
+    size: int = 0  # bytes, once it has been read
+    fixed: bool = False  # whether an expert's prompt is the same for each input
+    chat: bool | None = None  # whether it was trained in the chat template; None where its folder does not say
+    error: str | None = None  # why it is not served; None otherwise
 
 
 @dataclass(frozen=True)

@@ -96,20 +96,12 @@ class Run:
 
 @dataclass
 class Service:
-    """
-    Attributes:
-        registry: the adapters.
-        engine: what generates.
-        tokenizer: the base's.
-        ends: tokens that end an answer.
-        limits: of requests.
-        metrics: what is counted.
-    """
+    """Answers requests."""
 
     registry: Registry
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
-    ends: frozenset[int]
+    ends: frozenset[int]  # tokens that end an answer
     limits: Limits
     metrics: Metrics
 

@@ -156,21 +156,13 @@ def vllm_service(
 
 @dataclass(frozen=True)
 class Base:
-    """What is known of a base that runs elsewhere.
+    """What is known of a base that runs elsewhere."""
 
-    Attributes:
-        name: as `load_base` takes it.
-        revision: of a Hub repository.
-        embedding: `(B, L)` ids to `(B, L, H)`.
-        positions: how many its config gives it.
-        limits: of requests to it.
-    """
-
-    name: str
-    revision: str | None
-    embedding: nn.Module
-    positions: int | None
-    limits: Limits
+    name: str  # as `load_base` takes it
+    revision: str | None  # of a Hub repository
+    embedding: nn.Module  # `(B, L)` ids to `(B, L, H)`
+    positions: int | None  # how many its config gives it
+    limits: Limits  # of requests to it
 
 
 def _service(

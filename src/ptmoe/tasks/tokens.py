@@ -33,17 +33,11 @@ CHECKED = 100  # the first examples, which are compared with what their tokens s
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens of a prompt.
+    """The tokens of a prompt."""
 
-    Attributes:
-        ids: in generation all input tokens, in training those before the completion.
-        cut: how many tokens of the context were cut at its beginning and at its end to make the prompt fit.
-        context: the span of the remaining context in `ids`, where it was cut.
-    """
-
-    ids: list[int]
-    cut: tuple[int, int] = (0, 0)
-    context: tuple[int, int] = (0, 0)
+    ids: list[int]  # in generation all input tokens, in training those before the completion
+    cut: tuple[int, int] = (0, 0)  # tokens of the context cut at its beginning and its end, to make the prompt fit
+    context: tuple[int, int] = (0, 0)  # the span of the remaining context in `ids`, where it was cut
 
     @property
     def is_cut(self) -> bool:
