@@ -10,21 +10,17 @@ On a CPU in bfloat16, three plain operations for short rows: torch's own kernel 
 tokens on an AMD processor, and 1.7 times at 250 (`python -m benchmarks attention`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ptmoe.fast.measured import is_faster
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SHORT = 512  # tokens of a row, and
 LARGEST = 2**24  # probabilities of a batch, S² for each row and head: they are kept for the backward pass

@@ -1,15 +1,10 @@
 """Compiling a base's layers, each by itself: one compilation serves them all, and attention stays as it is."""
 
-from __future__ import annotations
-
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import PreTrainedModel
 
 
 def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> str | None:

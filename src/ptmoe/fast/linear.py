@@ -4,21 +4,17 @@ In half precision `torch` calls oneDNN itself; float32 goes to MKL, which takes 
 processor (`python -m benchmarks linear`). Which of the two is faster is measured once for a machine (`fast.measured`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ptmoe.fast.compiled import replaceable
 from ptmoe.fast.measured import is_faster
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MEASURED = ((256, 512, 1408), (32, 512, 16384))  # rows, inputs and outputs: a layer, and a head at a few positions
 

@@ -6,17 +6,16 @@ differ all the same is refused before anything is trained on it. Checked once in
 configuration, in half a dozen passes over a few tokens.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 import warnings
 from itertools import pairwise
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.trial import evaluating
@@ -25,9 +24,6 @@ from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import GREEDY
 from ptmoe.models.input_path import probe_ids, reason
 from ptmoe.models.wrapper import check_unchanged
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LENGTHS = (5, 3)
 NEW = 2  # tokens: one from embeddings, one from the cache

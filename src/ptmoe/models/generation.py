@@ -1,15 +1,14 @@
 """Generation behind a prompt: what the base takes, and `generate`."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ptmoe.errors import PtmoeError
@@ -20,9 +19,6 @@ from ptmoe.models.input_path import PER_LAYER, taking_embeddings
 from ptmoe.models.rotation import reading_again
 from ptmoe.models.splice import Spliced, align, splice
 from ptmoe.models.wrapper import ModelWrapper
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Settings of `generate` that take the token ids again: a draft's, one that reads them in pieces, one that changes them.
 REREADING = "assistant_model prompt_lookup_num_tokens assistant_early_exit use_mtp prefill_chunk_size token_healing"

@@ -1,17 +1,12 @@
 """Greedy decoding: what `generate` is told for it, and which bases can do without `generate`."""
 
-from __future__ import annotations
-
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ptmoe.models.input_path import InputPath
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Greedy whatever the base's own generation config asks for: some ship a repetition penalty.
 GREEDY: dict[str, Any] = {

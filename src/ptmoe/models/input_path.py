@@ -9,23 +9,19 @@ compares what arrives there, so it costs next to nothing on a base of any size. 
 `ptmoe.models.checks`.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.trial import evaluating, standing_in
 from ptmoe.models.rotation import switches
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROBED = 5  # tokens
 PER_LAYER = "per_layer_inputs"

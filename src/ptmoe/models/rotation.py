@@ -7,20 +7,16 @@ So rows on either side of a switch go through the base apart, or each would be r
 passes a switch while it is generated, what the cache holds of it is read again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ptmoe.fast.trial import standing_in
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def switches(base: PreTrainedModel) -> tuple[int, ...]:

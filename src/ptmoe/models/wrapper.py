@@ -1,14 +1,13 @@
 """`ModelWrapper`: a base model and its adapters with the attributes of a `transformers` model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from ptmoe.adapters.identity import fingerprint
@@ -18,9 +17,6 @@ from ptmoe.methods.base import MethodConfig, PromptEncoder, Routing, in_full_pre
 from ptmoe.models.adapter_set import AdapterSet
 from ptmoe.models.input_path import InputPath, ScaledEmbedding, measure
 from ptmoe.models.saving import SavingModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CHANGED_BY = "ptmoe_method"  # an attribute of a base whose layers a method has changed
 
