@@ -119,7 +119,7 @@ def _show(comparison: Comparison, console: Console) -> None:
     """The plan: what all methods share, and the size of each."""
     from ptmoe.compare.budget import size_text
     from ptmoe.compare.presets import PRESETS
-    from ptmoe.compare.rates import searches
+    from ptmoe.compare.rates import searches, trial_length
 
     plan = comparison.plan
     if plan.preset is not None and plan.model == nano.NAME != PRESETS[plan.preset][0]["model"]:
@@ -156,9 +156,11 @@ def _show(comparison: Comparison, console: Console) -> None:
         console.print(f"left out: {left_out}")
     if searched:
         rates, seeds = len(searched[0].rates), len(searched[0].seeds)
+        each = trial_length(plan)
+        trial = f"{each['max_steps']:,} steps" if "max_steps" in each else f"{each['num_train_epochs']:g} epochs"
         console.print(
             f"search: {rates} learning rates × {seeds} seeds × {len(searched)} (method, size, task), "
-            f"{rates * seeds * len(searched)} trials of {_trial_length(plan)} scored on validation examples, "
+            f"{rates * seeds * len(searched)} trials of {trial} scored on validation examples, "
             f"{len(comparison.trials)} to run"
         )
     console.print(
@@ -173,13 +175,6 @@ def _rate(variant: Variant, searched: list[RateSearch]) -> str:
     if searched and "" in chosen:
         return f"{searched[0].rates[0]:g} to {searched[0].rates[-1]:g}"
     return ", ".join(chosen) or (f"{variant.learning_rate:g}" if variant.learning_rate else "–")
-
-
-def _trial_length(plan: ComparePlan) -> str:
-    from ptmoe.compare.rates import trial_length
-
-    length = trial_length(plan)
-    return f"{length['max_steps']:,} steps" if "max_steps" in length else f"{length['num_train_epochs']:g} epochs"
 
 
 def _at_once(comparison: Comparison) -> str:

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ptmoe.cli.console import Console
-from ptmoe.cli.launch import Launch
+from ptmoe.cli.launch import Launch, run_in_processes
 from ptmoe.cli.options import AdapterBase, DataDir, Device, Examples, Ids, NamedSplit, SkipBad
 from ptmoe.errors import PtmoeError
 from ptmoe.files import check_name
@@ -102,8 +102,6 @@ def evaluate(
     if not folder.is_dir() and output_dir is None:
         raise PtmoeError(f"{run} is not a local folder: name a folder for the results with --output-dir")
     if launch is not None:
-        from ptmoe.cli.launch import launch as run_in_processes
-
         run_in_processes(launch)
     console = Console(quiet=rank() > 0)  # of several processes only the first prints
     if device is not None and world_size() > 1:

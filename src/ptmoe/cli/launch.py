@@ -17,7 +17,7 @@ Launch = Annotated[
 ]
 
 
-def launch(count: int, *more: str) -> NoReturn:
+def run_in_processes(count: int, *more: str) -> NoReturn:
     """Run this command line without `--launch`, and with more arguments, in `count` processes, and exit with their
     status. SIGINT and SIGTERM are passed on, and where one process ends in an error the others are stopped.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ptmoe.cli.console import Console
-from ptmoe.cli.launch import Launch
+from ptmoe.cli.launch import Launch, run_in_processes
 from ptmoe.errors import PtmoeError
 
 
@@ -44,7 +44,6 @@ def train(
         training = TrainOptions.read(config, **options) if config else TrainOptions(**options)
     method_config(training.method)  # a misspelt method is reported before torch and the data are loaded
     if launch is not None:
-        from ptmoe.cli.launch import launch as run_in_processes
         from ptmoe.train.recipe import run_folder
 
         place = run_folder(training, resume)

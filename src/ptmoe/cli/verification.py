@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ptmoe.cli.console import Console
 from ptmoe.cli.options import DataDir, Device
-from ptmoe.errors import shown
+from ptmoe.errors import PtmoeError, shown
 
 
 def verify(
@@ -20,7 +20,6 @@ def verify(
 
     Of a comparison every finished cell. The status is 0 if all is as recorded, 1 if not. Nothing is written.
     """
-    from ptmoe.errors import PtmoeError
     from ptmoe.models.bases import quiet
     from ptmoe.runs.folders import CELL_FILE, PLAN_FILE
 

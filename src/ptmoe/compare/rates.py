@@ -101,7 +101,9 @@ def search_rates(
     with closing(run(todo, folder, watcher)) as outcomes:
         for cell, outcome in outcomes:
             search = known[cell.key[:2]]
-            known[cell.key[:2]] = _with(search, _record(search, cell, folder.run_folder(cell), outcome))
+            record = _record(search, cell, folder.run_folder(cell), outcome)
+            others = [trial for trial in search.trials if trial.settings != record.settings]
+            known[cell.key[:2]] = search.model_copy(update={"trials": [*others, record]})
             folder.write_searches(known.values())
             watcher.ended(cell, outcome)
             shutil.rmtree(folder.run_folder(cell), ignore_errors=True)
@@ -138,12 +140,6 @@ def _record(search: RateSearch, cell: Cell, run: Path, outcome: int | str) -> Tr
             outcome = f"its score cannot be read: {error}"
     state: State = "diverged" if outcome.startswith(DIVERGED) else "failed"
     return TrialRecord(number=number, settings=settings, scores=[], state=state, error=outcome)
-
-
-def _with(search: RateSearch, record: TrialRecord) -> RateSearch:
-    """With a trial, in place of one of the same settings that failed."""
-    others = [trial for trial in search.trials if trial.settings != record.settings]
-    return search.model_copy(update={"trials": [*others, record]})
 
 
 def _said(search: RateSearch) -> str:

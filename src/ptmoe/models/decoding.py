@@ -156,7 +156,7 @@ class Decoder:
         cache = DynamicCache(config=self.base.config)
         # All of them before anything else is computed: allocated later, they would fragment the memory.
         cache.layers = [
-            layer if layer.is_sliding else PreallocatedLayer([_allocated(tensor, len(ids), room) for tensor in shapes])
+            layer if layer.is_sliding else PreallocatedLayer(shapes, len(ids), room)
             for layer, shapes in zip(cache.layers, self.shapes, strict=True)
         ]
         for index, (keys, values) in enumerate(before):
@@ -213,18 +213,13 @@ def _best(scores: Tensor, margin: float) -> tuple[Tensor, list[float]]:
     return tokens[:, 0], (best[:, 0] - best[:, 1]).tolist()
 
 
-def _allocated(like: Tensor, rows: int, room: int) -> Tensor:
-    """`(B, heads, room, d)` for keys or values like these."""
-    return like.new_empty(rows, like.shape[1], room, like.shape[3])
-
-
 class PreallocatedLayer(DynamicLayer):
     """One layer's cache with room for all that will come: new keys and values are written behind the others in buffers
     `(B, heads, room, d)`, where `DynamicLayer` copies them all."""
 
-    def __init__(self, buffers: list[Tensor]) -> None:
+    def __init__(self, like: tuple[Tensor, Tensor], rows: int, room: int) -> None:
         super().__init__()
-        self.buffers = buffers
+        self.buffers = [one.new_empty(rows, one.shape[1], room, one.shape[3]) for one in like]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
