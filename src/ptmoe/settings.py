@@ -26,15 +26,10 @@ def method_name(text: str) -> str:
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field appears on the command line, where its name and type do not say so: `Annotated[int, Flag("-n")]`.
+    """How a field appears on the command line, where its name and type do not say so: `Annotated[int, Flag("-n")]`."""
 
-    Attributes:
-        names: its spellings; by default `--field-name`.
-        repeatable: the field's validator reads text, which is given once (False) or several times (True); None follows
-            the field's type.
-    """
-
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # its spellings; by default `--field-name`
+    # The field's validator reads text, which is given once (False) or several times (True); None follows its type.
     repeatable: bool | None = None
 
 

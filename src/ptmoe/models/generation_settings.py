@@ -14,14 +14,10 @@ DEFAULT_NEW_TOKENS = 20  # of transformers, where neither the caller nor the bas
 
 @dataclass
 class GenerationSettings:
-    """
-    Attributes:
-        options: of the call, a `generation_config` among them or not.
-        own: the base's.
-    """
+    """The settings of one call."""
 
-    options: dict[str, Any]
-    own: dict[str, Any]
+    options: dict[str, Any]  # of the call, a `generation_config` among them or not
+    own: dict[str, Any]  # the base's
 
     @property
     def asked(self) -> list[dict[str, Any]]:

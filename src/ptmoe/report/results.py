@@ -68,27 +68,19 @@ class PairedTest(NamedTuple):
 
 @dataclass(frozen=True)
 class Board:
-    """A table in the paper's form: rows are labels, columns tasks, then the average; all of one metric.
-
-    Attributes:
-        metric: of all columns.
-        ranks: whether it is the one that ranks methods on these tasks.
-        columns: the tasks.
-        scores: by label and column name or `AVERAGE`; nothing where no cell is finished. A label that lacks a task has
-            no average, since averages over different tasks cannot be compared.
-        ranking: the labels that have an average, the highest first.
-        tests: between the first two of them, for each task, and of the averages where every task has one; none of a
-            metric that single examples do not have.
-        test_notes: the tasks that have no test, or one on some of their examples only, and why.
-    """
+    """A table in the paper's form: rows are labels, columns tasks, then the average; all of one metric."""
 
     metric: str
-    ranks: bool
-    columns: tuple[Column, ...]
+    ranks: bool  # whether its metric is the one that ranks methods on these tasks
+    columns: tuple[Column, ...]  # the tasks
+    # By label and column name or `AVERAGE`; nothing where no cell is finished. A label that lacks a task has no
+    # average, since averages over different tasks cannot be compared.
     scores: Mapping[tuple[str, str], Score]
-    ranking: tuple[str, ...]
+    ranking: tuple[str, ...]  # the labels that have an average, the highest first
+    # Between the first two of them, for each task, and of the averages where every task has one; none of a metric that
+    # single examples do not have.
     tests: tuple[PairedTest, ...] = ()
-    test_notes: tuple[str, ...] = ()
+    test_notes: tuple[str, ...] = ()  # the tasks that have no test, or one on some of their examples only, and why
 
     @property
     def names(self) -> list[str]:

@@ -15,22 +15,15 @@ def mean_score(evaluations: Iterable[EvaluationSummary]) -> float:
 
 
 class TrialRecord(Record):
-    """A trial of a search that ended.
+    """A trial of a search that ended."""
 
-    Attributes:
-        number: in the order in which they are drawn.
-        settings: that differ from the search's own.
-        scores: the steps after which it was validated, and the scores, in percent.
-        state: whether it trained to its end, was stopped before because others did better, or failed; of a learning
-            rate with which the loss becomes NaN, that it diverged.
-        error: why it failed or diverged.
-    """
-
-    number: int
-    settings: dict[str, Any]
-    scores: list[tuple[int, float]]
+    number: int  # in the order in which they are drawn
+    settings: dict[str, Any]  # that differ from the search's own
+    scores: list[tuple[int, float]]  # the steps after which it was validated, and the scores, in percent
+    # Whether it trained to its end, was stopped before because others did better, or failed; of a learning rate with
+    # which the loss becomes NaN, that it diverged.
     state: State
-    error: str | None = None
+    error: str | None = None  # why it failed or diverged
 
 
 class RateSearch(Record):

@@ -24,39 +24,26 @@ class UnavailableError(EngineError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen."""
 
-    Attributes:
-        max_tokens: new tokens at most.
-        temperature: 0 is greedy.
-        top_p: the smallest set of most likely tokens with at least this probability is sampled from.
-        seed: the same seed gives the same tokens; None draws one.
-        logprobs: how many of the most likely tokens are reported at each position, beside the chosen one's own
-            log-probability (of the model's distribution, before temperature and `top_p`); None for neither.
-        ends: tokens that end the answer; the one that does is yielded.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
+    max_tokens: int  # new tokens at most
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # the smallest set of most likely tokens with at least this probability is sampled from
+    seed: int | None = None  # the same seed gives the same tokens; None draws one
+    # How many of the most likely tokens are reported at each position, beside the chosen one's own log-probability (of
+    # the model's distribution, before temperature and `top_p`); None for neither.
     logprobs: int | None = None
-    ends: frozenset[int] = frozenset()
+    ends: frozenset[int] = frozenset()  # tokens that end the answer; the one that does is yielded
 
 
 @dataclass(frozen=True)
 class Input:
-    """One row with its prompt in place.
+    """One row with its prompt in place."""
 
-    Attributes:
-        embeds: `(T + L, H)` in the base's dtype.
-        token_ids: the `L` real tokens.
-        prefix: the same for inputs whose `T` virtual tokens are the same, so that their keys and values may be kept;
-            None where they are composed for this input.
-    """
-
-    embeds: Tensor
-    token_ids: list[int]
+    embeds: Tensor  # `(T + L, H)` in the base's dtype
+    token_ids: list[int]  # the `L` real tokens
+    # The same for inputs whose `T` virtual tokens are the same, so that their keys and values may be kept; None where
+    # they are composed for this input.
     prefix: Hashable | None = None
 
     @property

@@ -10,17 +10,12 @@ HALF = "\ufffd"  # what decoders put for bytes that are no character (yet)
 
 @dataclass
 class Said:
-    """What an answer says next.
+    """What an answer says next."""
 
-    Attributes:
-        text: possibly none.
-        tokens: those that the text is made of, each with the position in the whole text at which it begins.
-        finish: `"stop"` or `"length"` with the last piece of an answer; None before.
-    """
-
-    text: str = ""
+    text: str = ""  # possibly none
+    # Those that the text is made of, each with the position in the whole text at which it begins.
     tokens: list[tuple[Token, int]] = field(default_factory=list)
-    finish: str | None = None
+    finish: str | None = None  # `"stop"` or `"length"` with the last piece of an answer; None before
 
 
 class Text:

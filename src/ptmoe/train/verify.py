@@ -25,19 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check:
-    """Something that a run folder records, and what it is now.
-
-    Attributes:
-        what: the thing.
-        recorded: its value in the folder.
-        found: its value now; where there is none, the reason.
-        decides: whether the run counts as changed where the two differ. Versions may explain a difference, and make
-            none by themselves.
-    """
+    """Something that a run folder records, and what it is now."""
 
     what: str
-    recorded: Any
-    found: Any
+    recorded: Any  # in the folder
+    found: Any  # now; where there is none, the reason
+    # Whether the run counts as changed where the two differ. Versions may explain a difference, and make none by
+    # themselves.
     decides: bool = True
 
     @property
