@@ -409,6 +409,21 @@ def test_the_experts_are_one_until_they_split_and_then_the_router_starts(shared,
     assert run.model.encoder.S is None
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_however_short_the_training_and_late_the_split_the_experts_part_before_it_ends(steps, tmp_path):
+    """Else each would have learnt as 1/N of a prompt, and be given alone, by a router that has never started."""
+    run = trainer(tmp_path, steps=steps, split_after=0.9)
+    parted = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            parted.append(not model.encoder.together)
+
+    run.add_callback(Watch())
+    run.train()
+    assert parted[-1]
+
+
 def test_an_expert_is_the_shared_factor_and_its_difference():
     model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, shared_factor=True))
     encoder = model.encoder

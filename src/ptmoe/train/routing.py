@@ -192,8 +192,9 @@ class RoutingCallback(TrainerCallback):
 
 
 def split_step(config: RoutedConfig, state: TrainerState) -> int:
-    """The step before which the experts are trained as one."""
-    return round(config.split_after * int(state.max_steps))
+    """The step before which the experts are trained as one: at the latest the last, for some step has to part them."""
+    steps = int(state.max_steps)
+    return min(round(config.split_after * steps), steps - 1)
 
 
 def start_examples(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
