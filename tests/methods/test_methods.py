@@ -260,16 +260,22 @@ def test_the_factors_share_the_singular_values_evenly(base):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pt_starts_as_its_text_repeated_or_cut(base, text):
-    config = PTConfig(num_virtual_tokens=10, init="text", init_text=text)
-    prompt = attach(base, config, tokenizer=Words()).encoder.prompt
-    assert_close(array(prompt), embedded(base, text, 10))
+def test_pt_and_every_prompt_of_smop_start_as_their_text_repeated_or_cut(base, text):
+    options = {"num_virtual_tokens": 10, "init": "text", "init_text": text}
+    prompt = attach(base, PTConfig(**options), tokenizer=Words()).encoder.prompt
+    prompts = attach(base, METHODS["smop"](**options), tokenizer=Words()).encoder.prompts
+    for found in (prompt, *prompts):
+        assert_close(array(found), embedded(base, text, 10))
 
 
 def test_a_prompt_from_the_vocabulary_is_made_of_what_the_base_reads(base):
-    prompt = attach(base, PTConfig(num_virtual_tokens=10)).encoder.prompt
     vocabulary = base.get_input_embeddings()(torch.arange(base.config.vocab_size, device=DEVICE))
-    assert (prompt[:, None] == vocabulary).all(-1).any(1).all()
+    for prompts in (
+        attach(base, PTConfig(num_virtual_tokens=10)).encoder.prompt,
+        attach(base, METHODS["smop"](num_virtual_tokens=4)).encoder.prompts.flatten(0, 1),
+        attach(base, METHODS["attempt"](num_virtual_tokens=4, init="random")).encoder.source_prompts.flatten(0, 1),
+    ):
+        assert (prompts[:, None] == vocabulary).all(-1).any(1).all()
 
 
 def test_a_random_start_has_the_scale_of_the_embeddings(base):
@@ -280,12 +286,22 @@ def test_a_random_start_has_the_scale_of_the_embeddings(base):
         assert prompt.std().item() == pytest.approx(scale.item(), rel=0.25)
 
 
-def test_distinct_experts_start_apart_and_those_of_the_paper_alike():
+def test_distinct_experts_and_prompts_of_smop_start_apart_and_experts_of_the_paper_alike():
     distinct = attach(tiny_llama(), PTMoEConfig(**SIZES, distinct_experts=True)).encoder.A
     assert not torch.equal(distinct[0], distinct[1])
     for fields in ({}, {"recipe": "paper"}):
         alike = attach(tiny_llama(), PTMoEConfig(**SIZES, **fields)).encoder.A
         assert torch.equal(alike[0], alike[1])
+    prompts = attach(tiny_llama(), METHODS["smop"]()).encoder.prompts
+    assert not torch.equal(prompts[0], prompts[1])
+
+
+@pytest.mark.parametrize("config", [PTMoEConfig(rank=4, num_experts=8), METHODS["smop"](num_experts=8)])
+def test_a_router_starts_as_a_linear_layer(config):
+    weight = attach(tiny_llama(), config).encoder.router.weight
+    limit = HIDDEN**-0.5
+    assert weight.abs().max() <= limit
+    assert weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("init", ["vocabulary", "random"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import ptmoe
 from ptmoe.methods import METHODS
@@ -40,15 +41,19 @@ def test_prompts_from_the_embedding_are_those_of_the_model(base, folders):
         assert prompts.lengths[2] == 0
 
 
-def test_a_matrix_in_another_dtype_is_enough(folders):
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_matrix_in_another_dtype_is_enough_and_prompts_are_composed_in_float32(config, tmp_path):
     base = tiny("llama")
-    prompted(base, CONFIGS["PT-MoE selective"]).save_pretrained(folders / "adapter")
-    matrix = base.get_input_embeddings().weight.detach().clone().to(torch.bfloat16)
-    adapters = AdapterSet(nn.Embedding.from_pretrained(matrix))
-    adapters.load(folders / "adapter", "a")
-    spliced, prompts = adapters.compose(IDS, MASK, adapter_names=["a", "a", BASE, "a"])
-    assert spliced.embeds.dtype == torch.bfloat16
-    assert prompts.embeds.dtype == torch.float32
+    prompted(base, config).save_pretrained(tmp_path)
+    matrix = base.get_input_embeddings().weight.detach().to(torch.bfloat16)
+    composed = []
+    for weight in (matrix, matrix.float()):
+        adapters = AdapterSet(nn.Embedding.from_pretrained(weight))
+        adapters.load(tmp_path, "a")
+        spliced, prompts = adapters.compose(IDS, MASK, adapter_names=["a", "a", BASE, "a"])
+        assert spliced.embeds.dtype == weight.dtype
+        composed.append(prompts.embeds)
+    assert_close(*composed, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), METHODS["lora"]()], ids=[*CONFIGS, "lora"])

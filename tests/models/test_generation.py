@@ -292,6 +292,7 @@ def third_of_each_sort(row, ids):
 
 READING = {
     "repetition penalty": {"repetition_penalty": 3.0},
+    "a penalty below 1": {"repetition_penalty": 0.3},
     "beams with a penalty": {"repetition_penalty": 3.0, "num_beams": 3},
     "several beams with a penalty": {"repetition_penalty": 3.0, "num_beams": 3, "num_return_sequences": 2},
     "no repeated n-gram": {"no_repeat_ngram_size": 2},
