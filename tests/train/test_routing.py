@@ -16,8 +16,8 @@ from ptmoe.methods.pt_moe import PTMoE
 from ptmoe.methods.routing import CONFIDENCE_PACE, ROUTER_RATE, SPREAD, Router
 from ptmoe.train import routing
 from ptmoe.train.data import collate
-from ptmoe.train.routing import RoutingCallback, prompt_gradients, start_router
-from testing.bases import DEVICE, on_device, tiny_llama, tokens
+from ptmoe.train.routing import RoutingCallback, prompt_gradients, sample_batches, start_router
+from testing.bases import DEVICE, on_device, tiny, tiny_llama, tokens
 
 HIDDEN, EXPERTS = 16, 4
 
@@ -63,10 +63,12 @@ def test_the_router_starts_by_parting_the_groups_that_want_different_prompts(see
     assert len(set(shares.argmax(1).tolist())) == EXPERTS
 
 
-def test_the_start_is_calibrated_to_the_confidence_it_names():
+@pytest.mark.parametrize("standardised", [True, False])
+def test_the_start_is_calibrated_to_the_confidence_it_names(standardised):
     _, means, gradients = grouped()
     built = encoder()
-    built.router.standardize(means)
+    if standardised:
+        built.router.standardize(means)
     assert start_router(built, means, gradients, torch.Generator().manual_seed(0)) <= routing.SIGNIFICANT
     confidence = built.router(means, 0.0).softmax(1).amax(1).mean()
     torch.testing.assert_close(confidence, torch.tensor(routing.CONFIDENCE), atol=1e-3, rtol=0)
@@ -287,7 +289,7 @@ def test_the_initial_routing_is_the_same_whatever_the_learning_rate(rate, start)
 
 def test_a_feature_that_never_varies_does_not_decide():
     _, means, _ = grouped()
-    means[:, 3] = 7.0
+    means[:, 3] = 0.1  # whose deviation is its mean's rounding error
     built = encoder()
     built.router.standardize(means)
     weight, bias = built.router.published()
@@ -305,12 +307,18 @@ def rows(count=24):
     return examples
 
 
-def test_each_rows_gradient_is_the_one_it_has_alone():
-    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, num_experts=3))
+def test_each_rows_gradient_is_the_one_it_has_alone_at_the_mean_prompt_and_without_dropout():
+    config = ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, num_experts=3, distinct_experts=True)
+    model = ptmoe.attach(tiny("gpt2"), config).train()
     together = prompt_gradients(model, on_device(collate(rows(5))))
     alone = torch.cat([prompt_gradients(model, on_device(collate([row]))) for row in rows(5)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(5, device=DEVICE))
+    with torch.no_grad():
+        model.encoder.A.copy_(model.encoder.A.mean(0))
+    at_mean = prompt_gradients(model, on_device(collate(rows(5))))
+    torch.testing.assert_close(at_mean, together, atol=1e-5, rtol=1e-4)
+    assert model.base_model.training
 
 
 def arguments(folder, steps):
@@ -387,7 +395,7 @@ def test_a_checkpoint_restores_the_training_of_the_router(config):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_experts_are_one_until_they_split_and_then_the_router_starts(shared, tmp_path, monkeypatch):
-    spread, started = [], []
+    spread, started, confidences = [], [], []
     monkeypatch.setattr(routing, "START_SHARE", 1.0)
     monkeypatch.setattr(routing, "start_router", lambda *_: started.append(len(spread)) or start_router(*_))
 
@@ -395,6 +403,7 @@ def test_the_experts_are_one_until_they_split_and_then_the_router_starts(shared,
         def on_step_end(self, args, state, control, model, **_):
             prompts = model.encoder.expert_prompts()
             spread.append((prompts - prompts.mean(0)).abs().max().item())
+            confidences.append(float(model.encoder.confidence))
 
     run = trainer(tmp_path, router_noise=0.0, distinct_experts=False, shared_factor=shared, split_after=0.4)
     run.args.learning_rate = 0.03
@@ -404,6 +413,7 @@ def test_the_experts_are_one_until_they_split_and_then_the_router_starts(shared,
     assert started == [4]
     assert max(spread[:4]) < 1e-6
     assert min(spread[4:]) > 1e-4
+    assert 0 < confidences[4] <= 1.01 * CONFIDENCE_PACE  # of the router that has started, one step from zero
     assert not torch.equal(run.model.encoder.router.weight, before)
     assert not run.model.encoder.together
     assert run.model.encoder.S is None
@@ -496,9 +506,10 @@ def test_more_examples_than_the_limit_are_never_read_and_too_few_say_so(tmp_path
         run.train()
 
 
-def hardnesses(confidence, steps=100):
+def hardnesses(confidence, split_after, steps=100):
     """The gate's hardness at every step, for a router that is this confident from the start."""
-    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, num_experts=3))
+    config = ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, num_experts=3, split_after=split_after)
+    model = ptmoe.attach(tiny_llama(), config)
     model.encoder.hardness = 0.0
     model.encoder.confidence = confidence
     seen = []
@@ -509,12 +520,14 @@ def hardnesses(confidence, steps=100):
     return seen
 
 
-def test_the_gate_hardens_when_the_routing_has_settled_and_at_the_latest_in_time():
-    settled, unsettled = hardnesses(0.99), hardnesses(0.5)
-    assert settled[29] == 0.0
-    assert 0 < settled[30] < 1
-    assert unsettled[59] == 0.0
-    assert 0 < unsettled[60] < 1
+@pytest.mark.parametrize(("split_after", "earliest", "latest"), [(0.0, 30, 60), (0.5, 65, 80)])
+def test_the_gate_hardens_when_the_routing_has_settled_and_at_the_latest_in_time(split_after, earliest, latest):
+    """In fractions of the steps that are left when the experts part."""
+    settled, unsettled = hardnesses(0.99, split_after), hardnesses(0.5, split_after)
+    assert settled[earliest - 1] == 0.0
+    assert 0 < settled[earliest] < 1
+    assert unsettled[latest - 1] == 0.0
+    assert 0 < unsettled[latest] < 1
     for seen in (settled, unsettled):
         assert seen == sorted(seen)
         assert seen[-1] == pytest.approx(1.0)
@@ -541,6 +554,9 @@ def test_the_routing_settles_at_the_pace_of_steps_however_their_batches_are_accu
 def test_training_without_the_callback_says_so_once():
     model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3)).train()
     assert isinstance(model.encoder, PTMoE)
+    with torch.no_grad():  # nothing is trained
+        model(**on_device(collate(rows(2))))
+    assert not model.encoder.has_callback
     with pytest.warns(UserWarning, match=r"RoutingCallback"):
         model(**on_device(collate(rows(2))))
 
@@ -590,6 +606,12 @@ def test_a_trained_router_that_is_trained_further_is_not_parted_again_where_that
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(rows())
+
+
+def test_the_start_reads_examples_from_all_over_a_data_set_or_the_first_of_a_stream():
+    assert sample_batches(range(100), list, 4, 10) == [[0, 10, 20, 30], [40, 50, 60, 70], [80, 90]]
+    assert sample_batches(range(3), list, 4, 10) == [[0, 1, 2]]
+    assert sample_batches(Stream(), list, 4, 5) == [rows()[:4], rows()[4:5]]
 
 
 def test_the_router_starts_from_a_stream_and_from_rows_without_a_mask(tmp_path):
