@@ -69,7 +69,7 @@ def splice(prompt: Tensor, lengths: Tensor | None, embeds: Tensor, attention_mas
         source = torch.where(position < total + first[:, None], source, position)  # (B, T + L)
         joined = joined.gather(1, source[..., None].expand_as(joined))
         mask = mask.gather(1, source)
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    positions = mask.long().cumsum(1) - 1
     return Spliced(joined, mask.to(attention_mask.dtype), positions.masked_fill(~mask, 0))
 
 
@@ -107,7 +107,7 @@ def predicting(spliced: Spliced, labels: Tensor, attention_mask: Tensor, *, ever
     rows, columns, targets = supervised_positions(labels, attention_mask)
     before = columns + (spliced.embeds.shape[1] - labels.shape[1] - 1)
     if not every:
-        predicted = (before >= 0) & spliced.attention_mask[rows, before.clamp(min=0)].bool()
+        predicted = (before >= 0) & spliced.attention_mask[rows, before].bool()
         rows, before, targets = rows[predicted], before[predicted], targets[predicted]
     return rows, before, targets
 
