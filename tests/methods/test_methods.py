@@ -20,7 +20,7 @@ from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS, DPTConfig, MethodConfig, PromptConfig, PTConfig, PTMoEConfig, shelf
 from ptmoe.methods.factors import random_projection
-from ptmoe.methods.routing import SPREAD, RoutedEncoder, Router, gate
+from ptmoe.methods.routing import SPREAD, RoutedEncoder, Router, RoutingStatistics, gate
 from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.train.options import method_config
 from testing.bases import (
@@ -225,7 +225,7 @@ def products(encoder):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_one_text_starts_every_expert_at_its_best_low_rank_form(base, text):
-    config = PTMoEConfig(**SIZES, init="text", init_text=text, recipe="paper")
+    config = PTMoEConfig(**SIZES, init="text", init_text=text, recipe="paper", distinct_experts=True)
     encoder = attach(base, config, tokenizer=Words()).encoder
     expected = embedded(base, text, 10)
     for product in products(encoder):
@@ -547,6 +547,17 @@ def test_noise_multiplies_the_logits():
     assert not drawn[:, 0].any()
     assert drawn[:, 1].var() > 0
     assert abs(torch.corrcoef(drawn[:, 1:].T)[0, 1]) < 0.05  # a draw for each expert
+
+
+def test_the_log_says_how_inputs_were_routed_since_the_one_before():
+    statistics = RoutingStatistics()
+    first, second = torch.tensor([[0.7, 0.3], [0.4, 0.6]]), torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+    assert statistics.observe(first).item() == pytest.approx(1.3)
+    statistics.observe(second)
+    assert statistics.read() == {"expert_use": [0.6, 0.4], "routing_confidence": 0.74}
+    assert statistics.read() == {}
+    statistics.observe(first)
+    assert statistics.read() == {"expert_use": [0.5, 0.5], "routing_confidence": 0.65}
 
 
 def test_standardised_training_coordinates_fold_into_the_same_function():

@@ -385,12 +385,14 @@ def test_a_checkpoint_restores_the_training_of_the_router(config):
     trained, restored = encoder(1, config), encoder(2, config)
     if trained.config.router_bias:
         trained.router.standardize(grouped()[1])
+        trained.S, restored.S = (torch.nn.Parameter(built.A.detach().sum(0)) for built in (trained, restored))
     trained.hardness, trained.confidence = 0.25, torch.tensor(0.75)
     restored.load_tensors(trained.tensors())
     restored.load_training_state({key: value.clone() for key, value in trained.training_state().items()})
     expected, found = trained.training_state(), restored.training_state()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert torch.equal(restored.expert_prompts(), trained.expert_prompts())
 
 
 @pytest.mark.parametrize("shared", [False, True])
