@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError, near, shown
@@ -49,9 +49,37 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise PtmoeError(_one_line_each(type(self), error)) from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, values: Any) -> Any:
+        """Python counts `True` as 1, where a mistaken `seeds: true` would be taken."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if field is not None and _holds_a_boolean(value) and _numbers_alone(field.annotation):
+                raise ValueError(f"{name}={shown(value)}: needs a number")
+        return values
+
     def replace(self, **changes: Any) -> Self:
         """A checked copy with other values."""
         return type(self)(**{**self.model_dump(), **changes})
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The types in it, at any depth."""
+    inner = get_args(annotation)
+    yield from (part for each in inner for part in _parts(each)) if inner else (annotation,)
+
+
+def _numbers_alone(annotation: Any) -> bool:
+    """Whether a value holds numbers, and no value may be a boolean."""
+    parts = set(filter(lambda part: isinstance(part, Hashable), _parts(annotation)))
+    return bool(parts & {int, float}) and not parts & {bool, Any, True, False}
+
+
+def _holds_a_boolean(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return any(map(_holds_a_boolean, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bool)
 
 
 def _flags(owner: type[BaseModel]) -> dict[str, str]:
