@@ -495,6 +495,24 @@ def test_a_mistake_stops_before_any_cell_with_a_helpful_error(arguments, run, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "adamw"}, "optim='adamw': no such optimizer"),
+        ({"lr_scheduler_type": "linaer"}, "linaer is not a valid SchedulerType"),
+        ({"report_to": "nologger"}, "report_to='nologger'"),
+        ({"trainer": {"adam_beta1": 2.0}}, "Invalid beta parameter"),
+        ({"trainer": {"dataloader_num_workers": -1}}, "num_workers option should be non-negative"),
+        ({"trainer": {"optm": "sgd"}}, "trainer: unknown key 'optm'"),
+    ],
+)
+def test_what_no_cell_could_be_trained_with_is_refused_before_the_first(options, message, tmp_path, trained):
+    with pytest.raises(PtmoeError, match=message):
+        prepared(tmp_path / "c", train=options)
+    compare(prepared(tmp_path / "c"))
+    assert len(trained) == 4, "and what is fit runs"
+
+
 def test_what_does_not_fit_is_named_and_left_out(tmp_path):
     asked = {"methods": ["pt", "pt-moe", "dpt"], "budget": 300, "tasks": ["nano/mixed", "math-out"]}
     comparison = prepared(tmp_path / "c", **asked, eval_tasks=["nano/mixed"])

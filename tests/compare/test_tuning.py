@@ -38,7 +38,9 @@ def plan(**changes):
 
 @pytest.fixture
 def with_ray(monkeypatch):
-    monkeypatch.setattr(ray_session.importlib.util, "find_spec", lambda name: object())
+    real = ray_session.importlib.util.find_spec
+    found = lambda name, *package: object() if name == "ray" else real(name, *package)  # noqa: E731
+    monkeypatch.setattr(ray_session.importlib.util, "find_spec", found)
 
 
 def test_the_first_trial_is_the_training_as_given_and_the_others_follow_from_the_seed(with_ray):
@@ -87,6 +89,11 @@ def test_whole_ends_give_whole_numbers_and_every_one_of_them(with_ray):
         ({"search": ["rank=1,2"]}, "search: pt has no 'rank' to vary"),
         ({"search": ["task=a,b"]}, "search: pt has no 'task' to vary"),
         ({"search": ["learning_rate=-1,2"]}, "learning_rate=-1"),
+        ({"optim": "adamw"}, "optim='adamw': no such optimizer"),
+        ({"search": ["optim=sgd,adamw"]}, "optim='adamw': no such optimizer"),
+        ({"search": ["lr_scheduler_type=linear,linaer"]}, "linaer is not a valid SchedulerType"),
+        ({"trainer": {"dataloader_num_workers": -1}}, "transformers refuses these options: num_workers"),
+        ({"on": "ray://auto", "report_to": "wandb", "optim": "adamw"}, "optim='adamw': no such optimizer"),
         ({"on": "ray://head:10001"}, "a search runs on ray, or with ray://auto"),
         ({"on": "processes"}, "a search runs on ray, or with ray://auto"),
     ],

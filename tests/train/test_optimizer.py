@@ -1,8 +1,10 @@
 """`--optim`: the optimizers of transformers, what refuses them, and what checkpoints hold of them."""
 
+import contextlib
 import importlib.util
 import shutil
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.models.attach import attach
 from ptmoe.train import TrainOptions, train
+from ptmoe.train.arguments import check_arguments
 from ptmoe.train.optimizer import check_targets
 from testing.bases import tiny, tiny_llama
 
@@ -118,6 +121,25 @@ REFUSED = {
     "an unknown logger": ({"report_to": "nologger"}, "report_to='nologger': nologger is not supported"),
     "a logger whose package is missing": ({"report_to": "wandb"}, "report_to='wandb': .*requires wandb"),
     "kernels for bases alone": ({"trainer": {"use_liger_kernel": True}}, "use_liger_kernel has no effect"),
+    "no number of steps": ({"trainer": {"torch_empty_cache_steps": 0}}, "refuses .*torch_empty_cache_steps"),
+    "a negative number of workers": ({"trainer": {"dataloader_num_workers": -1}}, "refuses .*non-negative"),
+    "what workers alone do": ({"trainer": {"dataloader_persistent_workers": True}}, "refuses .*persistent_workers"),
+    "what they alone do ahead": ({"trainer": {"dataloader_prefetch_factor": 2}}, "refuses .*prefetch_factor"),
+    "an evaluation on the way": ({"trainer": {"eval_strategy": "steps"}}, "eval_strategy='steps' needs an evaluation"),
+    "a part of it": ({"trainer": {"eval_steps": 5}}, "eval_steps=5 needs an evaluation"),
+    "another schedule by evaluations": ({"lr_scheduler_type": "greedy"}, "'greedy' follows an evaluation"),
+    "an unknown level": ({"trainer": {"log_level": "loud"}}, "log_level='loud': needs one of .*critical"),
+    "an unknown order": ({"trainer": {"train_sampling_strategy": "sorted"}}, "needs one of random, "),
+    "an unknown count": ({"trainer": {"include_num_input_tokens_seen": "some"}}, "needs one of all, "),
+    "a file that is missing": ({"trainer": {"accelerator_config": "nowhere.json"}}, "refuses .*nowhere.json"),
+    "negative noise": ({"trainer": {"neftune_noise_alpha": -1.0}}, "needs a number from 0 to inf"),
+    "too much smoothing": ({"trainer": {"label_smoothing_factor": 2.0}}, "needs a number from 0 to 1"),
+    "an unknown key of recomputation": (
+        {"gradient_checkpointing": True, "trainer": {"gradient_checkpointing_kwargs": {"bogus": 1}}},
+        "refuses .*bogus",
+    ),
+    "sharding of the adapter": ({"trainer": {"deepspeed": {"zero": 1}}}, "deepspeed would shard the adapter"),
+    "another way to resume": ({"trainer": {"resume_from_checkpoint": "x"}}, "--resume goes on with a run"),
     "one among the trainer's": ({"trainer": {"optim": "sgd"}}, "'optim' is an option of the run itself"),
 }
 
@@ -131,6 +153,19 @@ def test_what_cannot_be_used_is_refused_before_the_base_is_loaded(case, tmp_path
     with pytest.raises(PtmoeError, match=message):
         quiet(options(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.ci
+def test_whatever_stands_under_trainer_is_taken_or_refused_in_words(tmp_path):
+    refused = 0
+    for field in fields(transformers.TrainingArguments):
+        for value in (0, -1, 2, 0.5, -0.5, True, "bogus", "", {}, {"bogus": 1}, [], ["bogus"], None):
+            with contextlib.suppress(PtmoeError):
+                given = options(tmp_path, trainer={field.name: value}, gradient_checkpointing=True)
+                check_arguments(given, METHODS["ft"]())
+                refused -= 1
+            refused += 1
+    assert refused > 1000
 
 
 @pytest.mark.parametrize(

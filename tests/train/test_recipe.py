@@ -17,8 +17,8 @@ from ptmoe.models.bases import load_base
 from ptmoe.tasks import load_task
 from ptmoe.tasks.tokens import encode_completion, encode_prompt
 from ptmoe.train import TrainOptions, train
+from ptmoe.train.arguments import NEED_EVALUATION, check_trainer_arguments
 from ptmoe.train.data import collate, fit
-from ptmoe.train.options import NEED_EVALUATION, check_trainer_arguments
 from ptmoe.train.trainer import DivergedError
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -311,8 +311,8 @@ def test_numbers_that_no_training_can_use_are_refused_by_name(changes, tmp_path)
 
 def test_a_refusal_after_the_base_is_loaded_leaves_a_folder_that_can_be_used(tmp_path):
     chosen = {"method": SMALL | {"recipe": "paper"}, "max_steps": 1, "eval_examples": 1}
-    with pytest.raises(ptmoe.PtmoeError, match="transformers refuses these options: persistent_workers"):
-        train(options(tmp_path / "run", **chosen, trainer={"dataloader_persistent_workers": True}))
+    with pytest.raises(ptmoe.PtmoeError, match=r"tokens_per_batch=1: .* too long; raise it"):
+        train(options(tmp_path / "run", **chosen, tokens_per_batch=1))
     assert train(options(tmp_path / "run", **chosen)).result.steps == 1
 
 

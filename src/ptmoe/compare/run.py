@@ -13,13 +13,14 @@ from ptmoe.compare.executors import Executor, executor, inline
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.plan import ComparePlan
 from ptmoe.compare.rates import Trial, search_rates, searches, trials
-from ptmoe.compare.ray_session import check_place
+from ptmoe.compare.ray_session import LOCAL, check_place
 from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import check_quantization, commit_of, load_config
 from ptmoe.runs.folders import PLAN_FILE
 from ptmoe.runs.records import Failure
 from ptmoe.settings import LARGEST_YAML
+from ptmoe.train.arguments import check_arguments
 from ptmoe.train.examples import check_examples, forgetting_examples
 
 MOST_JOBS = 8  # by default; each loads the base once more
@@ -119,6 +120,10 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             )
     comparison = Comparison(plan, whole, folder, cells, tuple(chosen), tuple(dict.fromkeys(left_out)), written)
     forgetting_examples(plan)
+    for cell in {
+        cell.variant.config.method: cell for cell in comparison.unfinished if not cell.variant.is_base
+    }.values():
+        check_arguments(cell.options, cell.variant.config, here=plan.on in ("processes", LOCAL))
     for trial in {trial.task: trial for trial in comparison.trials}.values() if data else ():
         check_examples(trial.options, say)
     return comparison

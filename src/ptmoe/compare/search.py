@@ -13,6 +13,7 @@ from ptmoe.compare.plan import Gpus
 from ptmoe.compare.ray_session import LOCAL, NEAREST, check_place
 from ptmoe.errors import PtmoeError, near
 from ptmoe.settings import Flag
+from ptmoe.train.arguments import check_arguments
 from ptmoe.train.options import Count, TrainOptions, method_config, scalar
 
 RANGE = re.compile(r"([\d.eE+-]+?)\.\.([\d.eE+-]+)")
@@ -104,7 +105,8 @@ def resolved(plan: TunePlan) -> TunePlan:
     """With the learning rate, and with the fields to search.
 
     Raises:
-        PtmoeError: Ray is not installed, or a field that neither the method nor the training has.
+        PtmoeError: Ray is not installed, a field that neither the method nor the training has, or a value that cannot
+            be used.
     """
     if plan.on not in (LOCAL, NEAREST):
         raise PtmoeError(f"on {plan.on!r}: a search runs on ray, or with ray://auto on a machine of the cluster")
@@ -123,8 +125,13 @@ def resolved(plan: TunePlan) -> TunePlan:
         if field not in known or field in kept:
             raise PtmoeError(f"search: {config.method} has no {field!r} to vary{near(field, known.keys() - kept)}")
     plan = plan.replace(search=search)
-    for settings in drawn(plan):
-        method_config(plan.trial(settings).method)  # a value that does not fit is reported before a trial starts
+    seen: set[str] = set()
+    for settings in drawn(plan):  # a value that does not fit is reported before a trial starts
+        options = plan.trial(settings)
+        config = method_config(options.method)
+        if (rest := options.model_dump_json(exclude={"method", "learning_rate"})) not in seen:
+            check_arguments(options, config, here=plan.on == LOCAL)
+            seen.add(rest)
     return plan
 
 

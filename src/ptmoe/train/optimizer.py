@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import MISSING, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError, near
-from ptmoe.runs.environment import world_size
 from ptmoe.train.options import TrainOptions
 
 if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
     from ptmoe.methods.base import MethodConfig
     from ptmoe.models.causal import PromptedCausalLM
 
@@ -27,16 +27,15 @@ def updates_in_backward(optim: str) -> bool:
     return "lomo" in optim or optim.endswith("_layerwise")
 
 
-def check_optimizer(options: TrainOptions, config: MethodConfig) -> None:
-    """Make the optimizer and the scheduler for a module of one weight.
-
-    Raises:
-        PtmoeError: an optimizer that does not exist, whose package is missing, that its arguments or the other options
-            do not fit, or a method that has its own; a scheduler that lacks an argument or gets one that it has not.
+def check_optimizer_name(options: TrainOptions, config: MethodConfig) -> None:
     """
-    from torch import nn
-    from transformers import Trainer, TrainingArguments, get_scheduler
-    from transformers.training_args import OptimizerNames, ParallelMode
+    Raises:
+        PtmoeError: an optimizer that does not exist, that the other options do not fit, or a method that has its own; a
+            scheduler that does not exist, or lacks an argument, or gets one that it has not.
+    """
+    import torch
+    from transformers import get_scheduler
+    from transformers.training_args import OptimizerNames
 
     if options.optim is not None:
         if hasattr(config, "create_optimizer"):
@@ -51,34 +50,39 @@ def check_optimizer(options: TrainOptions, config: MethodConfig) -> None:
                 f"optim={options.optim!r} updates the weights while it computes the gradients, so it cannot add up "
                 f"those of gradient_accumulation_steps={options.gradient_accumulation_steps}: leave that out"
             )
-    defaults = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
-    chosen = {name: value for name, value in options.model_dump().items() if value is not None and name in defaults}
+    if options.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        raise PtmoeError(
+            f"lr_scheduler_type={options.lr_scheduler_type!r} follows an evaluation during training, and a run "
+            "evaluates after it: take another"
+        )
+    given = options.trainer.get("lr_scheduler_kwargs")
+    stub = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        given = json.loads(given) if isinstance(given, str) else given
+        get_scheduler(options.lr_scheduler_type, stub, 1, 1_000_000, scheduler_specific_kwargs=given)
+    except (ValueError, TypeError) as error:
+        raise PtmoeError(f"transformers refuses these options: {' '.join(str(error).split())}") from None
+
+
+def make_optimizer(options: TrainOptions, arguments: TrainingArguments, stub: nn.Module) -> None:
+    """
+    Raises:
+        PtmoeError: the optimizer's package is missing, or its arguments do not fit.
+    """
+    from transformers import Trainer
+
     if options.optim_target_modules:
-        chosen["optim_target_modules"] = "all-linear"  # of the one module; those of the model are checked with it
-    mode = ParallelMode.DISTRIBUTED if world_size() > 1 else ParallelMode.NOT_PARALLEL
-    stub = nn.Sequential(nn.Linear(2, 2))
-    arguments = SimpleNamespace(**{**defaults, **options.trainer, **chosen, "parallel_mode": mode})
-    scheduled = arguments.lr_scheduler_kwargs
-    refused = "transformers refuses these options:"
+        arguments.optim_target_modules = "all-linear"  # of the one module; those of the model are checked with it
     try:
         make, given = Trainer.get_optimizer_cls_and_kwargs(arguments, stub)
         of: Any = stub.parameters()
         for name in ("params", "model", "optimizer_dict"):  # the last that is there, as in `Trainer`
             of = given.pop(name, of)
-        optimizer = make(of, **given)
-        scheduled = json.loads(scheduled) if isinstance(scheduled, str) else scheduled
+        make(of, **given)
     except Exception as error:  # whatever these packages raise
-        what = refused if options.optim is None else f"optim={options.optim!r} cannot be used:"
+        what = "transformers refuses these options:"
+        what = what if options.optim is None else f"optim={options.optim!r} cannot be used:"
         raise PtmoeError(f"{what} {' '.join(str(error).split())}") from None
-    if options.lr_scheduler_type == "reduce_lr_on_plateau":
-        raise PtmoeError(
-            "lr_scheduler_type='reduce_lr_on_plateau' follows an evaluation during training, and a run evaluates after "
-            "it: take another"
-        )
-    try:
-        get_scheduler(options.lr_scheduler_type, optimizer, 1, 1_000_000, scheduler_specific_kwargs=scheduled)
-    except (ValueError, TypeError) as error:
-        raise PtmoeError(f"{refused} {' '.join(str(error).split())}") from None
 
 
 def check_targets(options: TrainOptions, model: PromptedCausalLM) -> None:

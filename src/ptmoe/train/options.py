@@ -6,12 +6,12 @@ The fields are the options of `ptmoe train`: their names, types, defaults and he
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from ptmoe.errors import PtmoeError, near, shown
+from ptmoe.errors import PtmoeError, shown
 from ptmoe.files import LONGEST_NAME, write_whole
 from ptmoe.settings import Flag, Settings, method_name, parse_yaml, read_yaml, yaml_text
 
@@ -20,8 +20,6 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BASE = "base"  # the method of a run that trains nothing
 DEFAULT_METHOD = "pt-moe"
 METHOD = re.compile(r"((?:\s*peft:)?[^:]*)(?::(.*))?", re.IGNORECASE | re.DOTALL)  # a name, and fields
-# The last for some values.
-NEED_EVALUATION = {"load_best_model_at_end", "metric_for_best_model", "eval_on_start", "save_strategy"}
 
 
 def method_entry(value: Any) -> Any:
@@ -305,53 +303,3 @@ def method_config(method: dict[str, Any]) -> Any:
         return config(**fields)
     except PtmoeError as error:
         raise PtmoeError(f"{name}: {error}") from None
-
-
-def check_trainer_arguments(options: TrainOptions) -> None:
-    """
-    Raises:
-        PtmoeError: `trainer` holds what `transformers.TrainingArguments` does not have, or what a run cannot follow, or
-            the logger is not there.
-    """
-    _check_logger(options.report_to)
-    if not options.trainer:
-        return
-    from transformers import TrainingArguments
-
-    known = get_type_hints(TrainingArguments)
-    for name, value in options.trainer.items():
-        if name in NEED_EVALUATION and value not in (None, False, "no", "steps", "epoch"):
-            raise PtmoeError(
-                f"trainer: {name}={value!r} needs an evaluation during training, and a run evaluates after it: leave "
-                "it out, or use ptmoe.train.PromptTrainer with an eval_dataset"
-            )
-        if name not in known:
-            raise PtmoeError(f"trainer: unknown key {name!r}{near(name, known)}")
-        if name in TrainOptions.model_fields:
-            raise PtmoeError(f"trainer: {name!r} is an option of the run itself: give it there")
-        if name.startswith("torch_compile_"):
-            raise PtmoeError(f"trainer: {name} compiles the model as a whole: torch_compile does so layer by layer")
-        if name == "use_liger_kernel" and value is True:
-            raise PtmoeError("trainer: use_liger_kernel has no effect on a prompted model: leave it out")
-        needed = known[name]  # `transformers` does not look, and fails anywhere
-        try:
-            TypeAdapter(needed, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
-        except ValidationError:
-            needed = needed.__name__ if isinstance(needed, type) else needed
-            raise PtmoeError(f"trainer: {name}={shown(value)}: needs {needed}") from None
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise PtmoeError(f"trainer: {name}={shown(value)}: needs a number of 64 bits")
-
-
-def _check_logger(name: str) -> None:
-    if name == "none":
-        return
-    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
-
-    if name in ("all", *get_available_reporting_integrations()):
-        return
-    try:
-        for make in get_reporting_integration_callbacks(name):
-            make()  # says what is missing
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise PtmoeError(f"report_to={name!r}: {' '.join(str(error).split())}") from None

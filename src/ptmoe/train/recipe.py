@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,12 @@ from ptmoe.runs.folders import (
 )
 from ptmoe.runs.records import Change, Result
 from ptmoe.tasks import Problems, task_named
+from ptmoe.train.arguments import REFUSED, check_arguments, training_arguments
 from ptmoe.train.checkpoints import newest_whole
 from ptmoe.train.examples import askable, evaluation_examples, evaluation_split, forgetting_examples, training_examples
 from ptmoe.train.notes import Overlap, notes
-from ptmoe.train.optimizer import check_optimizer, check_targets
-from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, check_trainer_arguments, method_config
+from ptmoe.train.optimizer import check_targets
+from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 from ptmoe.train.processes import ALONE, TIMEOUT, Processes, on_one_device
 from ptmoe.train.resume import (
     Differences,
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
     from ptmoe.train.trainer import PromptTrainer
 
 RUN_FILES = (CONFIG_FILE, RESULT_FILE, ADAPTER_FOLDER, METRICS_FILE)  # and checkpoints
-# Options whose names `TrainingArguments` has as well, but which are carried out here.
-NOT_PASSED_ON = {"output_dir", "torch_compile", "gradient_checkpointing", "fsdp"}
 PLACES = {"data", "data_dir", "eval_data_dir", "forgetting"}  # may differ between machines: what they hold may not
 
 
@@ -139,8 +138,7 @@ def _train(
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
     known = forgetting_examples(options) if options.validation_examples is None else []
-    check_trainer_arguments(options)
-    check_optimizer(options, config)
+    check_arguments(options, config)
 
     from ptmoe.evaluate.choices import labels_by_task
     from ptmoe.evaluate.forgetting import encode_texts, forgetting, text_loss
@@ -333,51 +331,36 @@ def _trainer(
 ) -> PromptTrainer:
     """
     Raises:
-        PtmoeError: what `transformers` refuses: a scheduler that it does not know, a logger that is not installed, …
+        PtmoeError: what `transformers` refuses only now that it has the data.
     """
-    import torch
-    from transformers import PrinterCallback, TrainingArguments
+    from transformers import PrinterCallback
 
     from ptmoe.train.batches import TokenBatches
     from ptmoe.train.data import collate
     from ptmoe.train.trainer import MetricsFile, PromptTrainer
 
     check_targets(options, model)
-    shared = ({field.name for field in fields(TrainingArguments)} & TrainOptions.model_fields.keys()) - NOT_PASSED_ON
-    chosen = {
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        # All of a prompt's parameters get a gradient at every step; parts of a base may lie idle.
-        "ddp_find_unused_parameters": model.method_config.changes_layers,
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "save_strategy": "steps",
-        "use_cpu": not torch.accelerator.is_available(),  # or several processes on a CPU would each train alone
-        **{name: value for name in shared if (value := getattr(options, name)) is not None},
-        **options.trainer,
-    }
-    if options.gradient_checkpointing:
-        chosen["activation_checkpointing"] = True
-    batches = None
+    batches, own = None, {}
     if options.tokens_per_batch is not None:
         lengths = rows.lengths + model.num_virtual_tokens
         batches = TokenBatches(lengths, options.tokens_per_batch, padded=not model.can_pack(), seed=options.seed)
         # For what counts in rows: the routing's first examples come in batches that fit.
-        chosen["per_device_train_batch_size"] = max(1, options.tokens_per_batch // int(lengths.max()))
-    elif chosen.get("dataloader_drop_last") and len(rows) < options.per_device_train_batch_size * world_size():
+        own["per_device_train_batch_size"] = max(1, options.tokens_per_batch // int(lengths.max()))
+    elif options.trainer.get("dataloader_drop_last") and len(rows) < options.per_device_train_batch_size * world_size():
         raise PtmoeError(f"{len(rows):,} examples fill no batch, and dataloader_drop_last leaves out what does not")
     try:
+        arguments = training_arguments(options, model.method_config, folder / CHECKPOINTS_FOLDER, **own)
         trainer = PromptTrainer(
             model=model,
-            args=on_one_device(TrainingArguments(output_dir=str(folder / CHECKPOINTS_FOLDER), **chosen)),
+            args=on_one_device(arguments),
             train_dataset=rows,
             data_collator=collate,
             batches=batches,
             callbacks=[MetricsFile(folder / METRICS_FILE), *callbacks],
         )
         trainer.get_train_dataloader()  # refuses its own
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise PtmoeError(f"transformers refuses these options: {' '.join(str(error).split())}") from None
+    except (ValueError, TypeError, RuntimeError, ImportError, ConnectionError) as error:  # the last of the Hub
+        raise PtmoeError(f"{REFUSED} {' '.join(str(error).split())}") from None
     if trainer.args.world_size != world_size():
         raise PtmoeError(ALONE.format(world_size()))
     trainer.remove_callback(PrinterCallback)  # the metrics go to the file and to `callbacks`
