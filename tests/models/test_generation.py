@@ -349,6 +349,40 @@ def test_inputs_is_another_name_for_input_ids():
             model.generate(*given, max_new_tokens=3)
 
 
+@pytest.mark.parametrize("config", [ROUTED, METHODS["lora"](rank=2), METHODS["prefix-tuning"](num_virtual_tokens=3)])
+def test_what_is_no_tensor_or_has_no_token_is_refused_in_words(config):
+    model = prompted(tiny_llama(), config)
+    with pytest.raises(PtmoeError, match=r"attention_mask is a GenerationConfig: needs a tensor; .* by name"):
+        model.generate(ROWS[0][None], GenerationConfig(max_new_tokens=3))  # its place in transformers
+    with pytest.raises(PtmoeError, match="input_ids is a dict: needs a tensor"):
+        model({"input_ids": ROWS[0][None]})
+    for call in (model, model.generate):
+        with pytest.raises(PtmoeError, match=r"input_ids has shape \(1, 0\): needs"):
+            call(ROWS[0][None, :0])
+
+
+def test_a_generation_config_that_is_set_is_used():
+    model = prompted(tiny_llama(), ROUTED)
+    model.generation_config = GenerationConfig(max_new_tokens=3)
+    assert model.generate(ROWS[0][None]).shape[1] == len(ROWS[0]) + 3
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_transition_scores_are_those_of_the_new_tokens(beams):
+    model = prompted(tiny_llama(), ROUTED)
+    ids, mask = batch(ROWS, BOTH)
+    made = model.generate(
+        ids, mask, max_new_tokens=4, num_beams=beams, output_scores=True, return_dict_in_generate=True
+    )
+    scores = model.compute_transition_scores(made.sequences, made.scores, made.get("beam_indices"))  # (B, new)
+    for row, found, made_row in zip(ROWS, scores, made.sequences, strict=True):
+        new, whole = made_row[-4:], torch.cat([row, made_row[-4:]])[None]
+        readable = torch.arange(whole.shape[1], device=DEVICE)[None] < len(row)
+        logits = model(whole, input_mask=readable).logits[0, len(row) - 1 : -1]
+        expected = logits if beams == 1 else logits.log_softmax(-1)
+        assert_close(found, expected.gather(1, new[:, None])[:, 0], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

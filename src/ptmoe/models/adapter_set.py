@@ -271,10 +271,13 @@ class AdapterSet(nn.Module):
 def check_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
     """
     Raises:
-        PtmoeError: `input_ids` is not `(B, L)`, or another tensor has another shape.
+        PtmoeError: what is no tensor, `input_ids` that are not `(B, L)` or empty, or another of another shape.
     """
-    if input_ids.dim() != 2:
-        raise PtmoeError(f"input_ids has shape {tuple(input_ids.shape)}: needs (batch, length)")
+    for name, given in {"input_ids": input_ids, **others}.items():
+        if given is not None and not isinstance(given, Tensor):
+            raise PtmoeError(f"{name} is a {type(given).__name__}: needs a tensor; give other arguments by name")
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise PtmoeError(f"input_ids has shape {tuple(input_ids.shape)}: needs (batch, length), and one token or more")
     for name, other in others.items():
         if other is not None and other.shape != input_ids.shape:
             raise PtmoeError(

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,19 @@ class GeneratingModel(ModelWrapper):
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__(base)
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+
+    @property
+    def generation_config(self) -> Any:
+        """The base's, which may be set, as on a model of `transformers`."""
+        return self.base_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.base_model.generation_config = config
+
+    def compute_transition_scores(self, *arguments: Any, **options: Any) -> Tensor:
+        """As that of `transformers`, from what `generate` returns."""
+        return cast(Tensor, self.base_model.compute_transition_scores(*arguments, **options))
 
     def compose(
         self,

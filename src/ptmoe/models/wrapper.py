@@ -156,10 +156,6 @@ class ModelWrapper(SavingModel):
         return self.base_model.config
 
     @property
-    def generation_config(self) -> Any:
-        return self.base_model.generation_config
-
-    @property
     def device(self) -> torch.device:
         return cast(torch.device, self.base_model.get_input_embeddings().weight.device)
 
