@@ -58,6 +58,10 @@ def check_decoder(base: PreTrainedModel) -> None:
             "AutoModelForCausalLM"
         )
     check_unchanged(base)
+    if not isinstance(getattr(base.get_input_embeddings(), "weight", None), Tensor):
+        raise PtmoeError(f"{name} is not a decoder of text: its input embedding is not one matrix")
+    if "inputs_embeds" not in inspect.signature(base.forward).parameters:
+        raise PtmoeError(f"{name} is not a decoder that takes inputs_embeds: give a causal language model that does")
     if "peft" not in sys.modules:  # importing it takes seconds, and who has such a base has done so
         return
     from peft import PeftModel
@@ -68,10 +72,6 @@ def check_decoder(base: PreTrainedModel) -> None:
             f"{name} holds an adapter of peft, which would not be saved with ours: merge it into the base first, with "
             "merge_and_unload of peft's model, or load the base again"
         )
-    if not isinstance(getattr(base.get_input_embeddings(), "weight", None), Tensor):
-        raise PtmoeError(f"{name} is not a decoder of text: its input embedding is not one matrix")
-    if "inputs_embeds" not in inspect.signature(base.forward).parameters:
-        raise PtmoeError(f"{name} is not a decoder that takes inputs_embeds: give a causal language model that does")
 
 
 def check_base(model: GeneratingModel) -> None:
