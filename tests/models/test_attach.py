@@ -7,6 +7,7 @@ import ptmoe
 from ptmoe.models.attach import load_run
 from ptmoe.models.bases import load_base, place
 from ptmoe.models.decoding import Decoder
+from ptmoe.models.elsewhere import ELSEWHERE
 from testing.bases import CONFIGS, prompted, tiny_llama, tokens
 
 
@@ -55,6 +56,29 @@ def test_saving_takes_no_option_that_it_would_ignore(tmp_path):
         model.save_pretrained(tmp_path / "a", adapter_nam="b")
     model.save_pretrained(tmp_path / "a", is_main_process=False, safe_serialization=True)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config"])
+def test_an_adapter_of_peft_around_one_of_ours_is_refused_as_one_would_not_be_saved(kind):
+    import peft
+
+    with pytest.raises(ptmoe.PtmoeError, match="peft has put an adapter of its own into this model's base"):
+        peft.get_peft_model(prompted(tiny_llama(), CONFIGS["PT"]), getattr(peft, kind)())
+
+
+def test_names_that_other_libraries_have_say_what_to_use_here():
+    model = prompted(tiny_llama(), CONFIGS["PT"])
+    assert model.active_adapters == ["default"]
+    for name in ELSEWHERE:
+        with pytest.raises(AttributeError, match=f"has no {name}: "):
+            getattr(model, name)
+        assert not hasattr(type(model), name) or name == "peft_config"
+    with pytest.raises(ptmoe.PtmoeError, match=r"attach\(model, config, adapter_name='b'\)"):
+        model.add_adapter("b", CONFIGS["PT"])
+    with pytest.raises(ptmoe.PtmoeError, match=r"no adapter \['default'\]; did you mean 'default'"):
+        model.set_adapter(["default"])
+    with pytest.raises(ptmoe.PtmoeError, match="adapter_names='default': give a list"):
+        model(tokens(6)[None], adapter_names="default")
 
 
 def test_copies_for_several_gpus_in_one_process_are_refused():

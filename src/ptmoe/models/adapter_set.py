@@ -103,8 +103,8 @@ class AdapterSet(nn.Module):
         return bool(self.active) and self[self.active].config.changes_layers
 
     def __getitem__(self, name: str) -> PromptEncoder:
-        if name not in self.encoders:
-            raise PtmoeError(f"no adapter {name!r}{near(name, self.encoders)}")
+        if not isinstance(name, str) or name not in self.encoders:
+            raise PtmoeError(f"no adapter {name!r}{near(str(name), self.encoders)}")
         return cast(PromptEncoder, self.encoders[name])
 
     def check_addable(self, name: str, config: MethodConfig) -> None:
@@ -185,6 +185,8 @@ class AdapterSet(nn.Module):
         Raises:
             PtmoeError: an unknown name, or adapters that cannot share a batch.
         """
+        if isinstance(adapter_names, str):
+            raise PtmoeError(f"adapter_names={adapter_names!r}: give a list, one name for each row")
         if adapter_names is None:
             adapter_names = [self.active if self.in_use else BASE] * len(embeds)
         elif self.changes_layers and set(adapter_names) != {self.active}:

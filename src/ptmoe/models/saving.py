@@ -27,6 +27,22 @@ class SavingModel(nn.Module):
     _fingerprint: dict[str, Any]
 
     @property
+    def peft_config(self) -> None:
+        raise AttributeError("peft_config")
+
+    @peft_config.setter
+    def peft_config(self, config: object) -> None:
+        """`peft` sets it when it has changed the layers of a model.
+
+        Raises:
+            PtmoeError: always, as what it has made would not be saved with the adapter here.
+        """
+        raise PtmoeError(
+            "peft has put an adapter of its own into this model's base, which would not be saved with this one's: load "
+            "the base again, and use either ptmoe.attach or peft"
+        )
+
+    @property
     def identity(self) -> BaseIdentity:
         """The base that adapters are saved for."""
         hidden = cast(Tensor, cast(Any, self).get_input_embeddings().weight).shape[1]

@@ -15,6 +15,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.fast.lock import base_lock
 from ptmoe.methods.base import MethodConfig, PromptEncoder, Routing, in_full_precision
 from ptmoe.models.adapter_set import AdapterSet
+from ptmoe.models.elsewhere import ELSEWHERE
 from ptmoe.models.input_path import InputPath, ScaledEmbedding, measure
 from ptmoe.models.saving import SavingModel
 
@@ -62,15 +63,18 @@ class ModelWrapper(SavingModel):
         self,
         name: str,
         config: MethodConfig,
-        make: Callable[[PreTrainedModel], PromptEncoder],
+        make: Callable[[PreTrainedModel], PromptEncoder] | None = None,
         *,
         activate: bool = True,
     ) -> PromptEncoder:
         """Add the encoder that `make` gives for the base, and, if asked, make it the active one; the first always is.
+        `attach(model, config, adapter_name=…)` gives one that is initialised.
 
         Raises:
             PtmoeError: a name that cannot be used, or adapters that one model cannot hold together.
         """
+        if make is None:
+            raise PtmoeError(f"a fresh adapter beside the others: ptmoe.attach(model, config, adapter_name={name!r})")
         self.adapters.check_addable(name, config)
         self.check_unchanged()
         encoder = make(self.base_model)
@@ -89,6 +93,11 @@ class ModelWrapper(SavingModel):
         """
         if not self.adapters.changes_layers:
             check_unchanged(self.base_model)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapter in a list, as in `peft`; empty without one."""
+        return [self.active_adapter] if self.active_adapter else []
 
     def set_adapter(self, name: str) -> None:
         """Make one adapter the active one: used where no `adapter_names` are given, and the one that trains."""
@@ -213,13 +222,8 @@ class ModelWrapper(SavingModel):
             )
 
     def __getattr__(self, name: str) -> Any:
-        """`lm_eval`'s `hf` ties the weights of the model it is given, and would later score context and continuation as
-        one text: it is stopped here."""
-        if name == "tie_weights":
-            raise AttributeError(
-                "the harness's hf model would let the router read the continuation: give it "
-                "ptmoe.evaluate.harness.PromptedLM(pretrained=model, tokenizer=tokenizer)"
-            )
+        if name in ELSEWHERE:
+            raise AttributeError(f"{type(self).__name__} has no {name}: {ELSEWHERE[name]}")
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
