@@ -107,7 +107,7 @@ def test_a_folder_without_the_newer_keys_is_read_with_their_defaults(tmp_path):
 def test_a_training_resumed_keeps_the_lines_of_its_log(tmp_path):
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from ptmoe.train.trainer import MetricsFile
+    from ptmoe.train.callbacks import MetricsFile
 
     arguments, control = TrainingArguments(str(tmp_path / "c"), report_to="none"), TrainerControl()
     path = tmp_path / "metrics.jsonl"

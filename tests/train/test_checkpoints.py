@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import ptmoe
-from ptmoe.train import TrainOptions, train
+from ptmoe.train import PromptTrainer, TrainOptions, train
 from ptmoe.train import checkpoints as ours
 from ptmoe.train.interruption import InterruptedRunError
+from testing.training import trainer
 
 STEPS, EVERY = 7, 2
 
@@ -90,6 +92,19 @@ def test_every_damage_to_every_file_of_a_checkpoint_is_found(undisturbed, tmp_pa
 
 
 @pytest.mark.ci
+@pytest.mark.parametrize("spoil", [os.remove, lambda path: os.truncate(path, os.path.getsize(path) // 2)])
+def test_a_damaged_checkpoint_that_a_trainer_is_told_to_resume_from_is_refused_in_words(tmp_path, spoil):
+    trainer(tmp_path, ptmoe.PTConfig(num_virtual_tokens=4), trainer_class=PromptTrainer).train()
+    whole = tmp_path / "checkpoint-4"
+    for name in sorted(path.name for path in whole.iterdir()):
+        folder = shutil.copytree(whole, tmp_path / name / "checkpoint-4")
+        spoil(folder / name)
+        resumed = trainer(folder.parent, ptmoe.PTConfig(num_virtual_tokens=4), trainer_class=PromptTrainer, max_steps=6)
+        with pytest.raises(ptmoe.PtmoeError, match=re.escape(name)):
+            resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 0
+
+
 def test_the_newest_whole_checkpoint_is_used_and_the_others_are_named(undisturbed, tmp_path):
     run = copied(undisturbed, tmp_path / "run")
     (run / "checkpoints" / "checkpoint-7" / "optimizer.safetensors").unlink()

@@ -1,6 +1,9 @@
 """A trainer that is not ours: all that training has decided is in what it saves, and what it cannot do is refused."""
 
 import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -331,3 +334,47 @@ def test_an_optimizer_that_updates_in_the_backward_pass_is_undone_to_the_last_fi
     with pytest.raises(PtmoeError, match="loss became nan at step 3"):
         made.train()
     assert torch.equal(prompt, before[1])
+
+
+def test_a_data_set_without_a_whole_batch_ends_as_it_does_without_a_router(tmp_path):
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": 64}
+    for config in (ROUTED["pt-moe"], METHODS["pt"](num_virtual_tokens=4)):
+        run = trainer(tmp_path, config, **options)
+        run.train()
+        assert run.state.global_step == 0
+
+
+def test_what_is_saved_last_has_the_tokenizer_and_what_is_pushed_is_there_while_it_is_uploaded(tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    from ptmoe.models.bases import load_base
+
+    base, tokenizer = load_base("nano")
+    uploads, done = [], Future()
+    done.set_result(None)
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/it"))
+
+    def upload(_, folder_path, **options):
+        uploads.append(Path(folder_path))
+        return done
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    run = trainer(
+        tmp_path,
+        METHODS["pt"](num_virtual_tokens=4),
+        base=base,
+        trainer_class=PromptTrainer,
+        push_to_hub=True,
+        hub_model_id="me/it",
+        hub_strategy="all_checkpoints",
+        hub_always_push=True,
+    )
+    run.processing_class = tokenizer
+    run.train()
+    assert uploads == [tmp_path, tmp_path / "checkpoint-2", tmp_path, tmp_path / "checkpoint-4"]
+    assert all((folder / "adapter_model.safetensors").is_file() for folder in uploads)
+    assert not (tmp_path / "checkpoint-4" / "tokenizer.json").exists()
+    run.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    for folder in (tmp_path, tmp_path / "saved"):
+        ptmoe.load_adapter(load_base("nano")[0], folder)

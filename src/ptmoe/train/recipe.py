@@ -145,10 +145,10 @@ def _train(
     from ptmoe.fast.compiled import compile_layers
     from ptmoe.models.attach import attach
     from ptmoe.tasks.tokens import row_length
+    from ptmoe.train.callbacks import OnBegin
     from ptmoe.train.data import collate, fit
     from ptmoe.train.interruption import fit_until_interrupted
     from ptmoe.train.routing import RoutingCallback, sample_batches
-    from ptmoe.train.trainer import OnBegin
 
     if sharding is not None:
         processes.join()  # before the base is loaded: each process gets its part
@@ -336,8 +336,9 @@ def _trainer(
     from transformers import PrinterCallback
 
     from ptmoe.train.batches import TokenBatches
+    from ptmoe.train.callbacks import MetricsFile
     from ptmoe.train.data import collate
-    from ptmoe.train.trainer import MetricsFile, PromptTrainer
+    from ptmoe.train.trainer import PromptTrainer
 
     check_targets(options, model)
     batches, own = None, {}

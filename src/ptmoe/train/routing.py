@@ -202,7 +202,8 @@ def start_examples(args: TrainingArguments, state: TrainerState, loader: Any) ->
     `EXAMPLES`. A sampled example has the mean length, so this bounds the share of the work as well."""
     accumulated = args.gradient_accumulation_steps
     try:
-        rows = len(loader.dataset) / -(-len(loader) // accumulated)  # of a step; an epoch's last one may be smaller
+        steps = max(-(-len(loader) // accumulated), 1)  # of an epoch, which is empty where no batch is whole
+        rows = len(loader.dataset) / steps  # of a step; an epoch's last one may be smaller
     except TypeError:  # a stream
         rows = args.per_device_train_batch_size * args.world_size * accumulated
     return min(EXAMPLES, int(START_SHARE * state.max_steps * rows))

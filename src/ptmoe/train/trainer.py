@@ -5,9 +5,7 @@ import json
 import math
 import random
 import shutil
-import time
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -29,9 +27,9 @@ from ptmoe.fast.paths import is_sharded
 from ptmoe.files import naming
 from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM
-from ptmoe.runs.records import LogLine, append_line, write_lines
 from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
-from ptmoe.train.checkpoints import PARTIAL, RANDOM_STATE, numbered, publish, seal
+from ptmoe.train.callbacks import OnBegin
+from ptmoe.train.checkpoints import PARTIAL, RANDOM_STATE, fault, numbered, publish, seal
 from ptmoe.train.optimizer import SCHEDULER, load_state, save_state, settle, updates_in_backward
 
 TRAINING_STATE = "training_state.safetensors"
@@ -254,7 +252,13 @@ class PromptTrainer(Trainer):
         if self.args.should_save:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:  # uploads go on in the background, when the folder has its name
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _record_best(self, folder: Path, partial: Path) -> None:
         """`Trainer` has recorded the best checkpoint where it is written, not where it will be."""
@@ -273,6 +277,8 @@ class PromptTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         self.model.save_pretrained(folder)
+        if self.processing_class is not None and not self._saving:  # a tokenizer is many times an adapter's size
+            cast(Any, self.processing_class).save_pretrained(folder)
         # What the published form lacks: the coordinates in which the router is trained.
         if state := self.model.encoder.training_state():
             save_file({name: value.contiguous() for name, value in state.items()}, folder / TRAINING_STATE)
@@ -281,6 +287,8 @@ class PromptTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         encoder = self.model.encoder
         saved = read_adapter(folder)
+        if (reason := fault(folder)) is not None:
+            raise PtmoeError(f"{folder} cannot be used: {reason}; take another checkpoint, or start again")
         if not self.changed:
             self.model.check_saved(saved.base, folder)
         saved.check(encoder)
@@ -362,37 +370,3 @@ def _rows(inputs: dict[str, Any], part: slice) -> dict[str, Any]:
         name: value[part] if isinstance(value, Tensor | list | tuple) and len(value) == count else value
         for name, value in inputs.items()
     }
-
-
-class OnBegin(TrainerCallback):
-    """Calls a function when training begins, after the checkpoint of a resumed run has been read: a run that cannot go
-    on changes no file."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.function = function
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.function()
-
-
-class MetricsFile(TrainerCallback):
-    """Writes each log as a line of `metrics.jsonl`: `step`, `seconds` since the start, and what was logged."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.before = 0.0  # seconds of the runs that this run resumes
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        kept = []
-        if state.global_step and self.path.exists():
-            kept = [line for line in LogLine.read_lines(self.path) if (line.step or 0) <= state.global_step]
-            self.before = kept[-1].seconds or 0.0 if kept else 0.0
-        write_lines(self.path, kept)
-        self.started = time.monotonic()
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if state.is_world_process_zero and "train_runtime" not in logs:
-            seconds = round(self.before + time.monotonic() - self.started, 3)
-            append_line(self.path, LogLine(**{"step": state.global_step, "seconds": seconds, **logs}))

@@ -1,0 +1,46 @@
+"""Callbacks of a training run: what happens when it begins, and its metrics as a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+
+from ptmoe.runs.records import LogLine, append_line, write_lines
+
+
+class OnBegin(TrainerCallback):
+    """Calls a function when training begins, after the checkpoint of a resumed run has been read: a run that cannot go
+    on changes no file."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.function()
+
+
+class MetricsFile(TrainerCallback):
+    """Writes each log as a line of `metrics.jsonl`: `step`, `seconds` since the start, and what was logged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = 0.0  # seconds of the runs that this run resumes
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept = []
+        if state.global_step and self.path.exists():
+            kept = [line for line in LogLine.read_lines(self.path) if (line.step or 0) <= state.global_step]
+            self.before = kept[-1].seconds or 0.0 if kept else 0.0
+        write_lines(self.path, kept)
+        self.started = time.monotonic()
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if state.is_world_process_zero and "train_runtime" not in logs:
+            seconds = round(self.before + time.monotonic() - self.started, 3)
+            append_line(self.path, LogLine(**{"step": state.global_step, "seconds": seconds, **logs}))
