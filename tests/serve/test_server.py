@@ -289,6 +289,9 @@ def test_other_paths_and_verbs_are_errors_in_the_same_form(address):
     for got, status in ((httpx.get(f"{address}/v1/nothing"), 404), (httpx.get(f"{address}/v1/completions"), 405)):
         assert got.status_code == status
         assert got.json()["error"]["type"]
+    for path in ("embeddings", "responses", "load_lora_adapter"):  # which other servers have
+        said = httpx.post(f"{address}/v1/{path}", json={}).json()["error"]["message"]
+        assert all(f"/v1/{own}" in said for own in ("completions", "chat/completions", "models", "adapters/NAME"))
 
 
 def test_models_health_and_metrics(client, address):

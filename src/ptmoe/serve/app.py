@@ -34,6 +34,10 @@ GRACE = 10.0  # seconds beyond the deadline in which a client may still read its
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 BEARER = HTTPBearer(auto_error=False)
 FORM = re.compile(r"\[|^(constrained-)?str$")  # how pydantic calls one of the forms that a parameter may have
+PATHS = (
+    "/v1/completions, /v1/chat/completions, /v1/models, /health and /metrics, and with --admin-key PUT and DELETE "
+    "/v1/adapters/NAME to serve, or no longer serve, an adapter of its folder"
+)
 STATUSES = (400, 401, 403, 404, 413, 429, 500, 503, 504)
 
 log = logging.getLogger(__name__)
@@ -296,6 +300,8 @@ def _problem(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     message = str(error)
     if isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
+        if message == "Not Found":  # of FastAPI, for a path
+            message = f"this server has no such path; it has {PATHS}"
     elif isinstance(error, RequestValidationError):
         status, (message, param) = 400, _invalid(error)
     elif isinstance(error, UnknownModelError):
