@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import Trainer
 
@@ -115,7 +116,7 @@ def test_an_adapter_saved_in_the_middle_of_training_is_the_published_form(method
 
 @pytest.mark.slow
 def test_a_checkpoint_without_the_statistics_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     trainer(tmp_path, ROUTED["pt-moe"], max_steps=2).train()
     file = tmp_path / "checkpoint-2" / "model.safetensors"
@@ -378,3 +379,19 @@ def test_what_is_saved_last_has_the_tokenizer_and_what_is_pushed_is_there_while_
     assert (tmp_path / "saved" / "tokenizer.json").is_file()
     for folder in (tmp_path, tmp_path / "saved"):
         ptmoe.load_adapter(load_base("nano")[0], folder)
+
+
+@pytest.mark.parametrize("config", [ROUTED["pt-moe"], METHODS["lora"](rank=2)], ids=["pt-moe", "lora"])
+def test_what_another_trainer_saves_is_told_from_an_adapter_and_made_one(config, tmp_path):
+    run = trainer(tmp_path, config)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "checkpoint-4", tmp_path / "saved"):
+        with pytest.raises(PtmoeError, match=r"what transformers' Trainer saves .*load_state_dict.*save_pretrained"):
+            ptmoe.load_adapter(tiny_llama(), folder)
+        model = ptmoe.attach(tiny_llama(), config)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.save_pretrained(tmp_path / "adapter")
+        ids = tokens(6)[None]
+        loaded = ptmoe.load_adapter(tiny_llama(), tmp_path / "adapter")
+        assert_close(loaded(ids).logits, run.model.eval()(ids).logits)

@@ -280,6 +280,12 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
 def _check_files(folder: Path) -> None:
     if not folder.is_dir():
         raise PtmoeError(f"no adapter folder {folder}: give a folder that save_pretrained or ptmoe train wrote")
+    if not (folder / CONFIG_FILE).is_file() and (state := folder / "model.safetensors").is_file():
+        raise PtmoeError(
+            f"{folder} holds what transformers' Trainer saves of a model in training, and no adapter: attach the same "
+            f"config, model.load_state_dict(safetensors.torch.load_file({str(state)!r})) and "
+            "model.save_pretrained(FOLDER) make one of it; ptmoe.train.PromptTrainer saves adapters"
+        )
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES and path.name not in OF_TRAINERS)
     if pickles:
         raise PtmoeError(f"{folder} holds {', '.join(pickles)}: pickles can run code and are not read; delete them")

@@ -204,6 +204,8 @@ class PTMoE(RoutedEncoder):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         if self.S is None and f"{prefix}S" in state_dict:  # of a training that has ended here and is resumed
             state_dict[f"{prefix}A"] = state_dict[f"{prefix}A"] + state_dict.pop(f"{prefix}S")
+        if self.S is not None and f"{prefix}A" in state_dict:  # of a training that had ended when it was saved
+            state_dict.setdefault(f"{prefix}S", torch.zeros_like(self.S))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
