@@ -8,7 +8,7 @@ import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import pytest
@@ -227,6 +227,14 @@ def test_a_value_is_right_in_every_form_and_its_near_misses_are_wrong():
         missed = rng.choice([other for other in near_misses(value) if other != value])
         completion = rng.choice(SETTINGS).format(rng.choice(written_forms(missed, rng)))
         assert accuracy(completion, gold) == 0.0, (completion, gold)
+
+
+def test_a_number_with_an_exponent_is_right_in_every_setting_and_as_a_gold():
+    for value, setting in product((Fraction(3, 2000), Fraction(-5, 2), Fraction(1200)), SETTINGS):
+        decimal, exponent = f"{float(value)}", f"{float(value):.2e}"
+        for written in (exponent, exponent.replace("-", "\u2212"), exponent.replace("e", "E")):
+            assert accuracy(setting.format(written), decimal) == accuracy(setting.format(decimal), written) == 1.0
+            assert accuracy(setting.format(written), f"{-float(value)}") == 0.0
 
 
 def test_what_a_float_did_to_a_gold_is_forgiven_and_a_rounded_answer_is_not():
@@ -510,6 +518,7 @@ def test_an_expression_is_met_by_an_equal_one_and_by_no_part_of_it(gold):
         (r"\boxed{36\text{ cm}^2}", "36", 1),
         (r"\boxed{90^\circ}", "90", 1),
         (r"\boxed{\$1{,}234}", "1234", 1),
+        ("11111111100", r"11,\! 111,\! 111,\! 100", 1),
         (r"\boxed{\boxed{5}}", "5", 1),
         ("\\boxed 7", "7", 1),
         ("5", "5 m", 1),

@@ -26,7 +26,7 @@ _LAYOUT = re.compile(
 )
 _OPERATION = re.compile(r"\\(?:times|cdot|div)(?![A-Za-z])")
 _NESTED = re.compile(r"frac\s*\{[^{}]*(?:\}\s*\{[^{}]*)?\{")  # a fraction in a fraction, a root in a fraction
-_SCIENTIFIC = re.compile(r"(?<=\d)[eE](?=[-+]?\d)")  # 1e3: no variable
+_SCIENTIFIC = re.compile(r"(?<=\d)[eE][-+]?(?=\d)")  # 1e-3: neither a variable nor a difference
 _RUN = re.compile(r"[^\W\d_]+")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|[√∛∜π∞]")
 # What two or three letters are, if they are no product of variables.

@@ -72,7 +72,7 @@ _LATEX_TEXT = re.compile(
 )
 _LATEX_COLOR = re.compile(r"\\(?:text)?color\s?\{[^{}]{0,40}\}")
 _LATEX_SIGN = re.compile(r"\\(cdot|div|pm)(?![A-Za-z])")
-_LATEX_SPACE = re.compile(r"\\[,;:! ]|\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])")
+_LATEX_SPACE = re.compile(r"\\!\s*|\\[,;: ]|\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])")
 _TIE = re.compile(r"~(?!\d)|(?<!\d)~|~(?=\d{3}(?!\d))")  # 12~345 is one number, 3~4 are two
 _GROUP = re.compile(r"(?<![\w\]}^])(?<![\w\]}^][ ])\{([-+]|[-+]?[$]?[\d.,/ \u00a0]{1,80})\}")  # {5}, of no command
 _SIGNED_BRACKET = re.compile(
