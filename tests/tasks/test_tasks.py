@@ -10,8 +10,9 @@ import ptmoe
 from ptmoe.nano.world import DOMAINS, SKILLS, WORLDS, is_test_input
 from ptmoe.tasks import TASKS, load_task, nano
 from ptmoe.tasks.base import Example, Format, Split, Task
-from ptmoe.tasks.local import Keys, load
+from ptmoe.tasks.local import FORMS, Keys, load
 from ptmoe.tasks.metrics import GRADERS
+from ptmoe.tasks.problems import Problems
 from ptmoe.tasks.records import text_of
 from ptmoe.train import TrainOptions, train
 
@@ -33,6 +34,21 @@ def test_each_form_is_recognised_by_its_keys(tmp_path):
     assert question_answer.input == "In the box.\n\nQuestion: Where?\nAnswer:"
     assert (question_answer.target, question_answer.references) == (" the box", ("the box", "box"))
     assert (question_answer.id, question_answer.domain) == ("q", "d")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_key_that_is_in_no_example_is_named_with_the_first_line_that_has_it(form, tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    line = {key: turns if key == "messages" else "a" for key in FORMS[form]} | {"domain": "d"}
+    written(tmp_path / "a.jsonl", line | {"system": "", "tools": []}, line | {"system": "Be brief.", "input": None})
+    problems = Problems()
+    assert len(load(tmp_path / "a.jsonl", problems=problems)) == 2
+    assert problems.unread == {"system": f"{tmp_path / 'a.jsonl'}:2"}
+    assert "'system'" in "".join(problems.notes())
+    written(tmp_path / "a.jsonl", dict.fromkeys(("instruction", "input", "output"), "a"))
+    problems = Problems()
+    load(tmp_path / "a.jsonl", Keys("instruction", "output"), problems)
+    assert list(problems.unread) == ["input"]
 
 
 def test_other_keys_are_mapped_by_name(tmp_path):

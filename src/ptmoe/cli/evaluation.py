@@ -198,8 +198,8 @@ def _load(name: str, split: str, console: Console, skip_bad: bool, **data: Any) 
 
     problems = Problems(skip=skip_bad)
     examples = load_task(name, split, problems=problems, say=console.print, **data)
-    if problems.count:
-        console.print(f"{name}: left out {problems.listed()}")
+    for line in problems.notes():
+        console.print(f"{name}: {line}")
     return examples
 
 

@@ -185,8 +185,8 @@ def tasks_show(
             if change := check.look(example):
                 _print(f"warning: {change}")
             _print(f"right: {' | '.join(example.references)}")
-    if problems.count:
-        _print(f"left out {problems.listed()}")
+    for line in problems.notes():
+        _print(line)
 
 
 def _print(text: str) -> None:

@@ -27,6 +27,11 @@ from ptmoe.tasks.problems import BadRecordError, Problems
 from ptmoe.tasks.records import has, json_lines, name_of, text_of
 
 FOR_THE_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
+FORMS = {
+    "messages": {"messages"},
+    "prompt": {"prompt", "completion"},
+    "question": {"question", "context", "answers"},
+}
 LINES = (".jsonl", ".jsonl.gz")
 
 
@@ -65,7 +70,10 @@ def read(path: Path, problems: Problems, keys: Keys | None = None) -> Iterator[t
         for place, record in json_lines(file, problems):
             with problems.at(place):
                 default_id = f"{Path(file.name.removesuffix('.gz')).stem}-{place.rpartition(':')[2]}"
-                yield place, _example(record, keys, default_id, str(path)).read_at(place)
+                example = _example(record, keys, default_id, str(path)).read_at(place)
+                for key in _unread(record, keys):
+                    problems.unread.setdefault(key, place)
+                yield place, example
 
 
 def task(name: str) -> Task:
@@ -139,6 +147,13 @@ def _form(record: dict[str, Any]) -> str:
         parts = {"messages": "messages", "prompt": "prompt and completion", "question": "question and answers"}
         raise BadRecordError(f"has {' as well as '.join(parts[form] for form in forms)}: needs one of them alone")
     return next((key for key in (*forms, "messages", "prompt", "question") if key in record), "")
+
+
+def _unread(record: dict[str, Any], keys: Keys) -> set[str]:
+    """The keys of a good record that hold something, and that its example is not made of."""
+    read = {keys.prompt, keys.completion} if keys.prompt is not None else FORMS[_form(record)]
+    filled = {key for key, value in record.items() if value not in (None, "", [], {})}
+    return filled - read - {"id", "domain", *FOR_THE_TEMPLATE}
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Bad records: each has a location, and the caller decides whether to refuse them or to skip them."""
+"""Bad records, each with its location, which the caller refuses or skips; and the keys of which nothing is made."""
 
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +20,10 @@ class Problems:
     Args:
         skip: count and list them; otherwise `refuse` raises.
         at_once: raise at the first, for a stream that is used before its end is read.
+
+    Attributes:
+        count: of the bad records.
+        unread: the keys of good records that reach no model and no grader, with the location of the first of each.
     """
 
     def __init__(self, *, skip: bool = False, at_once: bool = False) -> None:
@@ -27,6 +31,7 @@ class Problems:
         self.at_once = at_once
         self.count = 0
         self.first: list[str] = []
+        self.unread: dict[str, str] = {}
         self._all: IO[str] | None = None  # a file, where there are more than `SHOWN`
 
     def add(self, place: str, what: str) -> None:
@@ -64,6 +69,15 @@ class Problems:
             self._all.flush()
             more = f"\n  … and {self.count - len(self.first)} more, all listed in {self._all.name}"
         return f"{self.count} bad record(s):\n  " + "\n  ".join(self.first) + more
+
+    def notes(self) -> Iterator[str]:
+        """What a user should know of the records that were read, a sentence each."""
+        if self.count:
+            yield f"left out {self.listed()}"
+        if self.unread:
+            keys = ", ".join(f"{key!r} ({place})" for key, place in [*self.unread.items()][:SHOWN])
+            more = f" and {len(self.unread) - SHOWN} more" if len(self.unread) > SHOWN else ""
+            yield f"not read, and in no example: the keys {keys}{more}"
 
     def refuse(self) -> None:
         """

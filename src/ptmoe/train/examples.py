@@ -109,7 +109,13 @@ def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> di
         of = {name: [example for example in found if example.task == name] for name in names}
         return {name: part for name, part in of.items() if part} if len(names) > 1 else {trained: found}
     limits: dict[str, Any] = {"max_examples": most, "say": say}
-    return {name: load_task(name, split, folder, problems=Problems(skip=options.skip_bad), **limits) for name in names}
+    loaded = {}
+    for name in names:
+        problems = Problems(skip=options.skip_bad)
+        loaded[name] = load_task(name, split, folder, problems=problems, **limits)
+        for line in problems.notes():
+            say(f"{name}: {line}")
+    return loaded
 
 
 def check_examples(options: TrainOptions, say: Callable[[str], None]) -> None:

@@ -28,8 +28,7 @@ class Overlap:
 def notes(rows: TokenRows, problems: Problems, overlap: Overlap, length: int, virtual_tokens: int) -> Iterator[str]:
     """What a user should know of the training examples, a sentence each; a row has at most `length` tokens, beside the
     virtual ones."""
-    if problems.count:
-        yield f"left out {problems.listed()}"
+    yield from problems.notes()
     if overlap.count:
         yield (
             f"{overlap.count:,} of the training examples are evaluated as well: the scores say less about new examples"
