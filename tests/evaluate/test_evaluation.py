@@ -172,13 +172,36 @@ def test_an_answer_graded_as_a_whole_has_room_for_the_longest_right_one(routed, 
     model, tokenizer = routed
     words = " ".join(["the baker of the harbor"] * 30)
     long = [Example("1", "what is it ?", f" {words}", (words,), "mine.jsonl")]
-    needed = len(tokenizer(words, add_special_tokens=False)["input_ids"])
-    made = evaluate(model, tokenizer, long, task=local.task("mine.jsonl"))
-    assert made.summary().settings["max_new_tokens"] == needed > 64
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (words, f" {words}")]
+    made, needed = evaluate(model, tokenizer, long, task=local.task("mine.jsonl")), min(lengths)
+    assert made.summary().settings["max_new_tokens"] == max(lengths) > 64
     with pytest.warns(
         UserWarning, match=rf"1 of 1 right answers have more than max_new_tokens=9 tokens, up to {needed}"
     ):
         evaluate(model, tokenizer, long, task=local.task("mine.jsonl"), max_new_tokens=9)
+
+
+@pytest.mark.parametrize("thoughts", ["", "first the larger, then the smaller " * 40])
+@pytest.mark.parametrize("length", [1, 80])
+def test_an_answer_behind_what_a_template_writes_before_it_has_room_for_both(length, thoughts, routed, monkeypatch):
+    model, tokenizer = routed
+    monkeypatch.setattr(
+        tokenizer,
+        "chat_template",
+        "{% for m in messages %}<{{ m.role }}>{{ '<think>\n' ~ m.reasoning_content ~ '\n</think>\n\n' if m.role == "
+        "'assistant' }}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
+    )
+    answer = " ".join(["7"] * length)
+    reply = {"reasoning_content": thoughts} if thoughts else {}
+    turn = ({"role": "user", "content": "Which?"},)
+    example = Example("1", "", answer, (answer,), "mine.jsonl", messages=turn, reply=reply)
+    said = tokenizer(completion_text(example, tokenizer).removesuffix("\n"), add_special_tokens=False)["input_ids"]
+
+    def decoder(prompts, experts, *, max_new_tokens, **options):
+        return [said[:max_new_tokens] for _ in prompts]
+
+    monkeypatch.setattr("ptmoe.evaluate.evaluation.Decoder", lambda model: decoder)
+    assert evaluate(model, tokenizer, [example], task=local.task("mine.jsonl")).metrics == {"accuracy": 100.0}
 
 
 def test_predictions_of_another_evaluation_are_not_resumed(routed, examples, tmp_path):

@@ -5,6 +5,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,8 +28,9 @@ from ptmoe.runs.predictions import PredictionsFile
 from ptmoe.runs.records import EvaluationSummary, Prediction
 from ptmoe.tasks import Example, Task, task_named
 from ptmoe.tasks.metrics import mark
+from ptmoe.tasks.problems import BadRecordError
 from ptmoe.tasks.scoring import overall, summarise
-from ptmoe.tasks.tokens import Prompt, TextCheck, decoded, encode_prompts, row_length
+from ptmoe.tasks.tokens import Prompt, TextCheck, completion_text, decoded, encode_prompts, row_length
 
 ENTRIES = 64  # of each of the base's parameters, that tell bases of one name apart
 T = TypeVar("T")
@@ -147,8 +149,10 @@ def evaluate(
     if score == "choices":
         labels = labels_by_task(task, examples, tokenizer, chat=chat)
         max_new_tokens = max(len(ids) for tokens in labels.values() for ids in tokens.values())
-    needed = [0] if labels else _answer_lengths(task, examples, tokenizer)
-    new, room = _limits(model, max_new_tokens, max(task.max_new_tokens, *needed), max_length)
+    whole = task.grader == "verbatim" and not labels  # an answer that is cut cannot be right
+    lengths = [_answer_lengths(example, tokenizer, chat) for example in examples] if whole else [(0, 0)]
+    new, room = _limits(model, max_new_tokens, max(task.max_new_tokens, *map(max, lengths)), max_length)
+    needed = [*map(min, lengths)]
     if over := sum(need > new for need in needed):
         warnings.warn(
             f"{over:,} of {len(needed):,} right answers have more than max_new_tokens={new:,} tokens, up to "
@@ -252,12 +256,18 @@ def batches_within(items: Iterable[T], needs: Iterable[int], budget: int, *, pad
     return batches
 
 
-def _answer_lengths(task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that a right answer to each example needs, of a task that compares the whole text; 0 of others."""
-    if task.grader != "verbatim":
-        return [0]
-    tokens = ([tokenizer(text, add_special_tokens=False)["input_ids"] for text in one.references] for one in examples)
-    return [min(map(len, answers), default=0) for answers in tokens]
+def _answer_lengths(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[int, int]:
+    """Tokens of the shortest right answer, alone and behind what stands before it in training: a space, or what a chat
+    template writes, such as reasoning."""
+    first, before = next(iter(example.references), ""), ""
+    with suppress(BadRecordError):  # a template that no model can be taught in
+        before = completion_text(example, tokenizer, chat=chat).rpartition(first)[0] if first else ""
+
+    def shortest(lead: str) -> int:
+        texts = (f"{lead}{text}" for text in example.references)
+        return min((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), default=0)
+
+    return shortest(""), shortest(before)
 
 
 def _limits(model: PromptedCausalLM, asked: int | None, usual: int, max_length: int | None) -> tuple[int, int | None]:
