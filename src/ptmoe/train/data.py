@@ -1,25 +1,20 @@
 """From examples to padded batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.loss import IGNORED
+from ptmoe.tasks.base import Example
 from ptmoe.tasks.problems import Problems
 from ptmoe.tasks.tokens import Prompt, TextCheck, encode_completion, encode_prompt
 from ptmoe.train.rows import Encoded, TokenRows, settings_hash, token_rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ptmoe.tasks.base import Example
 
 
 def fit(

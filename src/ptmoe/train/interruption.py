@@ -1,12 +1,10 @@
 """SIGINT and SIGTERM during training: the step is finished, a checkpoint is written, and the process says so."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,9 +12,7 @@ from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.folders import ADAPTER_FOLDER, CHECKPOINTS_FOLDER
-
-if TYPE_CHECKING:
-    from ptmoe.train.trainer import PromptTrainer
+from ptmoe.train.trainer import DivergedError, PromptTrainer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -68,8 +64,6 @@ class Interruption(TrainerCallback):
 
 def fit_until_interrupted(trainer: PromptTrainer, folder: Path, checkpoint: Path | None) -> None:
     """Train in a run's folder, and save the adapter, even if the loss diverged and there is an earlier one to save."""
-    from ptmoe.train.trainer import DivergedError
-
     try:
         with Interruption() as interruption:
             trainer.add_callback(interruption)

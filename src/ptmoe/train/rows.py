@@ -24,23 +24,20 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tokenizers
 import torch
 import transformers
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ptmoe.fast.loss import IGNORED
 from ptmoe.files import cache_folder, replaced
 from ptmoe.tasks import chat, tokens
+from ptmoe.tasks.base import Example
 from ptmoe.tasks.problems import BadRecordError, Problems
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ptmoe.tasks.base import Example
 
 BLOCK = 1 << 20  # characters of the examples in a block; less data is tokenised in seconds, and not cached
 LIMIT = 8 << 30  # bytes of all files; the least recently used are removed
