@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -25,7 +26,8 @@ from ptmoe.report.figures import curve_points, drawing, inline_svg, score_by_par
 from ptmoe.report.results import Board, Score, boards, holm, paired_test, t_interval
 from ptmoe.report.sections import published_rows
 from ptmoe.report.table import Table, to_csv, to_latex, to_markdown
-from ptmoe.runs.folders import FAILED_FILE
+from ptmoe.runs.folders import FAILED_FILE, predictions_file
+from ptmoe.runs.predictions import read_predictions
 from ptmoe.runs.records import Failure, write_lines
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 from testing.bases import tiny_llama
@@ -424,6 +426,16 @@ def test_examples_that_only_one_method_answered_are_left_out_of_the_test(tmp_pat
     (board,) = boards(read_comparison(tmp_path))
     assert board.tests[0].examples == 48
     assert "only the 48 of 60" in board.test_notes[0]
+
+
+@pytest.mark.parametrize("change", [{"prompt": "another"}, {"references": ["another"]}, {"prompt": "cut", "cut": 1}])
+def test_examples_of_one_id_that_ask_different_things_are_no_pair(change, tmp_path):
+    cells = [write_cell(tmp_path, label, "nano/mixed", 0) for label in ("pt", "pt-moe")]
+    path = predictions_file(cells[0], "nano/mixed")
+    first, *others = read_predictions(path)
+    path.write_bytes(b"".join(each.line() for each in (replace(first, **change), *others)))
+    (board,) = boards(read_comparison(tmp_path))
+    assert board.tests[0].examples == 60 - ("cut" not in change)
 
 
 # The page and its files

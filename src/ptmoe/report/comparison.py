@@ -20,7 +20,7 @@ import pandas as pd
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.folders import CELL_FILE, FAILED_FILE, PLAN_FILE, SEARCH_FILE, Run, file_name, read_run
 from ptmoe.runs.predictions import read_predictions
-from ptmoe.runs.records import CellRecord, Failure
+from ptmoe.runs.records import CellRecord, Failure, Prediction
 from ptmoe.runs.searches import RateSearch
 from ptmoe.settings import OF_PEFT, read_yaml
 from ptmoe.tasks import GROUPS
@@ -38,13 +38,14 @@ class Cell(CellRecord):
     run: Run
 
     def marks(self, task: str) -> pd.DataFrame:
-        """Each example's score by metric, from 0 to 1, and its `domain`; the index is the example's id.
+        """Each example's score by metric, from 0 to 1, its `domain`, and what was `asked`, "" where the prompt did
+        not fit as a whole; the index is the example's id.
 
         Raises:
             PtmoeError: the predictions are missing or damaged.
         """
         predictions = read_predictions(self.run.predictions[task])
-        rows = [{**prediction.scores, "domain": prediction.domain} for prediction in predictions]
+        rows = [{**one.scores, "domain": one.domain, "asked": _asked(one)} for one in predictions]
         return pd.DataFrame(rows, index=[prediction.id for prediction in predictions])
 
     def facts(self) -> dict[str, Any]:
@@ -167,24 +168,30 @@ def example_scores(marks: Sequence[pd.DataFrame], metric: str, less: Sequence[pd
     """Each example's `score` in percent, the mean over seeds, and its `domain`; the index is the example's id.
 
     Args:
-        marks: of each seed (`Cell.marks`); the examples that all of them have are used.
+        marks: of each seed (`Cell.marks`); the examples that all of them have are used, except those of one id that ask
+            different things, as the lines of a file do that was changed meanwhile.
         metric: of the scores.
         less: of another method: then the scores are the differences on the same examples.
 
     Raises:
         PtmoeError: there is no such example, or a prediction lacks the metric.
     """
-    ids = sorted(set.intersection(*(set(frame.index) for frame in (*marks, *less))))
+    frames = (*marks, *less)
+    asked = pd.concat([frame["asked"] for frame in frames], axis=1, join="inner")
+    ids = sorted(name for name, row in zip(asked.index, asked.to_numpy(), strict=True) if len({*row} - {""}) <= 1)
     if not ids:
         raise PtmoeError("no example was answered by all of them")
     try:
-        means = [
-            np.mean([100 * frame.loc[ids, metric] for frame in frames], axis=0) for frames in (marks, less) if frames
-        ]
+        means = [np.mean([100 * frame.loc[ids, metric] for frame in side], axis=0) for side in (marks, less) if side]
     except KeyError as error:
         raise PtmoeError(f"a line of the predictions has no score {error}") from None
     values = means[0] - means[1] if less else means[0]
     return pd.DataFrame({"score": values, "domain": marks[0].loc[ids, "domain"]}, index=ids)
+
+
+def _asked(prediction: Prediction) -> str:
+    whole = prediction.answered and not prediction.cut  # each method has room for inputs of another length
+    return json.dumps([prediction.prompt, prediction.references]) if whole else ""
 
 
 def score_groups(scores: pd.DataFrame, *, by_domain: bool, weight: float = 1.0) -> list[Group]:
