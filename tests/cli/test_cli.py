@@ -313,6 +313,32 @@ def test_a_record_that_the_template_refuses_is_named_or_skipped_by_every_command
         assert "d.jsonl:2" in out
 
 
+@pytest.mark.ci
+def test_lines_with_the_keys_that_a_run_was_trained_on_evaluate_it(run, tmp_path):
+    own, usual, other = (tmp_path / f"{name}.jsonl" for name in ("own", "usual", "other"))
+    own.write_text("".join(f'{{"q": "{i} and 2", "a": " {i}"}}\n' for i in range(8)))
+    usual.write_text('{"prompt": "1 and 2 =>", "completion": " 1"}\n')
+    other.write_text('{"question": "1 and 2", "answer": "1"}\n')
+    keys = ("--prompt-key", "q", "--completion-key", "a", "--separator", " =>")
+    trained = ("train", "--data", own, *keys, "--method", "pt-moe:num_virtual_tokens=4,rank=2", "--max-steps", 1)
+    status, _, err = run(*trained, "--eval-task", f"{own},{usual}", "--output-dir", tmp_path / "run")
+    assert status == 0, err
+    assert run("verify", tmp_path / "run")[0] == 0
+    for file, first in ((own, "0 and 2 =>"), (usual, "1 and 2 =>")):
+        again = ("--overwrite", "--max-new-tokens", 3, "--output-dir", tmp_path / "again")
+        status, _, err = run("eval", tmp_path / "run", "--task", file, *again)
+        assert status == 0, err
+        lines = (tmp_path / "again" / "predictions" / file.name).read_text().splitlines()
+        assert first in [json.loads(line).get("prompt") for line in lines]
+    assert "lacks the key 'answers'" in run("eval", tmp_path / "run", "--task", other, *again)[2]
+    assert run("inspect", tmp_path / "run", "--task", own, "--output-dir", tmp_path / "inspected")[0] == 0
+
+    plan = {"tasks": [str(own)], "eval_tasks": [str(own)], "train": {"prompt_key": "q", "completion_key": "a"}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    status, _, err = run("compare", tmp_path / "plan.yaml", "--dry-run", "--output-dir", tmp_path / "c")
+    assert status == 0, err
+
+
 def test_more_virtual_tokens_than_positions_are_refused_by_name(run, tmp_path):
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     for arguments in (

@@ -76,7 +76,7 @@ def evaluate(
 
     from ptmoe.adapters.folder import local_folder, read_config_file
     from ptmoe.runs.environment import rank, world_size
-    from ptmoe.runs.folders import distinct_tasks, writing
+    from ptmoe.runs.folders import distinct_tasks, trained_with_keys, writing
     from ptmoe.tasks import check_labels, listed_names
     from ptmoe.train.processes import Processes
 
@@ -110,7 +110,8 @@ def evaluate(
     places = {"run", "data_dir", "ids", "output_dir"}  # may differ between machines: what they hold may not
     decided = {name: value for name, value in (context.obj | context.params).items() if name not in places}
     processes = context.with_resource(Processes(decided))
-    data = {"data_dir": data_dir, "ids": ids, "max_examples": examples}
+    keys = None if run is None else trained_with_keys(Path(run))
+    data = {"data_dir": data_dir, "ids": ids, "max_examples": examples, "keys": keys}
     loaded = {name: _load(name, split, console, skip_bad, **data) for name in tasks}
 
     from ptmoe.cli.progress import progress_bar

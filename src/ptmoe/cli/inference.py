@@ -122,14 +122,14 @@ def inspect(
     from ptmoe.cli.evaluation import report_run
     from ptmoe.models.attach import load_run
     from ptmoe.models.bases import quiet
-    from ptmoe.runs.folders import INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE, is_run, writing
+    from ptmoe.runs.folders import INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE, is_run, trained_with_keys, writing
     from ptmoe.tasks import load_task, task_named
     from ptmoe.tasks.tokens import uses_chat
 
     read_config_file(local_folder(adapter))  # a missing one is reported before any data is read
     if output_dir is None and not adapter.is_dir():
         raise PtmoeError(f"{adapter} is not a local folder: name a folder for the results with --output-dir")
-    inputs = load_task(task, split, data_dir, max_examples=examples)
+    inputs = load_task(task, split, data_dir, max_examples=examples, keys=trained_with_keys(Path(adapter)))
     folder = output_dir or adapter / INSPECT_FOLDER
     context.with_resource(writing(folder))
     quiet()

@@ -17,6 +17,7 @@ from ptmoe.runs.folders import cell_folder, file_name
 from ptmoe.runs.records import CellRecord
 from ptmoe.settings import Settings
 from ptmoe.tasks import TASKS, Problems, check_labels, check_size, is_file, load_task, task_named, task_names
+from ptmoe.tasks.local import Keys
 from ptmoe.train.examples import evaluation_data_dir
 from ptmoe.train.options import BASE, DEFAULT_METHOD, Rate, TrainOptions, method_config
 
@@ -239,10 +240,12 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
         PtmoeError: missing or bad data of a training task, or of an evaluation.
     """
 
+    keys = Keys(plan.train.get("prompt_key"), plan.train.get("completion_key"), where_there=True)
+
     def check(name: str, split: str, data_dir: str | None) -> None:
         problems = Problems(skip=plan.skip_bad, at_once=True)
         enough = len(task_named(name).parts) or 1
-        load_task(name, split, data_dir, max_examples=enough, problems=problems, say=say)
+        load_task(name, split, data_dir, max_examples=enough, problems=problems, keys=keys, say=say)
 
     for name in dict.fromkeys(name for task in plan.tasks for name in task_names(task)):
         check(name, "train", plan.data_dir)

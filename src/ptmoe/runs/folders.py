@@ -16,6 +16,7 @@ from ptmoe.runs.records import Environment, EvaluationSummary, LogLine, NearestW
 from ptmoe.settings import read_yaml
 from ptmoe.tasks import is_file, task_named
 from ptmoe.tasks.base import Task
+from ptmoe.tasks.local import Keys
 
 CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE = "config.yaml", "environment.json", "result.json"
 METRICS_FILE, ADAPTER_FOLDER, CHECKPOINTS_FOLDER = "metrics.jsonl", "adapter", "checkpoints"
@@ -121,6 +122,14 @@ def trained_with_chat(folder: Path) -> bool | None:
     """Whether a run was trained with its base's chat template; None for a folder that does not say."""
     chat = read_yaml(folder / CONFIG_FILE).get("chat") if (folder / CONFIG_FILE).is_file() else None
     return chat if isinstance(chat, bool) else None
+
+
+def trained_with_keys(folder: Path) -> Keys | None:
+    """The keys of the lines that a run was trained on, where they were mapped: of lines to evaluate it on that have
+    them, too."""
+    config = read_yaml(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    names = [name for key in ("prompt_key", "completion_key", "separator") if isinstance(name := config.get(key), str)]
+    return Keys(names[0], names[1], names[2], where_there=True) if len(names) == 3 else None
 
 
 def read_run(folder: str | Path) -> Run:

@@ -92,6 +92,7 @@ def load_task(
     ids: str | Path | None = None,
     max_examples: int | None = None,
     problems: Problems | None = None,
+    keys: local.Keys | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Example]:
     """The examples of a task.
@@ -105,6 +106,7 @@ def load_task(
         ids: a file of example ids, one a line or a JSON list: only these.
         max_examples: the first N only.
         problems: `Problems(skip=True)` counts and lists bad records instead of refusing them.
+        keys: of a JSON-lines file.
         say: called with a line for each download.
 
     Raises:
@@ -113,7 +115,7 @@ def load_task(
     """
     check_size(name, max_examples)
     problems = problems if problems is not None else Problems()
-    stream = _examples(name, split, data_dir, problems, say)
+    stream = _examples(name, split, data_dir, problems, say, keys)
     examples = collect(islice(stream, None if ids else max_examples), problems, f"{name} ({data_dir or split})")
     if ids is None:
         return examples
@@ -129,20 +131,26 @@ def stream_task(
     data_dir: str | Path | None = None,
     *,
     problems: Problems | None = None,
+    keys: local.Keys | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Example]:
     """The same examples as a stream, in constant memory: repeated ids go unnoticed, and the first bad record raises
     unless `problems` skips them."""
-    for _, example in _examples(name, split, data_dir, problems or Problems(at_once=True), say):
+    for _, example in _examples(name, split, data_dir, problems or Problems(at_once=True), say, keys):
         yield example
 
 
 def _examples(
-    name: str, split: str, data_dir: str | Path | None, problems: Problems, say: Callable[[str], None]
+    name: str,
+    split: str,
+    data_dir: str | Path | None,
+    problems: Problems,
+    say: Callable[[str], None],
+    keys: local.Keys | None,
 ) -> Iterator[tuple[str, Example]]:
     """Each example with its location, `FILE:LINE`."""
     if is_file(name):
-        yield from local.read(Path(name), problems)
+        yield from local.read(Path(name), problems, keys)
         return
     yield from _mixed(name, mixture.parse(name, TASKS, GROUPS), split, data_dir, problems, say)
 

@@ -37,11 +37,13 @@ LINES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that hold the prompt and the completion, and the text between the two."""
+    """The keys that hold the prompt and the completion, and the text between the two; with `where_there` only of lines
+    that have the prompt's."""
 
     prompt: str | None = None
     completion: str | None = None
     separator: str = ""
+    where_there: bool = False
 
 
 def load(path: str | Path, keys: Keys | None = None, problems: Problems | None = None) -> list[Example]:
@@ -92,8 +94,9 @@ def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> 
     reply: dict[str, Any] = {}
     context, answer = (0, 0), None
     references: tuple[str, ...] = ()
-    form = "mapped" if keys.prompt is not None else _form(record)
-    if keys.prompt is not None and keys.completion is not None:
+    mapped = keys.prompt is not None and (keys.prompt in record or not keys.where_there)
+    form = "mapped" if mapped else _form(record)
+    if mapped and keys.prompt is not None and keys.completion is not None:
         prompt, completion = text_of(record, keys.prompt) + keys.separator, text_of(record, keys.completion)
     elif form == "messages":
         _check_numbers("messages", record["messages"])
@@ -124,7 +127,7 @@ def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> 
         domain=name_of(record, "domain", ""),
         messages=messages,
         reply=reply,
-        template=_for_the_template(record, {keys.prompt, keys.completion}),
+        template=_for_the_template(record, {keys.prompt, keys.completion} if mapped else set()),
         context=context,
         answer=answer,
     )

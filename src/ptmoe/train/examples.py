@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -45,10 +47,9 @@ def _stream(options: TrainOptions, problems: Problems, say: Callable[[str], None
     """The training split, or the file."""
     if options.task is None:
         assert options.data is not None
-        keys = local_task.Keys(options.prompt_key, options.completion_key, options.separator)
-        return iter(local_task.load(options.data, keys, problems))
+        return iter(local_task.load(options.data, replace(options.keys, where_there=False), problems))
     check_size(options.task, options.max_examples)
-    stream = stream_task(options.task, "train", options.data_dir, problems=problems, say=say)
+    stream = stream_task(options.task, "train", options.data_dir, problems=problems, keys=options.keys, say=say)
     first = next(stream, None)
     if first is None:
         raise PtmoeError(f"{options.task} ({options.data_dir or 'train'}) holds no example: needs at least one")
@@ -108,7 +109,7 @@ def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> di
         found, _ = _parted(options, _stream(options, Problems(skip=options.skip_bad, at_once=True), say))
         of = {name: [example for example in found if example.task == name] for name in names}
         return {name: part for name, part in of.items() if part} if len(names) > 1 else {trained: found}
-    limits: dict[str, Any] = {"max_examples": most, "say": say}
+    limits: dict[str, Any] = {"max_examples": most, "keys": options.keys, "say": say}
     loaded = {}
     for name in names:
         problems = Problems(skip=options.skip_bad)
@@ -127,6 +128,20 @@ def check_examples(options: TrainOptions, say: Callable[[str], None]) -> None:
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     next(iter(training_examples(options, problems, say)), None)
     evaluation_examples(options, say)
+
+
+def examples_fingerprint(options: TrainOptions, say: Callable[[str], None]) -> str:
+    """Of all examples to train and to evaluate on.
+
+    Raises:
+        PtmoeError: as `check_examples`.
+    """
+    found = hashlib.sha256()
+    held_out = evaluation_examples(options, say).values()
+    problems = Problems(skip=options.skip_bad, at_once=options.data is None)
+    for example in chain(*held_out, training_examples(options, problems, say)):
+        found.update(repr((example.contents, example.references)).encode(errors="surrogatepass"))
+    return found.hexdigest()[:16]
 
 
 def forgetting_examples(options: SharedOptions) -> list[Example]:

@@ -6,7 +6,7 @@ The fields are the options of `ptmoe train`: their names, types, defaults and he
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
@@ -14,6 +14,9 @@ from typing_extensions import Self
 from ptmoe.errors import PtmoeError, shown
 from ptmoe.files import LONGEST_NAME, write_whole
 from ptmoe.settings import Flag, Settings, method_name, parse_yaml, read_yaml, yaml_text
+
+if TYPE_CHECKING:
+    from ptmoe.tasks.local import Keys
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -258,6 +261,13 @@ class TrainOptions(SharedOptions):
         if not isinstance(wait, (int, float)) or not 0 < wait < float("inf"):
             raise ValueError(f"trainer: ddp_timeout={shown(wait)}: needs a number of seconds above 0")
         return self
+
+    @property
+    def keys(self) -> Keys:
+        """Of a file's lines. One that is evaluated may have them too, or be in a form of its own."""
+        from ptmoe.tasks.local import Keys
+
+        return Keys(self.prompt_key, self.completion_key, self.separator, where_there=True)
 
     @classmethod
     def read(cls, path: str | Path, **changes: Any) -> Self:

@@ -128,7 +128,7 @@ def _evaluation(
     again = evaluate(
         model,
         tokenizer,
-        _asked(summary, {each.id for each in recorded}, data_dir or evaluation_data_dir(options), say),
+        _asked(summary, {each.id for each in recorded}, data_dir or evaluation_data_dir(options), options, say),
         task=task_named(summary.task),
         split=summary.split,
         score=settings.get("score", "answers"),
@@ -149,13 +149,18 @@ def _evaluation(
 
 
 def _asked(
-    summary: EvaluationSummary, ids: set[str], data_dir: str | None, say: Callable[[str], None]
+    summary: EvaluationSummary,
+    ids: set[str],
+    data_dir: str | None,
+    options: TrainOptions,
+    say: Callable[[str], None],
 ) -> list[Example]:
     """The examples that were evaluated: usually the first ones, or of all those with the recorded ids."""
     found: list[Example] = []
     for limit in (summary.examples, None):
         problems = Problems(skip=True)  # as `ptmoe eval` may have done; whether any is missing, its id tells
-        found = load_task(summary.task, summary.split, data_dir, max_examples=limit, problems=problems, say=say)
+        how: dict[str, Any] = {"max_examples": limit, "problems": problems, "keys": options.keys, "say": say}
+        found = load_task(summary.task, summary.split, data_dir, **how)
         found = [example for example in found if example.id in ids]
         if len(found) == len(ids):
             break
