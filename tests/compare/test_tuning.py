@@ -12,9 +12,10 @@ from ptmoe.compare import ray_session, tuning
 from ptmoe.compare.search import TunePlan, drawn, read_plan, resolved
 from ptmoe.compare.tuning import best_of, tune
 from ptmoe.errors import PtmoeError
+from ptmoe.runs.records import write_lines
 from ptmoe.runs.searches import TrialRecord
 from ptmoe.tasks import load_task
-from ptmoe.train.examples import evaluation_examples, evaluation_split
+from ptmoe.train.examples import evaluation_examples, evaluation_split, examples_fingerprint
 from ptmoe.train.options import TrainOptions
 from testing.commands import alive, descendants, started
 
@@ -124,6 +125,24 @@ def test_too_few_examples_are_refused_before_a_trial(with_ray, tmp_path):
     with pytest.raises(PtmoeError, match="12 examples, and 8 of them are to validate on: lower"):
         tune(asked, tmp_path / "search")
     assert not (tmp_path / "search").exists()
+
+
+@pytest.mark.parametrize("line", [0, 30])
+def test_a_search_does_not_go_on_with_other_data(line, with_ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "session", lambda *_: pytest.fail("a trial was started"))
+    file = tmp_path / "mine.jsonl"
+    rows = [f'{{"prompt": "{number} =>", "completion": " {number}"}}\n' for number in range(40)]
+    file.write_text("".join(rows))
+    asked, folder = resolved(plan(task=None, data=str(file), trials=1)), tmp_path / "search"
+    data = examples_fingerprint(asked.trial({}), print)
+    folder.mkdir()
+    asked.write(folder / "tune.yaml")
+    record = TrialRecord(number=0, settings={}, scores=[(6, 50.0)], state="finished", data=data)
+    write_lines(folder / "trials.jsonl", [record])
+    assert tune(asked, folder) == [record]
+    file.write_text("".join(row.replace("=>", "+") if place == line else row for place, row in enumerate(rows)))
+    with pytest.raises(PtmoeError, match=r"holds a search on other data than .*mine.jsonl holds now"):
+        tune(asked, folder)
 
 
 def test_the_best_came_furthest_and_then_scores_highest():

@@ -20,7 +20,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.runs.folders import BEST_FILE, TRIALS_FILE, TUNE_FILE, writing
 from ptmoe.runs.records import write_lines
 from ptmoe.runs.searches import State, TrialRecord
-from ptmoe.train.examples import check_examples
+from ptmoe.train.examples import examples_fingerprint
 
 REDUCTION = 3  # of the trials that come so far, ASHA lets one in three go on
 STORAGE = ".ray"
@@ -47,17 +47,21 @@ def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) ->
             raise PtmoeError(f"{folder} holds another search ({', '.join(other)}): choose another --output-dir")
     elif folder.exists() and any(folder.glob("[!.]*")):
         raise PtmoeError(f"{folder} holds something other than a search: choose another --output-dir")
-    check_examples(plan.trial({}), say)
-    settings = drawn(plan)
+    data, settings = examples_fingerprint(plan.trial({}), say), drawn(plan)
     with writing(folder, "another ptmoe tune is running in"):
         path = folder / TRIALS_FILE
         known = {record.number: record for record in TrialRecord.read_lines(path)}
+        if any(record.data not in (None, data) for record in known.values()):
+            raise PtmoeError(
+                f"{folder} holds a search on other data than {plan.data or plan.task} holds now, whose scores do not "
+                "compare: put the data back, or choose another --output-dir"
+            )
         todo = [number for number in range(plan.trials) if number not in known or known[number].state == "failed"]
         if todo:
             known = {number: record for number, record in known.items() if number not in todo}
             with session(plan.on, plan.jobs or 1, plan.jobs, plan.gpus_per_trial) as room:
                 plan.write(folder / TUNE_FILE)
-                _fit(room, plan, folder, settings, known, say)
+                _fit(room, plan, folder, settings, known, data, say)
         records = [known[number] for number in sorted(known)]
         scored = [record for record in records if record.state != "failed"]
         if scored:
@@ -81,6 +85,7 @@ def _fit(
     folder: Path,
     settings: list[dict[str, Any]],
     known: dict[int, TrialRecord],
+    data: str,
     say: Callable[[str], None],
 ) -> None:
     """Run the trials that `known` lacks, and add them to it; the known ones tell ASHA again what they scored."""
@@ -94,7 +99,9 @@ def _fit(
         if number in known:
             return
         state: State = "failed" if error or not scores else "finished" if whole else "stopped"
-        known[number] = TrialRecord(number=number, settings=settings[number], scores=scores, state=state, error=error)
+        known[number] = TrialRecord(
+            number=number, settings=settings[number], scores=scores, state=state, error=error, data=data
+        )
         write_lines(folder / TRIALS_FILE, [known[each] for each in sorted(known)])
         values = ", ".join(f"{name}={value}" for name, value in settings[number].items()) or "as given"
         last = f"{scores[-1][1]:.1f} % at step {scores[-1][0]:,}" if scores else "no score"

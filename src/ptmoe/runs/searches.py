@@ -24,6 +24,7 @@ class TrialRecord(Record):
     # which the loss becomes NaN, that it diverged.
     state: State
     error: str | None = None  # why it failed or diverged
+    data: str | None = None  # a fingerprint of the examples that it was trained and scored on; None in older searches
 
 
 class RateSearch(Record):
