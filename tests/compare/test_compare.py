@@ -738,6 +738,20 @@ def test_a_plan_that_was_edited_in_its_folder_does_not_pass_for_what_was_trained
     assert prepare(read_plan(tmp_path / "c")).unfinished == []
 
 
+def test_every_finished_cell_is_as_the_plan_says(tmp_path, trained):
+    trained.does = lambda options: options.write(Path(options.output_dir) / "config.yaml")
+    comparison = prepared(tmp_path / "c")
+    compare(comparison)
+    for cell in comparison.cells:
+        config = tmp_path / "c" / cell.place / "config.yaml"
+        text = config.read_text()
+        config.write_text(text.replace("max_steps: 4", "max_steps: 8"))
+        with pytest.raises(PtmoeError, match=f"{cell.place} was trained otherwise than the plan says .max_steps was 8"):
+            prepared(tmp_path / "c")
+        config.write_text(text)
+    assert prepared(tmp_path / "c").unfinished == []
+
+
 def test_what_a_run_decided_for_itself_is_no_edit(tmp_path, trained):
     def resolved(options):
         method = {**options.method, "target_modules": ["q_proj", "v_proj"]}

@@ -111,8 +111,7 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             "again: compare fewer methods, values or seeds in one folder"
         )
     cells = tuple(cells_of(plan, chosen, config))
-    finished = {cell.variant.label: cell for cell in cells if folder.is_finished(cell)}
-    for cell in finished.values():
+    for cell in filter(folder.is_finished, cells):
         if different := folder.differences(cell, {"learning_rate"} if plan.search else set()):
             raise PtmoeError(
                 f"{folder.run_folder(cell)} was trained otherwise than the plan says ({'; '.join(different)}): choose "
