@@ -451,6 +451,8 @@ def test_only_the_ids_in_a_file_are_loaded(tmp_path):
     for written in ("chal-2\n", '["chal-2"]', "\ufeffchal-2"):
         ids.write_text(written)
         assert [example.id for example in load_task("svamp", "test", path, ids=ids)] == ["chal-2"]
+        ids.write_bytes(gzip.compress(written.encode()))
+        assert [example.id for example in load_task("svamp", "test", path, ids=ids)] == ["chal-2"]
     ids.write_text("chal-2\nchal-9\n")
     with pytest.raises(ptmoe.PtmoeError, match=r"names 1 id\(s\) that svamp lacks: chal-9"):
         load_task("svamp", "test", path, ids=ids)
@@ -741,8 +743,10 @@ def test_predictions_are_read_in_each_form(tmp_path):
         path.write_text(written)
         assert read_predictions(path) == {"a": "1", "b": "2"}
         path.write_bytes(gzip.compress(written.encode()))
-        if "\n" not in written.strip() and not written.startswith('{"a"'):
-            assert read_predictions(path) == {"a": "1", "b": "2"}
+        assert read_predictions(path) == {"a": "1", "b": "2"}
+    path.write_bytes(gzip.compress(json.dumps({str(each): "1" * 99 for each in range(9_999)}).encode())[:-4])
+    with pytest.raises(ptmoe.PtmoeError, match="p: damaged gzip"):
+        read_predictions(path)
 
 
 def test_bad_predictions_are_named(tmp_path):

@@ -14,7 +14,7 @@ from ptmoe.errors import PtmoeError, near
 from ptmoe.tasks import local, mixture, mrqa, sources
 from ptmoe.tasks.base import Example, Format, Origin, Task, collect, folded, is_held_out
 from ptmoe.tasks.problems import Problems
-from ptmoe.tasks.records import READERS, Record, head
+from ptmoe.tasks.records import READERS, Record, head, whole_text
 
 # The modules with the data sets, in the order in which these are listed. A new one is a file and its name in this line.
 FAMILIES = "nano mrqa gsm8k svamp asdiv mawps math_problems classification".split()
@@ -247,7 +247,7 @@ def _format(path: Path, task: Task) -> tuple[str, Format]:
 def _ids(path: Path) -> set[str]:
     """The ids in a file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = whole_text(path)
         listed = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PtmoeError(f"{path} holds no ids ({error}): needs one a line, or a JSON list") from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks.problems import BadRecordError, Problems
-from ptmoe.tasks.records import READERS, has, head, unique
+from ptmoe.tasks.records import READERS, has, head, unique, whole_text
 
 ID_KEYS = ("id", "qid", "ID")
 TEXT_KEYS = ("completion", "prediction", "prediction_text", "text", "answer", "output")
@@ -65,14 +65,12 @@ def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str
 
 def _object(path: Path) -> list[tuple[str, Any]] | None:
     """The key–value pairs of a file that is one JSON object, else None. A dict would hide repeated ids."""
-    if path.stat().st_size > LARGEST_OBJECT:
-        raise PtmoeError(
-            f"{path} is one object of {path.stat().st_size:,} bytes: needs JSON lines, an id and a text each"
-        )
     try:
-        pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: pairs)
+        pairs = json.loads(whole_text(path, LARGEST_OBJECT), object_pairs_hook=lambda pairs: pairs)
     except UnicodeDecodeError:
         raise PtmoeError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise PtmoeError(f"{path}: {error}") from None
     except json.JSONDecodeError:
         return None
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, lists in lists in lists

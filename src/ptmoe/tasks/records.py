@@ -92,6 +92,23 @@ def head_bytes(path: Path) -> bytes | None:
         return None
 
 
+def whole_text(path: Path, most: int | None = None) -> str:
+    """The text of a file that is small, unzipped if necessary.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read, is a damaged gzip, or no text.
+        PtmoeError: it has more than so many bytes.
+    """
+    try:
+        with opened(path) as file:
+            found = file.read(-1 if most is None else most + 1)
+    except (EOFError, zlib.error) as error:
+        raise OSError(f"damaged gzip ({error})") from None
+    if most is not None and len(found) > most:
+        raise PtmoeError(f"{path} is one object of more than {most:,} bytes: needs JSON lines, an id and a text each")
+    return found.decode("utf-8-sig")
+
+
 def _first_keys(text: str) -> Iterator[str]:
     """The keys of the first JSON object in a text that may be truncated."""
     depth, last = 0, ""
