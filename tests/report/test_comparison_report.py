@@ -392,6 +392,17 @@ def test_the_first_two_by_average_are_tested_on_the_same_examples(folder, compar
     assert average.difference.mean == pytest.approx(np.mean([each.mean() for each in everything]))
 
 
+def test_the_test_is_of_the_seeds_that_both_have(tmp_path):
+    for label, seeds, skill in (("pt-moe", (0, 1), 0.9), ("pt", (1, 2), 0.5)):
+        for seed in seeds:
+            write_cell(tmp_path, label, "nano/mixed", seed, skill=skill)
+    (board,) = boards(read_comparison(tmp_path))
+    (test,) = board.tests
+    first, second = on_disk(tmp_path, "pt-moe", "nano/mixed")[1], on_disk(tmp_path, "pt", "nano/mixed")[0]
+    assert test.difference.seeds == (1,)
+    assert test.difference.mean == pytest.approx(first["metrics"]["accuracy"] - second["metrics"]["accuracy"])
+
+
 @pytest.mark.parametrize("by_domain", [False, True])
 def test_examples_that_several_trainings_were_tested_on_are_counted_once(tmp_path, by_domain):
     """Two trainings to the same answers say no more than one of them."""
@@ -407,6 +418,16 @@ def test_examples_that_several_trainings_were_tested_on_are_counted_once(tmp_pat
     assert average.name == AVERAGE
     assert average._replace(name=test.name, p_holm=test.p_holm) == test
     assert [each.p for each in two.tests[:2]] == [test.p] * 2
+
+
+def test_the_average_that_is_tested_weighs_each_column_alike_and_names_the_seeds_of_all(tmp_path):
+    for trained_on, seeds, tasks in ((TASKS[0], (0, 1), ["gsm8k", "svamp"]), (TASKS[1], (1,), ["gsm8k"])):
+        for seed, (label, skill) in product(seeds, (("pt", 0.4), ("dpt", 0.7))):
+            write_cell(tmp_path, label, trained_on, seed, skill=skill, tasks=tasks, examples=40)
+    *tests, average = boards(read_comparison(tmp_path))[0].tests
+    assert len(tests) == 3
+    assert average.difference.mean == pytest.approx(np.mean([test.difference.mean for test in tests]))
+    assert average.difference.seeds == (1,)
 
 
 def test_predictions_that_are_missing_leave_a_task_untested_and_say_so(tmp_path):
