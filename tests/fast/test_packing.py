@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributions import Categorical
+from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 import ptmoe.fast.loss
@@ -14,6 +16,7 @@ from ptmoe import METHODS, PtmoeError, attach
 from ptmoe.fast import packing
 from ptmoe.fast.last_layer import last_layer_obstacle
 from ptmoe.fast.lock import base_lock
+from ptmoe.fast.loss import cross_entropy, cross_entropy_in_parts
 from ptmoe.fast.packing import SHORT, SIMILAR, groups_of, packing_obstacle
 from testing.bases import CONFIGS, DEVICE, HIDDEN, VOCABULARY, prompted, tiny, tiny_llama
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
@@ -267,3 +270,25 @@ def test_statistics_of_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[0][2] == 3 * len(ROWS)
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_in_half_precision_parts_have_the_loss_gradient_and_statistics_of_the_whole_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, HIDDEN, generator=generator).bfloat16() for n in (300, VOCABULARY))
+    targets = torch.randint(VOCABULARY, (300,), generator=generator)
+    statistics = ptmoe.fast.loss.TokenStatistics()
+    found = []
+    for loss in (
+        lambda states: cross_entropy(states @ head.T, targets, 400),
+        lambda states: cross_entropy_in_parts(states, targets, 400, lambda part: part @ head.T, 7, statistics),
+    ):
+        states = hidden.clone().requires_grad_()
+        value = loss(states)
+        value.backward()
+        found.append((value.detach(), states.grad))
+    assert found[1][0].dtype == torch.float32
+    assert_close(found[1][0], found[0][0], atol=0, rtol=1e-5)
+    assert_close(found[1][1], found[0][1], atol=1e-4, rtol=0.02)
+    logits = (hidden @ head.T).float()
+    assert float(statistics.entropy) == pytest.approx(Categorical(logits=logits).entropy().sum().item(), rel=1e-5)
+    assert (int(statistics.correct), statistics.count) == (int((logits.argmax(1) == targets).sum()), 300)
