@@ -328,6 +328,7 @@ def test_a_batch_without_supervised_tokens_has_loss_zero():
     loss.backward()
     assert loss == 0
     assert not model.encoder.prompt.grad.any()
+    assert model.eval()(tokens(4)[None], labels=torch.full((1, 4), -100, device=DEVICE)).loss == 0
 
 
 def test_the_first_token_can_be_supervised_where_nothing_is_routed():
