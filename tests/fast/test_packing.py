@@ -98,10 +98,12 @@ def test_a_packed_batch_computes_no_padding() -> None:
     assert seen[-1] == (2, len(ROWS[1]) + 5, HIDDEN)
 
 
-def test_the_base_is_left_as_it_was() -> None:
-    base = tiny_llama()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_base_is_left_as_it_was(implementation: str) -> None:
+    base = tiny_llama(attn_implementation=implementation)
     model = prompted(base, CONFIGS["PT"]).train()
     before = base.config._attn_implementation
+    assert before == implementation
     model(**labelled(ROWS, [0] * 5)).loss.backward()
     assert base.config._attn_implementation == before
 
@@ -223,6 +225,7 @@ def test_a_trial_leaves_every_part_of_the_base_in_its_mode() -> None:
     assert packing_obstacle(base) is None
     assert last_layer_obstacle(base) is None
     assert [module.training for module in base.modules()] == modes
+    assert packing_obstacle(tiny("gpt2").train()) is None  # its dropout is off
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -145,6 +145,18 @@ def test_a_row_that_passes_a_switch_is_generated_as_without_a_cache(kind, method
         assert [model.generate(row[None], **options)[0, len(row) :].tolist() for row in ROWS] != expected
 
 
+def test_the_first_tokens_are_the_same_however_many_are_asked_for():
+    """Also where the last one alone is read past a switch."""
+    model = prompted(switching("llama"), KINDS_OF_METHOD["PT"]).eval()
+    decoder = Decoder(model)
+    for row in (tokens(length, length) % 80 + 3 for length in range(2, 8)):
+        expected = without_a_cache(model, row, NEW)
+        for new in range(1, NEW + 1):
+            assert decoder([row.tolist()], [0], max_new_tokens=new, ended=lambda _: False) == [expected[:new]]
+            made = model.generate(row[None], max_new_tokens=new, pad_token_id=0)
+            assert made[0, len(row) :].tolist() == expected[:new]
+
+
 def test_so_is_one_of_a_base_that_takes_inputs_for_each_layer(monkeypatch):
     rotations = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": LONG}
     own = tabulate_bases.OWN["gemma3n_text"] | {"rope_parameters": rotations}
