@@ -544,6 +544,19 @@ def test_a_wrong_adapter_name_is_answered_with_the_nearest():
         model(ids, adapter_names=["moe", "pt"])
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_loss_comes_first_and_a_tuple_is_given_where_one_is_asked_for(training):
+    model, ids = prompted(tiny_llama(), CONFIGS["PT"]).train(training), tokens(6)[None]
+    out = model(ids, labels=ids, skip_logits=False, output_hidden_states=True)
+    assert list(out) == ["loss", "logits", "hidden_states"]
+    assert torch.equal(out[0], out.loss)
+    assert torch.equal(model(ids, labels=ids)[0], out.loss)
+    loss, logits, hidden = model(ids, labels=ids, skip_logits=False, output_hidden_states=True, return_dict=False)
+    assert torch.equal(loss, out.loss)
+    assert torch.equal(logits, out.logits)
+    assert len(hidden) == len(out.hidden_states)
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 

@@ -104,7 +104,7 @@ class PromptedCausalLM(GeneratingModel):
             skip_logits: compute no logits but those the loss needs, and return none; by default in training with
                 labels. Then nothing is computed for padding either (`packing`).
             token_statistics: told of the supervised tokens' predictions.
-            **options: go to the base model (`output_hidden_states`, …).
+            **options: go to the base model (`output_hidden_states`, …); `return_dict=False` gives a tuple.
 
         Raises:
             PtmoeError: shapes that do not agree, an unknown adapter, an input too long for the base's positions, or
@@ -114,6 +114,7 @@ class PromptedCausalLM(GeneratingModel):
         for name in ("inputs_embeds", "past_key_values", "position_ids"):
             if options.pop(name, None) is not None:
                 raise PtmoeError(f"forward takes no {name}: it splices the prompt itself; use generate() to decode")
+        as_tuple = options.get("return_dict") is False
         options = {"use_cache": False, **options, "return_dict": True}
         kept = options.pop("logits_to_keep", 0)  # counts tokens of the input, as in transformers
         check_shapes(input_ids, attention_mask=attention_mask, labels=labels)
@@ -144,11 +145,9 @@ class PromptedCausalLM(GeneratingModel):
                 f"a padded batch of {width} positions on a base whose attention chooses {chosen}: it would choose "
                 "padding as well; give it rows of one length, or one row at a time"
             )
-        result = PromptedOutput()
-        result.routing = prompts.routing
         every = prompts.lengths is None and prompts.embeds.shape[1] > 0  # each row's first token has a predictor
         supervised = None if labels is None else predicting(spliced, labels, attention_mask, every=every)
-        place = None
+        loss = logits = place = None
         if not self.path.left_padding:
             order = align(spliced.attention_mask, "left")
             spliced, place = spliced.reordered(order), order.argsort(1)
@@ -158,27 +157,29 @@ class PromptedCausalLM(GeneratingModel):
         with self.lock, without_plans(self.base_model):
             if supervised is not None and (self.training if skip_logits is None else skip_logits):
                 counts = num_items_in_batch, token_statistics
-                result.loss, out = self._loss(spliced, prompts, supervised, *counts, options)
+                loss, out = self._loss(spliced, prompts, supervised, *counts, options)
             else:
                 out = self._outputs(spliced, prompts, options)
-                logits = out["logits"]
+                scores = out["logits"]
                 if place is not None:
-                    logits = logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))
-                logits = logits[:, prompts.embeds.shape[1] :]
-                result.logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
+                    scores = scores.gather(1, place[..., None].expand(-1, -1, scores.shape[2]))
+                scores = scores[:, prompts.embeds.shape[1] :]
+                logits = scores[:, -kept:] if isinstance(kept, int) else scores[:, kept]
         if supervised is not None:
             rows, before, targets = supervised
-            if result.loss is None:
+            if loss is None:
                 scores = out["logits"][rows, before]
-                result.loss = cross_entropy(scores, targets, num_items_in_batch)
+                loss = cross_entropy(scores, targets, num_items_in_batch)
                 if token_statistics is not None:
                     token_statistics.add(scores, targets)
             if prompts.auxiliary_loss is not None and self.training:
                 # Once for the global batch: this part's share of it.
                 share = 1.0 if num_items_in_batch is None else len(targets) / num_items_in_batch
-                result.loss = result.loss + share * prompts.auxiliary_loss
-        result.hidden_states, result.attentions = out.get("hidden_states"), out.get("attentions")
-        return result
+                loss = loss + share * prompts.auxiliary_loss
+        # At once: its items, by which it is unpacked and indexed, stand in the order in which they are set.
+        result = PromptedOutput(loss, logits, out.get("hidden_states"), out.get("attentions"))
+        result.routing = prompts.routing
+        return cast(PromptedOutput, result.to_tuple()) if as_tuple else result
 
     def _outputs(self, spliced: Spliced, prompts: Prompts, options: dict[str, Any]) -> dict[str, Any]:
         """The base's output, from a pass over the rows on each side of its switches."""
