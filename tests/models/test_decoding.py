@@ -138,6 +138,14 @@ def test_in_half_precision_a_batch_gets_the_tokens_that_generate_gives_it(base):
 EVERY_TOKEN = 1e9  # a margin that none has
 
 
+def test_a_row_alone_decides_for_itself_when_others_have_left_the_batch():
+    decoder = Decoder(prompted(tiny(), CONFIGS["PT"]).eval())
+    ends = [row[:length] for row, length in zip(generated(decoder.model), (1, 3, NEW, 5, 4), strict=True)]
+    made = decoded(decoder, ended=ends.__contains__)
+    assert len({len(row) for row in made}) > 2, "rows end together: tells nothing"
+    assert decoded(decoder, ended=ends.__contains__, margin=EVERY_TOKEN) == made
+
+
 def test_where_two_tokens_nearly_tie_one_pass_over_the_row_alone_decides():
     model = prompted(tiny(), CONFIGS["PT"]).eval()
     decoder, whole = Decoder(model), generated(model)
