@@ -4,6 +4,8 @@ The fields are the options of `ptmoe train`: their names, types, defaults and he
 `transformers.TrainingArguments` where it has them; any other of its arguments goes under `trainer`.
 """
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
