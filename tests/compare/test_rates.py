@@ -159,6 +159,32 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, trained):
     assert len(set(trained.trials)) == 30
 
 
+@pytest.mark.parametrize("line", [0, 59])
+def test_an_interrupted_search_does_not_go_on_with_other_data(line, tmp_path, trained):
+    """Neither with other validation examples, the first of this file, nor with others to train on."""
+
+    def interrupted(method, rate, seed):
+        if len(trained) == 8:
+            raise KeyboardInterrupt
+        return 50.0
+
+    lines = [json.dumps({"prompt": f"{n} =>", "completion": f" {n}"}) for n in range(60)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(lines))
+    asked = {"tasks": [str(file)], "eval_tasks": ["nano/mixed"], "search_examples": 20, "max_examples": None}
+    trained.score = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        compare(prepared(tmp_path / "c", **asked))
+    file.write_text("\n".join(text.replace("=>", "+") if place == line else text for place, text in enumerate(lines)))
+    with pytest.raises(PtmoeError, match=r"holds a search on other data than .*mine\.jsonl"):
+        compare(prepared(tmp_path / "c", **asked))
+    assert len(trained.trials) == 8
+    file.write_text("\n".join(lines))
+    trained.score = lambda method, rate, seed: 50.0
+    compare(prepared(tmp_path / "c", **asked))
+    assert len(set(trained.trials)) == 30
+
+
 def test_a_rate_that_diverges_is_out_and_a_trial_that_fails_holds_its_cells_up(tmp_path, trained):
     usual = METHODS["pt"].narrow_learning_rate
 

@@ -23,8 +23,8 @@ from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import DIVERGED, PtmoeError
 from ptmoe.runs.folders import RESULT_FILE, SEARCH_FOLDER, file_name
 from ptmoe.runs.records import EvaluationSummary, Result
-from ptmoe.runs.searches import RateSearch, State, TrialRecord, mean_score
-from ptmoe.train.examples import evaluation_split
+from ptmoe.runs.searches import RateSearch, State, TrialRecord, check_data, mean_score
+from ptmoe.train.examples import evaluation_split, examples_fingerprint
 
 FIRST_SEED = 1000  # of the trials: no cell has it by default
 SHORTER = 3  # a trial has a third of a cell's steps
@@ -93,15 +93,24 @@ def search_rates(
     plan: ComparePlan, cells: Sequence[Cell], folder: ComparisonFolder, run: Executor, watcher: Watcher
 ) -> list[Cell]:
     """Run the trials that these cells need, each of which goes to the folder's `search.jsonl` as it ends, and give each
-    cell the rate that was chosen for it. A cell without one has failed, which is recorded, and is left out."""
+    cell the rate that was chosen for it. A cell without one has failed, which is recorded, and is left out.
+
+    Raises:
+        PtmoeError: trials that have ended had other data than those to come.
+    """
     known = {(search.label, search.task): search for search in folder.searches()}
     asked = searches(plan, cells, known.values())
     known |= {(search.label, search.task): search for search, _ in asked}
     todo = [trial for search, cell in asked for trial in trials(plan, search, cell)]
+    options = {trial.task: trial.options for trial in todo}
+    data = {task: examples_fingerprint(own, lambda line: None) for task, own in options.items()}
+    for search, _ in asked:
+        if search.task in data:
+            check_data(search.trials, data[search.task], folder.path, search.task)
     with closing(run(todo, folder, watcher)) as outcomes:
         for cell, outcome in outcomes:
             search = known[cell.key[:2]]
-            record = _record(search, cell, folder.run_folder(cell), outcome)
+            record = _record(search, cell, folder.run_folder(cell), outcome, data[cell.task])
             others = [trial for trial in search.trials if trial.settings != record.settings]
             known[cell.key[:2]] = search.model_copy(update={"trials": [*others, record]})
             folder.write_searches(known.values())
@@ -127,7 +136,7 @@ def search_rates(
     return kept
 
 
-def _record(search: RateSearch, cell: Cell, run: Path, outcome: int | str) -> TrialRecord:
+def _record(search: RateSearch, cell: Cell, run: Path, outcome: int | str, data: str) -> TrialRecord:
     settings = {"learning_rate": cell.options.learning_rate, "seed": cell.seed}
     order: list[Any] = [{"learning_rate": rate, "seed": seed} for seed in search.seeds for rate in search.rates]
     number = order.index(settings)
@@ -135,11 +144,11 @@ def _record(search: RateSearch, cell: Cell, run: Path, outcome: int | str) -> Tr
         try:
             score = mean_score(EvaluationSummary.read(path) for path in sorted((run / "eval").glob("*.json")))
             scores = [(Result.read(run / RESULT_FILE).steps, score)]
-            return TrialRecord(number=number, settings=settings, scores=scores, state="finished")
+            return TrialRecord(number=number, settings=settings, scores=scores, state="finished", data=data)
         except (PtmoeError, ZeroDivisionError) as error:
             outcome = f"its score cannot be read: {error}"
     state: State = "diverged" if outcome.startswith(DIVERGED) else "failed"
-    return TrialRecord(number=number, settings=settings, scores=[], state=state, error=outcome)
+    return TrialRecord(number=number, settings=settings, scores=[], state=state, error=outcome, data=data)
 
 
 def _said(search: RateSearch) -> str:

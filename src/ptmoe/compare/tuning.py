@@ -19,7 +19,7 @@ from ptmoe.compare.search import TunePlan, drawn
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.folders import BEST_FILE, TRIALS_FILE, TUNE_FILE, writing
 from ptmoe.runs.records import write_lines
-from ptmoe.runs.searches import State, TrialRecord
+from ptmoe.runs.searches import State, TrialRecord, check_data
 from ptmoe.train.examples import examples_fingerprint
 
 REDUCTION = 3  # of the trials that come so far, ASHA lets one in three go on
@@ -51,11 +51,7 @@ def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) ->
     with writing(folder, "another ptmoe tune is running in"):
         path = folder / TRIALS_FILE
         known = {record.number: record for record in TrialRecord.read_lines(path)}
-        if any(record.data not in (None, data) for record in known.values()):
-            raise PtmoeError(
-                f"{folder} holds a search on other data than {plan.data or plan.task} holds now, whose scores do not "
-                "compare: put the data back, or choose another --output-dir"
-            )
+        check_data(known.values(), data, folder, str(plan.data or plan.task))
         todo = [number for number in range(plan.trials) if number not in known or known[number].state == "failed"]
         if todo:
             known = {number: record for number, record in known.items() if number not in todo}

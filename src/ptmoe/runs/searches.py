@@ -1,8 +1,10 @@
 """What a search tried and found, as records: trials of `ptmoe tune`, and a comparison's search for learning rates."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from ptmoe.errors import PtmoeError
 from ptmoe.runs.records import EvaluationSummary, Record
 
 State: TypeAlias = Literal["finished", "stopped", "diverged", "failed"]
@@ -25,6 +27,22 @@ class TrialRecord(Record):
     state: State
     error: str | None = None  # why it failed or diverged
     data: str | None = None  # a fingerprint of the examples that it was trained and scored on; None in older searches
+
+
+def check_data(trials: Iterable[TrialRecord], data: str, folder: Path, source: str) -> None:
+    """
+    Args:
+        trials: of the search in `folder`, that have ended.
+        data: the fingerprint of the examples that others would be trained and scored on, which are of `source`.
+
+    Raises:
+        PtmoeError: one had other examples.
+    """
+    if any(trial.data not in (None, data) for trial in trials):
+        raise PtmoeError(
+            f"{folder} holds a search on other data than {source} holds now, whose scores do not compare: put the data "
+            "back, or choose another --output-dir"
+        )
 
 
 class RateSearch(Record):
