@@ -340,6 +340,7 @@ class RoutedEncoder(PromptEncoder):
         if (hardness := state_dict.pop(f"{prefix}hardness", None)) is not None:
             self.hardness = float(hardness)
         if (confidence := state_dict.pop(f"{prefix}confidence", None)) is not None:
-            self.confidence = confidence.to(self.router.weight.device, copy=True)
+            # That of a training without annealing stays the number that it was, which no state holds.
+            self.confidence = confidence.to(self.router.weight.device, copy=True) if float(confidence) else 0.0
         self.together = bool(state_dict.pop(f"{prefix}together", False))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
