@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ptmoe.errors import PtmoeError, near, shown
-from ptmoe.train.optimizer import check_optimizer_name, make_optimizer
+from ptmoe.train.optimizer import REFUSED, check_optimizer_name, make_optimizer
 from ptmoe.train.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # Options whose names `TrainingArguments` has as well, but which are carried out here.
 NOT_PASSED_ON = {"output_dir", "torch_compile", "gradient_checkpointing", "fsdp"}
-REFUSED = "transformers refuses these options:"
 NEED_EVALUATION = {
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
     *("per_device_eval_batch_size", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "include_for_metrics"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.json"
+REFUSED = "transformers refuses these options:"
 
 
 def updates_in_backward(optim: str) -> bool:
@@ -61,7 +62,7 @@ def check_optimizer_name(options: TrainOptions, config: MethodConfig) -> None:
         given = json.loads(given) if isinstance(given, str) else given
         get_scheduler(options.lr_scheduler_type, stub, 1, 1_000_000, scheduler_specific_kwargs=given)
     except (ValueError, TypeError) as error:
-        raise PtmoeError(f"transformers refuses these options: {' '.join(str(error).split())}") from None
+        raise PtmoeError(f"{REFUSED} {' '.join(str(error).split())}") from None
 
 
 def make_optimizer(options: TrainOptions, arguments: TrainingArguments, stub: nn.Module) -> None:
@@ -80,8 +81,7 @@ def make_optimizer(options: TrainOptions, arguments: TrainingArguments, stub: nn
             of = given.pop(name, of)
         make(of, **given)
     except Exception as error:  # whatever these packages raise
-        what = "transformers refuses these options:"
-        what = what if options.optim is None else f"optim={options.optim!r} cannot be used:"
+        what = REFUSED if options.optim is None else f"optim={options.optim!r} cannot be used:"
         raise PtmoeError(f"{what} {' '.join(str(error).split())}") from None
 
 

@@ -27,11 +27,11 @@ from ptmoe.runs.folders import (
 )
 from ptmoe.runs.records import Change, Result
 from ptmoe.tasks import Problems, task_named
-from ptmoe.train.arguments import REFUSED, check_arguments, training_arguments
+from ptmoe.train.arguments import check_arguments, training_arguments
 from ptmoe.train.checkpoints import newest_whole
 from ptmoe.train.examples import askable, evaluation_examples, evaluation_split, forgetting_examples, training_examples
 from ptmoe.train.notes import Overlap, notes
-from ptmoe.train.optimizer import check_targets
+from ptmoe.train.optimizer import REFUSED, check_targets
 from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
 from ptmoe.train.processes import ALONE, TIMEOUT, Processes, on_one_device
 from ptmoe.train.resume import (
