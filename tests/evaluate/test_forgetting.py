@@ -1,5 +1,7 @@
 """What a base forgets: the loss of each text against numpy, and what a run records of it."""
 
+import gzip
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,9 @@ def test_lines_of_a_file_are_cut_and_counted(tmp_path):
     assert {len(text.ids) for text in encoded} == {512}
     assert {(text.given, text.read) for text in encoded} == {(1, 512)}
     assert {len(text.ids) for text in encode_texts(examples, tokenizer, 100, 10)} == {90}
+    zipped = tmp_path / "lines.txt.gz"
+    zipped.write_bytes(gzip.compress((tmp_path / "lines.txt").read_bytes()))
+    assert forgetting_examples(TrainOptions(task="nano/mixed", forgetting=str(zipped))) == examples
 
 
 def test_other_bases_have_no_texts_by_default_and_files_without_any_are_refused(tmp_path):
@@ -107,9 +112,11 @@ def test_other_bases_have_no_texts_by_default_and_files_without_any_are_refused(
     assert encode_texts([], tokenizer, 2048, 10) == []
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"a line\n")[:-4])
     for name, message in {
         "empty.txt": "no line of text",
         "binary.txt": "UTF-8",
+        "cut.txt.gz": "needs a file",
         "none.txt": "needs a file",
         "\0": "needs a file",
     }.items():

@@ -30,7 +30,7 @@ _GZIP = b"\x1f\x8b"
 _LONGEST_NUMBER = 300  # digits of a whole number that is written out
 _SEPARATOR = re.compile(r"\s*([,\]]?)\s*")  # between two records of a JSON array, or at its end
 _TOO_LONG = f"longer than {_LONGEST >> 20} MB"
-_DAMAGED = (EOFError, OSError, zlib.error)  # what `gzip` raises
+DAMAGED = (EOFError, OSError, zlib.error)  # what `gzip` raises
 
 Record = tuple[str, Any]  # its location, "FILE:LINE", and its contents
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def head_bytes(path: Path) -> bytes | None:
     try:
         with opened(path) as file:
             return file.read(_HEAD)
-    except _DAMAGED:
+    except DAMAGED:
         return None
 
 
@@ -159,7 +159,7 @@ def _reading(path: Path, problems: Problems) -> Iterator[_Reading]:
             return
         except UnicodeDecodeError:
             damage = "not UTF-8 text at or after this line"
-        except _DAMAGED as error:
+        except DAMAGED as error:
             damage = f"damaged gzip ({error})"
         except BadRecordError as error:
             damage = str(error)

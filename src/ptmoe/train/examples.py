@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,7 @@ from ptmoe.tasks import (
     task_names,
 )
 from ptmoe.tasks import local as local_task
+from ptmoe.tasks.records import DAMAGED, opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,10 +156,10 @@ def forgetting_examples(options: SharedOptions) -> list[Example]:
         return load_task("nano/skills", "validation", max_examples=NANO_TEXTS) if options.model == nano.NAME else []
     path = Path(options.forgetting)
     try:
-        with path.open(encoding="utf-8") as file:
-            lines = (line.strip() for line in iter(partial(file.readline, LONGEST_LINE), ""))
+        with opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+            lines = (line.strip() for line in iter(partial(text.readline, LONGEST_LINE), ""))
             texts = list(islice(filter(None, lines), MOST_TEXTS))
-    except (OSError, ValueError) as error:  # the latter where it, or its name, is no text
+    except (*DAMAGED, ValueError) as error:  # the latter where it, or its name, is no text
         raise PtmoeError(f"forgetting {path}: {error}: needs a file with lines of text in UTF-8") from None
     if not texts:
         raise PtmoeError(f"forgetting {path}: no line of text, needs one at least")
