@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ptmoe.train import TrainOptions, train
+from ptmoe.train.verify import verify
 
 TINY = {"max_steps": 2, "per_device_train_batch_size": 4, "max_examples": 8, "eval_examples": 6, "seed": 3}
 
@@ -86,6 +88,32 @@ def test_bad_records_that_the_evaluation_left_out_change_nothing_and_one_that_tu
     assert status == 1
     told = "".join(line.split("│")[3].strip() + " " for line in printed.splitlines() if line.count("│") > 3)
     assert "1 of its 3 examples are not in the data any more; 1 bad record(s)" in told
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"task": "gsm8k,nano/mixed", "data_dir": "data", "validation_examples": 4},
+        {"task": "gsm8k", "data_dir": "data/train.jsonl", "validation_examples": 4},
+        {"task": "nano/mixed", "eval_task": "a/test.jsonl,b/test.jsonl"},
+    ],
+    ids=lambda asked: ",".join(map(str, asked.values())),
+)
+def test_what_the_training_was_evaluated_on_is_found_again(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, keys in (
+        ("data/train", "question answer"),
+        ("a/test", "prompt completion"),
+        ("b/test", "prompt completion"),
+    ):
+        Path(file).parent.mkdir()
+        lines = [dict(zip(keys.split(), (f"{file} {n} and 1?", f"#### {n + 1}"), strict=True)) for n in range(12)]
+        Path(f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    method = {"name": "pt", "num_virtual_tokens": 2}
+    options = TrainOptions(method=method, output_dir="run", max_new_tokens=4, **{**TINY, "max_examples": 4}, **asked)
+    train(options, say=lambda _: None)
+    differing = [check for check in verify("run", say=lambda _: None) if not check.equal]
+    assert differing == []
 
 
 def test_other_versions_are_told_and_decide_nothing(trained, tmp_path, run):

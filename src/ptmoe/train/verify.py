@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.environment import environment
-from ptmoe.runs.folders import CONFIG_FILE, Run, read_run
+from ptmoe.runs.folders import CONFIG_FILE, Run, distinct_tasks, read_run
 from ptmoe.runs.predictions import read_predictions
 from ptmoe.runs.records import EvaluationSummary
 from ptmoe.tasks import Problems, load_task, task_named
-from ptmoe.train.examples import evaluation_data_dir, training_examples
+from ptmoe.train.examples import evaluation_data_dir, evaluation_examples, evaluation_split, training_examples
 from ptmoe.train.options import BASE, TrainOptions, method_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ptmoe.models.causal import PromptedCausalLM
-    from ptmoe.tasks.base import Example
+    from ptmoe.tasks.base import Example, Task
+
+    HeldOut: TypeAlias = dict[tuple[str, str], tuple[Task, list[Example]]]  # by the task's name and the split
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,10 @@ def _checks(
         except PtmoeError as error:
             data = str(error)
         yield Check("training data", run.environment.data, data)
+    held_out = _held_out(options, data_dir, say)
     for name, summary in run.evaluations.items():
         try:
-            found = list(_evaluation(run, options, name, summary, model, tokenizer, data_dir, say))
+            found = list(_evaluation(run, options, name, summary, model, tokenizer, data_dir, held_out, say))
         except PtmoeError as error:
             found = [Check(f"{name}: evaluation", "as it was", str(error))]
         yield from found
@@ -110,6 +114,17 @@ def _training_data(
     return fit(examples, tokenizer, length, options.truncation, chat=bool(options.chat), **shown).fingerprint()
 
 
+def _held_out(options: TrainOptions, data_dir: str | None, say: Callable[[str], None]) -> HeldOut:
+    """What the run evaluated by itself after its training, by the name and the split of each task; nothing where the
+    data is not there, which reading a task's examples then says."""
+    if data_dir is not None and options.data is None:
+        options = options.replace(**{"eval_data_dir" if options.validation_examples is None else "data_dir": data_dir})
+    with suppress(PtmoeError):
+        found, split = evaluation_examples(options.replace(skip_bad=True), say), evaluation_split(options)
+        return {(task.name, split): (task, found[name]) for name, task in distinct_tasks(found).items()}
+    return {}
+
+
 def _evaluation(
     run: Run,
     options: TrainOptions,
@@ -118,6 +133,7 @@ def _evaluation(
     model: PromptedCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     data_dir: str | None,
+    held_out: HeldOut,
     say: Callable[[str], None],
 ) -> Iterator[Check]:
     from ptmoe.evaluate import evaluate
@@ -125,11 +141,13 @@ def _evaluation(
     recorded, settings = read_predictions(run.predictions[name]), summary.settings
     if not settings:
         raise PtmoeError(f"{run.folder} does not record what decided these predictions: evaluate again")
+    task, own = held_out.get((summary.task, summary.split), (None, []))
+    task = task or task_named(summary.task)
     again = evaluate(
         model,
         tokenizer,
-        _asked(summary, {each.id for each in recorded}, data_dir or evaluation_data_dir(options), options, say),
-        task=task_named(summary.task),
+        _asked(summary, {each.id for each in recorded}, own, data_dir or evaluation_data_dir(options), options, say),
+        task=task,
         split=summary.split,
         score=settings.get("score", "answers"),
         batch_size=options.eval_batch_size,
@@ -151,12 +169,16 @@ def _evaluation(
 def _asked(
     summary: EvaluationSummary,
     ids: set[str],
+    own: list[Example],
     data_dir: str | None,
     options: TrainOptions,
     say: Callable[[str], None],
 ) -> list[Example]:
-    """The examples that were evaluated: usually the first ones, or of all those with the recorded ids."""
-    found: list[Example] = []
+    """The examples that were evaluated: the run's `own`, or usually the first ones, or of all those with the recorded
+    ids."""
+    found = [example for example in own if example.id in ids]
+    if len(found) == len(ids):
+        return found
     for limit in (summary.examples, None):
         problems = Problems(skip=True)  # as `ptmoe eval` may have done; whether any is missing, its id tells
         how: dict[str, Any] = {"max_examples": limit, "problems": problems, "keys": options.keys, "say": say}
