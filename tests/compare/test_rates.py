@@ -48,6 +48,7 @@ def trained(monkeypatch):
                 score = self.score(options.method["name"], rate, options.seed)
                 summary = EvaluationSummary(task="nano/mixed", examples=9, metrics={"accuracy": score})
                 summary.write(folder / "eval" / "nano__mixed.validation.json")
+            options.write(folder / "config.yaml")
             Result(name="x", method="x", trainable_parameters=7, train_seconds=1, steps=2).write(folder / "result.json")
             return 7
 
@@ -157,6 +158,46 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, trained):
     compare(prepared(tmp_path / "c"))
     assert len(trained.trials) == 31
     assert len(set(trained.trials)) == 30
+
+
+@pytest.mark.parametrize(
+    ("written", "edited", "said"),
+    [
+        ("search_steps: null", "search_steps: 1", "max_steps was 2, is 1"),
+        ("search_seeds: 3", "search_seeds: 1", r"seeds was \[1000, 1001, 1002\], is \[1000\]"),
+        ("learning_rate: 0.03", "learning_rate: 0.3", "given was 0.03, is 0.3"),
+        ("per_device_train_batch_size: 4", "per_device_train_batch_size: 2", "per_device_train_batch_size was 4, is 2"),
+    ],
+)
+def test_trials_that_have_ended_do_not_pass_for_those_of_a_plan_that_was_edited(
+    written, edited, said, tmp_path, trained
+):
+    def interrupted(method, rate, seed):
+        if len(trained) == 8:
+            raise KeyboardInterrupt
+        return 50.0
+
+    trained.score = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        compare(prepared(tmp_path / "c"))
+    plan = tmp_path / "c" / "comparison.yaml"
+    text = plan.read_text()
+    assert written in text
+    plan.write_text(text.replace(written, edited))
+    with pytest.raises(PtmoeError, match=f"was searched otherwise than the plan says .*{said}"):
+        prepare(read_plan(tmp_path / "c"))
+    plan.write_text(text)
+    assert len(prepare(read_plan(tmp_path / "c")).trials) == 30 - 7
+
+
+def test_a_cell_that_has_another_rate_than_was_chosen_is_not_taken_for_finished(tmp_path, trained):
+    trained.score = peak_at({name: METHODS[name].narrow_learning_rate for name in ("pt", "dpt")})
+    compare(prepared(tmp_path / "c"))
+    assert prepared(tmp_path / "c").unfinished == []
+    (config,) = (tmp_path / "c").glob("cells/pt/*/seed-1/config.yaml")
+    config.write_text(config.read_text().replace("learning_rate: 0.03", "learning_rate: 0.01"))
+    with pytest.raises(PtmoeError, match=r"seed-1 was trained otherwise than the plan says .learning_rate was 0.01"):
+        prepared(tmp_path / "c")
 
 
 @pytest.mark.parametrize("line", [0, 59])

@@ -57,10 +57,9 @@ class ComparisonFolder:
             return False
         return record == cell.record(record.trainable_parameters)
 
-    def differences(self, cell: Cell, unseen: set[str]) -> list[str]:
-        """In what a finished cell was trained otherwise than is planned now, but for the options `unseen`: the plan's
-        file was edited. What the plan leaves at None the run has decided, and the names of a base's layers are in its
-        own order."""
+    def differences(self, cell: Cell) -> list[str]:
+        """In what a finished cell was trained otherwise than is planned now: the plan's file was edited. What the plan
+        leaves at None the run has decided, and the names of a base's layers are in its own order."""
         try:
             trained = read_yaml(self.run_folder(cell) / CONFIG_FILE)
         except (PtmoeError, OSError):  # the report says that it is damaged
@@ -72,7 +71,7 @@ class ComparisonFolder:
         return [
             f"{name} was {before!r}, is {now!r}"
             for name, before, now in pairs
-            if now is not None and _unordered(before) != _unordered(now) and name not in unseen
+            if now is not None and _unordered(before) != _unordered(now)
         ]
 
     def finish(self, cell: Cell, outcome: int | str) -> None:

@@ -9,7 +9,7 @@ each scored, and the rate that was chosen, is in `search.jsonl`; the plan stays 
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +23,9 @@ from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import DIVERGED, PtmoeError
 from ptmoe.runs.folders import RESULT_FILE, SEARCH_FOLDER, file_name
 from ptmoe.runs.records import EvaluationSummary, Result
-from ptmoe.runs.searches import RateSearch, State, TrialRecord, check_data, mean_score
-from ptmoe.train.examples import evaluation_split, examples_fingerprint
+from ptmoe.runs.searches import RateSearch, State, TrialRecord, mean_score
+from ptmoe.train.examples import evaluation_split
+from ptmoe.train.options import TrainOptions
 
 FIRST_SEED = 1000  # of the trials: no cell has it by default
 SHORTER = 3  # a trial has a third of a cell's steps
@@ -50,27 +51,43 @@ class Trial(Cell):
 
 
 def searches(plan: ComparePlan, cells: Iterable[Cell], known: Iterable[RateSearch]) -> list[tuple[RateSearch, Cell]]:
-    """What is to be searched for these cells, as far as it is known, with the first cell of each."""
+    """What is to be searched for these cells, as far as it is known, with the first cell of each.
+
+    Raises:
+        PtmoeError: trials have ended that were made otherwise than the plan says now: its file was edited.
+    """
     before = {(search.label, search.task): search for search in known}
     found: dict[tuple[str, str], tuple[RateSearch, Cell]] = {}
     for cell in cells:
         pair, given = (cell.variant.label, cell.task), cell.variant.learning_rate
         if not plan.search or given is None or pair in found:
             continue
+        options = trial_options(plan, cell)
         fresh = RateSearch(
             label=cell.variant.label,
             method=cell.variant.config.method,
             task=cell.task,
-            split=evaluation_split(cell.options.replace(validation_examples=plan.search_examples)),
+            split=evaluation_split(options),
             examples=plan.search_examples,
             given=given,
             rates=[float(f"{given * factor:.3g}") for factor in plan.search_factors],
             seeds=list(range(FIRST_SEED, FIRST_SEED + plan.search_seeds)),
+            options=options.model_dump(mode="json", exclude={"learning_rate", "seed", "output_dir"}),
         )
         earlier = before.get(pair)
-        same = earlier is not None and earlier.model_copy(update={"trials": [], "chosen": None}) == fresh
-        found[pair] = (earlier if earlier is not None and same else fresh), cell
+        if earlier is not None and (different := earlier.differences(fresh)):
+            raise PtmoeError(
+                f"the learning rate of {cell.variant.label} on {cell.task} was searched otherwise than the plan says "
+                f"({'; '.join(different)}): put the plan back, or choose another --output-dir"
+            )
+        found[pair] = earlier or fresh, cell
     return list(found.values())
+
+
+def trial_options(plan: ComparePlan, cell: Cell) -> TrainOptions:
+    """What the trials of a search have in common."""
+    own = {"validation_examples": plan.search_examples, "eval_task": None, **trial_length(plan)}
+    return cell.options.replace(**own)
 
 
 def trial_length(plan: ComparePlan) -> dict[str, float]:
@@ -82,31 +99,31 @@ def trial_length(plan: ComparePlan) -> dict[str, float]:
 
 def trials(plan: ComparePlan, search: RateSearch, cell: Cell) -> Iterator[Trial]:
     """Those that a search still needs."""
+    options = trial_options(plan, cell)
     for seed in search.seeds:
         for rate in search.rates if search.chosen is None else ():
             if (rate, seed) not in search.settled:
-                own = {"learning_rate": rate, "seed": seed, "validation_examples": search.examples, "eval_task": None}
-                yield Trial(cell.variant, cell.task, (), seed, cell.options.replace(**own, **trial_length(plan)))
+                yield Trial(cell.variant, cell.task, (), seed, options.replace(learning_rate=rate, seed=seed))
 
 
 def search_rates(
-    plan: ComparePlan, cells: Sequence[Cell], folder: ComparisonFolder, run: Executor, watcher: Watcher
+    plan: ComparePlan,
+    cells: Sequence[Cell],
+    data: Mapping[str, str],
+    folder: ComparisonFolder,
+    run: Executor,
+    watcher: Watcher,
 ) -> list[Cell]:
     """Run the trials that these cells need, each of which goes to the folder's `search.jsonl` as it ends, and give each
     cell the rate that was chosen for it. A cell without one has failed, which is recorded, and is left out.
 
-    Raises:
-        PtmoeError: trials that have ended had other data than those to come.
+    Args:
+        data: of each task that trials are trained on, the fingerprint of their examples.
     """
     known = {(search.label, search.task): search for search in folder.searches()}
     asked = searches(plan, cells, known.values())
     known |= {(search.label, search.task): search for search, _ in asked}
     todo = [trial for search, cell in asked for trial in trials(plan, search, cell)]
-    options = {trial.task: trial.options for trial in todo}
-    data = {task: examples_fingerprint(own, lambda line: None) for task, own in options.items()}
-    for search, _ in asked:
-        if search.task in data:
-            check_data(search.trials, data[search.task], folder.path, search.task)
     with closing(run(todo, folder, watcher)) as outcomes:
         for cell, outcome in outcomes:
             search = known[cell.key[:2]]

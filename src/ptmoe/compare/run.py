@@ -1,9 +1,9 @@
 """Running a plan: finished cells are kept, interrupted ones start over, failed ones are reported while others run."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from ptmoe.errors import PtmoeError
 from ptmoe.models.bases import check_quantization, commit_of, load_config
 from ptmoe.runs.folders import PLAN_FILE
 from ptmoe.runs.records import Failure
+from ptmoe.runs.searches import check_data
 from ptmoe.settings import LARGEST_YAML
 from ptmoe.train.arguments import check_arguments
-from ptmoe.train.examples import check_examples, forgetting_examples
+from ptmoe.train.examples import examples_fingerprint, forgetting_examples
 
 MOST_JOBS = 8  # by default; each loads the base once more
 
@@ -37,6 +38,7 @@ class Comparison:
     variants: tuple[Variant, ...]  # of `plan`
     left_out: tuple[LeftOut, ...]  # what cannot be run
     before: str | None  # the text of the folder's plan when `whole` was made of it
+    data: Mapping[str, str] = field(default_factory=dict)  # of the tasks of `trials`, the examples' fingerprints
 
     @property
     def unfinished(self) -> list[Cell]:
@@ -63,9 +65,9 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
         data: check that the data is there.
 
     Raises:
-        PtmoeError: an unknown model, method, task or option; no data; a folder of another comparison, or with a cell
-            that was trained otherwise; a plan too large to be read again; no cell that can be run, or with `strict`
-            one that cannot; Ray, where it is asked for and not installed.
+        PtmoeError: an unknown model, method, task or option; no data; a folder of another comparison, with a cell that
+            was trained otherwise, or with a search made otherwise or on other data; a plan too large to be read again;
+            no cell that can be run, or with `strict` one that cannot; Ray, where it is asked for and not installed.
     """
     check_place(plan.on)
     check_quantization(plan.quantization)
@@ -111,8 +113,11 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             "again: compare fewer methods, values or seeds in one folder"
         )
     cells = tuple(cells_of(plan, chosen, config))
+    known_searches = folder.searches() if plan.search else []
+    chosen_rates = {(each.label, each.task): each.chosen for each, _ in searches(plan, cells, known_searches)}
     for cell in filter(folder.is_finished, cells):
-        if different := folder.differences(cell, {"learning_rate"} if plan.search else set()):
+        rate = chosen_rates.get(cell.key[:2], cell.options.learning_rate)  # None where its search is not there any more
+        if different := folder.differences(replace(cell, options=cell.options.replace(learning_rate=rate))):
             raise PtmoeError(
                 f"{folder.run_folder(cell)} was trained otherwise than the plan says ({'; '.join(different)}): choose "
                 "another --output-dir, or delete the cells that are to be trained again"
@@ -123,9 +128,12 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
         cell.variant.config.method: cell for cell in comparison.unfinished if not cell.variant.is_base
     }.values():
         check_arguments(cell.options, cell.variant.config, here=plan.on in ("processes", LOCAL))
-    for trial in {trial.task: trial for trial in comparison.trials}.values() if data else ():
-        check_examples(trial.options, say)
-    return comparison
+    waited_for = {trial.task: trial.options for trial in comparison.trials} if data else {}
+    fingerprints = {task: examples_fingerprint(options, say) for task, options in waited_for.items()}
+    for search in known_searches:
+        if search.task in fingerprints:
+            check_data(search.trials, fingerprints[search.task], folder.path, search.task)
+    return replace(comparison, data=fingerprints)
 
 
 def _folder_name(plan: ComparePlan) -> str:
@@ -157,7 +165,7 @@ def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[Fail
         with chosen as run:
             comparison.whole.write(folder.path / PLAN_FILE)
             if comparison.plan.search and cells:
-                cells = search_rates(comparison.plan, cells, folder, run, watcher)
+                cells = search_rates(comparison.plan, cells, comparison.data, folder, run, watcher)
             with closing(run(cells, folder, watcher)) as outcomes:
                 for cell, outcome in outcomes:
                     folder.finish(cell, outcome)

@@ -56,8 +56,18 @@ class RateSearch(Record):
     given: float  # the learning rate as the plan has it, around which the others lie
     rates: list[float]  # the grid, the lowest first
     seeds: list[int]  # of the trials at each rate, which no cell has by default
+    options: dict[str, Any] | None = None  # that all trials have; None in older searches
     trials: list[TrialRecord] = []  # those that have ended; their settings are `learning_rate` and `seed`
     chosen: float | None = None  # the learning rate of the cells; None until every trial has ended
+
+    def differences(self, other: "RateSearch") -> list[str]:
+        """In what trials that have ended were made otherwise than those of another search, each as a sentence."""
+        before, now = (
+            each.model_dump(exclude={"trials", "chosen", "options"}) | ((self.options and each.options) or {})
+            for each in (self, other)
+        )
+        pairs = [(name, value, now[name]) for name, value in before.items() if self.trials and name in now]
+        return [f"{name} was {was!r}, is {value!r}" for name, was, value in pairs if was != value]
 
     @property
     def scores(self) -> dict[float, list[float]]:

@@ -121,22 +121,11 @@ def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> di
     return loaded
 
 
-def check_examples(options: TrainOptions, say: Callable[[str], None]) -> None:
-    """That there are examples to train and to evaluate on; downloaded, where they are not there yet.
+def examples_fingerprint(options: TrainOptions, say: Callable[[str], None]) -> str:
+    """Of all examples to train and to evaluate on; downloaded, where they are not there yet.
 
     Raises:
         PtmoeError: missing or bad data, or fewer to train on than to validate on.
-    """
-    problems = Problems(skip=options.skip_bad, at_once=options.data is None)
-    next(iter(training_examples(options, problems, say)), None)
-    evaluation_examples(options, say)
-
-
-def examples_fingerprint(options: TrainOptions, say: Callable[[str], None]) -> str:
-    """Of all examples to train and to evaluate on.
-
-    Raises:
-        PtmoeError: as `check_examples`.
     """
     found = hashlib.sha256()
     held_out = evaluation_examples(options, say).values()
