@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -634,6 +635,13 @@ def terminal(folder, width=400):
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(comparison_summary(folder))
     return console.export_text()
+
+
+def test_a_method_whose_seeds_have_different_learning_rates_is_named(alike, tmp_path):
+    config = alike[2] / "config.yaml"
+    config.write_text(config.read_text().replace("learning_rate: 0.0123", "learning_rate: 0.05"))
+    line = "The first that differ: nano/mixed: pt on nano/mixed, seed 0; pt on nano/mixed, seed 1."
+    assert f"Cells of one method were trained at different learning rates. {line}" in terminal(tmp_path)
 
 
 @pytest.mark.parametrize("heading", UNLIKE)

@@ -9,6 +9,7 @@ EVALUATED = "Cells were evaluated on different data."
 TRAINED = "Cells were trained on different data."
 BASES = "Cells ran on different bases."
 VERSIONS = "Cells ran with different versions."
+RATES = "Cells of one method were trained at different learning rates."
 
 
 def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
@@ -25,6 +26,7 @@ def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
             read.append((BASES, "", environment.base, 0))
         if cell.trainable_parameters:
             read.append((TRAINED, cell.task, environment.data, result.examples_cut + result.examples_left_out))
+            found.setdefault((RATES, cell.task, cell.label), {}).setdefault(cell.run.config.get("learning_rate"), name)
         for task in cell.eval_tasks:
             one = cell.run.evaluations[task]
             read.append((EVALUATED, task, one.settings.get("data"), one.cut + one.unanswered))
@@ -35,7 +37,7 @@ def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
             # Each method has room for inputs of another length: where some are too long, only its own cells are alike.
             for label in (cell.label,) if short else ("", cell.label):
                 found.setdefault((heading, task, label), {}).setdefault(value, name)
-    for heading in (EVALUATED, TRAINED, BASES, VERSIONS):
+    for heading in (EVALUATED, TRAINED, BASES, VERSIONS, RATES):
         unlike: dict[str, str] = {}
         for (of, task, _), names in found.items():
             if of == heading and len(names) > 1:
