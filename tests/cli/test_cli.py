@@ -213,6 +213,18 @@ def test_a_batch_size_is_the_rows_of_the_commands_main_work(run, options, monkey
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
+def test_what_a_changed_option_leaves_as_it_was_or_takes_out_is_said(run, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("task: nano/mixed\nmethod: pt\nlearning_rate: 0.5\nmax_steps: 1\nmax_examples: 4\n")
+    changes = ["--method", "dpt", "--validation-examples", "2", "--eval-task", "nano/skills", "--batch-size", "4"]
+    status, printed, error = run("train", file, *changes, "--output-dir", tmp_path / "run")
+    assert status == 0, error
+    printed = " ".join(printed.split())
+    assert f"learning rate 0.5, as {file} has it for pt, is now that of dpt: --learning-rate gives another" in printed
+    assert "not evaluated on nano/skills: with validation_examples a run is evaluated on those alone" in printed
+
+
 @pytest.mark.slow
 def test_a_run_trains_generates_and_repeats(run, run_folder, tmp_path):
     status, out, err = run("generate", run_folder, "harbor: 3 and 4 =>", "--max-new-tokens", 4, "--show-routing")

@@ -28,7 +28,8 @@ def train(
     A method's own options (--rank 8, …) are shown by `ptmoe train --method NAME --help`.
     """
     from ptmoe.runs.folders import CONFIG_FILE
-    from ptmoe.train.options import TrainOptions, method_config, method_entry
+    from ptmoe.settings import read_yaml
+    from ptmoe.train.options import DEFAULT_METHOD, TrainOptions, method_config, method_entry
     from ptmoe.train.resume import recorded
 
     options = {name: value for name, value in context.obj.items() if name in TrainOptions.model_fields}
@@ -60,6 +61,13 @@ def train(
     from ptmoe.train.steps import StepsCallback
 
     console = Console(quiet=rank() > 0)  # of several processes only the first prints
+    if config is not None and "learning_rate" not in options and training.learning_rate is not None:
+        before = method_entry(read_yaml(config).get("method", DEFAULT_METHOD))["name"]
+        if before != training.method["name"]:
+            console.print(
+                f"learning rate {training.learning_rate:g}, as {config} has it for {before}, is now that of "
+                f"{training.method['name']}: --learning-rate gives another"
+            )
     with progress_bar(console) as progress:
         steps = StepsCallback(training_bar(progress, training.method["name"]))
         router = training_bar(progress, "router")

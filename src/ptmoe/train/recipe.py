@@ -138,6 +138,8 @@ def _train(
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
     examples, held_out = training_examples(options, problems, say), evaluation_examples(options, say)
     known = forgetting_examples(options) if options.validation_examples is None else []
+    if options.validation_examples is not None and options.eval_task is not None:
+        say(f"not evaluated on {options.eval_task}: with validation_examples a run is evaluated on those alone")
     check_arguments(options, config)
 
     from ptmoe.evaluate.choices import labels_by_task
