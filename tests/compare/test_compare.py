@@ -349,6 +349,7 @@ def test_a_rate_in_a_methods_entry_or_varied_is_the_one_that_trains_or_is_refuse
         ({"learning_rate": ["0.01", "0.02"]}, "learning_rate '0.02' after 0.01: give one number"),
         ({"learning_rate": ["pt=0.01", "pt=0.02"]}, "learning_rate 'pt=0.02' after 0.01: give one number"),
         ({"search": True, "search_factors": "0.1,1,1.0001"}, "1.0 and 1.0001 are too close"),
+        ({"train": {"validation_examples": 5}}, "with 'validation_examples' no cell is evaluated on what is compared"),
         ({"train": {"trainer": 3}}, "trainer=3: input should be a valid dictionary"),
         ({"seeds": [2**32]}, "seeds.0=4294967296: input should be less than 4294967296"),
         ({"tasks": ["train.jsonl"], "eval_tasks": []}, "is a file to train on: name the tasks to evaluate on"),

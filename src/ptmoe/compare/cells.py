@@ -301,6 +301,8 @@ def _train_options(plan: ComparePlan, variant: Variant, task: str, seed: int) ->
     for name in plan.train:
         if name in own:
             raise PtmoeError(f"train: {name!r} is an option of the comparison itself: give it there")
+    if plan.train.get("validation_examples") is not None:
+        raise PtmoeError("train: with 'validation_examples' no cell is evaluated on what is compared: leave it out")
     cell = {
         "method": {"name": variant.config.method, **variant.config.model_dump()},
         "task": task,
