@@ -435,3 +435,23 @@ def test_accepted_requests_finish_when_the_server_is_told_to_stop(model):
     thread.join()
     assert got[0].status_code == 200
     assert engine.ended == 1
+def test_an_unexpected_fault_is_counted_and_leaves_its_client_the_connection(model, caplog):
+    class Failing(Paced):
+        async def generate(self, row, sampling):
+            raise KeyError("secret")
+            yield
+
+    body = json.dumps({"model": "base", "prompt": "a"})
+    with running(with_engine(model, Failing([]))) as address:
+        connection = HTTPConnection(address.removeprefix("http://"), timeout=30)
+        for _ in range(2):
+            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            got = connection.getresponse()
+            got.read()
+            assert got.status == 500
+        page = httpx.get(f"{address}/metrics").text
+        connection.close()
+    assert 'ptmoe_requests_total{status="500"} 2.0' in page
+    assert "KeyError: 'secret'" in caplog.text
+
+

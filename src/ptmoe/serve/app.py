@@ -260,7 +260,8 @@ def _key(keys: Sequence[str] | None) -> Callable[..., Awaitable[None]]:
 
 
 class Guard:
-    """Around everything: no body larger and no request longer than the limits, and every response counted.
+    """Around everything: no body larger and no request longer than the limits, every fault answered and every response
+    counted.
 
     The deadline here is for clients that stop sending, or stop reading; that of an answer is the service's.
     """
@@ -272,7 +273,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limits, size = self.service.limits, 0
+        limits, size, started = self.service.limits, 0, False
 
         async def counted_receive() -> Message:
             nonlocal size
@@ -285,7 +286,9 @@ class Guard:
         async def counted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.service.metrics.requests.labels(message["status"]).inc()
+            nonlocal started
             await send(message)
+                started = True
 
         try:
             await asyncio.wait_for(self.app(scope, counted_receive, counted_send), limits.deadline + GRACE)
@@ -294,6 +297,13 @@ class Guard:
             self.service.metrics.requests.labels("timeout").inc()
 
 
+        except Exception as error:
+            if started:
+                raise
+            # Starlette would answer outside of this, uncounted, and uvicorn then close the connection unannounced.
+            log.exception("a request failed")
+            status, body, headers = _problem(error)
+            await JSONResponse(body, status, headers)(scope, receive, counted_send)
 def _problem(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers for an error."""
     status, param, code, headers = 500, None, None, {}
@@ -347,5 +357,5 @@ def _answer_errors(app: FastAPI) -> None:
         status, body, headers = _problem(error)
         return JSONResponse(body, status, headers)
 
-    for kind in (HTTPException, RequestValidationError, *EXPECTED, Exception):
+    for kind in (HTTPException, RequestValidationError, *EXPECTED):
         app.add_exception_handler(kind, answer)
