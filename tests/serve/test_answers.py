@@ -38,3 +38,11 @@ def test_a_token_is_named_with_its_space(tokenizer, texts):
     service = Service(None, None, tokenizer, frozenset(), None, None)
     names = {service.token_text(token) for token in range(len(tokenizer))}
     assert names.issuperset(texts)
+
+
+def test_a_token_that_is_named_again_is_not_decoded_again(monkeypatch):
+    tokenizer, _ = load_tokenizer("nano")
+    service = Service(None, None, tokenizer, frozenset(), None, None)
+    names = [service.token_text(token) for token in (40, 41)]
+    monkeypatch.setattr(tokenizer, "decode", None)
+    assert [service.token_text(token) for token in (40, 41)] == names

@@ -294,6 +294,28 @@ def test_other_paths_and_verbs_are_errors_in_the_same_form(address):
         assert all(f"/v1/{own}" in said for own in ("completions", "chat/completions", "models", "adapters/NAME"))
 
 
+def test_the_likeliest_tokens_are_named_while_others_are_answered(address, service, monkeypatch):
+    naming, answered, name = threading.Event(), threading.Event(), service.token_text
+
+    def patient(token):
+        naming.set()
+        assert answered.wait(10)
+        return name(token)
+
+    monkeypatch.setattr(service, "token_text", patient)
+    got = []
+    body = {"model": "base", "prompt": "a", "max_tokens": 2, "logprobs": 2}
+    thread = threading.Thread(target=lambda: got.append(post(address, body, timeout=30)))
+    thread.start()
+    assert naming.wait(10)
+    with suppress(httpx.TimeoutException):
+        httpx.get(f"{address}/health", timeout=5)
+        answered.set()
+    thread.join()
+    assert answered.is_set()
+    assert len(got[0].json()["choices"][0]["logprobs"]["tokens"]) == 2
+
+
 def test_models_health_and_metrics(client, address):
     assert [model.id for model in client.models.list()] == ["base", "fixed", "routed"]
     assert client.models.retrieve("fixed").id == "fixed"

@@ -112,6 +112,7 @@ class Service:
         self._threads = ThreadPoolExecutor(PREPARED_AT_ONCE, thread_name_prefix="ptmoe-prepare")
         # Some tokenizers come with truncation or padding on, which the first call turns off, before threads share it.
         self._before: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._token_texts: dict[int, str] = {}  # of a few thousand tokens, that are asked for again and again
 
     async def start(self) -> None:
         """Start the engine, in the event loop of the server; a second call does nothing.
@@ -271,4 +272,7 @@ class Service:
 
     def token_text(self, token: int) -> str:
         """A token by itself; special ones by their names. Some tokenizers drop the space of a text's first token."""
-        return decoded(self.tokenizer, [*self._before, token]).removeprefix(decoded(self.tokenizer, self._before))
+        if token not in self._token_texts:
+            text, before = (decoded(self.tokenizer, ids) for ids in ([*self._before, token], self._before))
+            self._token_texts[token] = text.removeprefix(before)
+        return self._token_texts[token]
