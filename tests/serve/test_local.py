@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -129,6 +130,28 @@ def test_a_row_that_nobody_reads_any_more_leaves():
         return [token.id for token in whole]
 
     assert asyncio.run(run()) == alone(model, tokens(5), "PT", 40)
+
+
+def test_a_row_that_is_given_up_while_the_batch_is_full_is_kept_by_nobody():
+    model = served(tiny("llama", max_position_embeddings=20_000))
+    engine = LocalEngine(model, max_batch=1)
+
+    async def run():
+        await engine.start()
+        first = engine.generate(row_of(model, tokens(7), BASE), Sampling(max_tokens=10_000))
+        await anext(first)
+        waiting = asyncio.create_task(ask(engine, row_of(model, tokens(5), "PT")))
+        while not engine._waiting.qsize():
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            await waiting
+        left = engine._waiting.qsize()
+        await first.aclose()
+        await asyncio.wait_for(engine.stop(), 10)
+        return left
+
+    assert asyncio.run(run()) == 0
 
 
 @pytest.mark.parametrize("when", ["input", "step"])

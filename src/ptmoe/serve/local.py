@@ -15,6 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +89,7 @@ class LocalEngine:
         self._window = narrowest_window(base)
         self._rows = Rows(base.config)
         self._running: list[_Row] = []
-        self._waiting: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
+        self._waiting: queue.Queue[_Row | None] = queue.Queue()
         self._outbox: list[tuple[_Row, Token | EngineError | None]] = []
         self._prefixes: OrderedDict[Hashable, States] = OrderedDict()
         self._thread: threading.Thread | None = None
@@ -125,6 +126,8 @@ class LocalEngine:
                 yield event
         finally:
             mine.cancelled = True
+            with self._waiting.mutex, suppress(ValueError):  # a full batch may not look at it for minutes
+                self._waiting.queue.remove(mine)
 
     def _deliver(self, events: list[tuple[_Row, Token | EngineError | None]]) -> None:
         for row, event in events:
