@@ -22,7 +22,7 @@ from ptmoe.serve import gateway
 from ptmoe.serve.engine import EngineError, Input, Sampling, Token, UnavailableError
 from ptmoe.serve.gateway import GatewayEngine, encoded
 from ptmoe.serve.matrix import read_embedding
-from ptmoe.serve.start import gateway_service, local_service
+from ptmoe.serve.start import bind, gateway_service, local_service
 from ptmoe.serve.vllm_request import agree
 from testing.bases import ARCHITECTURES, tiny
 from testing.serving import listening, running, save
@@ -256,6 +256,28 @@ def test_a_busy_or_silent_one_is_replaced_before_its_first_token_and_not_after()
         assert [token.id for token in tokens] == [7, 6, 5]
         (refused,), _ = asked(GatewayEngine([busy], MATRIX), Sampling(3))
         assert isinstance(refused, UnavailableError)
+def test_one_that_hangs_while_it_is_tried_out_keeps_no_other_waiting(monkeypatch):
+    monkeypatch.setattr(gateway, "POLL", 0.05)
+    monkeypatch.setattr(gateway, "CONNECT", 100)
+
+    async def found(silent, url):
+        engine = GatewayEngine(["http://127.0.0.1:9"] * 2, MATRIX)
+        await engine.start()
+        one, other = engine.upstreams
+        one.url = silent
+        await asyncio.sleep(0.5)
+        other.url = url
+        while other.fault is not None:
+            await asyncio.sleep(0.02)
+        await engine.stop()
+        return one.fault
+
+    with bind("127.0.0.1", 0) as silent, listening(spoken()) as url:
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert asyncio.run(asyncio.wait_for(found(address, url), 20)) is not None
+
+
     with listening(spoken(pause=1.5)) as slow, listening(spoken()) as fine:
         (tokens,), _ = asked(GatewayEngine([slow, fine], MATRIX, timeout=0.5), Sampling(3))
         assert [token.id for token in tokens] == [7, 6, 5]

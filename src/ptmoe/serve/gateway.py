@@ -88,16 +88,17 @@ class GatewayEngine:
         self.positions = positions
         self._embedding, self._timeout = embedding, timeout
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         self._client = self._open()
         await self._look()
-        self._watching = asyncio.create_task(self._watch())
+        # Each by itself: one that hangs while it is tried out keeps none of the others waiting.
+        self._watching = [asyncio.create_task(self._watch(upstream)) for upstream in self.upstreams]
 
     async def stop(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
         await self._client.aclose()
 
     async def health(self) -> dict[str, Any]:
@@ -155,29 +156,31 @@ class GatewayEngine:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         return httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits)
 
-    async def _watch(self) -> None:
+    async def _watch(self, upstream: Upstream) -> None:
         while True:
             await asyncio.sleep(POLL)
-            await self._look()
+            await self._look_at(upstream)
 
     async def _look(self) -> None:
-        for upstream in self.upstreams:
-            before, late = upstream.state, False
-            try:
-                if upstream.tried and upstream.fault is None:
-                    (await self._client.get(f"{upstream.url}/health", timeout=CONNECT)).raise_for_status()
-                else:  # it may be another one by now
-                    await self._try(upstream)
-                upstream.fault = None
-            except MisfitError as error:
-                upstream.fault = str(error)
-            except httpx.HTTPError as error:
-                # One that is loaded is slow to say so; the requests to it have a time-out of their own.
-                late = upstream.fault is None and isinstance(error, httpx.ReadTimeout)
-                upstream.fault = None if late else _down(error)
-            upstream.late = late
-            if upstream.state != before:
-                log.warning("%s: %s", upstream.shown, upstream.state)
+        await asyncio.gather(*map(self._look_at, self.upstreams))
+
+    async def _look_at(self, upstream: Upstream) -> None:
+        before, late = upstream.state, False
+        try:
+            if upstream.tried and upstream.fault is None:
+                (await self._client.get(f"{upstream.url}/health", timeout=CONNECT)).raise_for_status()
+            else:  # it may be another one by now
+                await self._try(upstream)
+            upstream.fault = None
+        except MisfitError as error:
+            upstream.fault = str(error)
+        except httpx.HTTPError as error:
+            # One that is loaded is slow to say so; the requests to it have a time-out of their own.
+            late = upstream.fault is None and isinstance(error, httpx.ReadTimeout)
+            upstream.fault = None if late else _down(error)
+        upstream.late = late
+        if upstream.state != before:
+            log.warning("%s: %s", upstream.shown, upstream.state)
 
     async def _try(self, upstream: Upstream) -> None:
         """
