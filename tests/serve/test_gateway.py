@@ -72,7 +72,11 @@ def spoken(mode="fine", **options):
         async def events():
             for index, token in enumerate(answer):
                 if len(app.state.asked) > 2:
-                    await asyncio.sleep(options.get("pause", 0))
+                    pause = options.get("pause", 0)
+                    for _ in range(int(pause / options.get("pings", pause + 1))):  # as proxies send, that stay open
+                        await asyncio.sleep(options["pings"])
+                        yield ": ping\n\n"
+                    await asyncio.sleep(0 if "pings" in options else pause)
                     if index == options.get("breaks"):
                         raise RuntimeError("gone")
                     if index == options.get("aborts"):
@@ -87,6 +91,8 @@ def spoken(mode="fine", **options):
                     choice["logprobs"] = {"tokens": ["?"], "token_logprobs": [-0.1], "top_logprobs": [top]}
                 if mode == "no ids":
                     del choice["token_ids"]
+                if mode == "no numbers":
+                    choice["token_ids"] = [float("inf")]
                 yield f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n"
                 if stops:
                     break
@@ -215,6 +221,7 @@ def test_a_view_is_sent_without_what_it_is_a_view_of():
         ("other base", "another base"),
         ("no vllm", "lists no model"),
         ("no ids", "does not send token ids"),
+        ("no numbers", "does not send token ids"),
     ],
 )
 def test_an_engine_that_does_not_fit_is_refused_in_words(mode, message):
@@ -249,13 +256,6 @@ def test_one_that_is_down_is_passed_over_and_found_when_it_comes(monkeypatch):
         asyncio.run(asyncio.wait_for(later(), 20))
 
 
-@pytest.mark.ci
-def test_a_busy_or_silent_one_is_replaced_before_its_first_token_and_not_after():
-    with listening(spoken(busy=True)) as busy, listening(spoken()) as fine:
-        (tokens,), _ = asked(GatewayEngine([busy, fine], MATRIX), Sampling(3))
-        assert [token.id for token in tokens] == [7, 6, 5]
-        (refused,), _ = asked(GatewayEngine([busy], MATRIX), Sampling(3))
-        assert isinstance(refused, UnavailableError)
 def test_one_that_hangs_while_it_is_tried_out_keeps_no_other_waiting(monkeypatch):
     monkeypatch.setattr(gateway, "POLL", 0.05)
     monkeypatch.setattr(gateway, "CONNECT", 100)
@@ -278,9 +278,21 @@ def test_one_that_hangs_while_it_is_tried_out_keeps_no_other_waiting(monkeypatch
         assert asyncio.run(asyncio.wait_for(found(address, url), 20)) is not None
 
 
+@pytest.mark.ci
+def test_a_busy_or_silent_one_is_replaced_before_its_first_token_and_not_after():
+    with listening(spoken(busy=True)) as busy, listening(spoken()) as fine:
+        (tokens,), _ = asked(GatewayEngine([busy, fine], MATRIX), Sampling(3))
+        assert [token.id for token in tokens] == [7, 6, 5]
+        (refused,), _ = asked(GatewayEngine([busy], MATRIX), Sampling(3))
+        assert isinstance(refused, UnavailableError)
     with listening(spoken(pause=1.5)) as slow, listening(spoken()) as fine:
         (tokens,), _ = asked(GatewayEngine([slow, fine], MATRIX, timeout=0.5), Sampling(3))
         assert [token.id for token in tokens] == [7, 6, 5]
+    other = spoken()
+    with listening(spoken(pause=3, pings=0.1)) as alive, listening(other) as fine:
+        (tokens,), _ = asked(GatewayEngine([alive, fine], MATRIX, timeout=0.5), Sampling(3))
+        assert [token.id for token in tokens] == [7, 6, 5]
+        assert len(other.state.asked) == 3  # the first two tried it out
     with listening(spoken(breaks=2)) as broken, listening(spoken()) as fine:
         (failed,), _ = asked(GatewayEngine([broken, fine], MATRIX), Sampling(4))
         assert isinstance(failed, EngineError)

@@ -446,17 +446,6 @@ def test_a_fault_of_the_engine_is_one_requests_error(model, fault, status, words
             assert "secret" not in str(error)
 
 
-@pytest.mark.ci
-def test_accepted_requests_finish_when_the_server_is_told_to_stop(model):
-    engine, got = slow(0.05), []
-    with running(with_engine(model, engine)) as address:
-        body = {"model": "base", "prompt": "a", "max_tokens": 20}
-        thread = threading.Thread(target=lambda: got.append(post(address, body)))
-        thread.start()
-        until(lambda: engine.open == 1)
-    thread.join()
-    assert got[0].status_code == 200
-    assert engine.ended == 1
 def test_an_unexpected_fault_is_counted_and_leaves_its_client_the_connection(model, caplog):
     class Failing(Paced):
         async def generate(self, row, sampling):
@@ -477,3 +466,14 @@ def test_an_unexpected_fault_is_counted_and_leaves_its_client_the_connection(mod
     assert "KeyError: 'secret'" in caplog.text
 
 
+@pytest.mark.ci
+def test_accepted_requests_finish_when_the_server_is_told_to_stop(model):
+    engine, got = slow(0.05), []
+    with running(with_engine(model, engine)) as address:
+        body = {"model": "base", "prompt": "a", "max_tokens": 20}
+        thread = threading.Thread(target=lambda: got.append(post(address, body)))
+        thread.start()
+        until(lambda: engine.open == 1)
+    thread.join()
+    assert got[0].status_code == 200
+    assert engine.ended == 1

@@ -286,19 +286,17 @@ class Guard:
             return message
 
         async def counted_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self.service.metrics.requests.labels(message["status"]).inc()
             nonlocal started
-            await send(message)
+            if message["type"] == "http.response.start":
                 started = True
+                self.service.metrics.requests.labels(message["status"]).inc()
+            await send(message)
 
         try:
             await asyncio.wait_for(self.app(scope, counted_receive, counted_send), limits.deadline + GRACE)
         except asyncio.TimeoutError:  # the server closes the connection
             log.warning("a client took longer than %g s to send or read", limits.deadline + GRACE)
             self.service.metrics.requests.labels("timeout").inc()
-
-
         except Exception as error:
             if started:
                 raise
@@ -306,6 +304,8 @@ class Guard:
             log.exception("a request failed")
             status, body, headers = _problem(error)
             await JSONResponse(body, status, headers)(scope, receive, counted_send)
+
+
 def _problem(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers for an error."""
     status, param, code, headers = 500, None, None, {}

@@ -12,6 +12,7 @@ import base64
 import io
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ptmoe.serve.vllm_request import TRIED, agree, parameters, probe
 CONNECT = 5.0  # seconds
 POLL = 5.0  # seconds between looks at the upstreams
 STREAMED = {"stream": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)  # of what is no answer
 NEEDED = "start it as `vllm serve MODEL --enable-prompt-embeds`"
 
 log = logging.getLogger(__name__)
@@ -194,7 +196,7 @@ class GatewayEngine:
             listed.raise_for_status()
             about = listed.json()["data"][0]
             upstream.model, positions = str(about["id"]), about.get("max_model_len")
-        except (httpx.HTTPStatusError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (httpx.HTTPStatusError, *BROKEN) as error:
             raise MisfitError(f"{upstream.shown} lists no model ({type(error).__name__}): {NEEDED}") from None
         ids, embeds = probe(self._embedding)
         answers = []
@@ -224,8 +226,10 @@ class GatewayEngine:
                 said = " ".join((await answer.aread()).decode(errors="replace").split())[:300]
                 kind = UnavailableError if answer.status_code in (429, 502, 503, 504) else EngineError
                 raise kind(f"the inference engine refuses the request ({answer.status_code}: {said})")
-            reason = None
+            reason, last = None, time.monotonic()
             async for line in _lines(answer):
+                if time.monotonic() - last > self._timeout:  # httpx waits for any bytes, as a proxy sends to stay open
+                    raise httpx.ReadTimeout("no token")
                 data = line.removeprefix("data:").strip()
                 if not line.startswith("data:") or data == "[DONE]":
                     continue
@@ -233,8 +237,9 @@ class GatewayEngine:
                     event = json.loads(data)
                     for token in _tokens(event, body.get("logprobs")):
                         yield token
+                        last = time.monotonic()
                     reason = next((choice.get("finish_reason") for choice in event["choices"]), reason)
-                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                except BROKEN as error:
                     raise EngineError(
                         f"the inference engine does not send token ids ({type(error).__name__}): is it a recent vLLM?"
                     ) from None
