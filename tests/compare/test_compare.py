@@ -614,6 +614,22 @@ def test_more_seeds_methods_and_tasks_extend_a_comparison(tmp_path, trained):
     assert len(trained) == 4 + 4 * 2 * 3 - 2, "dpt at 900 kept its label and its two cells"
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"budget": [400, 900]}, {"budget": ["1500"]}),
+        ({"vary": ["num_virtual_tokens=2,4"], "budget": None}, {"budget": ["1500"]}),
+        ({"vary": ["learning_rate=0.01,0.1"]}, {"learning_rate": ["0.3"]}),
+    ],
+)
+def test_no_label_says_what_an_option_has_replaced(first, then, tmp_path, trained):
+    compare(prepared(tmp_path / "c", methods=["pt"], **first))
+    asked = prepare(read_plan(tmp_path / "c", then), say=lambda line: None)
+    assert [(variant.label, str(left_out)) for variant in asked.variants for left_out in asked.left_out or [""]] == [
+        ("pt", "")
+    ]
+
+
 @pytest.mark.slow
 def test_the_untouched_base_is_one_cell_for_each_task_whatever_seeds_budgets_and_sweeps(tmp_path, trained):
     compare(prepared(tmp_path / "c", seeds=[3, 5]))

@@ -283,7 +283,7 @@ def _without_rate(entry: Any, rates: Any) -> Any:
     """A method's entry without a learning rate of its own, where one is asked for all methods or for this one."""
     if not isinstance(entry, dict) or (isinstance(rates, dict) and entry.get("name") not in rates):
         return entry
-    return {name: value for name, value in entry.items() if name != "learning_rate"}
+    return _without(entry, "learning_rate")
 
 
 def _without_size(entry: Any) -> Any:
@@ -296,4 +296,12 @@ def _without_size(entry: Any) -> Any:
         replaced = ("budget", *method_named(entry.get("name")).free_sizes[:1])
     except PtmoeError:  # the base, or no method, which is said later
         return entry
-    return {name: value for name, value in entry.items() if name not in replaced}
+    return _without(entry, *replaced)
+
+
+def _without(entry: dict[str, Any], *replaced: str) -> dict[str, Any]:
+    """A method's entry without some of its keys; a label that was made of them no longer says their values."""
+    kept = {name: value for name, value in entry.items() if name not in replaced}
+    if isinstance(label := kept.get("label"), str):
+        kept["label"] = re.sub(rf" ({'|'.join(replaced)})=\S+", "", label)
+    return kept
