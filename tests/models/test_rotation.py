@@ -199,6 +199,15 @@ def test_beams_that_pass_a_switch_are_scored_as_their_tokens_are_without_a_cache
     assert float(made.sequences_scores[0]) == pytest.approx(expected, abs=1e-4)
 
 
+def test_beams_of_rows_that_pass_a_switch_are_read_again_behind_each_rows_own_prompt():
+    model = prompted(switching("llama"), KINDS_OF_METHOD["PT-MoE"]).eval()
+    rows = torch.stack([tokens(3, seed) for seed in range(4)])
+    assert len(set(model.route(rows).gate.argmax(1).tolist())) > 1, "one expert takes all: tells nothing"
+    options = {"max_new_tokens": NEW, "num_beams": 3, "pad_token_id": 0, "do_sample": False}
+    for row, made in zip(rows, model.generate(rows, **options), strict=True):
+        assert torch.equal(made, model.generate(row[None], **options)[0])
+
+
 def test_rows_on_one_side_stay_one_batch():
     model = prompted(switching("llama"), CONFIGS["PT"])
     passes = []
