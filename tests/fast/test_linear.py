@@ -98,6 +98,21 @@ def test_decoding_goes_through_it_to_the_tokens_of_generate(name: str, calls: li
     assert calls
 
 
+class Doubled(nn.Linear):
+    """A layer of its own, as those that quantize what they read."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_layer_with_a_forward_of_its_own_or_a_bias_that_trains_computes_itself() -> None:
+    base = tiny("qwen2").requires_grad_(False)
+    every = set(replaced(base))
+    base.model.layers[0].self_attn.q_proj.bias.requires_grad_(True)
+    base.lm_head.__class__ = Doubled
+    assert every - set(replaced(base)) == {"model.layers.0.self_attn.q_proj", "lm_head"}
+
+
 def test_only_frozen_layers_in_float32_that_nothing_else_has_changed() -> None:
     base = tiny_llama().requires_grad_(False)
     every = {name for name, module in base.named_modules() if isinstance(module, nn.Linear)}

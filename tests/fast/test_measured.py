@@ -39,6 +39,44 @@ def test_the_verdict_on_a_machine_is_measured_once_and_kept(name: str, tmp_path,
         verdict.cache_clear()
 
 
+def test_of_processes_that_measure_at_the_same_time_the_first_decides_for_all(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PTMOE_CACHE", str(tmp_path))
+    ratios = iter([1.2, 0.5])
+
+    def measure(*_) -> float:
+        ratio = next(ratios)
+        if ratio == 1.2:  # while this process measures another one does, and is faster
+            assert verdict()
+        return ratio
+
+    def verdict() -> bool:
+        return measured.is_faster("one", max, min, lambda: [])
+
+    monkeypatch.setattr(measured, "time_ratio", measure)
+    assert verdict()
+    assert len(list((tmp_path / "one").iterdir())) == 1
+
+
+def test_what_was_measured_with_other_threads_or_another_torch_does_not_count(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PTMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(measured, "time_ratio", lambda *_: 0.5)
+
+    def verdict() -> bool:
+        return measured.is_faster("one", max, min, lambda: [])
+
+    before = torch.get_num_threads()
+    try:
+        assert verdict()
+        monkeypatch.setattr(measured, "time_ratio", lambda *_: 1.2)
+        assert verdict()
+        torch.set_num_threads(before + 1)
+        assert not verdict()
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(torch, "__version__", "another")
+    assert not verdict()
+
+
 def test_the_ratio_is_of_the_fastest_of_each_in_turns(monkeypatch) -> None:
     clock, order = [0.0], []
     seconds = {"a": iter([9.0, 2.0, 5.0, 5.0, 5.0, 1.0, 1.0, 1.0, 1.0, 1.0]), "b": iter([4.0] * 5 + [2.0] * 5)}
