@@ -94,9 +94,11 @@ def test_a_fixed_prompt_is_read_once_and_not_again_with_the_rows(architecture, n
     assert made == 2 * [decoded(decoder)] == 2 * [generated(model)]
 
 
+@pytest.mark.parametrize("window", [12, 20])
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2"])
-def test_a_window_that_may_lose_the_prompt_is_filled_with_it_each_time(architecture):
-    model = prompted(tiny(architecture), CONFIGS["PT"]).eval()
+def test_a_window_that_may_lose_the_prompt_is_filled_with_it_each_time(architecture, window):
+    """Also where it holds the prompt and the longest row, but not all new tokens as well."""
+    model = prompted(tiny(architecture, sliding_window=window), CONFIGS["PT"]).eval()
     with read_by(model.base_model) as shapes:
         assert decoded(Decoder(model)) == generated(model)
     assert (len(ROWS), model.num_virtual_tokens + max(map(len, ROWS))) in shapes
@@ -128,8 +130,9 @@ def test_prompts_that_differ_from_input_to_input_are_not_fixed():
         assert model.fixed_prompts() is None
 
 
-def test_in_half_precision_a_batch_gets_the_tokens_that_generate_gives_it(base):
-    model = prompted(base.to(torch.bfloat16), ROUTED).eval()
+@pytest.mark.parametrize("config", [ROUTED, CONFIGS["PT"]], ids=["PT-MoE", "PT"])
+def test_in_half_precision_a_batch_gets_the_tokens_that_generate_gives_it(base, config):
+    model = prompted(base.to(torch.bfloat16), config).eval()
     rows = [tokens(9, seed).tolist() for seed in range(4)]
     expected = model.generate(torch.tensor(rows, device=DEVICE), max_new_tokens=NEW)[:, 9:].tolist()
     assert decoded(Decoder(model), rows) == expected
