@@ -9,7 +9,7 @@ import ptmoe
 from ptmoe.methods import METHODS
 from ptmoe.models.adapter_set import BASE, AdapterSet
 from ptmoe.models.attach import attach
-from testing.bases import CONFIGS, VOCABULARY, batch, prompted, tiny, tokens
+from testing.bases import CONFIGS, HIDDEN, VOCABULARY, batch, prompted, tiny, tokens
 
 IDS, MASK = batch([tokens(5, 1), tokens(3, 2), tokens(8, 3), tokens(1, 4)], [0, 2, 0, 4])
 
@@ -74,6 +74,15 @@ def test_a_token_without_an_embedding_is_refused_in_words_wherever_it_stands(wro
     if not ids.is_cuda:  # while a GPU trains nobody waits for it
         with pytest.raises(ptmoe.PtmoeError, match=rf"token {wrong} has no embedding"):
             model.train()(changed, mask, labels=ids)
+
+
+def test_adapters_of_two_methods_with_the_same_options_keep_their_methods():
+    adapters = AdapterSet(tiny("llama").get_input_embeddings())
+    configs = {name: METHODS[name](num_virtual_tokens=4, rank=2) for name in ("dpt", "multitask-prompt-tuning")}
+    assert len({config.model_dump_json() for config in configs.values()}) == 1, "options tell them apart: tells nothing"
+    for name, config in configs.items():
+        adapters.add(name, config.build(HIDDEN))
+    assert [adapters[name].config.method for name in configs] == list(configs)
 
 
 def test_an_adapter_of_another_base_or_one_that_needs_layers_is_refused(tmp_path):

@@ -1,10 +1,12 @@
 """A trainer that is not ours: all that training has decided is in what it saves, and what it cannot do is refused."""
 
+import random
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -307,6 +309,17 @@ def test_full_fine_tuning_is_cast_with_its_base():
     model = ptmoe.attach(tiny_llama(), METHODS["ft"]()).to(torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model(**on_device(collate(dataset(4)))).loss.isfinite()
+
+
+def test_all_random_numbers_behind_a_checkpoint_are_those_of_the_undisturbed_run(tmp_path):
+    def drawn():
+        return random.random(), np.random.random(), float(torch.rand(()))
+
+    made = trainer(tmp_path, METHODS["pt"](num_virtual_tokens=4), trainer_class=PromptTrainer)
+    made._save_rng_state(str(tmp_path))
+    expected = drawn()
+    made._load_rng_state(str(tmp_path))
+    assert drawn() == expected
 
 
 def test_the_loss_scale_of_half_precision_is_saved_without_a_pickle(tmp_path):
