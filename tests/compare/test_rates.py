@@ -188,6 +188,10 @@ def test_trials_that_have_ended_do_not_pass_for_those_of_a_plan_that_was_edited(
         prepare(read_plan(tmp_path / "c"))
     plan.write_text(text)
     assert len(prepare(read_plan(tmp_path / "c")).trials) == 30 - 7
+    before, _, after = text.rpartition("learning_rate: 0.03")  # of dpt, of which no trial has ended
+    plan.write_text(f"{before}learning_rate: 0.3{after}")
+    asked = prepare(read_plan(tmp_path / "c")).trials
+    assert {trial.rate for trial in asked if trial.variant.label == "dpt"} == {0.0333, 0.1, 0.3, 0.9, 2.7}
 
 
 def test_a_cell_that_has_another_rate_than_was_chosen_is_not_taken_for_finished(tmp_path, trained):

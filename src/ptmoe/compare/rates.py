@@ -56,7 +56,7 @@ def searches(plan: ComparePlan, cells: Iterable[Cell], known: Iterable[RateSearc
     Raises:
         PtmoeError: trials have ended that were made otherwise than the plan says now: its file was edited.
     """
-    before = {(search.label, search.task): search for search in known}
+    before = {(search.label, search.task): search for search in known if search.settled}
     found: dict[tuple[str, str], tuple[RateSearch, Cell]] = {}
     for cell in cells:
         pair, given = (cell.variant.label, cell.task), cell.variant.learning_rate

@@ -61,12 +61,12 @@ class RateSearch(Record):
     chosen: float | None = None  # the learning rate of the cells; None until every trial has ended
 
     def differences(self, other: "RateSearch") -> list[str]:
-        """In what trials that have ended were made otherwise than those of another search, each as a sentence."""
+        """In what its trials are made otherwise than those of another search, each as a sentence."""
         before, now = (
             each.model_dump(exclude={"trials", "chosen", "options"}) | ((self.options and each.options) or {})
             for each in (self, other)
         )
-        pairs = [(name, value, now[name]) for name, value in before.items() if self.trials and name in now]
+        pairs = [(name, value, now[name]) for name, value in before.items() if name in now]
         return [f"{name} was {was!r}, is {value!r}" for name, was, value in pairs if was != value]
 
     @property
