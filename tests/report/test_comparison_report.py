@@ -637,6 +637,27 @@ def terminal(folder, width=400):
     return console.export_text()
 
 
+def test_a_report_leaves_nothing_of_the_one_before_that_is_no_longer_so(tmp_path):
+    def files(folder):
+        write_report(folder)
+        found = (*folder.glob("tables/*"), *folder.glob("figures/*"))
+        return {path.relative_to(folder).as_posix() for path in found}
+
+    folder = tmp_path / "c"
+    for label in ("pt", "dpt"):
+        write_cell(folder, label, "nano/mixed", 0)
+    unfinished = write_cell(folder, "dpt", "nano/words", 0, finished=False)
+    assert {"tables/left-out.csv", "figures/accuracy-on-nano-mixed-by-trainable-parameters.png"} <= files(folder)
+    for name in ("tables/mine.csv", "figures/mine.png"):
+        (folder / name).write_text("mine")
+    shutil.rmtree(unfinished)
+    for label in ("pt", "dpt"):
+        write_cell(folder, label, "nano/words", 0)
+    found = files(folder)
+    shutil.copytree(folder / "cells", tmp_path / "fresh" / "cells")
+    assert found == {*files(tmp_path / "fresh"), "tables/mine.csv", "figures/mine.png"}
+
+
 def test_a_method_whose_seeds_have_different_learning_rates_is_named(alike, tmp_path):
     config = alike[2] / "config.yaml"
     config.write_text(config.read_text().replace("learning_rate: 0.0123", "learning_rate: 0.05"))

@@ -79,7 +79,7 @@ def write_page(
     command: str,
     warnings: Sequence[tuple[str, list[str]]] = (),
 ) -> Path:
-    """`report.html`, and `tables/*` of its sections."""
+    """`report.html`, and `tables/*` of its sections. Tables and figures that only the page before had are deleted."""
     from jinja2 import Environment, StrictUndefined  # `figures` says how to install it
 
     (folder / "tables").mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,13 @@ def write_page(
         command=command,
     )
     path = folder / "report.html"
+    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     write_whole(path, page)
+    marks = {file: f'download="{file.name}"' for file in folder.glob("tables/*")}
+    marks |= {file: f' id="{file.stem}-figure_1"' for file in folder.glob("figures/*")}  # as `inline_svg` names them
+    for file, mark in marks.items():
+        if mark in before and mark not in page:
+            file.unlink()
     return path
 
 
