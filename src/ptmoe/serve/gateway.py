@@ -49,7 +49,7 @@ class Upstream:
     tried: bool = False  # whether it was found to fit
     model: str = ""  # its own name of the base
     rows: int = 0  # that it is answering
-    late: bool = False  # whether it was too busy for the last look; it is used where no other can be
+    doubt: str = ""  # why it is used only where no other can be
 
     @property
     def shown(self) -> str:
@@ -59,7 +59,7 @@ class Upstream:
 
     @property
     def state(self) -> str:
-        return self.fault or ("slow to answer" if self.late else "ok")
+        return self.fault or self.doubt or "ok"
 
 
 class GatewayEngine:
@@ -128,7 +128,7 @@ class GatewayEngine:
         check_room(row, sampling.max_tokens, self.positions)
         body = parameters(sampling) | {"prompt_embeds": encoded(row.embeds)}
         reason = "none can be reached, and /health says why"
-        left = sorted((one for one in self.upstreams if one.fault is None), key=lambda one: (one.late, one.rows))
+        left = sorted((one for one in self.upstreams if one.fault is None), key=lambda one: (bool(one.doubt), one.rows))
         while left:
             upstream, started = left.pop(0), False
             upstream.rows += 1
@@ -141,8 +141,10 @@ class GatewayEngine:
             except (httpx.HTTPError, UnavailableError) as error:
                 reason = str(error) if isinstance(error, UnavailableError) else _down(error)
                 log.warning("%s: %s", upstream.shown, reason)
-                if isinstance(error, httpx.TransportError) and not isinstance(error, httpx.TimeoutException):
+                if isinstance(error, httpx.ConnectError):
                     upstream.fault = reason  # until the next look at it
+                elif isinstance(error, httpx.TransportError) and not isinstance(error, httpx.TimeoutException):
+                    upstream.doubt = "broke an answer off"  # not yet one that is gone
                 if started:
                     raise EngineError("the inference engine failed in the middle of the answer") from None
             finally:
@@ -167,7 +169,7 @@ class GatewayEngine:
         await asyncio.gather(*map(self._look_at, self.upstreams))
 
     async def _look_at(self, upstream: Upstream) -> None:
-        before, late = upstream.state, False
+        before, doubt = upstream.state, ""
         try:
             if upstream.tried and upstream.fault is None:
                 (await self._client.get(f"{upstream.url}/health", timeout=CONNECT)).raise_for_status()
@@ -178,9 +180,9 @@ class GatewayEngine:
             upstream.fault = str(error)
         except httpx.HTTPError as error:
             # One that is loaded is slow to say so; the requests to it have a time-out of their own.
-            late = upstream.fault is None and isinstance(error, httpx.ReadTimeout)
-            upstream.fault = None if late else _down(error)
-        upstream.late = late
+            doubt = "slow to answer" if upstream.fault is None and isinstance(error, httpx.ReadTimeout) else ""
+            upstream.fault = None if doubt else _down(error)
+        upstream.doubt = doubt
         if upstream.state != before:
             log.warning("%s: %s", upstream.shown, upstream.state)
 
