@@ -408,6 +408,18 @@ def test_a_client_that_stops_reading_is_cut_off(model, monkeypatch):
         assert httpx.get(f"{address}/health").status_code == 200
 
 
+def test_a_client_that_sends_too_slowly_is_told_so_and_cut_off(model, monkeypatch):
+    monkeypatch.setattr("ptmoe.serve.app.GRACE", 0.2)
+    with running(with_engine(model, slow(0), deadline=0.3)) as address, socket.socket() as client:
+        client.settimeout(10)
+        client.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9"
+        client.sendall(f"{head}\r\n\r\n{{".encode())
+        head, body = b"".join(iter(lambda: client.recv(4096), b"")).split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert "longer than 0.5 s" in json.loads(body)["error"]["message"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_deadline_ends_an_answer(model, stream):
     engine = slow(0.05)

@@ -275,11 +275,12 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limits, size, started = self.service.limits, 0, False
+        limits, size, read, started = self.service.limits, 0, False, False
 
         async def counted_receive() -> Message:
-            nonlocal size
+            nonlocal size, read
             message = await receive()
+            read = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > limits.max_body:
                 raise HTTPException(413, f"the request has more than {limits.max_body:,} bytes: shorten it")
@@ -294,9 +295,15 @@ class Guard:
 
         try:
             await asyncio.wait_for(self.app(scope, counted_receive, counted_send), limits.deadline + GRACE)
-        except asyncio.TimeoutError:  # the server closes the connection
-            log.warning("a client took longer than %g s to send or read", limits.deadline + GRACE)
-            self.service.metrics.requests.labels("timeout").inc()
+        except asyncio.TimeoutError:
+            seconds = limits.deadline + GRACE
+            log.warning("a client took longer than %g s to send or read", seconds)
+            if started:  # the server closes the connection
+                self.service.metrics.requests.labels("timeout").inc()
+                return
+            late = HTTPException(504 if read else 408, f"the request took longer than {seconds:g} s")
+            status, body, _ = _problem(late)
+            await JSONResponse(body, status, {"Connection": "close"})(scope, receive, counted_send)
         except Exception as error:
             if started:
                 raise
