@@ -17,7 +17,7 @@ from ptmoe.methods.routing import CONFIDENCE_PACE, ROUTER_RATE, SPREAD, Router
 from ptmoe.train import routing
 from ptmoe.train.data import collate
 from ptmoe.train.routing import RoutingCallback, prompt_gradients, sample_batches, start_router
-from testing.bases import DEVICE, on_device, tiny, tiny_llama, tokens
+from testing.bases import DEVICE, batch, on_device, tiny, tiny_llama, tokens
 
 HIDDEN, EXPERTS = 16, 4
 
@@ -319,6 +319,29 @@ def test_each_rows_gradient_is_the_one_it_has_alone_at_the_mean_prompt_and_witho
     at_mean = prompt_gradients(model, on_device(collate(rows(5))))
     torch.testing.assert_close(at_mean, together, atol=1e-5, rtol=1e-4)
     assert model.base_model.training
+
+
+def test_the_start_reads_what_the_router_reads_no_answer_and_no_padding():
+    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3))
+    ids, mask = batch([tokens(7, 1), tokens(4, 2)], [1, 3])
+    labels = torch.where(mask.cumsum(1) > 2, ids, -100)
+    both = torch.ones_like(mask)  # padding, too
+    both[labels != -100] = 0
+    read = []
+    model.encoder.router.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    for given in ({"labels": labels}, {"input_mask": both}, {"input_mask": both, "labels": labels}):
+        model(ids, mask, **given)
+        found = routing.mean_inputs(model, {"input_ids": ids, "attention_mask": mask, **given})
+        torch.testing.assert_close(found, read[-1])
+        torch.testing.assert_close(found, read[0])
+
+
+def test_examples_without_labels_are_refused_in_words(tmp_path):
+    run = trainer(tmp_path)
+    run.train_dataset = [{"input_ids": list(range(n, n + 6))} for n in range(3, 27)]
+    run.data_collator = default_data_collator
+    with pytest.raises(ptmoe.PtmoeError, match="training examples with neither labels nor input_mask"):
+        run.train()
 
 
 def arguments(folder, steps):

@@ -224,11 +224,15 @@ def sample_batches(
 
 def mean_inputs(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
     """`(B, H)`, the mean embedding of each row's tokens that the router may read."""
-    mask = batch.get("input_mask")
-    if mask is None:
-        ids = batch["input_ids"]
-        mask = readable_tokens(batch.get("attention_mask", torch.ones_like(ids)), batch["labels"])
-    return mean_input(model.adapters.embed(batch["input_ids"]), mask.bool())
+    ids, mask, labels = batch["input_ids"], batch.get("input_mask"), batch.get("labels")
+    real = batch.get("attention_mask", torch.ones_like(ids))
+    if mask is None and labels is None:
+        raise PtmoeError(
+            "training examples with neither labels nor input_mask do not say what the router may read: give them "
+            "labels, -100 at the prompt"
+        )
+    mask = readable_tokens(real, labels) if mask is None else mask.bool() & real.bool()
+    return mean_input(model.adapters.embed(ids), mask)
 
 
 def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
