@@ -208,6 +208,32 @@ def test_beams_of_rows_that_pass_a_switch_are_read_again_behind_each_rows_own_pr
         assert torch.equal(made, model.generate(row[None], **options)[0])
 
 
+def test_rows_that_are_generated_apart_keep_their_adapters_and_the_tokens_that_decide_their_prompts():
+    model = prompted(switching("llama"), KINDS_OF_METHOD["PT-MoE"], name="moe")
+    model = prompted(model, CONFIGS["PT"], seed=2, name="pt").eval()
+    names, options = ["moe", "pt"] * 3, {"max_new_tokens": NEW, "pad_token_id": 0, "do_sample": False}
+    ids, mask = batch(ROWS, LEFTS)
+    readable = mask * (mask.cumsum(1) <= 1)
+    made = model.generate(ids, mask, input_mask=readable, adapter_names=names, **options)
+    assert not torch.equal(made, model.generate(ids, mask, adapter_names=names, **options)), "tells nothing"
+    for i, (row, name) in enumerate(zip(ROWS, names, strict=True)):
+        first = readable[i, mask[i].bool()][None]
+        alone = model.generate(row[None], input_mask=first, adapter_names=[name], **options)
+        assert torch.equal(made[i, -NEW:], alone[0, -NEW:])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_row_that_ends_before_others_is_filled_with_its_end_token_where_no_token_is_for_padding(several):
+    base = switching("llama")
+    model = prompted(base, CONFIGS["PT"]).eval()
+    ids, mask = batch(ROWS[1:3], LEFTS[1:3])
+    free = model.generate(ids, mask, max_new_tokens=NEW, pad_token_id=0, do_sample=False)[0]
+    end, base.generation_config.pad_token_id = int(free[-NEW + 2]), None
+    ends = [end, 1] if several else end
+    made = model.generate(ids, mask, max_new_tokens=NEW, do_sample=False, eos_token_id=ends)
+    assert made[0].tolist() == [*free[: -NEW + 3].tolist(), *[end] * (NEW - 3)]
+
+
 def test_rows_on_one_side_stay_one_batch():
     model = prompted(switching("llama"), CONFIGS["PT"])
     passes = []

@@ -234,7 +234,8 @@ class GeneratingModel(ModelWrapper):
                 **options,
             )[:, int(real.sum()) :]
             made.append(torch.cat([input_ids[row].expand(len(new), -1), new], 1))
-        pad, longest = settings.get("pad_token_id", 0), max(part.shape[1] for part in made)
+        end = torch.as_tensor(settings.get("eos_token_id", 0)).view(-1)  # pads in transformers where nothing else does
+        pad, longest = settings.get("pad_token_id", int(end[0])), max(part.shape[1] for part in made)
         return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in made])
 
     def decoder_inputs(
