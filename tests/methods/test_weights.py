@@ -885,7 +885,8 @@ def test_the_prefix_takes_positions():
         model(tokens(POSITIONS - 3)[None])
     with pytest.raises(ptmoe.PtmoeError, match="3 new ones exceeds"):
         model.generate(tokens(POSITIONS - 6)[None], max_new_tokens=3)
-    assert model.generate(tokens(POSITIONS - 7)[None], max_new_tokens=3).shape[1] == POSITIONS - 4
+    for options in ({"max_new_tokens": 3}, {}):
+        assert model.generate(tokens(POSITIONS - 7)[None], **options).shape[1] == POSITIONS - 4
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2"])

@@ -22,6 +22,7 @@ def test_an_adapter_that_is_loaded_beside_another_is_neither_active_nor_training
     gradient = model.encoder.prompt.grad.clone()
     ptmoe.load_adapter(model, tmp_path, name="added")
     assert model.active_adapter == "trained"
+    assert model.encoders["added"].training
     assert torch.equal(model.encoder.prompt.grad, gradient)
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
         "encoders.trained.prompt"
