@@ -14,5 +14,5 @@ class FFALoRAConfig(LoRAFamilyConfig):
 
     method = "ffa-lora"
     order = 530
-    default_learning_rate = 3e-2
+    default_learning_rate = 0.1
     frozen = "lora_A"

@@ -49,7 +49,7 @@ class LoRAXSConfig(PartsConfig):
 
     method = "lora-xs"
     order = 400
-    default_learning_rate = 1e-1
+    default_learning_rate = 3e-2
     free_sizes = ("rank",)
     unsupported_quantizations = QUANTIZATIONS
     part_class: ClassVar[type[Part]] = LoRAXSPart

@@ -59,7 +59,7 @@ class LoTRConfig(LowRankConfig, PartsConfig):
 
     method = "lotr"
     order = 500
-    default_learning_rate = 3e-2
+    default_learning_rate = 1e-2
     part_class = LoTRPart
     rank: Size = 8
 

@@ -55,7 +55,7 @@ class NoRAConfig(PartsConfig):
 
     method = "nora"
     order = 480
-    default_learning_rate = 1e-2
+    default_learning_rate = 3e-2
     unsupported_quantizations = QUANTIZATIONS
     free_sizes = ("rank",)
     part_class = NoRAPart

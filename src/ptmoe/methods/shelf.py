@@ -32,15 +32,15 @@ class Short(NamedTuple):
 
 SHORT = {
     "ln-tuning": Short("LN_TUNING", 1e-2, "LN tuning (Zhao et al. 2023, arXiv:2312.11420)"),
-    "fourierft": Short("FOURIERFT", 1e-2, "FourierFT (Gao et al. 2024, arXiv:2405.03003)"),
-    "vblora": Short("VBLORA", 1e-2, "VB-LoRA (Li et al. 2024, arXiv:2405.15179)", {"vector_length": 64}),
+    "fourierft": Short("FOURIERFT", 0.1, "FourierFT (Gao et al. 2024, arXiv:2405.03003)"),
+    "vblora": Short("VBLORA", 3e-2, "VB-LoRA (Li et al. 2024, arXiv:2405.15179)", {"vector_length": 64}),
     "shira": Short("SHIRA", 1e-2, "SHiRA (Bhardwaj et al. 2024, arXiv:2406.13175)", {"r": 1}),
     "c3a": Short("C3A", 1e-2, "C3A (Chen et al. 2024, arXiv:2407.19342)", {"block_size": 64}),
-    "road": Short("ROAD", 1e-2, "RoAd (Liao and Monz 2024, arXiv:2409.00119)"),
+    "road": Short("ROAD", 0.1, "RoAd (Liao and Monz 2024, arXiv:2409.00119)"),
     "randlora": Short("RANDLORA", 1e-2, "RandLoRA (Albert et al. 2025, arXiv:2502.00987)"),
     "osf": Short("OSF", 1e-2, "Sculpting Subspaces (Nayak et al. 2025, arXiv:2504.07097)", {"effective_rank": 0.99}),
     "beft": Short("BEFT", 1e-2, "BEFT (2025, arXiv:2509.15974)"),
-    "pvera": Short("PVERA", 1e-2, "PVeRA (2025, arXiv:2512.07703)"),
+    "pvera": Short("PVERA", 0.1, "PVeRA (2025, arXiv:2512.07703)"),
     "tinylora": Short("TINYLORA", 1e-2, "TinyLoRA (2026, arXiv:2602.04118)"),
 }
 FREE = {"ADAPTION_PROMPT": "adapter_len", "FOURIERFT": "n_frequency", "WAVEFT": "n_frequency", "TINYLORA": "u",

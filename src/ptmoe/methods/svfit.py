@@ -47,7 +47,7 @@ class SVFitConfig(PartsConfig):
 
     method = "svfit"
     order = 410
-    default_learning_rate = 1e-1
+    default_learning_rate = 0.3
     free_sizes = ("rank",)
     unsupported_quantizations = QUANTIZATIONS
     part_class = SVFitPart

@@ -22,7 +22,7 @@ class VeRAConfig(InjectedConfig):
     method = "vera"
     order = 190
     free_sizes = ("rank",)
-    default_learning_rate = 1e-2
+    default_learning_rate = 0.1
     rank: Size = 256
     projection_prng_key: Annotated[int, Field(ge=0)] = 0
 

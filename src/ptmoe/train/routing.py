@@ -226,12 +226,15 @@ def mean_inputs(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tensor:
     """`(B, H)`, the mean embedding of each row's tokens that the router may read."""
     ids, mask, labels = batch["input_ids"], batch.get("input_mask"), batch.get("labels")
     real = batch.get("attention_mask", torch.ones_like(ids))
-    if mask is None and labels is None:
+    if mask is not None:
+        mask = mask.bool() & real.bool()
+    elif labels is not None:
+        mask = readable_tokens(real, labels)
+    else:
         raise PtmoeError(
             "training examples with neither labels nor input_mask do not say what the router may read: give them "
             "labels, -100 at the prompt"
         )
-    mask = readable_tokens(real, labels) if mask is None else mask.bool() & real.bool()
     return mean_input(model.adapters.embed(ids), mask)
 
 
