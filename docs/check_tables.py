@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from math import log
 from pathlib import Path
 from statistics import fmean
 
@@ -20,6 +21,10 @@ from benchmarks.real.table import rates  # noqa: E402
 from benchmarks.real.table import table as real_table  # noqa: E402
 from seeds import finished, table  # noqa: E402
 
+from ptmoe.runs.searches import RateSearch  # noqa: E402
+
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+
 
 def scores_by_label(file: Path) -> dict[str, list[float]]:
     """Of a comparison's cells."""
@@ -34,6 +39,20 @@ def row_of(scores: list[float]) -> str:
     return f"{fmean(scores):.1f} ± {half:.1f} | {len(scores)} |"
 
 
+def searched(file: Path) -> str:
+    """What each method scored at each rate, the nearest of `RATES`."""
+    lines = ["| method | " + " | ".join(map(str, RATES)) + " |", "|---" * (1 + len(RATES)) + "|"]
+    for search in RateSearch.read_lines(file):
+        cells = dict.fromkeys(RATES, "")
+        for trial in search.trials:
+            rate = trial.settings["learning_rate"]
+            score = f"{trial.scores[-1][1]:.1f}"
+            nearest = min(RATES, key=lambda of: abs(log(of / rate)))
+            cells[nearest] = f"**{score}**" if rate == search.chosen else score
+        lines.append(f"| {search.label} | {' | '.join(cells.values())} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     compared = [(RESULTS / name).read_text().splitlines() for name in ("mixed_methods.md", "league_methods.md")]
     expected = [
@@ -44,6 +63,7 @@ def main() -> None:
         *(("docs/findings.md", real_table(RESULTS / name)) for name in REAL),
         *(("docs/findings.md", rates(RESULTS / name)) for name in ("real_search.jsonl", "real_variants.jsonl")),
         *(("docs/findings.md", "\n".join(line for line in lines if line.startswith("|"))) for lines in compared),
+        ("docs/findings.md", searched(RESULTS / "real_league_search.jsonl")),
         ("docs/methods.md", tabulate_methods.table()),
         *(("docs/peft.md", text) for text in tabulate_peft.tables()),
     ]

@@ -282,6 +282,17 @@ def test_the_studies_are_plans_that_compare_reads(name):
     assert len(plan.seeds) >= 3
 
 
+@pytest.mark.parametrize("name", ["league", "router_rate", "real/league", "real/squad-short"])
+def test_other_plans_have_methods_and_options_that_there_are(name):
+    from ptmoe.compare import read_plan
+    from ptmoe.compare.cells import variants
+    from ptmoe.models.bases import load_config
+
+    plan = read_plan(machine.ROOT / "benchmarks" / f"{name}.yaml")
+    found, left_out = variants(plan, load_config("nano"))  # raises what it does not know
+    assert len(found) + len(left_out) == len(plan.methods)
+
+
 def test_a_goal_of_serving_is_judged_round_by_round():
     rounds = {"ours": [10.0, 30.0, 29.0], "theirs": [10.0, 20.0, 30.0]}
     ratio, more = ServingGoal("ours", "at least", 0.97, "theirs"), ServingGoal("ours", "more by at most", 3.0, "theirs")
