@@ -143,15 +143,21 @@ def test_a_rate_at_the_edge_is_warned_of(tmp_path, trained, which):
     assert searches(tmp_path / "c")["pt"].edge == which
 
 
-def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, trained):
-    def interrupted(method, rate, seed):
+def interrupted_at_the_eighth(trained, folder):
+    """A comparison whose search has seven trials."""
+
+    def score(method, rate, seed):
         if len(trained) == 8:
             raise KeyboardInterrupt
         return 50.0
 
-    trained.score = interrupted
+    trained.score = score
     with pytest.raises(KeyboardInterrupt):
-        compare(prepared(tmp_path / "c"))
+        compare(prepared(folder))
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, trained):
+    interrupted_at_the_eighth(trained, tmp_path / "c")
     assert not trained.cells
     assert len(prepared(tmp_path / "c").trials) == 30 - 7
     trained.score = lambda method, rate, seed: 50.0
@@ -172,14 +178,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, trained):
 def test_trials_that_have_ended_do_not_pass_for_those_of_a_plan_that_was_edited(
     written, edited, said, tmp_path, trained
 ):
-    def interrupted(method, rate, seed):
-        if len(trained) == 8:
-            raise KeyboardInterrupt
-        return 50.0
-
-    trained.score = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        compare(prepared(tmp_path / "c"))
+    interrupted_at_the_eighth(trained, tmp_path / "c")
     plan = tmp_path / "c" / "comparison.yaml"
     text = plan.read_text()
     assert written in text

@@ -302,15 +302,19 @@ class Guard:
                 self.service.metrics.requests.labels("timeout").inc()
                 return
             late = HTTPException(504 if read else 408, f"the request took longer than {seconds:g} s")
-            status, body, _ = _problem(late)
-            await JSONResponse(body, status, {"Connection": "close"})(scope, receive, counted_send)
+            await _response(late, {"Connection": "close"})(scope, receive, counted_send)
         except Exception as error:
             if started:
                 raise
             # Starlette would answer outside of this, uncounted, and uvicorn then close the connection unannounced.
             log.exception("a request failed")
-            status, body, headers = _problem(error)
-            await JSONResponse(body, status, headers)(scope, receive, counted_send)
+            await _response(error)(scope, receive, counted_send)
+
+
+def _response(error: Exception, more: dict[str, str] | None = None) -> Response:
+    """An error in the API's form, with `more` headers."""
+    status, body, headers = _problem(error)
+    return JSONResponse(body, status, headers | (more or {}))
 
 
 def _problem(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -363,8 +367,7 @@ def _invalid(error: RequestValidationError) -> tuple[str, str | None]:
 
 def _answer_errors(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> Response:
-        status, body, headers = _problem(error)
-        return JSONResponse(body, status, headers)
+        return _response(error)
 
     for kind in (HTTPException, RequestValidationError, *EXPECTED):
         app.add_exception_handler(kind, answer)
