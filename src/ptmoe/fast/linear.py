@@ -1,4 +1,5 @@
-"""A base's frozen linear layers in float32 on a CPU, by oneDNN.
+"""A base's linear layers as fast as the machine allows: frozen ones in float32 on a CPU by oneDNN, and the head of the
+vocabulary from rows without gaps between them.
 
 In half precision `torch` calls oneDNN itself; float32 goes to MKL, which takes 1.4 to 2.5 times as long on an AMD
 processor (`python -m benchmarks linear`). Which of the two is faster is measured once for a machine (`fast.measured`).
@@ -30,6 +31,25 @@ def use_onednn(base: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             del vars(layer)["forward"]
+
+
+@contextmanager
+def gapless_head(base: PreTrainedModel) -> Iterator[None]:
+    """Within it the projection to the vocabulary reads hidden states that lie one behind the other.
+
+    The last positions of several rows do not: `torch` multiplies such `(B, 1, H)` row by row, and in bfloat16 on a CPU
+    after a copy of the weights for each, a thousand times as long as without gaps.
+    """
+    head = base.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    with head.register_forward_pre_hook(_without_gaps):
+        yield
+
+
+def _without_gaps(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return arguments[0].contiguous(), *arguments[1:]
 
 
 def onednn_obstacle(base: PreTrainedModel) -> str | None:

@@ -13,7 +13,7 @@ from ptmoe.fast.attention import attention_obstacle, products_obstacle, without_
 from ptmoe.fast.compiled import compilation_obstacle
 from ptmoe.fast.hidden import Hidden, decoder_of
 from ptmoe.fast.last_layer import last_layer_at, last_layer_in_use, last_layer_obstacle
-from ptmoe.fast.linear import onednn_obstacle, use_onednn
+from ptmoe.fast.linear import gapless_head, onednn_obstacle, use_onednn
 from ptmoe.fast.loss import LOGITS_AT_ONCE, TokenStatistics, cross_entropy, cross_entropy_in_parts, projected_at
 from ptmoe.fast.packing import pack, packed_attention, packing_obstacle
 
@@ -24,7 +24,7 @@ EVERY_POSITION = ("output_hidden_states", "output_attentions", "output_router_lo
 @contextmanager
 def fast_kernels(base: PreTrainedModel) -> Iterator[None]:
     """Within it `base` runs on the kernels that are faster here: oneDNN's on a CPU, on a GPU those without plans."""
-    with use_onednn(base), without_plans(base):
+    with use_onednn(base), without_plans(base), gapless_head(base):
         yield
 
 

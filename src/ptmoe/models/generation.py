@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import without_plans
+from ptmoe.fast.linear import gapless_head
 from ptmoe.models.adapter_set import Prompts
 from ptmoe.models.generation_settings import GenerationSettings, of_real_tokens
 from ptmoe.models.input_path import PER_LAYER, taking_embeddings
@@ -188,7 +189,8 @@ class GeneratingModel(ModelWrapper):
             options["use_cache"] = True
         per_layer = base_inputs.pop(PER_LAYER, None)
         anew = reading_again(self.base_model, again, partial(self._whole_inputs, prompts)) if again else nullcontext()
-        with self.lock, without_plans(self.base_model), taking_embeddings(self.base_model, per_layer), anew:
+        kernels = without_plans(self.base_model), gapless_head(self.base_model)
+        with self.lock, kernels[0], kernels[1], taking_embeddings(self.base_model, per_layer), anew:
             made = self.base_model.generate(aligned, **base_inputs, **options)
         if aligned is not input_ids:
             sequences = made if isinstance(made, Tensor) else made.sequences
