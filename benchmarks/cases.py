@@ -9,7 +9,7 @@ from typing import Any, Literal
 from benchmarks.lengths import Lengths, sample
 from benchmarks.shapes import SHAPES
 
-PARTS = ("step", "epoch", "generate", "adapters", "curves", "linear", "attention", "startup", "study")
+PARTS = ("step", "epoch", "generate", "adapters", "curves", "linear", "head", "attention", "startup", "study")
 VIRTUAL = 40
 PT_MOE = {"name": "pt-moe", "num_virtual_tokens": VIRTUAL, "num_experts": 2, "rank": 36}
 PT = {"name": "pt", "num_virtual_tokens": VIRTUAL}
@@ -91,7 +91,7 @@ def _default_shapes(part: str, device: str) -> tuple[str, ...]:
 
 
 def _default_dtypes(part: str, shape: str) -> tuple[str, ...]:
-    if part == "attention":
+    if part in ("head", "attention"):
         return ("bfloat16",)
     return SHAPES[shape].dtypes if part == "step" else SHAPES[shape].dtypes[:1]
 
@@ -120,7 +120,7 @@ def cases(
         if part == "study":
             yield _study(cells=2 if quick else 40, steps=2 if quick else 80)
             continue
-        if part in ("linear", "attention") and device != "cpu":
+        if part in ("linear", "head", "attention") and device != "cpu":
             continue
         for shape in shapes or _default_shapes(part, device):
             amount = QUICK if quick else AMOUNTS[device, shape]
@@ -228,6 +228,16 @@ def _linear(_: Amount) -> Iterator[dict[str, Any]]:
         }
 
 
+def _head(_: Amount) -> Iterator[dict[str, Any]]:
+    for rows in (8, 64):
+        common = {"run": "linear.first_scores", "rows": rows, "tokens": 60, "repeats": 3}
+        yield {
+            "name": f"{rows} rows of 60 tokens",
+            "systems": {way: common | {"way": way} for way in ("copied", "gaps")},
+            "reference": "copied",
+        }
+
+
 def _attention(_: Amount) -> Iterator[dict[str, Any]]:
     for tokens in (60, 100, 250, 500):
         common = {"run": "attention.layer", "rows": STEP_ROWS, "tokens": tokens, "repeats": 20}
@@ -267,6 +277,7 @@ _MAKE = {
     "adapters": _adapters,
     "curves": _curves,
     "linear": _linear,
+    "head": _head,
     "attention": _attention,
 }
 

@@ -46,7 +46,7 @@ def operators(found: list[tuple[str, float, int]]) -> list[str]:
     return table(["operator", "seconds", "share", "calls"], [*rows, ["all", f"{total:.3g}", "", ""]])
 
 
-UNFIT = ("adapters", "linear", "attention", "startup", "study")  # no base, or other processes
+UNFIT = ("adapters", "linear", "head", "attention", "startup", "study")  # no base, or other processes
 
 
 def main() -> None:

@@ -278,6 +278,12 @@ _PARTS = {
         "*decoding*, or on 64 of the head and 2,048 of a layer in *training*, there with the backward pass to the "
         "layer's input.",
     ),
+    "head": (
+        "The first scores",
+        "The projection to the vocabulary at the last position of each row of a batch, from which the first new token "
+        "is chosen: from a view of the hidden states of all positions, with *gaps* between its rows, as "
+        "`transformers` hands it on, and from one that is *copied*, as `ptmoe.fast.linear` has it.",
+    ),
     "attention": (
         "Attention",
         "The causal attention of one layer by itself, forward and backward, by `torch`'s own kernel on a CPU and by "

@@ -1,4 +1,5 @@
-"""A frozen linear layer of a base by itself, as `torch` computes it and as `ptmoe.fast.linear` does."""
+"""A frozen linear layer of a base by itself, as `torch` computes it and as `ptmoe.fast.linear` does; the head from the
+last positions of a batch."""
 
 from __future__ import annotations
 
@@ -38,6 +39,31 @@ def layer(setting: Setting, way: str, of: str, rows: int, backward: bool, repeat
                 made = forward(inputs)
                 if backward:
                     torch.autograd.grad(made, inputs, gradient)
+
+        return {"seconds": seconds(compute) / repeats}
+
+    return measure
+
+
+def first_scores(setting: Setting, way: str, rows: int, tokens: int, repeats: int) -> Round:
+    """The scores of the first new token: the head at the last position of each row, forward.
+
+    Args:
+        setting: the base's shape and dtype.
+        way: `"gaps"`, a view of the hidden states of all positions, or `"copied"`.
+        rows: of the batch, `tokens` each.
+        repeats: that the time is the mean of.
+    """
+    shape = SHAPES[setting.shape]
+    head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, dtype=getattr(torch, setting.dtype))
+    last = torch.randn(rows, tokens, shape.hidden, dtype=head.weight.dtype)[:, -1:]
+    setting.held = memory()
+
+    def measure(_: bool) -> dict[str, Any]:
+        @torch.no_grad()
+        def compute() -> None:
+            for _ in range(repeats):
+                head(last.contiguous() if way == "copied" else last)
 
         return {"seconds": seconds(compute) / repeats}
 

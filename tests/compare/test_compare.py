@@ -1,7 +1,10 @@
 """Comparisons: plans and their cells, budgets, and runs that survive interruptions and failures."""
 
 import json
+import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -74,8 +77,7 @@ def trained(monkeypatch):
         def run(self, options, progress, say):
             self.append((options.method["name"], options.task, options.seed))
             folder = Path(options.output_dir)
-            assert not folder.exists(), "a cell starts in a folder of its own"
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text("half of a run")
             self.does(options)
             return 7
@@ -578,6 +580,49 @@ def test_an_interrupted_comparison_continues_with_what_is_missing(tmp_path, trai
     }
 
 
+class StopsAt(Watcher):
+    """Ends the comparison at a step of its cell, and notes the steps and the messages."""
+
+    def __init__(self, last=None):
+        self.last, self.steps, self.messages = last, [], []
+
+    def step(self, cell, done, steps, loss):
+        self.steps.append(done)
+        if done == self.last:
+            raise KeyboardInterrupt
+
+    def message(self, cell, text):
+        self.messages.append(text)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("spoilt", [None, "another plan", "a damaged checkpoint", "no record"])
+def test_an_interrupted_cell_goes_on_from_its_checkpoint_or_starts_over_and_says_why(tmp_path, spoilt):
+    method = {"name": "pt-moe", "num_virtual_tokens": 4, "rank": 2}
+    plan = {"methods": [method], "budget": None, "seeds": 1, "train": {"save_steps": 2}}
+    whole, half = prepared(tmp_path / "whole", **plan), prepared(tmp_path / "half", **plan)
+    assert compare(whole) == []
+    with pytest.raises(KeyboardInterrupt):
+        compare(half, StopsAt(3))
+    place = half.folder.run_folder(half.cells[0])
+    if spoilt == "another plan":
+        record = json.loads((place / "environment.json").read_text())
+        record["options"]["warmup_steps"] = 3
+        (place / "environment.json").write_text(json.dumps(record))
+    elif spoilt == "a damaged checkpoint":
+        (place / "checkpoints" / "checkpoint-2" / "optimizer.safetensors").write_bytes(b"")
+    elif spoilt == "no record":
+        (place / "environment.json").unlink()
+    again = StopsAt()
+    assert compare(prepared(tmp_path / "half", **plan), again) == []
+    assert again.steps[0] == (2 if spoilt is None else 0)
+    assert any("starts over: " in message for message in again.messages) == (spoilt is not None)
+    assert not (place / "checkpoints").exists(), "nothing goes on from a finished cell"
+    first, second = (each.folder.run_folder(each.cells[0]) for each in (whole, half))
+    for file in ("adapter/adapter_model.safetensors", "predictions/nano__mixed.jsonl", "cell.json"):
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
 def test_a_failed_cell_is_reported_and_the_others_still_run(tmp_path, trained):
     def broken(options):
         if (options.method["name"], options.seed) == ("dpt", 0):
@@ -874,3 +919,33 @@ def test_a_process_that_is_killed_fails_its_cell_and_another_takes_over(tmp_path
     finally:
         workers.stop()
     assert all(process.poll() is not None for process in workers.alive)
+
+
+def test_a_process_that_is_stopped_may_write_a_checkpoint_first(tmp_path, monkeypatch):
+    """With stand-ins: one writes its checkpoint when it is told to end, another never ends."""
+    script = (
+        "import sys, json, signal, time\n"
+        "seed = json.loads(sys.stdin.readline())['seed']\n"
+        "def end(*_):\n"
+        f"    if seed == 1: open({str(tmp_path / 'checkpoint')!r}, 'w').close(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "print(json.dumps({'step': 1, 'steps': 2, 'loss': None}), flush=True)\n"
+        "while True: time.sleep(0.05)\n"
+    )
+    monkeypatch.setattr(Workers, "command", (sys.executable, "-S", "-c", script))
+    monkeypatch.setattr(workers_module, "GRACE_SECONDS", 2.0)
+    workers = Workers(2, tmp_path / "log.txt")
+    both = threading.Barrier(3)
+
+    def run(seed):
+        with pytest.raises(PtmoeError, match="its process"):
+            workers.run(TrainOptions(task="nano/mixed", seed=seed), lambda *step: both.wait(20), print)
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(run, seed) for seed in (1, 2)]
+        both.wait(20)
+        workers.stop()
+        for end in ends:
+            end.result(20)
+    assert (tmp_path / "checkpoint").exists()
+    assert sorted(process.returncode for process in workers.alive) == [-signal.SIGKILL, 0]

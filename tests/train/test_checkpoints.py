@@ -250,8 +250,11 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(undisturbed, tmp_pat
     assert raised.value.status == 128 + number
     assert (run / "checkpoints" / "checkpoint-3").exists()
     assert signal.getsignal(number) == before
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line | {"seconds": 5_000}) + "\n" for line in lines))
     quietly(run)
     assert same_adapter(run, undisturbed)
+    assert json.loads((run / "result.json").read_text())["train_seconds"] > 5_000, "all of it, not since it was resumed"
 
 
 @pytest.mark.parametrize(("strategy", "step"), [("steps", EVERY * 2), ("steps", STEPS), ("no", STEPS)])

@@ -303,6 +303,8 @@ def _train_options(plan: ComparePlan, variant: Variant, task: str, seed: int) ->
             raise PtmoeError(f"train: {name!r} is an option of the comparison itself: give it there")
     if plan.train.get("validation_examples") is not None:
         raise PtmoeError("train: with 'validation_examples' no cell is evaluated on what is compared: leave it out")
+    if isinstance(trainer, dict) and variant.config.trains_base:  # a checkpoint would hold the base's weights thrice
+        trainer = {"save_strategy": "no", **trainer}
     cell = {
         "method": {"name": variant.config.method, **variant.config.model_dump()},
         "task": task,
@@ -310,7 +312,6 @@ def _train_options(plan: ComparePlan, variant: Variant, task: str, seed: int) ->
         "seed": seed,
         "learning_rate": variant.learning_rate,
         "output_dir": None,
-        # An interrupted cell starts again, so it needs no checkpoints.
-        "trainer": {"save_strategy": "no", **trainer} if isinstance(trainer, dict) else trainer,
+        "trainer": trainer,
     }
     return TrainOptions(**{**shared, **plan.train, **cell})

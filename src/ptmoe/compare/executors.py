@@ -4,7 +4,6 @@ An executor is called with cells and gives each back once, as it ends, with its 
 went wrong. By then the cell's run folder is as the cell left it, all but `cell.json`, which the caller writes.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr
@@ -63,7 +62,6 @@ def processes(jobs: int, cells: Sequence[Cell], folder: ComparisonFolder, watche
 
 
 def _attempt(folder: ComparisonFolder, watcher: Watcher, run: Callable[..., int], cell: Cell) -> int | str:
-    shutil.rmtree(folder.run_folder(cell), ignore_errors=True)  # what an interrupted run has left
     watcher.started(cell)
     try:
         return run(

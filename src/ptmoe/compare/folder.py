@@ -65,6 +65,9 @@ class ComparisonFolder:
         except (PtmoeError, OSError):  # the report says that it is damaged
             return []
         planned = cell.options.model_dump(mode="json")
+        for options in (trained, planned):  # whether there are checkpoints decides nothing
+            if isinstance(trainer := options.get("trainer"), dict):
+                options["trainer"] = {name: value for name, value in trainer.items() if name != "save_strategy"}
         pairs = [(name, trained[name], value) for name, value in planned.items() if name in trained.keys() - {"method"}]
         own = trained.get("method")
         pairs += [(name, own[name], value) for name, value in planned["method"].items() if own and name in own]

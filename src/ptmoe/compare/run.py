@@ -1,4 +1,5 @@
-"""Running a plan: finished cells are kept, interrupted ones start over, failed ones are reported while others run."""
+"""Running a plan: finished cells are kept, interrupted ones go on from their last checkpoint, failed ones are reported
+while others run."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -145,7 +146,8 @@ def _folder_name(plan: ComparePlan) -> str:
 def compare(comparison: Comparison, watcher: Watcher | None = None) -> list[Failure]:
     """Run the cells of a comparison from `prepare` that are not finished.
 
-    After an interruption the same plan resumes: finished cells stay, the others start over.
+    After an interruption the same plan resumes: finished cells stay, the others go on from their last checkpoint, where
+    they have one.
 
     Returns:
         The cells of the plan that failed.

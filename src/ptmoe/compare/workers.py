@@ -11,10 +11,12 @@ import gc
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,27 +24,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import REMEDIES, PtmoeError, system_error
+from ptmoe.runs.folders import CHECKPOINTS_FOLDER
 from ptmoe.train.options import BASE, TrainOptions
 
 if TYPE_CHECKING:
     from ptmoe.train.steps import Progress
 
+GRACE_SECONDS = 30.0  # for the step that a cell is in, and its checkpoint
+
 
 def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], None]) -> int:
-    """Train and evaluate; returns the number of trainable parameters. The model is released."""
+    """Train and evaluate; returns the number of trainable parameters. The model is released.
+
+    Training goes on from a checkpoint that an interrupted run has left in the folder, where it can. Checkpoints that
+    the plan did not ask for are gone in the end.
+    """
     import torch
 
     from ptmoe.models.bases import quiet
+    from ptmoe.train.callbacks import OnBegin
     from ptmoe.train.interruption import InterruptedRunError
     from ptmoe.train.recipe import evaluate_base, train
+    from ptmoe.train.resume import has_checkpoints
     from ptmoe.train.steps import StepsCallback
 
     quiet()
+    folder, begun = Path(str(options.output_dir)), threading.Event()
     try:
+        resume = has_checkpoints(folder)
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
         if options.method["name"] == BASE:
             evaluate_base(options, say=say)
             return 0
-        return train(options, callbacks=[StepsCallback(progress)], say=say).result.trainable_parameters
+        callbacks = [StepsCallback(progress), OnBegin(begun.set)]
+        try:
+            trained = train(options, resume=resume, callbacks=callbacks, say=say)
+        except PtmoeError as error:
+            if begun.is_set() or not resume:
+                raise
+            say(f"starts over: {error}")
+            shutil.rmtree(folder)
+            trained = train(options, callbacks=callbacks, say=say)
+        if "save_strategy" not in options.trainer:
+            shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+        return trained.result.trainable_parameters
     except InterruptedRunError as error:  # the comparison ends, not this cell alone
         raise KeyboardInterrupt from error
     finally:
@@ -107,13 +133,21 @@ class Workers:
         raise PtmoeError(f"its process {end}; {self.log} has what it printed last")
 
     def stop(self) -> None:
-        """End all of them, whatever they are doing."""
+        """End all of them; one that trains writes a checkpoint first, if that does not take long."""
         with self.starting:
             self.stopped = True
             for process in self.alive:
+                process.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
+        try:
+            for process in self.alive:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+        finally:  # also where an interrupt does not wait
+            for process in self.alive:
                 process.kill()
-        for process in self.alive:
-            process.wait()
+            for process in self.alive:
+                process.wait()
 
     def _start(self) -> subprocess.Popen[str]:
         with self.starting, self.log.open("a") as log:
@@ -157,6 +191,8 @@ def main() -> None:
         line = tasks.get()
         try:
             answer(trainable=run_cell(TrainOptions(**json.loads(line)), progress, lambda text: answer(message=text)))
+        except KeyboardInterrupt:  # the comparison has ended, and the checkpoint is written
+            return
         except Exception as error:
             answer(error=error_message(error))
 

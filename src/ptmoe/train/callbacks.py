@@ -12,6 +12,13 @@ from transformers import TrainerCallback, TrainerState
 from ptmoe.runs.records import LogLine, append_line, write_lines
 
 
+def logged_until(path: Path, step: int) -> tuple[list[LogLine], float]:
+    """The lines of `metrics.jsonl` up to a checkpoint's step, and the seconds that training had taken by the last."""
+    lines = LogLine.read_lines(path) if step and path.exists() else []
+    kept = [line for line in lines if (line.step or 0) <= step]
+    return kept, kept[-1].seconds or 0.0 if kept else 0.0
+
+
 class OnBegin(TrainerCallback):
     """Calls a function when training begins, after the checkpoint of a resumed run has been read: a run that cannot go
     on changes no file."""
@@ -33,10 +40,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        kept = []
-        if state.global_step and self.path.exists():
-            kept = [line for line in LogLine.read_lines(self.path) if (line.step or 0) <= state.global_step]
-            self.before = kept[-1].seconds or 0.0 if kept else 0.0
+        kept, self.before = logged_until(self.path, state.global_step)
         write_lines(self.path, kept)
         self.started = time.monotonic()
 

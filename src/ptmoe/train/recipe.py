@@ -147,7 +147,7 @@ def _train(
     from ptmoe.fast.compiled import compile_layers
     from ptmoe.models.attach import attach
     from ptmoe.tasks.tokens import row_length
-    from ptmoe.train.callbacks import OnBegin
+    from ptmoe.train.callbacks import OnBegin, logged_until
     from ptmoe.train.data import collate, fit
     from ptmoe.train.interruption import fit_until_interrupted
     from ptmoe.train.routing import RoutingCallback, sample_batches
@@ -189,21 +189,22 @@ def _train(
     trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress, say), *callbacks])
     trainer.changed = bool(different)
     first = trainer.is_world_process_zero()
+    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if first:
-        step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         change = Change(step=step, differences=different)
         begin = partial(record_start, folder, options, fast_paths, change, base=model.identity.mark, data=data)
         trainer.add_callback(OnBegin(partial(begin, failure=compile_failure, say=say)))
     base_losses: list[float] = []
     if texts and config.trains_base and checkpoint is None:
         trainer.add_callback(OnBegin(lambda: base_losses.append(text_loss(model, texts))))
+    before = logged_until(folder / METRICS_FILE, step)[1]
     peak, started = peak_memory(), time.monotonic()
     fit_until_interrupted(trainer, folder, checkpoint)
     result = Result(
         name=config.method,
         method=config.method,
         trainable_parameters=model.num_parameters(only_trainable=True),
-        train_seconds=round(time.monotonic() - started, 3),
+        train_seconds=round(before + time.monotonic() - started, 3),
         steps=trainer.state.global_step,
         examples=len(rows),
         examples_cut=rows.cut,
