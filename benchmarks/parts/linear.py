@@ -56,11 +56,11 @@ def first_scores(setting: Setting, way: str, rows: int, tokens: int, repeats: in
     """
     shape = SHAPES[setting.shape]
     head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, dtype=getattr(torch, setting.dtype))
+    head.requires_grad_(False)  # of weights that might train torch makes no copies
     last = torch.randn(rows, tokens, shape.hidden, dtype=head.weight.dtype)[:, -1:]
     setting.held = memory()
 
     def measure(_: bool) -> dict[str, Any]:
-        @torch.no_grad()
         def compute() -> None:
             for _ in range(repeats):
                 head(last.contiguous() if way == "copied" else last)

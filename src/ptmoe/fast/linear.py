@@ -37,8 +37,9 @@ def use_onednn(base: PreTrainedModel) -> Iterator[None]:
 def gapless_head(base: PreTrainedModel) -> Iterator[None]:
     """Within it the projection to the vocabulary reads hidden states that lie one behind the other.
 
-    The last positions of several rows do not: `torch` multiplies such `(B, 1, H)` row by row, and in bfloat16 on a CPU
-    after a copy of the weights for each, a thousand times as long as without gaps.
+    The last positions of several rows do not: `torch` multiplies such `(B, 1, H)` by frozen weights row by row, and in
+    bfloat16 on a CPU copies all of the weights for each row first, which takes hundreds of times as long
+    (`python -m benchmarks head`).
     """
     head = base.get_output_embeddings()
     if head is None:
