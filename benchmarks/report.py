@@ -280,8 +280,8 @@ _PARTS = {
     ),
     "head": (
         "The first scores",
-        "The frozen projection to the vocabulary at the last position of each row of a batch, from which the first new token "
-        "is chosen: from a view of the hidden states of all positions, with *gaps* between its rows, as "
+        "The frozen projection to the vocabulary at the last position of each row of a batch, from which the first new "
+        "token is chosen: from a view of the hidden states of all positions, with *gaps* between its rows, as "
         "`transformers` hands it on, and from one that is *copied*, as `ptmoe.fast.linear` has it.",
     ),
     "attention": (
