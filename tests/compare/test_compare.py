@@ -814,6 +814,16 @@ def test_every_finished_cell_is_as_the_plan_says(tmp_path, trained):
     assert prepared(tmp_path / "c").unfinished == []
 
 
+def test_cells_of_an_earlier_version_which_wrote_no_checkpoints_are_as_planned(tmp_path, trained):
+    def without(options):
+        trainer = {**options.trainer, "save_strategy": "no"}
+        options.replace(trainer=trainer).write(Path(options.output_dir) / "config.yaml")
+
+    trained.does = without
+    compare(prepared(tmp_path / "c"))
+    assert prepared(tmp_path / "c").unfinished == []
+
+
 def test_what_a_run_decided_for_itself_is_no_edit(tmp_path, trained):
     def resolved(options):
         method = {**options.method, "target_modules": ["q_proj", "v_proj"]}

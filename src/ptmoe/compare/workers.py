@@ -42,39 +42,46 @@ def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], Non
     import torch
 
     from ptmoe.models.bases import quiet
-    from ptmoe.train.callbacks import OnBegin
     from ptmoe.train.interruption import InterruptedRunError
-    from ptmoe.train.recipe import evaluate_base, train
-    from ptmoe.train.resume import has_checkpoints
-    from ptmoe.train.steps import StepsCallback
+    from ptmoe.train.recipe import evaluate_base
 
     quiet()
-    folder, begun = Path(str(options.output_dir)), threading.Event()
+    folder = Path(str(options.output_dir))
     try:
-        resume = has_checkpoints(folder)
-        if not resume:
-            shutil.rmtree(folder, ignore_errors=True)
         if options.method["name"] == BASE:
+            shutil.rmtree(folder, ignore_errors=True)
             evaluate_base(options, say=say)
             return 0
-        callbacks = [StepsCallback(progress), OnBegin(begun.set)]
-        try:
-            trained = train(options, resume=resume, callbacks=callbacks, say=say)
-        except PtmoeError as error:
-            if begun.is_set() or not resume:
-                raise
-            say(f"starts over: {error}")
-            shutil.rmtree(folder)
-            trained = train(options, callbacks=callbacks, say=say)
+        trainable = _train(options, folder, progress, say)
         if "save_strategy" not in options.trainer:
             shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
-        return trained.result.trainable_parameters
+        return trainable
     except InterruptedRunError as error:  # the comparison ends, not this cell alone
         raise KeyboardInterrupt from error
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _train(options: TrainOptions, folder: Path, progress: Progress, say: Callable[[str], None]) -> int:
+    from ptmoe.train.callbacks import OnBegin
+    from ptmoe.train.recipe import train
+    from ptmoe.train.resume import has_checkpoints
+    from ptmoe.train.steps import StepsCallback
+
+    begun = threading.Event()
+    callbacks = [StepsCallback(progress), OnBegin(begun.set)]
+    if has_checkpoints(folder):
+        try:
+            return train(options, resume=True, callbacks=callbacks, say=say).result.trainable_parameters
+        except PtmoeError as error:
+            if begun.is_set():
+                raise
+            refusal = str(error)  # the error itself would keep the model
+        say(f"starts over: {refusal}")
+    shutil.rmtree(folder, ignore_errors=True)
+    return train(options, callbacks=callbacks, say=say).result.trainable_parameters
 
 
 def error_message(error: Exception) -> str:

@@ -50,7 +50,7 @@ def gapless_head(base: PreTrainedModel) -> Iterator[None]:
 
 
 def _without_gaps(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return arguments[0].contiguous(), *arguments[1:]
+    return tuple(argument.contiguous() for argument in arguments)
 
 
 def onednn_obstacle(base: PreTrainedModel) -> str | None:

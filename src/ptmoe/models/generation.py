@@ -189,9 +189,9 @@ class GeneratingModel(ModelWrapper):
             options["use_cache"] = True
         per_layer = base_inputs.pop(PER_LAYER, None)
         anew = reading_again(self.base_model, again, partial(self._whole_inputs, prompts)) if again else nullcontext()
-        kernels = without_plans(self.base_model), gapless_head(self.base_model)
-        with self.lock, kernels[0], kernels[1], taking_embeddings(self.base_model, per_layer), anew:
-            made = self.base_model.generate(aligned, **base_inputs, **options)
+        base = self.base_model
+        with self.lock, without_plans(base), gapless_head(base), taking_embeddings(base, per_layer), anew:
+            made = base.generate(aligned, **base_inputs, **options)
         if aligned is not input_ids:
             sequences = made if isinstance(made, Tensor) else made.sequences
             sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(sequences) // len(input_ids), 0)
