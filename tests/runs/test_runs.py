@@ -1,14 +1,17 @@
 """Run folders: what is written is what is read, and what cannot be read is named."""
 
 import json
+import platform
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from ptmoe.errors import PtmoeError
+from ptmoe.runs.environment import peak_memory
 from ptmoe.runs.folders import distinct_tasks, evaluation_file, is_run, read_run
 from ptmoe.runs.predictions import PredictionsFile, read_predictions
 from ptmoe.runs.records import Environment, EvaluationSummary, LogLine, Prediction, RoutingSummary, write_lines
@@ -278,3 +281,16 @@ def test_the_config_of_a_run_is_yaml_that_a_training_repeats(tmp_path):
     folder = write_run(tmp_path / "a", fields={"rank": 3})
     assert TrainOptions.read(folder / "config.yaml").method == {"name": "pt-moe", "rank": 3}
     assert yaml.safe_load((folder / "config.yaml").read_text())["task"] == TASK
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or torch.cuda.is_available(), reason="of glibc's heap")
+def test_the_peak_of_a_run_leaves_out_what_an_earlier_one_freed():
+    earlier = [bytearray(100_000) for _ in range(3_000)]  # small enough for the heap
+    at_its_end = bytearray(100_000)
+    peak = peak_memory()
+    with_all = peak()
+    if with_all is None:
+        pytest.skip("this system does not say")
+    del earlier
+    assert peak_memory()() < with_all - 200_000_000
+    assert len(at_its_end) == 100_000, "the heap cannot shrink from its end"

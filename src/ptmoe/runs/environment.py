@@ -1,5 +1,6 @@
 """The software and hardware of a run, and which of its processes this is."""
 
+import ctypes
 import os
 import platform
 import re
@@ -82,6 +83,8 @@ def peak_memory() -> Callable[[], int | None]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated
+    with suppress(OSError, AttributeError):  # glibc's; what an earlier run freed, and the heap kept, would count
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident; see proc(5)
     except OSError:
