@@ -3,7 +3,7 @@
 Accuracy on the test split, mean, lowest and highest over seeds; and the difference to plain prompt tuning on the same
 examples, each example's accuracy averaged over seeds first, with the 95 % interval of the bootstrap over examples. With
 `--rates` accuracy and loss on the examples that learning rates are chosen by. `--lines` prints such lines
-of the folder of a `ptmoe compare` on SQuAD.
+of the folder of a `ptmoe compare`.
 """
 
 import argparse
@@ -88,18 +88,21 @@ def rates(path: Path) -> str:
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    """Of each trained cell of a comparison on one task of question answering; exact match counts as right."""
+    """Of each trained cell of a comparison; where there is an exact match, that counts as right, with F1 beside it."""
     lines = []
     for cell in read_comparison(folder).cells:
         if cell.method == "base":
             continue
-        (task,), place = cell.eval_tasks, cell_folder(cell.label, cell.task, cell.seed)
-        marks = {d["id"]: d["scores"] for d in read(predictions_file(folder / place, task))}
-        metrics = cell.run.evaluations[task].metrics
+        place, right, beside = cell_folder(cell.label, cell.task, cell.seed), "", {}
+        for task in cell.eval_tasks:
+            metrics = cell.run.evaluations[task].metrics
+            metric = "exact_match" if "exact_match" in metrics else "accuracy"
+            marks = {d["id"]: d["scores"] for d in read(predictions_file(folder / place, task))}
+            right += "".join("01"[marks[name][metric] > 0] for name in sorted(marks))
+            beside |= {"f1": round(metrics["f1"], 2)} if "f1" in metrics else {task: round(metrics[metric], 2)}
         line = {"label": cell.label, "parameters": cell.run.result.trainable_parameters, "seed": cell.seed}
-        line |= {"split": "test", "examples": len(marks), "accuracy": round(metrics["exact_match"], 2)}
-        line |= {"domains": {"f1": round(metrics["f1"], 2)}}
-        lines.append(line | {"right": "".join("01"[marks[name]["exact_match"] > 0] for name in sorted(marks))})
+        line |= {"split": "test", "examples": len(right), "accuracy": round(100 * right.count("1") / len(right), 2)}
+        lines.append(line | {"domains": beside, "right": right})
     return lines
 
 
