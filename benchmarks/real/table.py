@@ -1,6 +1,6 @@
 """The lines of `benchmarks.population` as tables: `python -m benchmarks.real.table results.jsonl [--rates]`.
 
-Accuracy on the test split, mean, lowest and highest over seeds; and the difference to plain prompt tuning on the same
+Accuracy on the test split, mean, lowest and highest over seeds; and the difference to plain prompt tuning (or `--against` another row) on the same
 examples, each example's accuracy averaged over seeds first, with the 95 % interval of the bootstrap over examples. With
 `--rates` accuracy and loss on the examples that learning rates are chosen by. `--lines` prints such lines
 of the folder of a `ptmoe compare`.
@@ -21,7 +21,7 @@ from ptmoe.tasks.resampling import Group, bootstrap_interval
 REFERENCE = "pt"
 
 
-def table(path: Path) -> str:
+def table(path: Path, reference: str = REFERENCE) -> str:
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in read(path):
         if line["split"] == "test":
@@ -41,8 +41,8 @@ def table(path: Path) -> str:
             np.average([x["accuracy"] for x in each], weights=[x["examples"] for x in each]) for each in seeds.values()
         ]
         against = "–"
-        if label in right and label != REFERENCE:
-            difference = 100 * (right[label] - right[REFERENCE])
+        if label in right and label != reference:
+            difference = 100 * (right[label] - right[reference])
             low, high = bootstrap_interval([Group(1.0, difference)])
             against = f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
         found = [
@@ -57,7 +57,7 @@ def table(path: Path) -> str:
             )
         )
     head = [
-        "| | trainable parameters | accuracy %, mean | lowest | highest | seeds | against pt [95 %] | "
+        f"| | trainable parameters | accuracy %, mean | lowest | highest | seeds | against {reference} [95 %] | "
         + " | ".join(name.rpartition("/")[2] for name in domains)
         + " |",
         "|---|" + "---|" * (6 + len(domains)),
@@ -115,10 +115,11 @@ if __name__ == "__main__":
     parser.add_argument("results", type=Path)
     parser.add_argument("--rates", action="store_true")
     parser.add_argument("--lines", action="store_true")
+    parser.add_argument("--against", default=REFERENCE, metavar="LABEL", help="of the row that others differ from")
     given = parser.parse_args()
     if given.lines:
         print(*map(json.dumps, lines_of(given.results)), sep="\n")
         raise SystemExit
     if not given.results.is_file():
         parser.error(f"no file {given.results}: give the lines that `python -m benchmarks.population` wrote")
-    print(rates(given.results) if given.rates else table(given.results))
+    print(rates(given.results) if given.rates else table(given.results, given.against))
