@@ -1,9 +1,9 @@
 """The lines of `benchmarks.population` as tables: `python -m benchmarks.real.table results.jsonl [--rates]`.
 
-Accuracy on the test split, mean, lowest and highest over seeds; and the difference to plain prompt tuning (or `--against` another row) on the same
-examples, each example's accuracy averaged over seeds first, with the 95 % interval of the bootstrap over examples. With
-`--rates` accuracy and loss on the examples that learning rates are chosen by. `--lines` prints such lines
-of the folder of a `ptmoe compare`.
+Accuracy on the test split, mean, lowest and highest over seeds; and the difference to plain prompt tuning, or
+`--against` another row, on the same examples, each example's accuracy averaged over seeds first, with the 95 % interval
+of the bootstrap over examples. With `--rates` accuracy and loss on the examples that learning rates are chosen by.
+`--lines` prints such lines of the folder of a `ptmoe compare`.
 """
 
 import argparse
