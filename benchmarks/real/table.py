@@ -122,4 +122,6 @@ if __name__ == "__main__":
         raise SystemExit
     if not given.results.is_file():
         parser.error(f"no file {given.results}: give the lines that `python -m benchmarks.population` wrote")
+    if given.against not in (known := dict.fromkeys(line["label"] for line in read(given.results))) and not given.rates:
+        parser.error(f"no row {given.against!r} to compare with: give --against one of {', '.join(known)}")
     print(rates(given.results) if given.rates else table(given.results, given.against))

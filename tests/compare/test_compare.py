@@ -1,6 +1,7 @@
 """Comparisons: plans and their cells, budgets, and runs that survive interruptions and failures."""
 
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -596,7 +597,7 @@ class StopsAt(Watcher):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("spoilt", [None, "another plan", "a damaged checkpoint", "no record"])
+@pytest.mark.parametrize("spoilt", [None, "another plan", "a damaged checkpoint", "no record", "no checkpoint"])
 def test_an_interrupted_cell_goes_on_from_its_checkpoint_or_starts_over_and_says_why(tmp_path, spoilt):
     method = {"name": "pt-moe", "num_virtual_tokens": 4, "rank": 2}
     plan = {"methods": [method], "budget": None, "seeds": 1, "train": {"save_steps": 2}}
@@ -613,10 +614,14 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint_or_starts_over_and_says
         (place / "checkpoints" / "checkpoint-2" / "optimizer.safetensors").write_bytes(b"")
     elif spoilt == "no record":
         (place / "environment.json").unlink()
+    elif spoilt == "no checkpoint":
+        shutil.rmtree(place / "checkpoints")
+    (place / "left").touch()
     again = StopsAt()
     assert compare(prepared(tmp_path / "half", **plan), again) == []
     assert again.steps[0] == (2 if spoilt is None else 0)
-    assert any("starts over: " in message for message in again.messages) == (spoilt is not None)
+    assert any("starts over: " in message for message in again.messages) == (spoilt not in (None, "no checkpoint"))
+    assert (place / "left").exists() == (spoilt is None), "a cell that starts over has a folder of its own"
     assert not (place / "checkpoints").exists(), "nothing goes on from a finished cell"
     first, second = (each.folder.run_folder(each.cells[0]) for each in (whole, half))
     for file in ("adapter/adapter_model.safetensors", "predictions/nano__mixed.jsonl", "cell.json"):

@@ -198,8 +198,6 @@ def main() -> None:
         line = tasks.get()
         try:
             answer(trainable=run_cell(TrainOptions(**json.loads(line)), progress, lambda text: answer(message=text)))
-        except KeyboardInterrupt:  # the comparison has ended, and the checkpoint is written
-            return
         except Exception as error:
             answer(error=error_message(error))
 

@@ -23,7 +23,8 @@ EVERY_POSITION = ("output_hidden_states", "output_attentions", "output_router_lo
 
 @contextmanager
 def fast_kernels(base: PreTrainedModel) -> Iterator[None]:
-    """Within it `base` runs on the kernels that are faster here: oneDNN's on a CPU, on a GPU those without plans."""
+    """Within it `base` runs on the kernels that are faster here: oneDNN's on a CPU, on a GPU those without plans, and
+    in the head those for rows without gaps."""
     with use_onednn(base), without_plans(base), gapless_head(base):
         yield
 
