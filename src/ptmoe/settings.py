@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,11 @@ class Settings(BaseModel):
     def replace(self, **changes: Any) -> Self:
         """A checked copy with other values."""
         return type(self)(**{**self.model_dump(), **changes})
+
+
+def differences(pairs: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """A sentence for each (name, before, now) whose values differ."""
+    return [f"{name} was {before!r}, is {now!r}" for name, before, now in pairs if before != now]
 
 
 def _parts(annotation: Any) -> Iterator[Any]:

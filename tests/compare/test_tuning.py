@@ -145,6 +145,34 @@ def test_a_search_does_not_go_on_with_other_data(line, with_ray, tmp_path, monke
         tune(asked, folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_steps", 7),
+        ("evaluations", 2),
+        ("seed", 1),
+        ("search", {"learning_rate": [0.1]}),
+        ("method", "pt:num_virtual_tokens=8"),
+    ],
+)
+@pytest.mark.parametrize("place", ["given", "edited"])
+def test_a_search_does_not_go_on_otherwise_than_it_began(name, value, place, with_ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "session", lambda *_: pytest.fail("a trial was started"))
+    asked, folder = resolved(plan(trials=1)), tmp_path / "search"
+    folder.mkdir()
+    asked.write(folder / "tune.yaml")
+    began = tuning._settled(asked)
+    record = TrialRecord(number=0, settings={}, scores=[(6, 50.0)], state="finished", plan=began)
+    write_lines(folder / "trials.jsonl", [record])
+    assert tune(resolved(read_plan(folder, {"jobs": 1})), folder) == [record]
+    changes = {name: value}
+    if place == "edited":
+        read_plan(folder, changes).write(folder / "tune.yaml")
+        changes = {}
+    with pytest.raises(PtmoeError, match=f"holds another search .*{name} was "):
+        tune(resolved(read_plan(folder, changes)), folder)
+
+
 def test_the_best_came_furthest_and_then_scores_highest():
     def record(number, *scores):
         return TrialRecord(number=number, settings={}, scores=list(enumerate(scores)), state="stopped")
@@ -196,8 +224,11 @@ def test_a_search_stops_what_falls_behind_reports_and_is_not_run_twice(run, tmp_
     monkeypatch.setattr(tuning, "session", None)
     assert run("tune", folder)[0] == 0
     assert (folder / "trials.jsonl").read_bytes() == before
-    with pytest.raises(PtmoeError, match=r"holds another search \(max_steps\): choose another --output-dir"):
+    with pytest.raises(PtmoeError, match=r"another search \(max_steps was 6, is 7\): choose another --output-dir"):
         tune(resolved(read_plan(folder, {"max_steps": 7})), folder)
+    (folder / "tune.yaml").write_text((folder / "tune.yaml").read_text().replace("max_steps: 6", "max_steps: 7"))
+    with pytest.raises(PtmoeError, match=r"another search \(max_steps was 6, is 7\)"):
+        tune(resolved(read_plan(folder, {})), folder)
 
 
 @needs_ray

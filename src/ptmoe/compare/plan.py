@@ -24,7 +24,7 @@ from typing_extensions import Self
 from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
-from ptmoe.settings import Flag, read_yaml
+from ptmoe.settings import Flag, differences, read_yaml
 from ptmoe.train.options import Count, Rate, SharedOptions, method_entry, scalar
 
 # What a later run in the same folder may add to.
@@ -223,8 +223,7 @@ class ComparePlan(SharedOptions):
     def differences(self, other: Self) -> list[str]:
         """What a run that continues this plan may not change, each as a sentence."""
         names = [name for name in type(self).model_fields if name not in EXTENSIBLE | self.unwritten]
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [f"{name} was {before!r}, is {now!r}" for name, before, now in pairs if before != now]
+        return differences((name, getattr(self, name), getattr(other, name)) for name in names)
 
 
 def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> ComparePlan:

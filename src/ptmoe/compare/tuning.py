@@ -9,7 +9,7 @@ finishes what was broken off. Ray keeps its own records in pickles, which are de
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.runs.folders import BEST_FILE, TRIALS_FILE, TUNE_FILE, writing
 from ptmoe.runs.records import write_lines
 from ptmoe.runs.searches import State, TrialRecord, check_data
+from ptmoe.settings import differences
 from ptmoe.train.examples import examples_fingerprint
 
 REDUCTION = 3  # of the trials that come so far, ASHA lets one in three go on
@@ -41,18 +42,17 @@ def tune(plan: TunePlan, folder: Path, *, say: Callable[[str], None] = print) ->
         PtmoeError: the folder holds another search, Ray cannot be had, or the data cannot.
     """
     if (folder / TUNE_FILE).is_file():
-        before = TunePlan.read(folder / TUNE_FILE)
-        names = [name for name in TunePlan.model_fields if name not in plan.unwritten | {"trials"}]
-        if other := [name for name in names if getattr(before, name) != getattr(plan, name)]:
-            raise PtmoeError(f"{folder} holds another search ({', '.join(other)}): choose another --output-dir")
+        _check(plan, folder, [_settled(TunePlan.read(folder / TUNE_FILE))])
     elif folder.exists() and any(folder.glob("[!.]*")):
         raise PtmoeError(f"{folder} holds something other than a search: choose another --output-dir")
     data, settings = examples_fingerprint(plan.trial({}), say), drawn(plan)
     with writing(folder, "another ptmoe tune is running in"):
         path = folder / TRIALS_FILE
         known = {record.number: record for record in TrialRecord.read_lines(path)}
-        check_data(known.values(), data, folder, str(plan.data or plan.task))
         todo = [number for number in range(plan.trials) if number not in known or known[number].state == "failed"]
+        # The file of the plan may have been edited since.
+        _check(plan, folder, [known[number].plan for number in known.keys() - todo])
+        check_data(known.values(), data, folder, str(plan.data or plan.task))
         if todo:
             known = {number: record for number, record in known.items() if number not in todo}
             with session(plan.on, plan.jobs or 1, plan.jobs, plan.gpus_per_trial) as room:
@@ -73,6 +73,18 @@ def best_of(records: Sequence[TrialRecord]) -> TrialRecord:
     finished = [record for record in records if record.state == "finished"]
     far = finished or [record for record in records if len(record.scores) == furthest]
     return max(far, key=lambda record: record.scores[-1][1])
+
+
+def _settled(plan: TunePlan) -> dict[str, Any]:
+    """What the trials of a search have in common, and one that goes on may not change."""
+    return plan.model_dump(mode="json", exclude=plan.unwritten | {"trials"})
+
+
+def _check(plan: TunePlan, folder: Path, earlier: Iterable[dict[str, Any] | None]) -> None:
+    now = _settled(plan)
+    for before in filter(None, earlier):
+        if changed := differences((name, before.get(name, value), value) for name, value in now.items()):
+            raise PtmoeError(f"{folder} holds another search ({'; '.join(changed)}): choose another --output-dir")
 
 
 def _fit(
@@ -96,7 +108,13 @@ def _fit(
             return
         state: State = "failed" if error or not scores else "finished" if whole else "stopped"
         known[number] = TrialRecord(
-            number=number, settings=settings[number], scores=scores, state=state, error=error, data=data
+            number=number,
+            settings=settings[number],
+            scores=scores,
+            state=state,
+            error=error,
+            data=data,
+            plan=_settled(plan),
         )
         write_lines(folder / TRIALS_FILE, [known[each] for each in sorted(known)])
         values = ", ".join(f"{name}={value}" for name, value in settings[number].items()) or "as given"

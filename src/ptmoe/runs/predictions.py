@@ -14,6 +14,7 @@ from typing import Any
 from ptmoe.errors import PtmoeError
 from ptmoe.files import append, write_whole
 from ptmoe.runs.records import Prediction
+from ptmoe.settings import differences
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -91,10 +92,9 @@ class PredictionsFile:
         except (OSError, ValueError):
             raise self._foreign(f"{self.settings_path.name} is missing or damaged") from None
         written = written if isinstance(written, dict) else {}
-        changed = [key for key in {**written, **self.settings} if written.get(key) != self.settings.get(key)]
-        if changed:
-            differences = (f"{key} was {written.get(key)!r}, is {self.settings.get(key)!r}" for key in changed)
-            raise self._foreign(", ".join(differences))
+        keys = {**written, **self.settings}
+        if changed := differences((key, written.get(key), self.settings.get(key)) for key in keys):
+            raise self._foreign(", ".join(changed))
 
     def _foreign(self, why: str) -> PtmoeError:
         return PtmoeError(

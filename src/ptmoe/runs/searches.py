@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from ptmoe.errors import PtmoeError
 from ptmoe.runs.records import EvaluationSummary, Record
+from ptmoe.settings import differences
 
 State: TypeAlias = Literal["finished", "stopped", "diverged", "failed"]
 
@@ -27,6 +28,7 @@ class TrialRecord(Record):
     state: State
     error: str | None = None  # why it failed or diverged
     data: str | None = None  # a fingerprint of the examples that it was trained and scored on; None in older searches
+    plan: dict[str, Any] | None = None  # of `ptmoe tune`, what its search was like; None in older searches
 
 
 def check_data(trials: Iterable[TrialRecord], data: str, folder: Path, source: str) -> None:
@@ -66,8 +68,7 @@ class RateSearch(Record):
             each.model_dump(exclude={"trials", "chosen", "options"}) | ((self.options and each.options) or {})
             for each in (self, other)
         )
-        pairs = [(name, value, now[name]) for name, value in before.items() if name in now]
-        return [f"{name} was {was!r}, is {value!r}" for name, was, value in pairs if was != value]
+        return differences((name, value, now[name]) for name, value in before.items() if name in now)
 
     @property
     def scores(self) -> dict[float, list[float]]:
