@@ -155,6 +155,16 @@ def test_the_trainer_reads_those_batches(tmp_path: Path) -> None:
     assert built.state.global_step == 2 * len(budgeted())
 
 
+def test_those_batches_are_loaded_as_others_are(tmp_path: Path) -> None:
+    names = ["num_workers", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order"]
+    values = [1, True, 3, "spawn", False]
+    options = {f"dataloader_{name}": value for name, value in zip(names, values, strict=True)}
+    loaders = [trainer(tmp_path, batches, **options).get_train_dataloader() for batches in (None, budgeted())]
+    for name in names:
+        plain, by_tokens = (getattr(loader, name) for loader in loaders)
+        assert plain == by_tokens or type(plain) is type(by_tokens) is not type(None), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 4, 5])
 def test_resumed_in_the_middle_of_an_epoch_it_ends_as_undisturbed(tmp_path: Path, stop: int) -> None:
@@ -273,6 +283,18 @@ def test_a_run_by_tokens_repeats_itself_from_its_config(tmp_path: Path) -> None:
     second = train(again, say=lambda _: None)
     for name, value in first.model.encoder.state_dict().items():
         assert torch.equal(second.model.encoder.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(("trainer", "seed"), [({}, 5), ({"data_seed": 7}, 7), ({"data_seed": 0}, 0)])
+def test_the_seed_of_the_data_decides_the_batches(
+    tmp_path: Path, trainer: dict[str, int], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batches(*_: object, seed: int, **__: object) -> None:
+        raise PtmoeError(f"batches of seed {seed}")
+
+    monkeypatch.setattr("ptmoe.train.batches.TokenBatches", batches)
+    with pytest.raises(PtmoeError, match=f"batches of seed {seed}"):
+        run(tmp_path, tokens_per_batch=200, seed=5, trainer=trainer)
 
 
 @pytest.mark.slow

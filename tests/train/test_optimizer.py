@@ -130,6 +130,14 @@ REFUSED = {
     "another schedule by evaluations": ({"lr_scheduler_type": "greedy"}, "'greedy' follows an evaluation"),
     "an unknown level": ({"trainer": {"log_level": "loud"}}, "log_level='loud': needs one of .*critical"),
     "an unknown order": ({"trainer": {"train_sampling_strategy": "sorted"}}, "needs one of random, "),
+    "an order of batches by tokens": (
+        {"tokens_per_batch": 99, "trainer": {"train_sampling_strategy": "sequential"}},
+        "train_sampling_strategy has no effect on batches by tokens",
+    ),
+    "a last one among them": (
+        {"tokens_per_batch": 99, "trainer": {"dataloader_drop_last": True}},
+        "dataloader_drop_last has no effect on batches by tokens",
+    ),
     "an unknown count": ({"trainer": {"include_num_input_tokens_seen": "some"}}, "needs one of all, "),
     "a file that is missing": ({"trainer": {"accelerator_config": "nowhere.json"}}, "refuses .*nowhere.json"),
     "negative noise": ({"trainer": {"neftune_noise_alpha": -1.0}}, "needs a number from 0 to inf"),

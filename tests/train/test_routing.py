@@ -367,6 +367,19 @@ def trainer(folder, steps=10, config=None, **fields):
     )
 
 
+def test_the_router_starts_from_batches_that_hold_more_than_tensors(tmp_path):
+    def absent(examples):
+        return collate(examples) | {"position_ids": None}
+
+    started = []
+    for collator in (collate, absent):
+        run = trainer(tmp_path)
+        run.data_collator = collator
+        run.train()
+        started.append(run.model.encoder.router.weight)
+    assert torch.equal(*started)
+
+
 def test_after_training_the_router_is_in_the_published_coordinates(tmp_path):
     run = trainer(tmp_path)
     run.train()

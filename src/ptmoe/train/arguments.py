@@ -35,6 +35,7 @@ WITHOUT_EFFECT = {
     "fsdp_config": "would shard the adapter: fsdp shares the base alone",
     "resume_from_checkpoint": "has no effect: --resume goes on with a run",
 }
+OF_EQUAL_BATCHES = ("train_sampling_strategy", "dataloader_drop_last")  # and not of batches by tokens
 CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 # What `transformers` takes as it is, to fail or to compute nonsense with it.
 RANGES = {"label_smoothing_factor": (0.0, 1.0), "neftune_noise_alpha": (0.0, float("inf"))}
@@ -148,6 +149,8 @@ def check_trainer_arguments(options: TrainOptions) -> None:
             )
         if name in WITHOUT_EFFECT:
             raise PtmoeError(f"trainer: {name} {WITHOUT_EFFECT[name]}")
+        if name in OF_EQUAL_BATCHES and options.tokens_per_batch is not None:
+            raise PtmoeError(f"trainer: {name} has no effect on batches by tokens: leave it or tokens_per_batch out")
         if name in CHECKPOINTING and not isinstance(value, dict):
             raise PtmoeError(f"trainer: {name}={shown(value)}: needs keys and values")
         choices = tuple(CHOICES.get(name) or given[name].metadata.get("choices", ()))

@@ -347,7 +347,9 @@ def _trainer(
     batches, own = None, {}
     if options.tokens_per_batch is not None:
         lengths = rows.lengths + model.num_virtual_tokens
-        batches = TokenBatches(lengths, options.tokens_per_batch, padded=not model.can_pack(), seed=options.seed)
+        given = options.trainer.get("data_seed")  # whose 0 is a seed
+        seed = options.seed if given is None else given
+        batches = TokenBatches(lengths, options.tokens_per_batch, padded=not model.can_pack(), seed=seed)
         # For what counts in rows: the routing's first examples come in batches that fit.
         own["per_device_train_batch_size"] = max(1, options.tokens_per_batch // int(lengths.max()))
     elif options.trainer.get("dataloader_drop_last") and len(rows) < options.per_device_train_batch_size * world_size():

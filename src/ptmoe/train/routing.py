@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
@@ -106,7 +107,7 @@ class RoutingCallback(TrainerCallback):
     ) -> list[dict[str, Tensor]]:
         # As many rows at once as in training: more might not fit in memory.
         sampled = sample_batches(loader.dataset, loader.collate_fn, args.per_device_train_batch_size, count)
-        return [{key: value.to(model.device) for key, value in batch.items()} for batch in sampled]
+        return [send_to_device(batch, model.device) for batch in sampled]
 
     def _start(self, args: TrainingArguments, state: TrainerState, model: PromptedCausalLM, loader: Any) -> None:
         """Let the gradients at the prompt of this moment say which inputs share an expert."""

@@ -108,7 +108,8 @@ class PromptTrainer(Trainer):
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         if len(batches) % self.args.world_size:
             batches, data, collate = EvenBatches(batches, self.args.world_size), WithBlanks(data), Blanking(collate)
-        names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+        names = ["num_workers", "pin_memory", "persistent_workers", "prefetch_factor"]
+        names += ["multiprocessing_context", "in_order"]
         options: dict[str, Any] = {name: getattr(self.args, f"dataloader_{name}") for name in names}
         loader = DataLoader(data, batch_sampler=batches, collate_fn=collate, **options)
         before, self.accelerator.even_batches = self.accelerator.even_batches, False  # True would count examples twice
