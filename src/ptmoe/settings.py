@@ -195,7 +195,11 @@ def _read(path: Path, kind: str, largest: int, parse: Callable[[str], Any]) -> d
     if path.stat().st_size > largest:
         raise PtmoeError(f"{path} has {path.stat().st_size:,} bytes: needs at most {largest:,}")
     try:
-        written = parse(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+    except OSError as error:
+        raise PtmoeError(f"{path}: {error.strerror}") from error
+    try:
+        written = parse(content.decode())
         json.dumps(written, ensure_ascii=False).encode()  # no half of a character
     except RecursionError:
         raise PtmoeError(f"{path} is not {kind}: lists in lists in lists") from None

@@ -1,5 +1,6 @@
 """Adapters come, change and go while the server runs."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ import torch
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.models.adapter_set import AdapterSet
+from ptmoe.serve import registry as registry_module
+from ptmoe.serve.engine import UnavailableError
 from ptmoe.serve.registry import Registry, UnknownModelError
 from testing.bases import CONFIGS, DEVICE, prompted, tiny, tokens
 from testing.serving import until
@@ -82,6 +85,34 @@ def test_a_broken_adapter_is_listed_and_the_rest_served(base, folder):
     assert not any(str(folder) in error for error in errors.values())
     with pytest.raises(UnknownModelError, match="cannot be served"):
         registry.compose("cut", IDS)
+
+
+REFUSALS = ["ptmoe.adapters.folder.safe_open", "ptmoe.adapters.folder.read_json", "pathlib.Path.read_bytes"]
+
+
+@pytest.mark.parametrize("place", REFUSALS)
+def test_what_the_system_could_not_read_is_tried_again(place, base, folder, monkeypatch):
+    registry, tries = registry_of(base, folder), []
+
+    def refuse(*_, **__):
+        tries.append(place)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    now = time.monotonic()
+    monkeypatch.setattr(registry_module.time, "monotonic", lambda: now)
+    with monkeypatch.context() as patched:
+        patched.setattr(place, refuse)
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match=r"'c' cannot be served: .*Too many open files") as refused:
+                registry.compose("c", IDS)
+            assert str(folder) not in str(refused.value)
+    assert len(tries) == 1, "a moment later it is not worth a look"
+    assert "error" in registry.listing()["c"]
+    assert registry.names() == ["tiny", "a.b", "keys"]
+    now += 2 * registry_module.POLL
+    assert torch.equal(registry.compose("c", IDS).row.embeds, registry_of(base, folder).compose("c", IDS).row.embeds)
+    assert "error" not in registry.listing()["c"]
+    assert "c" in registry.names()
 
 
 def test_the_folder_is_followed(base, folder):

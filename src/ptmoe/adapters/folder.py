@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ptmoe.adapters.identity import BaseIdentity, Envelope
 from ptmoe.errors import PtmoeError, near, shown
-from ptmoe.files import names_repository, replaced
+from ptmoe.files import names_repository, naming, replaced
 from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, VirtualTokensConfig, method_named
 from ptmoe.methods.base import PreTrainedModel
 from ptmoe.methods.shelf import ShelfConfig
@@ -213,14 +213,14 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor] | None, others: Sequ
 
     Raises:
         PtmoeError: a damaged file, other keys or shapes than expected, or numbers that are not floating point or not
-            finite.
+            finite; or, because of an `OSError`, one that the system does not let be read.
     """
     try:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
         if header > LARGEST_HEADER:
             raise ValueError(f"a header of {header:,} bytes")
-        with safe_open(path, "pt") as opened:
+        with naming(path), safe_open(path, "pt") as opened:
             parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             for key, part in parts.items():
                 if part.get_dtype() not in (*FLOATING, *others):
@@ -230,7 +230,9 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor] | None, others: Sequ
             tensors = {key: opened.get_tensor(key) for key in parts}
     except PtmoeError:
         raise
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise PtmoeError(f"{path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError) as error:
         raise PtmoeError(f"{path} is damaged ({str(error)[:200]}): save or copy it again") from None
     for key, value in tensors.items():
         if not value.isfinite().all():

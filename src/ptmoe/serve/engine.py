@@ -19,7 +19,7 @@ class EngineError(RuntimeError):
 
 
 class UnavailableError(EngineError):
-    """The engine cannot be reached; the request may be sent again."""
+    """The engine cannot be reached, or an adapter not be read just now; the request may be sent again."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ no running request.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -26,7 +27,7 @@ from ptmoe.errors import PtmoeError, near
 from ptmoe.models.adapter_set import BASE, AdapterSet
 from ptmoe.runs.folders import CONFIG_FILE as RUN_FILE
 from ptmoe.runs.folders import trained_with_chat
-from ptmoe.serve.engine import Input
+from ptmoe.serve.engine import Input, UnavailableError
 
 POLL = 2.0  # seconds between looks at the folder, at least
 SHARE = 20  # and at least this many times as long as a look takes
@@ -51,6 +52,7 @@ class Entry:
     fixed: bool = False  # whether an expert's prompt is the same for each input
     chat: bool | None = None  # whether it was trained in the chat template; None where its folder does not say
     error: str | None = None  # why it is not served; None otherwise
+    retry: float = math.inf  # from when on a request may try to read it again, in seconds of `time.monotonic`
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Registry:
 
         Raises:
             UnknownModelError: neither is served under it.
+            UnavailableError: the system did not let it be read a moment ago.
         """
         if name == self.base:
             return None
@@ -133,8 +136,9 @@ class Registry:
         if entry is None or name in self._withdrawn:
             advice = near(name, self.names(), most=NEAR_NAMES, otherwise="; GET /v1/models lists what is served")
             raise UnknownModelError(f"no model {name[:LONGEST_NAME]!r}{advice}")
-        if entry.error is not None:
-            raise UnknownModelError(f"the adapter {name!r} cannot be served: {entry.error}")
+        if entry.error is not None and time.monotonic() < entry.retry:
+            kind = UnknownModelError if entry.retry == math.inf else UnavailableError
+            raise kind(f"the adapter {name!r} cannot be served: {entry.error}")
         return entry
 
     # -- composing ---------------------------------------------------------------------------------------------------
@@ -188,9 +192,11 @@ class Registry:
             self.adapters.load(entry.folder, key)
             chat = trained_with_chat(entry.folder)
         except (PtmoeError, OSError) as error:
+            refused = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
             with self._lock:
                 # The reason may name files, which are not the clients' business.
                 entry.error = str(error).replace(str(entry.folder), name)
+                entry.retry = time.monotonic() + POLL if refused else math.inf
                 if key in self.adapters.encoders:
                     self.adapters.remove(key)
             log.warning("adapter %r is skipped: %s", name, entry.error)
@@ -203,7 +209,7 @@ class Registry:
             entry.size = sum(tensor.numel() * tensor.element_size() for tensor in encoder.state_dict().values())
             entry.chat = chat
             entry.fixed = encoder.fixed_prompts() is not None
-            entry.key = key
+            entry.key, entry.error = key, None
             self._in_memory[name] = entry
             self.bytes_in_memory += entry.size
             while self.memory is not None and self.bytes_in_memory > self.memory and len(self._in_memory) > 1:
