@@ -116,6 +116,23 @@ def test_what_the_training_was_evaluated_on_is_found_again(asked, tmp_path, monk
     assert differing == []
 
 
+def test_what_a_command_evaluated_later_is_found_again(trained, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "run")
+    for folder in "ab":
+        Path(folder).mkdir()
+        lines = [{"prompt": f"{folder} {n} =>", "completion": f" {n}"} for n in range(4)]
+        Path(f"{folder}/test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for tasks in ("a/test.jsonl", "a/test.jsonl,b/test.jsonl", "nano/words"):
+        status, _, error = run("eval", "run", "--task", tasks, "--examples", "4", "--max-new-tokens", "4")
+        assert status == 0, error
+    checks = verify("run", say=lambda _: None)
+    assert [check for check in checks if not check.equal] == []
+    assert {check.what.partition(":")[0] for check in checks if check.what.endswith(": accuracy")} == {
+        *("nano/mixed", "nano/words", "a/test.jsonl", "a__test", "b__test")
+    }
+
+
 def test_other_versions_are_told_and_decide_nothing(trained, tmp_path, run):
     folder = shutil.copytree(trained, tmp_path / "run")
     rewritten("environment.json", lambda record: record["versions"].update(torch="0.1"))(folder)

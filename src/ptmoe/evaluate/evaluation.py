@@ -71,6 +71,7 @@ class Evaluation:
         gates, domains = [each.gate for each in predictions], [each.domain for each in predictions]
         return EvaluationSummary(
             **summarise(self.task, self.split, *self._columns),
+            file=None if self.task.file == self.task.name else self.task.file,
             cut=sum(each.cut > 0 for each in predictions),
             unanswered=sum(not each.answered for each in predictions),
             routing=summarise_routing(

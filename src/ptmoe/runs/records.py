@@ -218,6 +218,7 @@ class EvaluationSummary(Record, allow_inf_nan=False):  # NaN would spoil what a 
     """A task's scores in percent; `metric` is the one that ranks methods."""
 
     task: str
+    file: str | None = None  # that the task is of, where its name is another
     split: str = "test"
     examples: int
     metric: str = "accuracy"

@@ -180,6 +180,7 @@ class Task:
         parts: the tasks that it mixes, each a domain; no files of its own are read.
         disjoint: leave out of `train` and `validation` the inputs that stand in a later split, in this order.
         note: shown by `ptmoe tasks`.
+        file: whose examples it grades, of no named data set.
     """
 
     name: str
@@ -198,6 +199,7 @@ class Task:
     parts: tuple[str, ...] = ()
     disjoint: bool = False
     note: str = ""
+    file: str | None = None
 
 
 def collect(examples: Iterable[tuple[str, Example]], problems: Problems, source: str) -> list[Example]:

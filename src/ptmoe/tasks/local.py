@@ -86,7 +86,9 @@ def task(name: str) -> Task:
         ("prompt completion", "messages", "question answers"),
         lambda record, origin: _example(record, Keys(), origin.id, origin.task),
     )
-    return Task(name, {}, grader="verbatim", metric="accuracy", max_new_tokens=64, formats=(form,), chat=False)
+    return Task(
+        name, {}, grader="verbatim", metric="accuracy", max_new_tokens=64, formats=(form,), chat=False, file=name
+    )
 
 
 def _example(record: dict[str, Any], keys: Keys, default_id: str, task: str) -> Example:
