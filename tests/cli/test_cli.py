@@ -221,8 +221,27 @@ def test_what_a_changed_option_leaves_as_it_was_or_takes_out_is_said(run, tmp_pa
     status, printed, error = run("train", file, *changes, "--output-dir", tmp_path / "run")
     assert status == 0, error
     printed = " ".join(printed.split())
-    assert f"learning rate 0.5, as {file} has it for pt, is now that of dpt: --learning-rate gives another" in printed
+    assert f"0.5, as {file} has it for pt on nano, is now that of dpt on nano: --learning-rate gives another" in printed
     assert "not evaluated on nano/skills: with validation_examples a run is evaluated on those alone" in printed
+
+
+def test_a_learning_rate_of_another_base_is_said(run, tmp_path):
+    from ptmoe.models.bases import load_base
+
+    base, tokenizer = load_base("nano")
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "task: nano/mixed\nmethod: pt\nlearning_rate: 0.5\nmax_steps: 1\nmax_examples: 4\neval_examples: 1\n"
+    )
+    said = []
+    for changes in ([], ["--model", tmp_path / "base"], ["--model", tmp_path / "base", "--learning-rate", "0.1"]):
+        status, printed, error = run("train", file, *changes, "--output-dir", tmp_path / f"run{len(said)}")
+        assert status == 0, error
+        sentence = f"as {file} has it for pt on nano, is now that of pt on {tmp_path / 'base'}: "
+        said.append(sentence in " ".join(printed.split()))
+    assert said == [False, True, False]
 
 
 @pytest.mark.slow

@@ -62,11 +62,14 @@ def train(
 
     console = Console(quiet=rank() > 0)  # of several processes only the first prints
     if config is not None and "learning_rate" not in options and training.learning_rate is not None:
-        before = method_entry(read_yaml(config).get("method", DEFAULT_METHOD))["name"]
-        if before != training.method["name"]:
+        written = read_yaml(config)
+        model = written.get("model", TrainOptions.model_fields["model"].default)
+        before = [method_entry(written.get("method", DEFAULT_METHOD))["name"], model]
+        now = [training.method["name"], training.model]
+        if before != now:
             console.print(
-                f"learning rate {training.learning_rate:g}, as {config} has it for {before}, is now that of "
-                f"{training.method['name']}: --learning-rate gives another"
+                f"learning rate {training.learning_rate:g}, as {config} has it for {' on '.join(before)}, is now that "
+                f"of {' on '.join(now)}: --learning-rate gives another"
             )
     with progress_bar(console) as progress:
         steps = StepsCallback(training_bar(progress, training.method["name"]))
