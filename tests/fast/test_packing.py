@@ -163,16 +163,41 @@ def test_packing_cannot_be_asked_for_where_the_prompt_stands_in_the_cache() -> N
         loss_and_gradients(model, inputs, True)
 
 
-def test_a_base_whose_layers_mix_tokens_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_llama()
+MIXES = {
+    "what came before, as a state-space layer or a convolution": lambda x: torch.nn.functional.pad(x, (0, 0, 1, 0))[
+        :, :-1
+    ],
+    "what comes after": lambda x: torch.nn.functional.pad(x, (0, 0, 0, 1))[:, 1:],
+    "all of them": lambda x: x.mean(1, keepdim=True),
+    "their places": lambda x: torch.arange(x.shape[1], device=x.device)[:, None].to(x.dtype).expand_as(x) / 10,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", MIXES)
+def test_a_base_whose_layers_mix_tokens_is_found_out(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_llama().to(dtype)
     assert packing_obstacle(base) is None
     mlp = base.model.layers[0].mlp
-    forward = mlp.forward
-    # What came before, as a state-space layer or a convolution has it.
-    monkeypatch.setattr(mlp, "forward", lambda x: forward(x) + 0.5 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+    forward, mixed = mlp.forward, MIXES[kind]
+    monkeypatch.setattr(mlp, "forward", lambda x: forward(x) + 0.5 * mixed(x))
     reason = packing_obstacle(base)
     assert reason is not None
     assert "mix tokens" in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_deep_base_in_half_precision_is_not_taken_for_one_that_mixes_tokens(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a matrix product of another shape is another number, by a little in each layer."""
+    base = tiny_llama().to(dtype)
+    mlp = base.model.layers[0].mlp
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: forward(x) + 0.05 * (x.shape[1] % 5) * x)
+    assert (packing_obstacle(base) is None) == (dtype == torch.bfloat16)
 
 
 def test_a_window_that_only_the_masks_know_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
