@@ -24,13 +24,14 @@ from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
 
 @pytest.mark.parametrize("lefts", [[0] * 5, [15, 0, 19, 7, 0], [3, 0, 1, 5, 2]], ids=["right", "left", "both"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["PT-MoE selective probationary", "PT"])  # each row its own prompt, and one for all
 def test_losses_and_gradients_are_those_of_the_padded_batch(
-    base: PreTrainedModel, implementation: str, lefts: list[int]
+    base: PreTrainedModel, name: str, implementation: str, lefts: list[int]
 ) -> None:
     if implementation == "sdpa" and base.config.model_type == "gemma2":
         pytest.skip("Gemma 2's soft cap is refused there")
     base.set_attn_implementation(implementation)
-    model = prompted(base, CONFIGS["PT-MoE selective probationary"]).train()
+    model = prompted(base, CONFIGS[name]).train()
     base.eval()  # no dropout of the base: the two would draw other numbers
     inputs = labelled(ROWS, lefts)
     assert packing_obstacle(base) is None
@@ -87,15 +88,40 @@ def count_layers(base: PreTrainedModel) -> list[int]:
     return calls
 
 
-def test_a_packed_batch_computes_no_padding() -> None:
+@pytest.mark.parametrize("name", ["PT", "DPT"])
+@pytest.mark.parametrize("supervised", [4, 5], ids=["the last tokens", "all of a row"])  # of 5, the shortest
+def test_what_the_last_virtual_token_of_a_shared_prompt_predicts_counts_for_each_row(
+    name: str, supervised: int
+) -> None:
+    model = prompted(tiny_llama(), CONFIGS[name]).train()
+    inputs = labelled(ROWS, [3, 0, 1, 5, 2], supervised)
+    assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packed_batch_computes_no_padding_and_a_shared_prompt_once(name: str) -> None:
     base = tiny_llama()
-    model = prompted(base, CONFIGS["PT"]).train()
+    model = prompted(base, CONFIGS[name]).train()
+    length, one_for_all = model.num_virtual_tokens, not (CONFIGS[name].reads_input or CONFIGS[name].routes)
     seen: list[tuple[int, ...]] = []
     base.model.layers[0].mlp.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape)))
     model(**labelled(ROWS, [0] * 5))
-    assert seen[-1] == (1, sum(map(len, ROWS)) + 5 * len(ROWS), HIDDEN)
-    model(**labelled([ROWS[1], ROWS[4]], [0, 0]))  # no padding, nothing to gain
-    assert seen[-1] == (2, len(ROWS[1]) + 5, HIDDEN)
+    assert seen[-1] == (1, sum(map(len, ROWS)) + length * (1 if one_for_all else len(ROWS)), HIDDEN)
+    model(**labelled([ROWS[1], ROWS[4]], [0, 0]))  # no padding
+    wide = len(ROWS[1])
+    once = one_for_all and DEVICE.type == "cpu"
+    assert seen[-1] == ((1, length + 2 * wide, HIDDEN) if once else (2, length + wide, HIDDEN))
+    model(**labelled(ROWS[:1], [0]))
+    assert seen[-1] == (1, length + len(ROWS[0]), HIDDEN)
+
+
+def test_prompts_of_several_adapters_are_not_taken_for_one() -> None:
+    model = prompted(tiny_llama(), CONFIGS["PT"], name="a")
+    prompted(model, CONFIGS["PT"], seed=2, name="b")
+    model.train()
+    for names in (["b"] * 5, ["a", "b", "b", "a", "b"]):
+        inputs = labelled(ROWS, [3, 0, 1, 5, 2]) | {"adapter_names": names}
+        assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

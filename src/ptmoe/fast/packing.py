@@ -6,6 +6,9 @@ Attention, the only place where tokens of a row meet, is computed on rows of sim
 right: there causality itself hides padding from every real token, and no mask is needed. Loss and gradients are those
 of the padded batch.
 
+A prompt that all rows share is computed once: nothing comes before it, so its hidden states are the same in each row.
+In attention it stands before every row.
+
 It needs a base whose attention goes through `transformers`' attention interface, and in which nothing else mixes
 tokens. Both are tried out on the base itself (`packing_obstacle`).
 """
@@ -53,6 +56,7 @@ class Group:
         padded: `(rows · longest,)`, the index within the group of the token at each padded position, arbitrary at
             padding; None where all rows are equally long.
         real: `(stop - start,)`, the padded position of each token; None likewise.
+        shared: of the packed row's first tokens, how many stand before each row.
     """
 
     start: int
@@ -61,6 +65,7 @@ class Group:
     longest: int
     padded: Tensor | None
     real: Tensor | None
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ class Packed:
     """A batch without padding.
 
     Attributes:
-        embeds: `(1, S, H)`, the longest row first.
-        position_ids: `(1, S)`, from 0 in each row.
+        embeds: `(1, S, H)`: what the rows share, then their own tokens, the longest row first.
+        position_ids: `(1, S)`, as in each row.
         places: `(B, T + L)`, the index in the packed row of each position of the padded batch; arbitrary at padding.
         groups: of rows of similar length, in order.
     """
@@ -80,33 +85,40 @@ class Packed:
     groups: tuple[Group, ...]
 
 
-def pack(embeds: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Packed:
-    """A padded batch, `(B, T + L, H)` and twice `(B, T + L)`, as one row."""
+def pack(embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, shared: int = 0) -> Packed:
+    """A padded batch, `(B, T + L, H)` and twice `(B, T + L)`, as one row; `shared` of the first real positions are the
+    same in all rows."""
     mask = attention_mask.bool()
     batch, width = mask.shape
-    lengths = mask.sum(1)
+    nth = mask.cumsum(1) - 1  # real position of its row
+    own, common = mask & (nth >= shared), mask & (nth < shared)
+    lengths = own.sum(1)
     order = lengths.argsort(descending=True, stable=True)
     flat = torch.arange(batch * width, device=mask.device).view(batch, width)
-    chosen = flat[order][mask[order]]  # (S,)
+    chosen = torch.cat([flat[0][common[0]], flat[order][own[order]]])  # (S,)
     places = torch.zeros(batch * width, dtype=torch.long, device=mask.device)
     places[chosen] = torch.arange(len(chosen), device=mask.device)
+    places = torch.where(common, nth, places.view(batch, width))
     return Packed(
         embeds.flatten(0, 1).index_select(0, chosen)[None],
         position_ids.flatten()[chosen][None],
-        places.view(batch, width),
-        groups_of(lengths[order].tolist(), mask.device),
+        places,
+        groups_of(lengths[order].tolist(), mask.device, shared),
     )
 
 
-def groups_of(lengths: Sequence[int], device: torch.device) -> tuple[Group, ...]:
+def groups_of(lengths: Sequence[int], device: torch.device, shared: int = 0) -> tuple[Group, ...]:
     """Groups of rows of similar length.
 
     Args:
         lengths: of the rows, longest first; rows of length 0 are in no group.
         device: of the indices.
+        shared: tokens that stand once before all rows, a group of their own, and are not counted in `lengths`.
     """
     lengths = [length for length in lengths if length]
-    groups, begin, start = [], 0, 0
+    groups, begin, start = [], 0, shared
+    if shared:
+        groups.append(Group(0, shared, 1, shared, None, None))
     while begin < len(lengths):
         longest = lengths[begin]
         end = begin + 1
@@ -122,7 +134,7 @@ def groups_of(lengths: Sequence[int], device: torch.device) -> tuple[Group, ...]
             padded = (first[:, None] + place.clamp(max=lengths[end - 1] - 1)).flatten()
             padded[real.cpu()] = torch.arange(stop - start)
             padded = padded.to(device)
-        groups.append(Group(start, stop, end - begin, longest, padded, real))
+        groups.append(Group(start, stop, end - begin, longest, padded, real, shared))
         begin, start = end, stop
     return tuple(groups)
 
@@ -202,13 +214,13 @@ class _Attention:
         parts = []
         for group in self.groups:
             queries, keys, values = (_to_rows(tensor.transpose(1, 2), group) for tensor in (query, key, value))
-            hidden = self._mask(group.longest, options.get("sliding_window"), query)
-            attended: Tensor  # (rows, longest, h, d)
+            hidden = self._mask(group.shared + group.longest, options.get("sliding_window"), query)
+            attended: Tensor  # (rows, shared + longest, h, d)
             if self.products and hidden is None and by_products(module, queries, options):
                 attended = causal_products(queries, keys, values, options.get("scaling")).transpose(1, 2)
             else:
                 attended = attention(module, queries, keys, values, hidden, **options)[0]
-            attended = attended.reshape(1, -1, *attended.shape[2:])
+            attended = attended[:, group.shared :].reshape(1, -1, *attended.shape[2:])
             parts.append(attended if group.real is None else _Gather.apply(attended, group.real))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
 
@@ -248,11 +260,14 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(_attend))
 
 
 def _to_rows(tokens: Tensor, group: Group) -> Tensor:
-    """`(1, S, h, d)` of all tokens to `(rows, h, longest, d)` of a group."""
+    """`(1, S, h, d)` of all tokens to `(rows, h, shared + longest, d)` of a group."""
     part = tokens[:, group.start : group.stop]
     if group.padded is not None:
         part = _Spread.apply(part, group.padded, group.real)
-    return part.reshape(group.rows, group.longest, *part.shape[2:]).transpose(1, 2)
+    part = part.reshape(group.rows, group.longest, *part.shape[2:])
+    if group.shared:
+        part = torch.cat([tokens[:, : group.shared].expand(group.rows, -1, -1, -1), part], 1)
+    return part.transpose(1, 2)
 
 
 @contextmanager

@@ -86,6 +86,7 @@ class FastPaths:
         num_items: Tensor | int | None,
         *,
         packed: bool,
+        shared: int = 0,
         whole: bool = False,
         statistics: TokenStatistics | None = None,
         options: dict[str, Any],
@@ -97,6 +98,8 @@ class FastPaths:
             supervised: `(S,)` each: the row, the position in it that predicts, and the token to be predicted.
             num_items: supervised tokens of the global batch, as in `cross_entropy`.
             packed: leave out the padding.
+            shared: how many of each row's first real positions are the same in all rows, and computed once in packed
+                ones.
             whole: compute the last layer at every position.
             statistics: told of the supervised tokens' predictions.
             options: of the base.
@@ -112,7 +115,7 @@ class FastPaths:
         with ExitStack() as paths:
             paths.enter_context(use_onednn(base))
             if packed:
-                batch = pack(inputs["inputs_embeds"], inputs["attention_mask"], inputs["position_ids"])
+                batch = pack(inputs["inputs_embeds"], inputs["attention_mask"], inputs["position_ids"], shared)
                 rows, columns = torch.zeros_like(rows), batch.places[rows, columns]
                 inputs = {"inputs_embeds": batch.embeds, "position_ids": batch.position_ids}
                 paths.enter_context(packed_attention(base, batch.groups))

@@ -52,6 +52,11 @@ class Prompts:
         return 0 if self.cache is None else self.cache.shape[4]
 
     @property
+    def shared(self) -> bool:
+        """Whether several rows have one prompt of embeddings, as `expand` makes it."""
+        return len(self.embeds) > 1 and self.embeds.stride(0) == 0 and self.embeds.shape[1] > 0
+
+    @property
     def length(self) -> int:
         """Positions that the longest prompt takes."""
         return self.embeds.shape[1] + self.cached_length

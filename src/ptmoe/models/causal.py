@@ -204,6 +204,7 @@ class PromptedCausalLM(GeneratingModel):
                 supervised if len(parts) == 1 else within(rows, supervised),
                 max(len(supervised[0]), 1) if num_items is None else num_items,
                 packed=self._packs(part, of_part, options),
+                shared=of_part.length if of_part.shared else 0,
                 whole=self._rows_obstacle() is not None,
                 statistics=statistics,
                 options=options,
@@ -280,8 +281,10 @@ class PromptedCausalLM(GeneratingModel):
         """Whether this batch is computed without its padding."""
         if options.get("output_hidden_states") or options.get("output_attentions"):
             return False  # they are as wide as the batch
-        if self.packing is None and products_obstacle(self.base_model) and bool(spliced.attention_mask.all()):
-            return False  # there is nothing to gain
+        # On a GPU small bases are bound by the number of kernels, which a packed batch has more of.
+        gains = products_obstacle(self.base_model) is None or (prompts.shared and self.device.type == "cpu")
+        if self.packing is None and not gains and bool(spliced.attention_mask.all()):
+            return False
         return self.can_pack() and prompts.cache is None
 
 
