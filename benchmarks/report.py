@@ -235,8 +235,8 @@ _PARTS = {
         "or as real passages have them. Ours is the forward pass with its loss, the backward pass and the optimizer's "
         f"step. The {LIMIT} is the least that a method with a prompt for each row must do: the frozen decoder, forward "
         "and backward to its input embeddings, on exactly the rows' real and virtual positions and no padding; it has "
-        "no head, no loss, no prompt and no optimizer. The fastest way of running the rows is the limit; `packed` puts them "
-        "behind one another in one row, with their attention kept apart.",
+        "no head, no loss, no prompt and no optimizer. The fastest way of running the rows is the limit; `packed` puts "
+        "them behind one another in one row, with their attention kept apart.",
     ),
     "epoch": (
         "An epoch of training",
