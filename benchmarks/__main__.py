@@ -2,7 +2,7 @@
 
     python -m benchmarks                                   # everything that this machine measures
     python -m benchmarks step epoch --shape sketch --dtype float32
-    python -m benchmarks --resume                          # go on with a run that was broken off
+    python -m benchmarks --resume                          # continue an interrupted run
     python -m benchmarks --quick                           # seconds: shows that the command works, measures nothing
     python -m benchmarks --render                          # RESULTS.md anew from what was recorded
 

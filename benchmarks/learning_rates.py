@@ -3,7 +3,7 @@
     python benchmarks/learning_rates.py --output docs/results/learning_rates.jsonl
 
 Each method has the size that `ptmoe compare --budget 3840` picks, or its smallest. A line for each method and rate,
-written as it comes; started again, it goes on where it stopped. The seed is none of those that the tables use.
+written as it comes; started again, it continues where it stopped. The seed is none of those that the tables use.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Searches: what is drawn, what a trial trains on and is scored on, and that a broken-off one goes on."""
+"""Searches: what is drawn, what a trial trains on and is scored on, and that an interrupted one continues."""
 
 import json
 import signal

@@ -40,7 +40,7 @@ TASKS = ("nano/mixed", "nano/facts")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The base, and three methods × two tasks × three seeds; one cell failed, one was broken off."""
+    """The base, and three methods × two tasks × three seeds; one cell failed, one was interrupted."""
     folder = tmp_path_factory.mktemp("nano")
     words = [[[["sea", 0.8], [" port", 0.7]]] * 10] * 4
     for task in TASKS:

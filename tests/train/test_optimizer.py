@@ -147,7 +147,7 @@ REFUSED = {
         "refuses .*bogus",
     ),
     "sharding of the adapter": ({"trainer": {"deepspeed": {"zero": 1}}}, "deepspeed would shard the adapter"),
-    "another way to resume": ({"trainer": {"resume_from_checkpoint": "x"}}, "--resume goes on with a run"),
+    "another way to resume": ({"trainer": {"resume_from_checkpoint": "x"}}, "--resume continues a run"),
     "one among the trainer's": ({"trainer": {"optim": "sgd"}}, "'optim' is an option of the run itself"),
 }
 

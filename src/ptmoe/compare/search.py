@@ -63,7 +63,7 @@ class TunePlan(TrainOptions):
     trials: Count = 20
     """how many; the first has the settings as they are given, the others are drawn at random"""
     evaluations: Count = 9
-    """validations of a trial, evenly over its steps; after the 1st, 3rd, 9th, … only the best third goes on"""
+    """validations of a trial, evenly over its steps; after the 1st, 3rd, 9th, … only the best third continues"""
     validation_examples: Count = 200
     """trials are scored on so many: of the task's validation split, or, where it has none, the first of the training
     split, which no trial trains on"""

@@ -4,7 +4,7 @@
 
 A trial's score is that of the validation split, or of examples of the training split which no trial trains on; the test
 split stays unseen. The trials follow from the seed, and what each scored is kept in `trials.jsonl`: the same command
-finishes what was broken off. Ray keeps its own records in pickles, which are deleted with its folder and never read.
+finishes what was interrupted. Ray keeps its own records in pickles, which are deleted with its folder and never read.
 """
 
 import os
@@ -76,7 +76,7 @@ def best_of(records: Sequence[TrialRecord]) -> TrialRecord:
 
 
 def _settled(plan: TunePlan) -> dict[str, Any]:
-    """What the trials of a search have in common, and one that goes on may not change."""
+    """What the trials of a search have in common, and what a resumed one may not change."""
     return plan.model_dump(mode="json", exclude=plan.unwritten | {"trials"})
 
 

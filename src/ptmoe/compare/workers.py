@@ -36,7 +36,7 @@ GRACE_SECONDS = 30.0  # for the step that a cell is in, and its checkpoint
 def run_cell(options: TrainOptions, progress: Progress, say: Callable[[str], None]) -> int:
     """Train and evaluate; returns the number of trainable parameters. The model is released.
 
-    Training goes on from a checkpoint that an interrupted run has left in the folder, where it can. Checkpoints that
+    Training resumes from a checkpoint that an interrupted run left in the folder, where it can. Checkpoints that
     the plan did not ask for are gone in the end.
     """
     import torch

@@ -149,7 +149,7 @@ class LocalEngine:
                         self._join(self._taken(arrived))
                     if self._running:
                         self._step()
-            except Exception as error:  # of our own: the requests end, the server goes on
+            except Exception as error:  # of our own: the requests end, the server continues
                 log.exception("the engine failed")
                 for row in everyone:
                     self._end(row, _fault(error))

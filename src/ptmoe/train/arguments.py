@@ -33,7 +33,7 @@ WITHOUT_EFFECT = {
     "liger_kernel_config": "has no effect on a prompted model: leave it out",
     "deepspeed": "would shard the adapter: fsdp shares the base alone",
     "fsdp_config": "would shard the adapter: fsdp shares the base alone",
-    "resume_from_checkpoint": "has no effect: --resume goes on with a run",
+    "resume_from_checkpoint": "has no effect: --resume continues a run",
 }
 OF_EQUAL_BATCHES = ("train_sampling_strategy", "dataloader_drop_last")  # and not of batches by tokens
 CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")

@@ -143,11 +143,11 @@ def record_start(
     Args:
         options: resolved.
         fast_paths: as `PromptedCausalLM.fast_paths` says.
-        change: the step from which the run goes on, 0 for the first, and what is done otherwise from there by force.
+        change: the step from which the run continues, 0 for the first, and what was changed there by force.
         base: the mark of its base (`BaseIdentity.mark`).
         data: the fingerprint of its data; None where nothing is trained.
         failure: why layers that were to be compiled are not.
-        say: gets a line where the run goes on elsewhere than where it began.
+        say: gets a line if the run is resumed on another machine or with other versions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     compiled = {"compiled_layers": failure or fast_paths["compiled_layers"]}

@@ -81,7 +81,7 @@ class RoutingCallback(TrainerCallback):
         encoder.has_callback = True
         config, split = encoder.config, split_step(encoder.config, state)
         further = encoder.trained and state.global_step == 0  # and not resumed
-        encoder.alone = encoder.router.is_constant  # of a run that goes on; a new one's is random
+        encoder.alone = encoder.router.is_constant  # of a resumed run; a new one's is random
         if state.global_step == 0:
             encoder.together = not further and split > 0
         if state.global_step > 0:  # resumed: the checkpoint has all of it
