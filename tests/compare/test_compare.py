@@ -581,6 +581,9 @@ def test_an_interrupted_comparison_continues_with_what_is_missing(tmp_path, trai
     }
 
 
+PT_MOE = {"name": "pt-moe", "num_virtual_tokens": 4, "rank": 2}
+
+
 class StopsAt(Watcher):
     """Ends the comparison at a step of its cell, and notes the steps and the messages."""
 
@@ -597,9 +600,16 @@ class StopsAt(Watcher):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("spoilt", [None, "another plan", "a damaged checkpoint", "no record", "no checkpoint"])
-def test_an_interrupted_cell_goes_on_from_its_checkpoint_or_starts_over_and_says_why(tmp_path, spoilt):
-    method = {"name": "pt-moe", "num_virtual_tokens": 4, "rank": 2}
+@pytest.mark.parametrize(
+    ("method", "spoilt"),
+    [
+        *((PT_MOE, spoilt) for spoilt in (None, "another plan", "a damaged checkpoint", "no record", "no checkpoint")),
+        ({"name": "lora", "rank": 1}, None),  # whose modules the run chooses
+        ({"name": "vera", "rank": 8}, None),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else str(value),
+)
+def test_an_interrupted_cell_goes_on_from_its_checkpoint_or_starts_over_and_says_why(tmp_path, method, spoilt):
     plan = {"methods": [method], "budget": None, "seeds": 1, "train": {"save_steps": 2}}
     whole, half = prepared(tmp_path / "whole", **plan), prepared(tmp_path / "half", **plan)
     assert compare(whole) == []

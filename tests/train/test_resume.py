@@ -11,12 +11,15 @@ import yaml
 from safetensors.torch import load_file
 
 import ptmoe
+from ptmoe.methods import METHODS
 from ptmoe.models.bases import load_base
 from ptmoe.report.page import write_run_report
 from ptmoe.runs.records import Environment, LogLine
 from ptmoe.train import TrainOptions, train
 from ptmoe.train.checkpoints import MANIFEST, seal
-from ptmoe.train.resume import FREE, continued, recorded
+from ptmoe.train.resume import FREE, _differing, continued, recorded
+from testing.bases import tiny_llama
+from testing.losses import ROWS, labelled
 
 METHOD = {"name": "pt-moe", "num_virtual_tokens": 4, "num_experts": 2, "rank": 2}
 
@@ -407,3 +410,14 @@ def test_the_method_cannot_be_forced_and_force_alone_is_refused(stopped, run_fol
     with pytest.raises(ptmoe.PtmoeError, match="--force is for a run that is resumed"):
         train(TrainOptions(**options | {"output_dir": f"{run_folder}-new"}), force=True)
     assert state(run_folder) == before
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_plan_that_leaves_a_choice_to_the_run_is_the_one_it_was_made_with(name):
+    """What attaching resolves of a method's config, such as its modules, is no difference."""
+    planned = METHODS[name]()
+    batches = [labelled(ROWS, [0] * 5)]  # which some start from
+    base = tiny_llama(hidden_size=128, intermediate_size=128)
+    made = ptmoe.attach(base, planned, batches=batches).method_config
+    asked, record = ({"name": name, **config.model_dump()} for config in (planned, made))
+    assert _differing({"method": asked}, TrainOptions(task="gsm8k", method=record)) == ({}, {})

@@ -31,7 +31,9 @@ FREE = {
 }
 FORCE = "go on as you say with --force, which records both"
 Differences = dict[str, tuple[Any, Any]]  # by name, the recorded and the given value
-RESOLVED = {"chat", "learning_rate", "revision"}  # None stands for what the run chose, which its record has
+# None stands for what the run chose, which its record has.
+RESOLVED = {"chat", "learning_rate", "revision"}
+RESOLVED_FIELDS = {"target_modules", "feedforward_modules"}  # of the method
 
 
 def is_run(folder: Path) -> bool:
@@ -124,7 +126,9 @@ def _differing(given: dict[str, Any], record: TrainOptions) -> tuple[Differences
     if given["method"]["name"] != record.method["name"]:
         return options | {"method": (record.method["name"], given["method"]["name"])}, {}
     asked = method.model_dump(include=method.model_fields_set)
-    return options, {name: (before[name], value) for name, value in asked.items() if value != before[name]}
+    chosen = {name for name in RESOLVED_FIELDS & asked.keys() if asked[name] is None}
+    fields = asked.keys() - chosen
+    return options, {name: (before[name], asked[name]) for name in fields if asked[name] != before[name]}
 
 
 def record_start(
