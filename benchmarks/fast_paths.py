@@ -48,7 +48,7 @@ def main() -> None:
         model = attach(base, method_config(config)).train()
         model.encoder.has_callback = True  # nothing is learned here
         print(f"{method}, {model.num_virtual_tokens} virtual tokens:")
-        print(f"  { ({name: obstacle or 'taken' for name, obstacle in model.fast_paths().items()}) }")
+        print(" ", {name: obstacle or "taken" for name, obstacle in model.fast_paths().items()})
         for case, lengths in CASES.items():
             compare(model, lengths, paths, rounds, f"{case}, {fmean(map(sum, lengths)):.0f} tokens")
 

@@ -190,9 +190,8 @@ def test_packing_cannot_be_asked_for_where_the_prompt_stands_in_the_cache() -> N
 
 
 MIXES = {
-    "what came before, as a state-space layer or a convolution": lambda x: torch.nn.functional.pad(x, (0, 0, 1, 0))[
-        :, :-1
-    ],
+    # As a state-space layer or a convolution has it.
+    "what came before": lambda x: torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1],
     "what comes after": lambda x: torch.nn.functional.pad(x, (0, 0, 0, 1))[:, 1:],
     "all of them": lambda x: x.mean(1, keepdim=True),
     "their places": lambda x: torch.arange(x.shape[1], device=x.device)[:, None].to(x.dtype).expand_as(x) / 10,

@@ -13,7 +13,7 @@ from ptmoe.files import check_name
 from ptmoe.runs.folders import CELL_FILE, CONFIG_FILE, FAILED_FILE, PLAN_FILE, SEARCH_FILE, writing
 from ptmoe.runs.records import CellRecord, Failure, write_lines
 from ptmoe.runs.searches import RateSearch
-from ptmoe.settings import read_yaml
+from ptmoe.settings import differences, read_yaml
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,8 @@ class ComparisonFolder:
         pairs = [(name, trained[name], value) for name, value in planned.items() if name in trained.keys() - {"method"}]
         own = trained.get("method")
         pairs += [(name, own[name], value) for name, value in planned["method"].items() if own and name in own]
-        return [
-            f"{name} was {before!r}, is {now!r}"
-            for name, before, now in pairs
-            if now is not None and _unordered(before) != _unordered(now)
-        ]
+        decided = (pair for pair in pairs if pair[2] is not None and _unordered(pair[1]) != _unordered(pair[2]))
+        return differences(decided)
 
     def finish(self, cell: Cell, outcome: int | str) -> None:
         """Record the number of trainable parameters of a cell, which is then never run again, or why it failed."""

@@ -282,8 +282,8 @@ class PromptedCausalLM(GeneratingModel):
         if options.get("output_hidden_states") or options.get("output_attentions"):
             return False  # they are as wide as the batch
         # On a GPU small bases are bound by the number of kernels, which a packed batch has more of.
-        gains = products_obstacle(self.base_model) is None or (prompts.shared and self.device.type == "cpu")
-        if self.packing is None and not gains and bool(spliced.attention_mask.all()):
+        gains = prompts.shared and self.device.type == "cpu"
+        if self.packing is None and not gains and products_obstacle(self.base_model) and spliced.attention_mask.all():
             return False
         return self.can_pack() and prompts.cache is None
 

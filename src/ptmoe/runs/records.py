@@ -243,6 +243,11 @@ class EvaluationSummary(Record, allow_inf_nan=False):  # NaN would spoil what a 
         return self
 
     @property
+    def source(self) -> str:
+        """What `load_task` finds its examples by."""
+        return self.file or self.task
+
+    @property
     def score(self) -> float:
         """Of the ranking metric, in percent, over all examples."""
         return self.metrics[self.metric]

@@ -17,6 +17,7 @@ from ptmoe.models.bases import commit_of
 from ptmoe.runs.environment import environment, moved, world_size
 from ptmoe.runs.folders import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, CONFIG_FILE, ENVIRONMENT_FILE, RESULT_FILE
 from ptmoe.runs.records import Change, Environment
+from ptmoe.settings import differences
 from ptmoe.train.checkpoints import RANDOM_STATE
 from ptmoe.train.options import TrainOptions, method_config
 
@@ -94,7 +95,7 @@ def continued(options: TrainOptions, folder: Path, force: bool = False) -> tuple
     if differing and (not force or "method" in chosen):
         places = [name for name in ("data", "data_dir") if name in given and given[name] != getattr(record, name)]
         named = differing | {name: (getattr(record, name), given[name]) for name in places}
-        changes = ", ".join(f"{name} was {before!r}, is {value!r}" for name, (before, value) in named.items())
+        changes = ", ".join(differences((name, *values) for name, values in named.items()))
         otherwise = "" if "method" in chosen else f", {FORCE}"
         edited = [name for name, values in (written | written_fields).items() if differing.get(name) == values]
         raise PtmoeError(
@@ -126,9 +127,11 @@ def _differing(given: dict[str, Any], record: TrainOptions) -> tuple[Differences
     if given["method"]["name"] != record.method["name"]:
         return options | {"method": (record.method["name"], given["method"]["name"])}, {}
     asked = method.model_dump(include=method.model_fields_set)
-    chosen = {name for name in RESOLVED_FIELDS & asked.keys() if asked[name] is None}
-    fields = asked.keys() - chosen
-    return options, {name: (before[name], asked[name]) for name in fields if asked[name] != before[name]}
+    return options, {
+        name: (before[name], value)
+        for name, value in asked.items()
+        if value != before[name] and not (name in RESOLVED_FIELDS and value is None)
+    }
 
 
 def record_start(
@@ -163,8 +166,8 @@ def record_start(
         if elsewhere:
             listed = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in elsewhere.items())
             say(f"resumed elsewhere ({listed}): the next steps may not come out as they would have")
-        if differences := change.differences | elsewhere:
-            changes = [*changes, Change(step=change.step, differences=differences)]
+        if differing := change.differences | elsewhere:
+            changes = [*changes, Change(step=change.step, differences=differing)]
     options.write(folder / CONFIG_FILE)
     written = options.model_dump(exclude=options.unwritten)
     here.model_copy(update={"base": base, "data": data, "options": written, "changes": changes}).write(known)

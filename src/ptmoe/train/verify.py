@@ -142,7 +142,7 @@ def _evaluation(
     if not settings:
         raise PtmoeError(f"{run.folder} does not record what decided these predictions: evaluate again")
     task, own = held_out.get((summary.task, summary.split), (None, []))
-    task = task or replace(task_named(summary.file or summary.task), name=summary.task)
+    task = task or replace(task_named(summary.source), name=summary.task)
     again = evaluate(
         model,
         tokenizer,
@@ -182,7 +182,7 @@ def _asked(
     for limit in (summary.examples, None):
         problems = Problems(skip=True)  # as `ptmoe eval` may have done; whether any is missing, its id tells
         how: dict[str, Any] = {"max_examples": limit, "problems": problems, "keys": options.keys, "say": say}
-        found = load_task(summary.file or summary.task, summary.split, data_dir, **how)
+        found = load_task(summary.source, summary.split, data_dir, **how)
         found = [example for example in found if example.id in ids]
         if len(found) == len(ids):
             break
