@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from itertools import permutations
 from pkgutil import iter_modules
 
 import numpy as np
@@ -30,6 +31,7 @@ from testing.bases import (
     LLAMA_1B,
     SELECTIVE_PROBATIONARY,
     array,
+    batch,
     own_projection,
     prompted,
     tiny_llama,
@@ -278,6 +280,24 @@ def test_a_prompt_from_the_vocabulary_is_made_of_what_the_base_reads(base):
         assert (prompts[:, None] == vocabulary).all(-1).any(1).all()
 
 
+@pytest.mark.parametrize("length", [1, 6, 11, 15, 40])
+def test_a_prompt_from_examples_is_the_end_of_them_one_after_another_without_their_padding(base, length):
+    rows = [tokens(size, seed=size) for size in (3, 5, 7)]
+    config = PTConfig(num_virtual_tokens=length, init="examples")
+
+    def start(lefts, seed=3):
+        ids, mask = batch(rows, lefts)
+        data = [{"input_ids": ids[:2], "attention_mask": mask[:2]}, {"input_ids": ids[2:], "attention_mask": mask[2:]}]
+        return attach(base, config, seed=seed, batches=data).encoder.prompt
+
+    prompt = start([0, 0, 0])
+    assert torch.equal(start([4, 2, 0]), prompt)
+    ends = [torch.cat(order * length)[-length:] for order in permutations(rows)]
+    starts = [start([4, 1, 0], seed) for seed in range(20)]
+    assert all(any(torch.equal(found, base.get_input_embeddings()(end)) for end in ends) for found in starts)
+    assert any(not torch.equal(found, prompt) for found in starts)
+
+
 def test_a_random_start_has_the_scale_of_the_embeddings(base):
     scale = base.get_input_embeddings()(torch.arange(base.config.vocab_size, device=DEVICE)).std()
     for config in (PTConfig(init="random"), PTMoEConfig(init="random", rank=30), DPTConfig(init="random", rank=30)):
@@ -304,18 +324,19 @@ def test_a_router_starts_as_a_linear_layer(config):
     assert weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("init", ["vocabulary", "random"])
+@pytest.mark.parametrize("init", ["vocabulary", "examples", "random"])
 @pytest.mark.parametrize("method", [name for name, config in METHODS.items() if issubclass(config, PromptConfig)])
 def test_a_seed_decides_every_start_value_and_leaves_the_global_state_alone(method, init):
     sizes = {"rank": 20} if "rank" in METHODS[method].model_fields else {}
     config = METHODS[method](num_virtual_tokens=20, init=init, **sizes)
+    data = [{"input_ids": tokens(30, seed).view(3, 10)} for seed in range(4)] if config.needs_batches else None
     before = torch.get_rng_state()
-    first = attach(tiny_llama(), config, seed=7).encoder.tensors()
+    first = attach(tiny_llama(), config, seed=7, batches=data).encoder.tensors()
     torch.randn(3)
-    again = attach(tiny_llama(), config, seed=7).encoder.tensors()
-    other = attach(tiny_llama(), config, seed=8).encoder.tensors()
+    again = attach(tiny_llama(), config, seed=7, batches=data).encoder.tensors()
+    other = attach(tiny_llama(), config, seed=8, batches=data).encoder.tensors()
     torch.set_rng_state(before)
-    attach(tiny_llama(), config, seed=7)
+    attach(tiny_llama(), config, seed=7, batches=data)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(again[key], value) for key, value in first.items())
     drawn = {key: value for key, value in first.items() if value.unique().numel() > 1}  # not all 0 or all 1

@@ -244,7 +244,7 @@ def test_quantized_bases_are_taken_by_types_that_have_layers_for_them():
 @pytest.mark.parametrize("batches", [[], [{"input_ids": torch.zeros(2, 0, dtype=torch.long)}]])
 def test_a_start_from_data_that_is_empty_is_refused(method, batches):
     base = tiny_llama()
-    with pytest.raises(PtmoeError, match=f"{method} starts from the activations of training data, of which"):
+    with pytest.raises(PtmoeError, match=f"{method} starts from training data, of which"):
         attach(base, METHODS[method](), batches=batches)
     attach(base, METHODS[method](), batches=[TRAINING])
 

@@ -442,7 +442,7 @@ def test_lora_fa_trains_b_alone():
 @pytest.mark.parametrize("method", ["eva", "corda"])
 @pytest.mark.slow
 def test_a_start_that_needs_data_takes_it_from_the_training_data(method, tmp_path):
-    with pytest.raises(ptmoe.PtmoeError, match=f"{method} starts from the activations .*`ptmoe train"):
+    with pytest.raises(ptmoe.PtmoeError, match=f"this {method} starts from training data: .*`ptmoe train"):
         attach(tiny_llama(), METHODS[method]())
     options = {"task": "nano/mixed", "max_steps": 2, "per_device_train_batch_size": 8, "max_examples": 32}
     run = ptmoe.train.train(

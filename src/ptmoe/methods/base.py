@@ -84,7 +84,6 @@ class MethodConfig(Settings):
     narrow_learning_rate: ClassVar[float | None] = None  # on a base that is narrower than `NARROW`; None is the same
     free_sizes: ClassVar[tuple[str, ...]] = ()  # fields that a parameter budget may set, the first choice first
     routes: ClassVar[bool] = False  # its prompts carry a `Routing`
-    needs_batches: ClassVar[bool] = False  # is initialised from the activations of training data
     needs_memory: ClassVar[bool] = False  # has no form on the meta device, so counting it takes the base's zeros
     reads_input: ClassVar[bool] = False  # an input's prompt depends on its tokens
     fills_cache: ClassVar[bool] = False  # its prompt is in the key-value cache
@@ -118,6 +117,11 @@ class MethodConfig(Settings):
     @property
     def peft_type(self) -> str:
         return self.method.upper().replace("-", "_")
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether it starts from training data, which `attach` then needs."""
+        return False
 
     @property
     def soft_gate(self) -> bool:
@@ -195,12 +199,18 @@ class PromptConfig(VirtualTokensConfig):
     Attributes:
         num_virtual_tokens: `T`, the length of the soft prompt.
         init: where the prompt starts. `"vocabulary"`: embeddings of random tokens of the vocabulary; `"text"`: the
-            embeddings of `init_text`, repeated or cut to `T`; `"random"`: normal, at the scale of the embeddings.
+            embeddings of `init_text`, repeated or cut to `T`; `"examples"`: the embeddings of training examples with
+            their answers, as many as fit, the first cut on the left; `"random"`: normal, at the scale of the
+            embeddings.
         init_text: a text that describes the task, for `init="text"`.
     """
 
-    init: Literal["vocabulary", "text", "random"] = "vocabulary"
+    init: Literal["vocabulary", "text", "examples", "random"] = "vocabulary"
     init_text: str | None = None
+
+    @property
+    def needs_batches(self) -> bool:
+        return self.init == "examples"
 
     @model_validator(mode="after")
     def _text_where_it_is_used(self) -> Self:
@@ -315,37 +325,6 @@ def in_full_precision(move: Callable[[Tensor], Tensor], *, wider: bool = True) -
     return moved
 
 
-def mean_input(input_embeds: Tensor, input_mask: Tensor) -> Tensor:
-    """The mean embedding `(B, H)`, float32, of each row's input tokens.
-
-    The real tokens are packed before they are summed, so each row sums the same numbers in the same order whatever the
-    padding, the batch or the answer: the routing is the same to the bit. The base is frozen, so no gradient is kept.
-
-    Raises:
-        ValueError: a row without input tokens.
-    """
-    with torch.no_grad():
-        lengths = input_lengths(input_mask)
-        packed = input_embeds[input_mask].float()  # (tokens, H)
-        return torch.segment_reduce(packed, "sum", lengths=lengths, axis=0, unsafe=True) / lengths[:, None]
-
-
-def input_lengths(input_mask: Tensor) -> Tensor:
-    """`(B,)`, how many tokens of each row may decide its prompt.
-
-    Raises:
-        ValueError: a row without input tokens.
-    """
-    lengths = input_mask.sum(1)
-    if (lengths == 0).any():
-        rows = (lengths == 0).nonzero().flatten().tolist()
-        raise ValueError(
-            f"rows {rows} have no input token for the router to read: every real token is supervised or padding. "
-            "Set the labels of the prompt's tokens to -100, or pass input_mask"
-        )
-    return lengths
-
-
 @torch.no_grad()
 def fill_as_linear(parameter: Tensor, in_features: int, generator: torch.Generator) -> None:
     """Uniform values in `±in_features^-½`, as `torch.nn.Linear` has them, but from the given generator."""
@@ -361,12 +340,14 @@ class InitialEmbeddings:
         generator: the only source of randomness.
         tokenize: text to token ids, for `init="text"`.
         read_prompt: the prompt `(T, H)` of a saved `pt` adapter, by its folder, checked to be of this base.
+        batches: training data, for `init="examples"`.
     """
 
     embedding: nn.Module
     generator: torch.Generator
     tokenize: Callable[[str], list[int]] | None = None
     read_prompt: Callable[[str], Tensor] | None = None
+    batches: Batches | None = None
 
     def rows(self, config: PromptConfig, count: int) -> Tensor:
         """`(count, H)` initial values in float32, as `config.init` says."""
@@ -374,6 +355,8 @@ class InitialEmbeddings:
         if config.init == "text":
             assert config.init_text is not None
             return self.text(config.init_text, count)
+        if config.init == "examples":
+            return self.examples(count)
         if config.init == "vocabulary":
             return self.embed(torch.randint(vocabulary, (count,), generator=self.generator))
         # The standard deviation of the whole vocabulary would read gigabytes; that of a sample is as good.
@@ -391,6 +374,17 @@ class InitialEmbeddings:
         if not (ids := self.tokenize(text)):
             raise PtmoeError(f"init_text={text!r} has no tokens: give a text that fits the task")
         return self.embed(torch.tensor((ids * -(-count // len(ids)))[:count]))
+
+    def examples(self, count: int) -> Tensor:
+        """`(count, H)`: the embeddings of training examples, in random order and one after another, the last `count`
+        tokens of them; repeated where there are fewer."""
+        assert self.batches is not None
+        rows: list[Tensor] = []
+        for batch in self.batches:
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            rows += batch["input_ids"][real].split(real.sum(1).tolist())
+        ids = torch.cat([rows[i] for i in torch.randperm(len(rows), generator=self.generator)])
+        return self.embed(ids.repeat(-(-count // len(ids)))[-count:])
 
     def embed(self, ids: Tensor) -> Tensor:
         embeds: Tensor = self.embedding(ids.to(cast(Tensor, self.embedding.weight).device))

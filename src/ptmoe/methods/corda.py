@@ -18,7 +18,10 @@ class CorDAConfig(PiSSAConfig):
 
     method = "corda"
     order = 150
-    needs_batches = True
+
+    @property
+    def needs_batches(self) -> bool:
+        return True
 
     def initial_peft_config(self, **common: Any) -> PeftConfig:
         from peft.tuners.lora.config import CordaConfig

@@ -19,7 +19,10 @@ class EVAConfig(LoRAFamilyConfig):
 
     method = "eva"
     order = 140
-    needs_batches = True
+
+    @property
+    def needs_batches(self) -> bool:
+        return True
 
     def initial_peft_config(self, **common: Any) -> PeftConfig:
         from peft import EvaConfig

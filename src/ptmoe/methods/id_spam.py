@@ -20,8 +20,8 @@ from ptmoe.methods.base import (
     PromptEncoder,
     Size,
     fill_as_linear,
-    input_lengths,
 )
+from ptmoe.methods.inputs import input_lengths
 
 
 class IDSPAMConfig(PromptConfig):

@@ -25,8 +25,8 @@ from ptmoe.methods.base import (
     PromptEncoder,
     Size,
     fill_as_linear,
-    mean_input,
 )
+from ptmoe.methods.inputs import mean_input
 from ptmoe.methods.prefix_tuning import prefix_config
 from ptmoe.methods.routing import gate
 

@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ptmoe.methods.base import PromptConfig, PromptEncoder, Routing, Size, fill_as_linear, mean_input
+from ptmoe.methods.base import PromptConfig, PromptEncoder, Routing, Size, fill_as_linear
+from ptmoe.methods.inputs import mean_input
 
 # The standard deviation of a standardised input. An adaptive optimizer moves every parameter at the same pace whatever
 # its gradient, so inputs below 1 let the router decide more slowly than the experts learn: at 1 it commits before they

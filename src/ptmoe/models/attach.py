@@ -40,8 +40,8 @@ def attach(
         seed: decides every initial value; the global random state is left alone.
         adapter_name: its name, for `set_adapter` and `adapter_names`.
         tokenizer: the base's, for `init="text"`; by default loaded from where the base came from.
-        batches: some of the training data, `input_ids`, `attention_mask` and `labels (B, L)`, for `eva` and `corda`,
-            which start from the activations that it gives.
+        batches: some of the training data, `input_ids`, `attention_mask` and `labels (B, L)`, for `init="examples"`,
+            and for `eva` and `corda`, which start from the activations that it gives.
         check: try out first whether the base gives the same logits from embeddings as from token ids
             (`ptmoe.models.checks`).
 
@@ -54,15 +54,13 @@ def attach(
         raise PtmoeError(f"{config!r:.80} is not a method's config: give one, as in attach(base, ptmoe.PTMoEConfig())")
     if config.needs_batches and batches is None:
         raise PtmoeError(
-            f"{config.method} starts from the activations of training data: train it with `ptmoe train --method "
-            f"{config.method}`, or pass attach(…, batches=…)"
+            f"this {config.method} starts from training data: train it with `ptmoe train --method {config.method}`, or "
+            "pass attach(…, batches=…)"
         )
     if config.needs_batches and batches is not None:
         batches = list(batches)
         if not any(batch["input_ids"].numel() for batch in batches):
-            raise PtmoeError(
-                f"{config.method} starts from the activations of training data, of which there is none: give some"
-            )
+            raise PtmoeError(f"this {config.method} starts from training data, of which there is none: give some")
     model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base, check=check)
 
     def tokenize(text: str) -> list[int]:
@@ -85,7 +83,7 @@ def attach(
             generator = torch.Generator().manual_seed(seed)
             read = partial(read_prompt, embedding=base.get_input_embeddings().weight)
             with encoder.removed_on_failure():
-                encoder.initialise(InitialEmbeddings(model.adapters.embedding, generator, tokenize, read))
+                encoder.initialise(InitialEmbeddings(model.adapters.embedding, generator, tokenize, read, batches))
         return encoder
 
     before = model.active_adapter

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Prompt, mean_input
+from ptmoe.methods.base import Prompt
+from ptmoe.methods.inputs import mean_input
 from ptmoe.methods.routing import RoutedConfig, RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
 from ptmoe.train.steps import Progress
