@@ -45,7 +45,7 @@ def test_every_prompt(name: str) -> None:
     assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
 
 
-@pytest.mark.parametrize("method", ["lora", "hydralora", "ft", "ia3", "vera", "edora", "goat"])
+@pytest.mark.parametrize("method", ["lora", "hydralora", "ft", "ia3", "vera", "edora", "goat", "pt-moe-road"])
 def test_weight_side_methods(method: str) -> None:
     model = attach(tiny_llama(), METHODS[method]()).train()
     inputs = labelled(ROWS, [0] * 5)

@@ -26,7 +26,11 @@ PROMPTS = {
     "multitask": METHODS["multitask-prompt-tuning"](num_virtual_tokens=5),
 }
 FIXED = ("PT", "DPT", "ULPT", "EPT", "PT-MoE selective", "P-tuning", "multitask")
-OTHERS = {"LoRA": METHODS["lora"](rank=2), "prefix": METHODS["prefix-tuning"](num_virtual_tokens=5)}
+OTHERS = {
+    "LoRA": METHODS["lora"](rank=2),
+    "prefix": METHODS["prefix-tuning"](num_virtual_tokens=5),
+    "PT-MoE with RoAd": METHODS["pt-moe-road"](num_virtual_tokens=5, num_experts=3, rank=4),
+}
 ROUTED = CONFIGS["PT-MoE selective probationary"]
 
 

@@ -28,9 +28,10 @@ from torch import Tensor
 from ptmoe.adapters.identity import BaseIdentity, Envelope
 from ptmoe.errors import PtmoeError, near, shown
 from ptmoe.files import names_repository, naming, replaced
-from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, VirtualTokensConfig, method_named
+from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, method_named
 from ptmoe.methods.base import PreTrainedModel
 from ptmoe.methods.shelf import ShelfConfig
+from ptmoe.methods.weights import needs_no_base
 from ptmoe.settings import OF_PEFT, read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -74,7 +75,7 @@ class SavedAdapter:
             PtmoeError: keys, shapes or a `peft` config that are not what the method has on this base. That shows on a
                 copy of the base without memory, before anything is built or changed, or else the base is restored.
         """
-        if not isinstance(self.config, VirtualTokensConfig) and not self.config.needs_memory:
+        if not needs_no_base(self.config) and not self.config.needs_memory:
             self.check(outline(self.folder, lambda: self.config.saved_encoder_for(_without_memory(base))))
         encoder = self.config.saved_encoder_for(base)
         with encoder.removed_on_failure():
@@ -161,7 +162,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     else:
         config, base = _read_config(folder / CONFIG_FILE, written)
     expected = None
-    if isinstance(config, VirtualTokensConfig):  # the shapes of other methods depend on the base
+    if needs_no_base(config):  # the shapes of other methods depend on the base
         expected = outline(folder, lambda: config.build(cast(int, base.hidden_size))).tensors()
     tensors = read_tensors(folder / WEIGHTS_FILE, expected, WHOLE if isinstance(config, ShelfConfig) else ())
     return SavedAdapter(folder, config, tensors, base, written if of_peft else None)

@@ -18,10 +18,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ptmoe.fast.attention import by_products, causal_products, products_obstacle
 from ptmoe.fast.lock import base_lock
+from ptmoe.fast.passes import recomputed_within
 from ptmoe.fast.trial import evaluating
 
 NAME = "ptmoe_packed"
@@ -75,12 +75,14 @@ class Packed:
     Attributes:
         embeds: `(1, S, H)`: what the rows share, then their own tokens, the longest row first.
         position_ids: `(1, S)`, as in each row.
+        rows: `(1, S)`, the row of the batch that each is of.
         places: `(B, T + L)`, the index in the packed row of each position of the padded batch; arbitrary at padding.
         groups: of rows of similar length, in order.
     """
 
     embeds: Tensor
     position_ids: Tensor
+    rows: Tensor
     places: Tensor
     groups: tuple[Group, ...]
 
@@ -102,6 +104,7 @@ def pack(embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, shared: i
     return Packed(
         embeds.flatten(0, 1).index_select(0, chosen)[None],
         position_ids.flatten()[chosen][None],
+        chosen[None] // width,
         places,
         groups_of(lengths[order].tolist(), mask.device, shared),
     )
@@ -276,21 +279,8 @@ def packed_attention(base: PreTrainedModel, groups: tuple[Group, ...]) -> Iterat
     after it, do as well."""
     config = base.config.get_text_config()
     attention = _Attention(base, config, config._attn_implementation, groups, products_obstacle(base) is None)
-    recomputed = {
-        module: cast(Any, module)._gradient_checkpointing_func
-        for module in (base.modules() if base.is_activation_checkpointing else ())
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
-    }
-    for module, function in recomputed.items():
-        cast(Any, module)._gradient_checkpointing_func = partial(
-            function, use_reentrant=False, context_fn=lambda: (nullcontext(), attention)
-        )
-    try:
-        with attention:
-            yield attention
-    finally:
-        for module, function in recomputed.items():
-            cast(Any, module)._gradient_checkpointing_func = function
+    with recomputed_within(base, lambda: attention), attention:
+        yield attention
 
 
 def packing_obstacle(base: PreTrainedModel) -> str | None:

@@ -16,6 +16,7 @@ from ptmoe.fast.last_layer import last_layer_at, last_layer_in_use, last_layer_o
 from ptmoe.fast.linear import gapless_head, onednn_obstacle, use_onednn
 from ptmoe.fast.loss import LOGITS_AT_ONCE, TokenStatistics, cross_entropy, cross_entropy_in_parts, projected_at
 from ptmoe.fast.packing import pack, packed_attention, packing_obstacle
+from ptmoe.fast.passes import CHANGES
 
 # What a base is asked for, by the call or its config, of every position in every layer.
 EVERY_POSITION = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -117,7 +118,10 @@ class FastPaths:
             if packed:
                 batch = pack(inputs["inputs_embeds"], inputs["attention_mask"], inputs["position_ids"], shared)
                 rows, columns = torch.zeros_like(rows), batch.places[rows, columns]
-                inputs = {"inputs_embeds": batch.embeds, "position_ids": batch.position_ids}
+                packs: dict[str, Any] = {"inputs_embeds": batch.embeds, "position_ids": batch.position_ids}
+                if CHANGES in inputs:
+                    packs[CHANGES] = inputs[CHANGES][0], batch.rows
+                inputs = packs
                 paths.enter_context(packed_attention(base, batch.groups))
             if at_some:
                 paths.enter_context(last_layer_at(base, rows, columns))

@@ -46,6 +46,7 @@ from ptmoe.methods.pissa import PiSSAConfig as PiSSAConfig
 from ptmoe.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from ptmoe.methods.pt import PTConfig as PTConfig
 from ptmoe.methods.pt_moe import PTMoEConfig as PTMoEConfig
+from ptmoe.methods.pt_moe_road import PTMoERoAdConfig as PTMoERoAdConfig
 from ptmoe.methods.riemannian import RiemannianConfig as RiemannianConfig
 from ptmoe.methods.smop import SMoPConfig as SMoPConfig
 from ptmoe.methods.soka import SoKAConfig as SoKAConfig

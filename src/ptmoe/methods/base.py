@@ -8,7 +8,7 @@ A method that changes the base's layers is an encoder too: its prompt has no tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
@@ -65,12 +65,14 @@ class Prompt:
         routing: how each row was routed, if the method routes.
         cache: `(layers, 2, B or 1, heads, T, d)`, keys and values before those of the input, 1 where rows share them.
         auxiliary_loss: a scalar added to the loss in training, or None.
+        changes: `(B, D)`, by which the encoder's hooks in the base's layers change what they compute for each row.
     """
 
     embeds: Tensor
     routing: Routing | None = None
     cache: Tensor | None = None
     auxiliary_loss: Tensor | None = None
+    changes: Tensor | None = None
 
 
 class MethodConfig(Settings):
@@ -259,6 +261,10 @@ class PromptEncoder(nn.Module):
             PtmoeError: a method that cannot be disabled.
         """
         yield
+
+    def held(self, changes: Tensor, copies: int) -> AbstractContextManager[None]:
+        """Within it passes that bring no changes have these, `(B, D)`, each for so many rows."""
+        raise NotImplementedError
 
     def remove(self) -> None:
         """Restore the base to what it was before.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ptmoe.methods.base import InitialEmbeddings, Prompt, Size
+from ptmoe.methods.experts import Experts
 from ptmoe.methods.factors import (
     check_projection,
     check_rank,
@@ -26,7 +27,7 @@ from ptmoe.methods.factors import (
     random_projection,
     svd_factors,
 )
-from ptmoe.methods.routing import RoutedConfig, RoutedEncoder, Router
+from ptmoe.methods.routing import RoutedConfig, Router
 
 PAPER_RECIPE = {
     "router_init": "random",
@@ -113,7 +114,7 @@ class PTMoEConfig(RoutedConfig):
         return PTMoE(self, hidden_size)
 
 
-class PTMoE(RoutedEncoder):
+class PTMoE(Experts):
     """Tensors: `A (N, T, R)`, `B (R, H)`, `router.weight (N, H)`, `router.bias (N,)`; with `frozen_projection` `scale`
     and `shift (H,)` in B's place; while training with `shared_factor`, `S (T, R)`, and `A` holds the experts'
     differences from it."""
@@ -134,16 +135,7 @@ class PTMoE(RoutedEncoder):
         else:
             self.B = nn.Parameter(torch.empty(config.rank, hidden_size))
         self.register_parameter("S", None)
-        self.S: nn.Parameter | None
         self.router = Router(hidden_size, config.num_experts)
-
-    def factors(self) -> Tensor:
-        """The experts' factors `(N, T, R)`, of the published form."""
-        if self.S is None:
-            return self.A
-        # An expert that trains alone has nobody to share with: both parts would move, at twice the pace of `dpt`. The
-        # gradient of 0 keeps the parameter in use, as distributed training wants it.
-        return self.A + (self.S.detach() + 0 * self.S if self.alone else self.S)
 
     def project(self, factors: Tensor) -> Tensor:
         """`(…, T, R)` to prompts `(…, T, H)`."""
@@ -153,7 +145,7 @@ class PTMoE(RoutedEncoder):
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         options = {"selective": self.config.selective, "probationary": self.config.probationary}
         routing = self.route(input_embeds, input_mask, **options)
-        factor = torch.einsum("bn,ntr->btr", routing.gate, self.factors())
+        factor = torch.einsum("bn,ntr->btr", routing.gate, self.whole("A"))
         return Prompt(self.project(factor), routing)
 
     @torch.no_grad()
@@ -178,38 +170,14 @@ class PTMoE(RoutedEncoder):
         self.A.copy_(a.reshape(-1, tokens, rank))
         self.B.copy_(b)
         if self.config.shared_factor:
-            self.S = nn.Parameter(torch.zeros_like(self.A[0]))
-            self.S.passing = True  # type: ignore[attr-defined]
+            self.share()
         self.router.initialise(source.generator)
 
     def expert_prompts(self) -> Tensor:
-        return self.project(self.factors())
-
-    def tensors(self) -> dict[str, Tensor]:
-        published = super().tensors() | {"A": self.factors().detach()}
-        published.pop("S", None)
-        return published
-
-    @torch.no_grad()
-    def finish_training(self) -> None:
-        super().finish_training()
-        if self.S is not None:
-            self.A.copy_(self.factors())
-            self.S = None
-
-    def training_state(self) -> dict[str, Tensor]:
-        shared = {} if self.S is None else {"A": self.A.detach(), "S": self.S.detach()}
-        return super().training_state() | shared
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        if self.S is None and f"{prefix}S" in state_dict:  # of a training that has ended here and is resumed
-            state_dict[f"{prefix}A"] = state_dict[f"{prefix}A"] + state_dict.pop(f"{prefix}S")
-        if self.S is not None and f"{prefix}A" in state_dict:  # of a training that had ended when it was saved
-            state_dict.setdefault(f"{prefix}S", torch.zeros_like(self.S))
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        return self.project(self.whole("A"))
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        super().load_tensors(tensors if self.S is None else tensors | {"S": torch.zeros_like(self.S)})
+        super().load_tensors(tensors)
         if self.config.frozen_projection:
             self.B.copy_(random_projection(self.config.projection_seed, *self.B.shape))
 

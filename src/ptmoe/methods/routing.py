@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ptmoe.methods.base import PromptConfig, PromptEncoder, Routing, Size, fill_as_linear
+from ptmoe.methods.base import Prompt, PromptConfig, PromptEncoder, Routing, Size, fill_as_linear
 from ptmoe.methods.inputs import mean_input
 
 # The standard deviation of a standardised input. An adaptive optimizer moves every parameter at the same pace whatever
@@ -293,8 +293,12 @@ class RoutedEncoder(PromptEncoder):
             chosen = 0 * probabilities + 1 / probabilities.shape[1]  # every parameter keeps a gradient
         return Routing(chosen, probabilities)
 
-    def expert_prompts(self) -> Tensor:
-        raise NotImplementedError
+    def mean_prompt(self, rows: int) -> tuple[Prompt, Tensor]:
+        """The mean of what the experts make, for each of so many rows, and the leaf `(rows, …)` that holds it."""
+        prompts = self.expert_prompts()
+        assert prompts is not None
+        copies = prompts.detach().mean(0).expand(rows, -1, -1).clone().requires_grad_()  # (rows, T, H)
+        return Prompt(copies), copies
 
     def tensors(self) -> dict[str, Tensor]:
         state = {name: value for name, value in self.state_dict().items() if name not in TRAINING_STATE}

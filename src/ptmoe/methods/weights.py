@@ -5,14 +5,26 @@ Because all rows of a batch go through the same layers, a model holds one such a
 """
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import InitialEmbeddings, MethodConfig, PreTrainedModel, Prompt, PromptEncoder
+from ptmoe.methods.base import (
+    InitialEmbeddings,
+    MethodConfig,
+    PreTrainedModel,
+    Prompt,
+    PromptEncoder,
+    VirtualTokensConfig,
+)
+
+
+def needs_no_base(config: MethodConfig) -> TypeGuard[VirtualTokensConfig]:
+    """Whether its encoder is built and its prompt composed from the base's embeddings alone."""
+    return isinstance(config, VirtualTokensConfig) and not config.changes_layers
 
 
 class WeightConfig(MethodConfig):
@@ -23,8 +35,8 @@ class WeightConfig(MethodConfig):
     default_learning_rate = 2e-3
 
 
-class TargetedConfig(WeightConfig):
-    """A method that changes some of the base's linear modules.
+class TargetsConfig(MethodConfig):
+    """A method that names some of the base's linear modules.
 
     Attributes:
         target_modules: the last part of their names; by default `q_proj` and `v_proj`, or where the base has none,
@@ -63,6 +75,10 @@ class TargetedConfig(WeightConfig):
 
         defaults = DEFAULTS.get(base.config.model_type)
         return defaults if isinstance(defaults, list) else names
+
+
+class TargetedConfig(TargetsConfig, WeightConfig):
+    """A method that changes some of the base's linear modules, and has no prompt."""
 
 
 def linear_modules(base: PreTrainedModel) -> dict[str, nn.Module]:

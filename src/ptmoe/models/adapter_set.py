@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError, near, without_embedding
-from ptmoe.methods.base import MethodConfig, Prompt, PromptEncoder, Routing, VirtualTokensConfig
+from ptmoe.methods.base import MethodConfig, Prompt, PromptEncoder, Routing
+from ptmoe.methods.weights import needs_no_base
 from ptmoe.models.splice import Spliced, splice
 
 BASE = "__base__"  # in `adapter_names`, as in peft: this row gets no prompt
@@ -38,6 +39,7 @@ class Prompts:
         routing: as in `ptmoe.methods.Prompt`, where all rows share one adapter; likewise the following.
         cache: `(layers, 2, B or 1, heads, T, d)`.
         auxiliary_loss: a scalar.
+        changes: `(B, D)`.
     """
 
     embeds: Tensor
@@ -45,6 +47,7 @@ class Prompts:
     routing: Routing | None = None
     cache: Tensor | None = None
     auxiliary_loss: Tensor | None = None
+    changes: Tensor | None = None
 
     @property
     def cached_length(self) -> int:
@@ -67,7 +70,8 @@ class Prompts:
         cache = self.cache
         if cache is not None and cache.shape[2] > 1:  # of 1, all rows share it
             cache = cache[:, :, index]
-        return Prompts(self.embeds[index], lengths, cache=cache)
+        changes = None if self.changes is None else self.changes[index]
+        return Prompts(self.embeds[index], lengths, cache=cache, changes=changes)
 
 
 class AdapterSet(nn.Module):
@@ -170,7 +174,7 @@ class AdapterSet(nn.Module):
             PtmoeError: a folder that is not a whole adapter, one of another base, or a method that needs the base.
         """
         saved = read_adapter(local_folder(path, revision))
-        if not isinstance(saved.config, VirtualTokensConfig):
+        if not needs_no_base(saved.config):
             raise PtmoeError(f"{saved.folder} is a {saved.config.method} adapter, which needs its base model's layers")
         self.check_addable(name, saved.config)
         weight = cast(Tensor, self.embedding.weight)
@@ -207,7 +211,7 @@ class AdapterSet(nn.Module):
         with torch.autocast(embeds.device.type, enabled=False):
             if len(names) == 1 and names[0] != BASE:
                 prompt = self[names[0]](embeds, input_mask)
-                return Prompts(prompt.embeds, None, prompt.routing, prompt.cache, prompt.auxiliary_loss)
+                return Prompts(lengths=None, **vars(prompt))
             rows = {
                 name: torch.tensor([row for row, other in enumerate(adapter_names) if other == name])
                 for name in names

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PromptEncoder, VirtualTokensConfig
+from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PromptEncoder
+from ptmoe.methods.weights import needs_no_base
 from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.checks import check_adapter
@@ -129,7 +130,7 @@ def count_parameters(base_config: Any, config: MethodConfig) -> int:
         PtmoeError: a method or size that does not fit the base.
     """
     with torch.device("meta"):
-        if isinstance(config, VirtualTokensConfig):
+        if needs_no_base(config):
             text = base_config.get_text_config()
             # OPT's smallest models embed narrower than they compute.
             encoder = config.build(getattr(text, "word_embed_proj_dim", text.hidden_size))

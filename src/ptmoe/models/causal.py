@@ -205,7 +205,7 @@ class PromptedCausalLM(GeneratingModel):
                 max(len(supervised[0]), 1) if num_items is None else num_items,
                 packed=self._packs(part, of_part, options),
                 shared=of_part.length if of_part.shared else 0,
-                whole=self._rows_obstacle() is not None,
+                whole=self._rows_obstacle() is not None or of_part.changes is not None,
                 statistics=statistics,
                 options=options,
             )

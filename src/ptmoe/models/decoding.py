@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ptmoe.fast.passes import CHANGES
 from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.greedy import GREEDY, last_logits, narrowest_window, stepping_obstacle
@@ -95,7 +96,7 @@ class Decoder:
         margin: float,
     ) -> list[list[int]]:
         inputs = self._first_inputs(*padded(prompts, self.model.device), experts, max_new_tokens)
-        cache, positions = inputs["past_key_values"], inputs.get("position_ids")
+        cache, positions, changes = inputs["past_key_values"], inputs.get("position_ids"), inputs.get(CHANGES)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, max_new_tokens), value=1)
         generated: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
@@ -118,6 +119,7 @@ class Decoder:
                 cache.batch_select_indices(kept)
                 tokens, mask = tokens[kept], mask[kept]
                 positions = None if positions is None else positions[kept]
+                changes = None if changes is None else (changes[0][kept], None)
             inputs = {
                 "input_ids": tokens[:, None],
                 "attention_mask": mask[:, : mask.shape[1] - remaining],
@@ -125,6 +127,8 @@ class Decoder:
             }
             if positions is not None:
                 inputs["position_ids"] = positions
+            if changes is not None:
+                inputs[CHANGES] = changes
         return generated
 
     def _alone(self, prompt: list[int], generated: list[int]) -> int:

@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ptmoe.errors import PtmoeError
-from ptmoe.methods.base import Prompt
 from ptmoe.methods.inputs import mean_input
 from ptmoe.methods.routing import RoutedConfig, RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
@@ -247,12 +246,11 @@ def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tenso
     """
     encoder = model.encoder
     assert isinstance(encoder, RoutedEncoder)
-    mean = encoder.expert_prompts().detach().mean(0)
-    copies = mean.expand(len(batch["input_ids"]), -1, -1).clone().requires_grad_()  # (B, T, H)
+    prompt, copies = encoder.mean_prompt(len(batch["input_ids"]))
     was_training = model.training
     model.eval()  # no dropout
     try:
-        with encoder.register_forward_hook(lambda *_: Prompt(copies)):
+        with encoder.register_forward_hook(lambda *_: prompt):
             loss = model(**batch, skip_logits=True).loss
         assert loss is not None
         (gradient,) = torch.autograd.grad(loss, copies)

@@ -1,0 +1,189 @@
+"""PT-MoE with RoAd: the formula, and each row's own rotations wherever the base computes several rows."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import TrainingArguments
+
+import ptmoe
+from ptmoe.errors import PtmoeError
+from ptmoe.methods import METHODS
+from ptmoe.methods.weights import features_of, modules_named
+from ptmoe.models.attach import attach
+from ptmoe.models.decoding import Decoder
+from ptmoe.train.data import collate
+from ptmoe.train.routing import prompt_gradients
+from ptmoe.train.trainer import PromptTrainer
+from testing.bases import ARCHITECTURES, DEVICE, array, batch, prompted, tiny, tiny_llama, tokens
+from testing.decoding import ROWS, decoded, generated
+from testing.losses import ROWS as LONG
+from testing.losses import assert_same, labelled, loss_and_gradients
+
+CONFIG = METHODS["pt-moe-road"](num_virtual_tokens=4, num_experts=3, rank=3)
+
+
+def routed(base):
+    """An adapter with every number drawn, whose router sends the rows of `LONG` to different experts."""
+    model = prompted(base, CONFIG).eval()
+    router = model.encoder.router
+    with torch.no_grad():
+        router.bias.copy_(
+            -router.weight @ torch.stack([base.get_input_embeddings()(row).mean(0) for row in LONG]).mean(0)
+        )
+        router.weight *= 5
+        router.bias *= 5
+    assert len({int(model.route(row[None]).gate.argmax()) for row in LONG}) > 1
+    return model
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request):
+    return routed(tiny(request.param))
+
+
+def by_hand(model, row):
+    """The logits of one row, its prompt and rotations computed in numpy on the untouched base."""
+    base, encoder = tiny(model.base_model.config.model_type), model.encoder
+    embeds, tensors = array(base.get_input_embeddings()(row)), {k: array(v) for k, v in encoder.tensors().items()}
+    logits = tensors["router.weight"] @ embeds.mean(0) + tensors["router.bias"]
+    probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    best = probabilities.argmax()
+    prompt, numbers = (probabilities[best] * part for part in (tensors["A"][best] @ tensors["B"], tensors["R"][best]))
+    start = 0
+    for module in modules_named(base, model.method_config.target_modules).values():
+
+        def rotate(module, arguments, output, start=start):
+            y, half = array(output), output.shape[-1] // 2
+            a, b = numbers[start : start + half], numbers[start + half : start + 2 * half]
+            rotated = (y[..., :half] + 1j * y[..., half:]) * (1 + a + 1j * b)
+            return torch.from_numpy(np.concatenate([rotated.real, rotated.imag], -1)).to(output)
+
+        start += features_of(module)[1]
+        module.register_forward_hook(rotate)
+    assert start == numbers.size
+    spliced = torch.from_numpy(np.concatenate([prompt, embeds])).to(row.device, torch.float32)
+    return base(inputs_embeds=spliced[None]).logits[0, len(prompt) :]
+
+
+def test_each_row_of_a_batch_is_rotated_by_the_numbers_of_its_own_expert(model):
+    ids, mask = batch(LONG, [3, 0, 7, 1, 2])
+    logits = model(ids, mask).logits
+    for row, scores, real in zip(LONG, logits, mask.bool(), strict=True):
+        assert_close(scores[real], by_hand(model, row), atol=2e-4, rtol=1e-4)
+
+
+def test_it_starts_as_its_prompt_alone_and_a_pass_of_the_bases_own_stays_that(model):
+    ids, base = tokens(9)[None], tiny(model.base_model.config.model_type)
+    untouched = base(ids).logits
+    sizes = {"num_virtual_tokens": 4, "num_experts": 3, "rank": 3}
+    prompt_alone = attach(base, METHODS["pt-moe"](**sizes))(ids).logits
+    assert torch.equal(attach(base, METHODS["pt-moe-road"](**sizes))(ids).logits, prompt_alone)
+    assert not torch.allclose(model(ids).logits, prompt_alone, atol=1e-3)
+    assert torch.equal(model.base_model(ids).logits, untouched)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, untouched)
+
+
+def test_losses_and_gradients_are_those_of_the_padded_batch(model):
+    inputs = labelled(LONG, [3, 0, 1, 5, 2])
+    for module in model.base_model.modules():  # a packed batch would draw other numbers
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    model.train()
+    assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_computed_again_find_the_rotations_of_their_own_pass(packing, reentrant):
+    """Two passes before the backward pass, as in training on pairs."""
+    model = routed(tiny_llama()).train()
+    model.packing = packing
+    pairs = [labelled(LONG, [0] * 5), labelled(LONG[::-1], [0] * 5)]
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(0)
+        first, second = (model(**one).loss for one in pairs)
+        (first - 0.3 * second).backward()
+        return {name: one.grad.clone() for name, one in model.encoder.named_parameters()}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same(gradients(), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generation_gives_each_row_the_tokens_that_it_gets_alone(model, options):
+    rows = [torch.tensor(row, device=DEVICE) for row in ROWS]
+    ids, mask = batch(rows, [0, 4, 1, 2, 0])
+    made = model.generate(ids, mask, max_new_tokens=5, **options).unflatten(0, (len(rows), -1))
+    for row, several in zip(rows, made, strict=True):
+        alone = model.generate(row[None], max_new_tokens=5, **options)
+        assert torch.equal(several[:, ids.shape[1] :], alone[:, len(row) :])
+    assert torch.equal(model.base_model(ids).logits, tiny(model.base_model.config.model_type)(ids).logits)
+
+
+def test_rows_that_end_leave_the_batch_and_take_their_rotations_along(model):
+    expected = generated(model)
+    last = [row[index] for index, row in enumerate(expected)]  # row 0 ends at once, row 4 after five tokens
+    made = decoded(Decoder(model), ended=lambda row: row[-1] in last)
+    for found, whole in zip(made, expected, strict=True):
+        assert found == whole[: next((i + 1 for i, token in enumerate(whole) if token in last), len(whole))]
+
+
+def test_gradients_for_the_routers_start_are_each_rows_own():
+    model = attach(tiny_llama(), CONFIG)
+    inputs = labelled(LONG, [3, 0, 1, 5, 2])
+    together = prompt_gradients(model, inputs)
+    assert together.shape == (5, 4 * 32)
+    for row, gradient in zip(LONG, together, strict=True):
+        assert_close(prompt_gradients(model, labelled([row], [0]))[0], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_training_parts_the_experts_and_folds_what_they_share(tmp_path):
+    model = attach(tiny_llama(), CONFIG.replace(router_test=False))
+    rows = [
+        {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.where(torch.arange(6) > 4, ids, -100),
+        }
+        for ids in (tokens(6, seed).cpu() for seed in range(40))
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=20,
+        learning_rate=0.03,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=DEVICE.type == "cpu",
+    )
+    callbacks = [ptmoe.RoutingCallback()]
+    PromptTrainer(model, arguments, collate, train_dataset=rows, callbacks=callbacks).train()
+    encoder = model.encoder
+    assert encoder.S is encoder.shared_R is None
+    assert encoder.tensors().keys() == {"A", "B", "R", "router.weight", "router.bias"}
+    for experts in (encoder.A, encoder.R):
+        assert not any(torch.equal(experts[i], experts[j]) for i, j in [(0, 1), (0, 2), (1, 2)])
+    model.save_pretrained(tmp_path / "adapter")
+    again = ptmoe.load_adapter(tiny_llama(), tmp_path / "adapter").eval()
+    ids, mask = batch(LONG, [0] * 5)
+    assert torch.equal(again(ids, mask).logits, model.eval()(ids, mask).logits)
+
+
+def test_modules_that_do_not_know_their_row_or_have_an_odd_output_are_refused():
+    base = tiny_llama()
+    base.model.layers[1].self_attn.odd = torch.nn.Linear(32, 15)
+    with pytest.raises(PtmoeError, match=r"rotates pairs of outputs, and model\.layers\.1\.self_attn\.odd has 15"):
+        attach(base, CONFIG.replace(target_modules=["odd"]))
+    base, flat = (
+        tiny_llama(),
+        torch.nn.Linear(32, 32).to(DEVICE),
+    )  # as experts of a layer see tokens, without their rows
+    base.model.layers[0].mlp.flat = flat
+    base.model.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: (flat(inputs[0].flatten(0, 1)), None)[1])
+    with pytest.raises(PtmoeError, match=r"pt-moe-road cannot tell which are whose: name other target_modules"):
+        attach(base, CONFIG.replace(target_modules=["flat"]))(tokens(6)[None])
