@@ -123,6 +123,7 @@ def _presets(
                 "experts split after 0.4": {"split_after": 0.4},
                 "one text": {"init": "text", "init_text": " ".join(texts)},
                 "a text for each expert": {"init": "text", "init_text": texts},
+                "training examples": {"init": "examples"},
                 "random": {"init": "random"},
                 "router at random": {"router_init": "random"},
                 "no test of the routing": {"router_test": False},
