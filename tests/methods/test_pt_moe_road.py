@@ -115,6 +115,26 @@ def test_layers_computed_again_find_the_rotations_of_their_own_pass(packing, ree
     assert_same(gradients(), expected)
 
 
+@pytest.mark.parametrize("interrupted", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_interrupted_pass_leaves_nothing_for_the_layers_that_later_ones_compute_again(interrupted, packing):
+    model = routed(tiny_llama()).train()
+    model.gradient_checkpointing_enable()
+    inputs, others = labelled(LONG, [3, 0, 1, 5, 2]), labelled(LONG[:3], [0] * 3)
+    layers = model.base_model.model.layers
+    own = layers[0]._gradient_checkpointing_func
+    expected = loss_and_gradients(model, inputs, packing)
+    with layers[1].register_forward_pre_hook(_interrupt), pytest.raises(KeyboardInterrupt):
+        model.packing = interrupted
+        model(**others)
+    assert_same(loss_and_gradients(model, inputs, packing), expected)
+    assert layers[0]._gradient_checkpointing_func is own
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_generation_gives_each_row_the_tokens_that_it_gets_alone(model, options):
     rows = [torch.tensor(row, device=DEVICE) for row in ROWS]
