@@ -194,6 +194,19 @@ def test_training_parts_the_experts_and_folds_what_they_share(tmp_path):
     assert torch.equal(again(ids, mask).logits, model.eval()(ids, mask).logits)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_feed_forward_part_of_the_last_layer_is_rotated_at_every_position_and_the_fast_paths_say_so(packing):
+    model = prompted(tiny_llama(), CONFIG.replace(target_modules=["gate_proj", "down_proj"])).train()
+    inputs = labelled(LONG, [3, 0, 1, 5, 2])
+    narrow = loss_and_gradients(model, inputs, packing)
+    assert model.fast_paths()["last_layer"] == "each row of a batch changes the layers in its own way"
+    model._fast._tried["last_layer"] = "not in this test"
+    assert_same(loss_and_gradients(model, inputs, packing), narrow)
+    with model.disable_adapter():
+        model._fast._tried.clear()
+        assert model.fast_paths()["last_layer"] is None
+
+
 def test_modules_that_do_not_know_their_row_or_have_an_odd_output_are_refused():
     base = tiny_llama()
     base.model.layers[1].self_attn.odd = torch.nn.Linear(32, 15)
