@@ -124,8 +124,8 @@ def test_an_interrupted_pass_leaves_nothing_for_the_layers_that_later_ones_compu
     layers = model.base_model.model.layers
     own = layers[0]._gradient_checkpointing_func
     expected = loss_and_gradients(model, inputs, packing)
+    model.packing = interrupted
     with layers[1].register_forward_pre_hook(_interrupt), pytest.raises(KeyboardInterrupt):
-        model.packing = interrupted
         model(**others)
     assert_same(loss_and_gradients(model, inputs, packing), expected)
     assert layers[0]._gradient_checkpointing_func is own
