@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 from transformers import TrainingArguments
 
 import ptmoe
@@ -205,6 +206,19 @@ def test_the_feed_forward_part_of_the_last_layer_is_rotated_at_every_position_an
     with model.disable_adapter():
         model._fast._tried.clear()
         assert model.fast_paths()["last_layer"] is None
+
+
+def test_a_base_may_be_spread_over_devices():
+    model = routed(tiny_llama())
+    base = model.base_model
+
+    def moved(_, *inputs):
+        return tree_map(lambda one: one.to("meta") if isinstance(one, torch.Tensor) else one, inputs)
+
+    for module in (base.model.layers[1], base.model.norm, base.lm_head):
+        module.to("meta").register_forward_pre_hook(moved, with_kwargs=True)
+    ids, mask = batch(LONG, [0] * 5)
+    assert model(ids, mask).logits.device.type == "meta"
 
 
 def test_modules_that_do_not_know_their_row_or_have_an_odd_output_are_refused():

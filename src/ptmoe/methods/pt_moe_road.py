@@ -143,7 +143,7 @@ class PTMoERoAd(PTMoE):
                 f"{type(module).__name__} computes {tuple(output.shape)} for a batch of {len(change)} rows, so "
                 f"{self.config.method} cannot tell which are whose: name other target_modules"
             )
-        change = change.to(torch.promote_types(output.dtype, change.dtype))
+        change = change.to(output.device, torch.promote_types(output.dtype, change.dtype))
         (a, b), (real, imaginary) = (one.chunk(2, -1) for one in (change, output.to(change.dtype)))
         rotated = torch.cat((real + a * real - b * imaginary, imaginary + a * imaginary + b * real), -1)
         return rotated.to(output.dtype)
