@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map
 from transformers import TrainingArguments
 
 import ptmoe
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.compiled import compile_layers
 from ptmoe.methods import METHODS
 from ptmoe.methods.weights import features_of, modules_named
 from ptmoe.models.attach import attach
@@ -114,6 +116,21 @@ def test_layers_computed_again_find_the_rotations_of_their_own_pass(packing, ree
     expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same(gradients(), expected)
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_all_layers():
+    """Of more than `torch._dynamo.config.recompile_limit`, those beyond it would stay as they are."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model = routed(tiny_llama(num_hidden_layers=10)).train()
+    inputs = labelled(LONG, [0] * 5)
+    plain = loss_and_gradients(model, inputs, False)
+    assert compile_layers(model.base_model, counter) is None
+    assert counter.frame_count == 1
+    assert_same(loss_and_gradients(model, inputs, False), plain)
+    assert 1 < counter.frame_count < 5
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("interrupted", [True, False])
