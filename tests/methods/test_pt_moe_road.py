@@ -1,5 +1,7 @@
 """PT-MoE with RoAd: the formula, and each row's own rotations wherever the base computes several rows."""
 
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import TrainingArguments
 import ptmoe
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.compiled import compile_layers
+from ptmoe.fast.lock import base_lock
 from ptmoe.methods import METHODS
 from ptmoe.methods.weights import features_of, modules_named
 from ptmoe.models.attach import attach
@@ -116,6 +119,22 @@ def test_layers_computed_again_find_the_rotations_of_their_own_pass(packing, ree
     expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same(gradients(), expected)
+
+
+def test_layers_computed_again_keep_other_threads_out():
+    model = routed(tiny_llama()).train()
+    model.packing = False
+    model.gradient_checkpointing_enable()
+    loss, lock, taken = model(**labelled(LONG, [0] * 5)).loss, base_lock(model.base_model), []
+
+    def in_another_thread(*_):
+        thread = Thread(target=lambda: taken.append(lock.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+
+    with model.base_model.model.layers[0].self_attn.v_proj.register_forward_hook(in_another_thread):
+        loss.backward()
+    assert taken == [False]
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.lock import base_lock
 from ptmoe.fast.passes import CHANGES, recomputed_within
 from ptmoe.methods.base import Batches, InitialEmbeddings, PreTrainedModel, Prompt, Size
 from ptmoe.methods.pt_moe import PTMoE, PTMoEConfig
@@ -120,7 +121,7 @@ class PTMoERoAd(PTMoE):
         self.running.close()  # of a pass that was interrupted
         self._set(*options.pop(CHANGES, (self.throughout, None)))
         if self.changes is not None:
-            again = partial(self._holding, self.changes, self.rows)
+            again = partial(self._holding, base, self.changes, self.rows)
             self.running.enter_context(recomputed_within(base, again))
         return arguments, options
 
@@ -135,14 +136,15 @@ class PTMoERoAd(PTMoE):
             part.change = change
 
     @contextmanager
-    def _holding(self, changes: Tensor, rows: Tensor | None) -> Iterator[None]:
+    def _holding(self, base: nn.Module, changes: Tensor, rows: Tensor | None) -> Iterator[None]:
         """Within it layers that the backward pass computes again find what the forward pass had."""
-        before = self.changes, self.rows
-        self._set(changes, rows)
-        try:
-            yield
-        finally:
-            self._set(*before)
+        with base_lock(base):  # another thread's pass finds its own
+            before = self.changes, self.rows
+            self._set(changes, rows)
+            try:
+                yield
+            finally:
+                self._set(*before)
 
     @contextmanager
     def held(self, changes: Tensor, copies: int) -> Iterator[None]:
