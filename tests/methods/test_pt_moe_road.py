@@ -1,13 +1,19 @@
 """PT-MoE with RoAd: the formula, and each row's own rotations wherever the base computes several rows."""
 
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 from transformers import TrainingArguments
 
 import ptmoe
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.compiled import compile_layers
+from ptmoe.fast.lock import base_lock
 from ptmoe.methods import METHODS
 from ptmoe.methods.weights import features_of, modules_named
 from ptmoe.models.attach import attach
@@ -115,6 +121,57 @@ def test_layers_computed_again_find_the_rotations_of_their_own_pass(packing, ree
     assert_same(gradients(), expected)
 
 
+def test_layers_computed_again_keep_other_threads_out():
+    model = routed(tiny_llama()).train()
+    model.packing = False
+    model.gradient_checkpointing_enable()
+    loss, lock, taken = model(**labelled(LONG, [0] * 5)).loss, base_lock(model.base_model), []
+
+    def in_another_thread(*_):
+        thread = Thread(target=lambda: taken.append(lock.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+
+    with model.base_model.model.layers[0].self_attn.v_proj.register_forward_hook(in_another_thread):
+        loss.backward()
+    assert taken == [False]
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_all_layers():
+    """Of more than `torch._dynamo.config.recompile_limit`, those beyond it would stay as they are."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model = routed(tiny_llama(num_hidden_layers=10)).train()
+    inputs = labelled(LONG, [0] * 5)
+    plain = loss_and_gradients(model, inputs, False)
+    assert compile_layers(model.base_model, counter) is None
+    assert counter.frame_count == 1
+    assert_same(loss_and_gradients(model, inputs, False), plain)
+    assert 1 < counter.frame_count < 5
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_interrupted_pass_leaves_nothing_for_the_layers_that_later_ones_compute_again(interrupted, packing):
+    model = routed(tiny_llama()).train()
+    model.gradient_checkpointing_enable()
+    inputs, others = labelled(LONG, [3, 0, 1, 5, 2]), labelled(LONG[:3], [0] * 3)
+    layers = model.base_model.model.layers
+    own = layers[0]._gradient_checkpointing_func
+    expected = loss_and_gradients(model, inputs, packing)
+    model.packing = interrupted
+    with layers[1].register_forward_pre_hook(_interrupt), pytest.raises(KeyboardInterrupt):
+        model(**others)
+    assert_same(loss_and_gradients(model, inputs, packing), expected)
+    assert layers[0]._gradient_checkpointing_func is own
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_generation_gives_each_row_the_tokens_that_it_gets_alone(model, options):
     rows = [torch.tensor(row, device=DEVICE) for row in ROWS]
@@ -172,6 +229,32 @@ def test_training_parts_the_experts_and_folds_what_they_share(tmp_path):
     again = ptmoe.load_adapter(tiny_llama(), tmp_path / "adapter").eval()
     ids, mask = batch(LONG, [0] * 5)
     assert torch.equal(again(ids, mask).logits, model.eval()(ids, mask).logits)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_feed_forward_part_of_the_last_layer_is_rotated_at_every_position_and_the_fast_paths_say_so(packing):
+    model = prompted(tiny_llama(), CONFIG.replace(target_modules=["gate_proj", "down_proj"])).train()
+    inputs = labelled(LONG, [3, 0, 1, 5, 2])
+    narrow = loss_and_gradients(model, inputs, packing)
+    assert model.fast_paths()["last_layer"] == "each row of a batch changes the layers in its own way"
+    model._fast._tried["last_layer"] = "not in this test"
+    assert_same(loss_and_gradients(model, inputs, packing), narrow)
+    with model.disable_adapter():
+        model._fast._tried.clear()
+        assert model.fast_paths()["last_layer"] is None
+
+
+def test_a_base_may_be_spread_over_devices():
+    model = routed(tiny_llama())
+    base = model.base_model
+
+    def moved(_, *inputs):
+        return tree_map(lambda one: one.to("meta") if isinstance(one, torch.Tensor) else one, inputs)
+
+    for module in (base.model.layers[1], base.model.norm, base.lm_head):
+        module.to("meta").register_forward_pre_hook(moved, with_kwargs=True)
+    ids, mask = batch(LONG, [0] * 5)
+    assert model(ids, mask).logits.device.type == "meta"
 
 
 def test_modules_that_do_not_know_their_row_or_have_an_odd_output_are_refused():

@@ -318,6 +318,7 @@ def test_a_class_that_is_no_causal_model_is_refused_before_anything_is_trained(n
         ("moss_transcribe_diarize", "prefix-tuning", "the base counts padding as positions"),
         ("zamba", "pissa", "pissa replaces the weight of each module, and in ZambaForCausalLM several of .* share one"),
         ("git", "lora", "lora does not fit GitForCausalLM: none of the modules that it changes computes text"),
+        ("git", "pt-moe-road", "pt-moe-road does not fit GitForCausalLM: none of the modules that it changes computes"),
     ],
 )
 def test_a_method_that_the_base_cannot_have_is_refused_and_leaves_no_trace(kind, method, message):

@@ -65,8 +65,9 @@ def test_greedy_tokens_are_those_of_the_whole_sequence_without_a_cache(base, pen
         assert torch.equal(generated[0], greedy_by_hand(model, row, 5, penalty))
 
 
-def test_a_static_cache_gives_the_same_tokens():
-    model = prompted(tiny_llama(), ROUTED)
+@pytest.mark.parametrize("config", [ROUTED, METHODS["pt-moe-road"](num_virtual_tokens=4, num_experts=3, rank=3)])
+def test_a_static_cache_gives_the_same_tokens(config):
+    model = prompted(tiny_llama(), config)
     ids, mask = batch(ROWS, BOTH)
     expected = model.generate(ids, mask, max_new_tokens=4)
     assert torch.equal(model.generate(ids, mask, max_new_tokens=4, cache_implementation="static"), expected)

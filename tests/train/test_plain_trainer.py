@@ -42,6 +42,7 @@ ROUTED = {
         num_virtual_tokens=4, num_experts=3, rank=3, distinct_experts=False, shared_factor=True, split_after=0.5
     ),
     "smop": ptmoe.SMoPConfig(num_virtual_tokens=4, num_experts=2, router_init="gradient", routing_anneal=True),
+    "pt-moe-road": METHODS["pt-moe-road"](num_virtual_tokens=4, num_experts=3, rank=3, split_after=0.5),
 }
 
 SLOW = pytest.mark.slow

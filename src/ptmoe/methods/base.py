@@ -2,7 +2,7 @@
 
 (input_embeds (B, L, H), input_mask (B, L)) -> Prompt(embeds (B, T, H), routing)
 
-A method that changes the base's layers is an encoder too: its prompt has no tokens (`ptmoe.methods.weights`).
+A method that changes the base's layers is an encoder too; few have virtual tokens (`ptmoe.methods.weights`).
 """
 
 from __future__ import annotations

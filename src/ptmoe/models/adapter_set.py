@@ -77,8 +77,7 @@ class Prompts:
 class AdapterSet(nn.Module):
     """Named adapters over one embedding matrix; a batch may mix them.
 
-    A method that changes the base's layers has no prompt of its own and excludes all other adapters: all rows of a
-    batch go through the same layers.
+    A method that changes the base's layers excludes all other adapters: all rows of a batch go through the same layers.
 
     Args:
         embedding: the base's input embedding, `(B, L)` ids to `(B, L, H)`. It is called, not read, because some scale

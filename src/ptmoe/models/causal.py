@@ -205,7 +205,7 @@ class PromptedCausalLM(GeneratingModel):
                 max(len(supervised[0]), 1) if num_items is None else num_items,
                 packed=self._packs(part, of_part, options),
                 shared=of_part.length if of_part.shared else 0,
-                whole=self._rows_obstacle() is not None or of_part.changes is not None,
+                whole=self._last_layer_obstacle() is not None,
                 statistics=statistics,
                 options=options,
             )
@@ -233,11 +233,10 @@ class PromptedCausalLM(GeneratingModel):
         """
         with self.lock:
             obstacles = self._fast.obstacles()
+        obstacles["packing"] = obstacles["packing"] or self._packing_obstacle()
         if self.packing is False:
             obstacles["packing"] = "not asked for (packing=False)"
-        elif obstacles["packing"] is None:
-            obstacles["packing"] = self._packing_obstacle()
-        obstacles["last_layer"] = obstacles["last_layer"] or self._rows_obstacle()
+        obstacles["last_layer"] = obstacles["last_layer"] or self._last_layer_obstacle()
         return obstacles | {"stepwise_decoding": stepping_obstacle(self.base_model, self.path)}
 
     def can_pack(self) -> bool:
@@ -268,10 +267,12 @@ class PromptedCausalLM(GeneratingModel):
     def _packing_obstacle(self) -> str | None:
         if self.path.per_layer is not None:
             return "the base takes inputs for each layer beside the embeddings"
-        if (reason := self._rows_obstacle()) is not None:
-            return reason
         fills_cache = self.uses_adapter and self.method_config.fills_cache
-        return "its prompt is in the key-value cache" if fills_cache else None
+        return self._rows_obstacle() or ("its prompt is in the key-value cache" if fills_cache else None)
+
+    def _last_layer_obstacle(self) -> str | None:
+        own = self.uses_adapter and self.method_config.changes_layers and self.method_config.reads_input
+        return "each row of a batch changes the layers in its own way" if own else self._rows_obstacle()
 
     def _rows_obstacle(self) -> str | None:
         divided = self.uses_adapter and self.method_config.divides_rows

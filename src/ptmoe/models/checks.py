@@ -9,17 +9,18 @@ configuration, in half a dozen passes over a few tokens.
 import inspect
 import sys
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.trial import evaluating
-from ptmoe.methods.base import quantization_of
+from ptmoe.methods.base import Prompt, quantization_of
 from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import GREEDY
 from ptmoe.models.input_path import probe_ids, reason
@@ -109,7 +110,7 @@ def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
         return
     obstacle = None
     try:
-        with model.lock, evaluating(model), torch.enable_grad():
+        with model.lock, evaluating(model), torch.enable_grad(), model.adapters[name].register_forward_hook(_detached):
             rows = list(probe_ids(base, sum(LENGTHS))[0].split(LENGTHS))
             one, other = (model(input_ids=row[None], adapter_names=[name]).logits[0] for row in rows)
             if config.changes_layers and not one.requires_grad:
@@ -127,6 +128,11 @@ def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
             if before:
                 model.set_adapter(before)
         raise PtmoeError(f"{config.method} does not fit {type(base).__name__}: {obstacle}")
+
+
+def _detached(encoder: nn.Module, arguments: Any, prompt: Prompt) -> Prompt:
+    """A prompt whose virtual tokens leave no gradient, which is then that of what changes the layers."""
+    return replace(prompt, embeds=prompt.embeds.detach())
 
 
 def _obstacle(model: GeneratingModel) -> str | None:

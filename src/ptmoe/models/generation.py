@@ -179,7 +179,9 @@ class GeneratingModel(ModelWrapper):
             order = align(mask, "right")  # what reads the tokens (n-grams, criteria) finds the new ones after the last
             aligned = input_ids.gather(1, order)
             options = of_real_tokens(settings.get("repetition_penalty", 1.0), mask.gather(1, order), options)
-        base_inputs = self.base_inputs(spliced, prompts, settings.copies() if virtual else 1)
+        if virtual:
+            settings.check_cache()
+        base_inputs = self.base_inputs(spliced, prompts, settings.copies())
         if virtual:  # transformers takes the cached positions off what it is given
             padding = spliced.embeds.new_zeros(len(spliced.embeds), virtual, spliced.embeds.shape[2])
             base_inputs["inputs_embeds"] = torch.cat([padding, spliced.embeds], 1)

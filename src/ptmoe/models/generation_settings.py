@@ -31,8 +31,11 @@ class GenerationSettings:
         return next(found, default)
 
     def copies(self) -> int:
-        """How many sequences `generate` makes of a row.
+        """How many sequences `generate` makes of a row."""
+        return max(int(self.get(name, 1)) for name in ("num_beams", "num_return_sequences"))
 
+    def check_cache(self) -> None:
+        """
         Raises:
             PtmoeError: a setting that leaves out the cache that the prompt stands in.
         """
@@ -40,7 +43,6 @@ class GenerationSettings:
             raise PtmoeError("use_cache=False leaves out the cache that the prompt stands in: leave it out")
         if self.get("cache_implementation") is not None:
             raise PtmoeError("cache_implementation makes another cache than the prompt stands in: leave it out")
-        return max(int(self.get(name, 1)) for name in ("num_beams", "num_return_sequences"))
 
     def with_new_tokens(self, length: int, room: int | None) -> tuple[dict[str, Any], int]:
         """The options with their lengths as numbers of new tokens, and the highest number of them.
