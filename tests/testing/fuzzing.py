@@ -42,6 +42,7 @@ MOST_SECONDS, MOST_BYTES = 5, 1 << 30
 
 SIZES: dict[str, dict[str, Any]] = {
     "pt-moe": {"num_virtual_tokens": 6, "rank": 4, "num_experts": 3},
+    "pt-moe-road": {"num_virtual_tokens": 4, "rank": 2, "num_experts": 3},
     "dpt": {"num_virtual_tokens": 4, "rank": 2},
     "prefix-tuning": {"num_virtual_tokens": 3},
     "p-tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 8},
@@ -111,7 +112,7 @@ def adapters() -> Target:
     """A folder of each method, one of its files changed, put on its base."""
     base, originals = tiny_llama(), {}
     for method, config in METHODS.items():
-        if config.needs_batches:
+        if config().needs_batches:
             continue  # saved as lora and pissa are
         folder = scratch() / "adapters" / method
         sizes = SIZES.get(method, {"num_virtual_tokens": 4} if "num_virtual_tokens" in config.model_fields else {})

@@ -287,7 +287,7 @@ DOUBLED = READING | {
     name: METHODS[name](**{key: 2 for key in ("rank",) if key in METHODS[name].model_fields} | OF_SHORT.get(name, {}))
     for name, config in METHODS.items()
     # The last three decompose as `peft` does, which it refuses in double precision.
-    if not (config.needs_batches or config.reads_input or name in ("ft", "pissa", "sorsa", "ba-lora"))
+    if not (config().needs_batches or config.reads_input or name in ("ft", "pissa", "sorsa", "ba-lora"))
 }
 
 

@@ -156,7 +156,7 @@ def test_a_router_of_one_expert_gives_its_prompt_whole_and_never_moves(optimizer
     for hardness in (0.0, 0.5, 1.0):
         built.hardness = hardness
         prompt = built(embeds, mask)
-        torch.testing.assert_close(prompt.embeds, (built.factors()[2] @ built.B).expand_as(prompt.embeds))
+        torch.testing.assert_close(prompt.embeds, (built.whole("A")[2] @ built.B).expand_as(prompt.embeds))
         updates.zero_grad()
         prompt.embeds.square().sum().backward()
         updates.step()
