@@ -240,13 +240,16 @@ def test_quantized_bases_are_taken_by_types_that_have_layers_for_them():
             METHODS["osf"].check_quantization(quantization)
 
 
-@pytest.mark.parametrize("method", ["eva", "corda"])
-@pytest.mark.parametrize("batches", [[], [{"input_ids": torch.zeros(2, 0, dtype=torch.long)}]])
-def test_a_start_from_data_that_is_empty_is_refused(method, batches):
+PADDING = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": torch.zeros(2, 3, dtype=torch.long)}
+
+
+@pytest.mark.parametrize("config", [METHODS["eva"](), METHODS["corda"](), METHODS["pt"](init="examples")])
+@pytest.mark.parametrize("batches", [[], [{"input_ids": torch.zeros(2, 0, dtype=torch.long)}], [PADDING]])
+def test_a_start_from_data_that_is_empty_is_refused(config, batches):
     base = tiny_llama()
-    with pytest.raises(PtmoeError, match=f"{method} starts from training data, of which"):
-        attach(base, METHODS[method](), batches=batches)
-    attach(base, METHODS[method](), batches=[TRAINING])
+    with pytest.raises(PtmoeError, match=f"{config.method} starts from training data, of which"):
+        attach(base, config, batches=batches)
+    attach(base, config, batches=[TRAINING])
 
 
 def test_the_shelf_is_part_of_what_users_import():

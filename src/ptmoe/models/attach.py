@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches, InitialEmbeddings, MethodConfig, PromptEncoder
+from ptmoe.methods.injected import model_inputs
 from ptmoe.methods.weights import needs_no_base
 from ptmoe.models.bases import check_quantization, load_base
 from ptmoe.models.causal import PromptedCausalLM
@@ -60,7 +61,7 @@ def attach(
         )
     if config.needs_batches and batches is not None:
         batches = list(batches)
-        if not any(batch["input_ids"].numel() for batch in batches):
+        if not any(model_inputs(batch)["attention_mask"].any() for batch in batches):
             raise PtmoeError(f"this {config.method} starts from training data, of which there is none: give some")
     model = base if isinstance(base, PromptedCausalLM) else PromptedCausalLM(base, check=check)
 
