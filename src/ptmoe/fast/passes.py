@@ -9,6 +9,7 @@ from torch import nn
 
 # The keyword of a pass for its rows' changes of the layers, `(B, D)`, and of packed rows each token's row, `(1, S)`.
 CHANGES = "prompt_changes"
+NONE = (None, None)
 
 Contexts = tuple[Callable[[], AbstractContextManager[Any]], ...]
 

@@ -8,7 +8,7 @@ A method that changes the base's layers is an encoder too; few have virtual toke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
@@ -261,10 +261,6 @@ class PromptEncoder(nn.Module):
             PtmoeError: a method that cannot be disabled.
         """
         yield
-
-    def held(self, changes: Tensor, copies: int) -> AbstractContextManager[None]:
-        """Within it passes that bring no changes have these, `(B, D)`, each for so many rows."""
-        raise NotImplementedError
 
     def remove(self) -> None:
         """Restore the base to what it was before.

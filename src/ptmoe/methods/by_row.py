@@ -1,7 +1,7 @@
 """Changes of the base's layers that differ from row to row of a batch.
 
-A pass through the base brings its rows' numbers, by the keyword `ptmoe.fast.passes.CHANGES`, and hooks on some of its
-modules apply them. A pass that brings none is the base's own.
+A pass through the base brings its rows' numbers, by the keyword `ptmoe.fast.passes.CHANGES` or an attribute of the base
+of that name, and hooks on some of its modules apply them. A pass that brings none is the base's own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.lock import base_lock
-from ptmoe.fast.passes import CHANGES, recomputed_within
+from ptmoe.fast.passes import CHANGES, NONE, recomputed_within
 from ptmoe.methods.weights import features_of
 
 
@@ -50,7 +50,6 @@ class RowChanges:
         self.apply = apply
         self.changes: Tensor | None = None  # of the pass that is running, (B, D)
         self.rows: Tensor | None = None  # (1, S), where the rows of a batch are packed: the row of each token
-        self.throughout: Tensor | None = None  # the changes of passes that bring none
         self.running = ExitStack()
         self.hooks = [
             base.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -59,22 +58,13 @@ class RowChanges:
         for module, part in zip(modules.values(), self.parts, strict=True):
             self.hooks.append(module.register_forward_hook(partial(self._change, part)))
 
-    @contextmanager
-    def held(self, changes: Tensor) -> Iterator[None]:
-        """Within it passes that bring no changes have these, `(B, D)`."""
-        self.throughout = changes
-        try:
-            yield
-        finally:
-            self.throughout = None
-
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
 
     def _begin(self, base: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         self.running.close()  # of a pass that was interrupted
-        self._set(*options.pop(CHANGES, (self.throughout, None)))
+        self._set(*options.pop(CHANGES, vars(base).get(CHANGES, NONE)))
         if self.changes is not None:
             again = partial(self._again, base, self.changes, self.rows)
             self.running.enter_context(recomputed_within(base, again))
@@ -82,7 +72,7 @@ class RowChanges:
 
     def _end(self, *_: Any) -> None:
         self.running.close()
-        self._set(None, None)
+        self._set(*NONE)
 
     def _set(self, changes: Tensor | None, rows: Tensor | None) -> None:
         self.changes, self.rows = changes, rows

@@ -14,8 +14,6 @@ This combination is this project's own (docs/findings.md).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor, nn
 
@@ -89,9 +87,6 @@ class PTMoERoAd(PTMoE):
 
     def fixed_prompts(self) -> None:
         """None, because what is fixed is not all: the layers change with the input as well."""
-
-    def held(self, changes: Tensor, copies: int) -> AbstractContextManager[None]:
-        return self.by_row.held(changes.repeat_interleave(copies, 0))
 
     def remove(self) -> None:
         self.by_row.remove()

@@ -1,8 +1,7 @@
 """Methods that change what the base's own layers compute, instead of what comes before the input.
 
 Each is an encoder, most with a prompt without tokens, so training, saving, generation and evaluation treat it like any
-other.
-Because all rows of a batch go through the same layers, a model holds one such adapter and no other.
+other. Because all rows of a batch go through the same layers, a model holds one such adapter and no other.
 """
 
 from collections.abc import Iterable, Mapping

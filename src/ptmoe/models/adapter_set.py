@@ -210,7 +210,7 @@ class AdapterSet(nn.Module):
         with torch.autocast(embeds.device.type, enabled=False):
             if len(names) == 1 and names[0] != BASE:
                 prompt = self[names[0]](embeds, input_mask)
-                return Prompts(lengths=None, **vars(prompt))
+                return Prompts(**vars(prompt))
             rows = {
                 name: torch.tensor([row for row, other in enumerate(adapter_names) if other == name])
                 for name in names

@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicCache
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import without_plans
 from ptmoe.fast.linear import gapless_head
-from ptmoe.fast.passes import CHANGES
+from ptmoe.fast.passes import CHANGES, NONE
+from ptmoe.fast.trial import standing_in
 from ptmoe.models.adapter_set import Prompts
 from ptmoe.models.generation_settings import GenerationSettings, of_real_tokens
 from ptmoe.models.input_path import PER_LAYER, taking_embeddings
@@ -67,7 +68,8 @@ class GeneratingModel(ModelWrapper):
         return spliced
 
     def base_inputs(self, spliced: Spliced, prompts: Prompts, expand: int = 1) -> dict[str, Any]:
-        """The arguments of the base's `forward`; a prompt in the key-value cache is repeated `expand` times per row."""
+        """The arguments of the base's `forward`; what a row has in the key-value cache, and its changes of the layers,
+        come `expand` times."""
         inputs: dict[str, Any] = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.attention_mask}
         positions = spliced.position_ids + self.path.first_position
         if self.path.per_layer is not None and spliced.token_ids is not None:
@@ -82,7 +84,7 @@ class GeneratingModel(ModelWrapper):
         if self.takes_positions:
             inputs["position_ids"] = positions
         if prompts.changes is not None:
-            inputs[CHANGES] = prompts.changes, None
+            inputs[CHANGES] = prompts.changes.repeat_interleave(expand, 0), None
         return inputs
 
     def _filled_cache(self, cache: Tensor, batch: int, copies: int) -> DynamicCache:
@@ -192,10 +194,10 @@ class GeneratingModel(ModelWrapper):
             raise PtmoeError("use_cache=False reads the input again at each token, without its prompt: leave it out")
         if settings.own.get("use_cache") is False:
             options["use_cache"] = True
-        per_layer, changes = base_inputs.pop(PER_LAYER, None), base_inputs.pop(CHANGES, None)
-        changed = nullcontext() if changes is None else self.encoder.held(changes[0], settings.copies())
+        per_layer = base_inputs.pop(PER_LAYER, None)
         anew = reading_again(self.base_model, again, partial(self._whole_inputs, prompts)) if again else nullcontext()
         base = self.base_model
+        changed = standing_in(base, **{CHANGES: base_inputs.pop(CHANGES, NONE)})  # `generate` takes no such keyword
         with self.lock, without_plans(base), gapless_head(base), taking_embeddings(base, per_layer), anew, changed:
             made = base.generate(aligned, **base_inputs, **options)
         if aligned is not input_ids:
