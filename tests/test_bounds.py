@@ -1,6 +1,7 @@
 """A small file cannot take the machine: its sizes are checked before anything is built of them."""
 
 import contextlib
+import errno
 import gzip
 import subprocess
 import sys
@@ -42,6 +43,19 @@ def test_yaml_that_is_too_large_is_not_read(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("a: " + "x" * 200_000)
     with pytest.raises(ptmoe.PtmoeError, match="needs at most 200,000"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("call", ["stat", "read_bytes"])
+def test_a_file_that_the_system_does_not_let_be_read_is_said_so(tmp_path, monkeypatch, call):
+    path = tmp_path / "x.yaml"
+    path.write_text("a: 1")
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, call, refused)
+    with pytest.raises(ptmoe.PtmoeError, match=r"x\.yaml: Permission denied"):
         read_yaml(path)
 
 

@@ -192,12 +192,13 @@ def yaml_text(value: Any) -> str:
 
 
 def _read(path: Path, kind: str, largest: int, parse: Callable[[str], Any]) -> dict[str, Any]:
-    if path.stat().st_size > largest:
-        raise PtmoeError(f"{path} has {path.stat().st_size:,} bytes: needs at most {largest:,}")
     try:
-        content = path.read_bytes()
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= largest else b""
     except OSError as error:
         raise PtmoeError(f"{path}: {error.strerror}") from error
+    if size > largest:
+        raise PtmoeError(f"{path} has {size:,} bytes: needs at most {largest:,}")
     try:
         written = parse(content.decode())
         json.dumps(written, ensure_ascii=False).encode()  # no half of a character

@@ -62,7 +62,7 @@ class ComparisonFolder:
         leaves at None the run has decided, and the names of a base's layers are in its own order."""
         try:
             trained = read_yaml(self.run_folder(cell) / CONFIG_FILE)
-        except (PtmoeError, OSError):  # the report says that it is damaged
+        except PtmoeError:  # the report says that it is damaged
             return []
         planned = cell.options.model_dump(mode="json")
         for options in (trained, planned):  # whether there are checkpoints decides nothing
