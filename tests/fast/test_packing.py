@@ -18,7 +18,8 @@ from ptmoe.fast.last_layer import last_layer_obstacle
 from ptmoe.fast.lock import base_lock
 from ptmoe.fast.loss import cross_entropy, cross_entropy_in_parts
 from ptmoe.fast.packing import SHORT, SIMILAR, groups_of, packing_obstacle
-from testing.bases import CONFIGS, DEVICE, HIDDEN, VOCABULARY, prompted, tiny, tiny_llama
+from ptmoe.methods import MethodConfig
+from testing.bases import BY_ROW, CONFIGS, DEVICE, HIDDEN, VOCABULARY, prompted, tiny, tiny_llama
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
 
 
@@ -38,14 +39,14 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(
     assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_prompt(name: str) -> None:
-    model = prompted(tiny_llama(), CONFIGS[name]).train()
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *BY_ROW.values()], ids=[*CONFIGS, *BY_ROW])
+def test_every_prompt(config: MethodConfig) -> None:
+    model = prompted(tiny_llama(), config).train()
     inputs = labelled(ROWS, [0] * 5)
     assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
 
 
-@pytest.mark.parametrize("method", ["lora", "hydralora", "ft", "ia3", "vera", "edora", "goat", "pt-moe-road"])
+@pytest.mark.parametrize("method", ["lora", "hydralora", "ft", "ia3", "vera", "edora", "goat"])
 def test_weight_side_methods(method: str) -> None:
     model = attach(tiny_llama(), METHODS[method]()).train()
     inputs = labelled(ROWS, [0] * 5)
@@ -55,8 +56,9 @@ def test_weight_side_methods(method: str) -> None:
 def test_several_adapters_and_the_base_in_one_batch() -> None:
     model = prompted(tiny_llama(), CONFIGS["PT"], name="a")
     prompted(model, CONFIGS["SMoP"], name="b")
+    prompted(model, BY_ROW["PT-MoE with RoAd"], name="c")
     model.train()
-    inputs = labelled(ROWS, [0] * 5) | {"adapter_names": ["b", "a", "__base__", "b", "a"]}
+    inputs = labelled(ROWS, [0] * 5) | {"adapter_names": ["c", "a", "__base__", "b", "a"]}
     assert_same(loss_and_gradients(model, inputs, True), loss_and_gradients(model, inputs, False))
 
 

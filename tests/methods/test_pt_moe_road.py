@@ -5,6 +5,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map
@@ -89,6 +90,51 @@ def test_it_starts_as_its_prompt_alone_and_a_pass_of_the_bases_own_stays_that(mo
     assert torch.equal(model.base_model(ids).logits, untouched)
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, untouched)
+
+
+def hooks_on(base):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.modules())
+
+
+def test_all_adapters_on_a_base_share_its_hooks_which_leave_with_the_last_of_them():
+    base, ids = tiny_llama(), tokens(9)[None]
+    model = prompted(base, CONFIG, name="a")
+    hooks, expected = hooks_on(base), model(ids).logits
+    prompted(model, CONFIG.replace(num_experts=2), seed=2, name="b")
+    other = prompted(base, CONFIG, seed=3)
+    assert hooks_on(base) == hooks > 0
+    assert torch.equal(model(ids, adapter_names=["a"]).logits, expected)
+    assert not torch.allclose(other(ids).logits, expected, atol=1e-3)
+    model.delete_adapter("a")
+    assert hooks_on(base) == hooks
+    elsewhere = prompted(base, CONFIG.replace(target_modules=["q_proj"]), seed=4)
+    assert hooks_on(base) > hooks
+    other.set_adapter("default")
+    assert torch.equal(elsewhere(ids).logits, prompted(tiny_llama(), elsewhere.method_config, seed=4)(ids).logits)
+    assert torch.equal(other(ids).logits, prompted(tiny_llama(), CONFIG, seed=3)(ids).logits)
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_what_does_not_fit_leaves_no_hooks(active, tmp_path):
+    base = tiny_llama()
+    before = hooks_on(base)
+    model = attach(base, METHODS["pt"](num_virtual_tokens=2), adapter_name="pt")
+    if active:
+        attach(model, CONFIG, adapter_name="rows")
+        model.delete_adapter("pt")
+    hooks = hooks_on(base)
+    assert (hooks > before) == active
+    base.model.layers[0].idle = torch.nn.Linear(32, 32)
+    refused = "changes other modules" if active else "none of the modules that it changes computes text"
+    with pytest.raises(PtmoeError, match=refused):
+        attach(model, CONFIG.replace(target_modules=["idle"]), adapter_name="idle")
+    prompted(tiny_llama(), CONFIG).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(saved | {"R": saved["R"][:, 2:].contiguous()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(PtmoeError, match="R has shape"):
+        ptmoe.load_adapter(model, tmp_path, name="shorter")
+    assert hooks_on(base) == hooks
+    assert list(model.encoders) == [model.active_adapter] == ["rows" if active else "pt"]
 
 
 def test_losses_and_gradients_are_those_of_the_padded_batch(model):

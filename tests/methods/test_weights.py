@@ -140,7 +140,7 @@ def test_checkpoints_hold_each_trained_or_frozen_number_once_and_nothing_of_the_
     assert saved == sum(one.numel() for one in model.parameters() if one.requires_grad) + frozen
     assert not frozen or method in PARTS
     assert all(key.startswith("encoders.default.") for key in state)
-    assert model.num_virtual_tokens == (4 if method == "pt-moe-road" else 0)
+    assert model.num_virtual_tokens == 0
 
 
 @pytest.mark.parametrize("method", [*WEIGHTS, "prefix-tuning", "mept"])

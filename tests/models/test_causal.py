@@ -15,6 +15,7 @@ from ptmoe.models.attach import attach
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
 from ptmoe.train.data import collate
 from testing.bases import (
+    BY_ROW,
     CONFIGS,
     DEVICE,
     HIDDEN,
@@ -429,13 +430,16 @@ def test_routing_on_a_bfloat16_base_is_computed_in_float32():
 # -- several adapters --------------------------------------------------------------------------------------------------
 
 
-def with_three_adapters(base) -> PromptedCausalLM:
+def with_several_adapters(base) -> PromptedCausalLM:
     model = prompted(base, CONFIGS["PT-MoE selective probationary"], name="moe")
     model = prompted(model, CONFIGS["PT"], seed=2, name="pt")
+    for index, config in enumerate(BY_ROW.values()):
+        model = prompted(model, config, seed=4 + index, name=f"rows {index}")
+        model = prompted(model, config.replace(num_virtual_tokens=4, num_experts=2), seed=5 + index, name="others")
     return prompted(model, CONFIGS["DPT"].replace(num_virtual_tokens=3), seed=3, name="dpt")
 
 
-NAMES = ["pt", "moe", "__base__", "dpt", "moe", "__base__"]
+NAMES = ["pt", "moe", "__base__", "rows 0", "dpt", "others"]
 ROWS_OF_SIX = [tokens(length, length) for length in (4, 2, 7, 1, 5, 3)]
 LEFTS_OF_SIX = [0, 4, 0, 2, 1, 4]
 
@@ -448,7 +452,7 @@ def alone(model, row, name):
 
 
 def test_each_row_gets_the_adapter_it_names_and_what_it_gets_alone(base):
-    model = with_three_adapters(base)
+    model = with_several_adapters(base)
     ids, mask = batch(ROWS_OF_SIX, LEFTS_OF_SIX, 9)
     logits = model(ids, mask, adapter_names=NAMES).logits
     for i, (row, left, name) in enumerate(zip(ROWS_OF_SIX, LEFTS_OF_SIX, NAMES, strict=True)):
@@ -457,7 +461,7 @@ def test_each_row_gets_the_adapter_it_names_and_what_it_gets_alone(base):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_loss_of_several_adapters_is_that_of_each_row_alone(base, training):
-    model = with_three_adapters(base)
+    model = with_several_adapters(base)
     prompts, answers = ROWS_OF_SIX, [tokens(2 + i % 3, i) for i in range(6)]
     inputs = supervised(prompts, answers, LEFTS_OF_SIX)
     inputs["labels"][2, :7] = ROWS_OF_SIX[2]  # a base row supervised from its first token, which nothing predicts
@@ -476,18 +480,19 @@ def test_the_loss_of_several_adapters_is_that_of_each_row_alone(base, training):
 
 
 def test_gradients_reach_each_rows_own_adapter(base):
-    model = with_three_adapters(base)
+    model = with_several_adapters(base)
     for encoder in model.encoders.values():
         encoder.requires_grad_(True)
     ids, mask, labels = MIXED.values()
-    model(ids, mask, labels, adapter_names=["pt", "__base__", "moe", "pt"]).loss.backward()
+    model(ids, mask, labels, adapter_names=["pt", "__base__", "moe", "others"]).loss.backward()
     assert model.encoders["pt"].prompt.grad.any()
+    assert model.encoders["others"].R.grad.any()
     assert model.encoders["moe"].A.grad.any()
-    assert model.encoders["dpt"].A.grad is None
+    assert model.encoders["dpt"].A.grad is model.encoders["rows 0"].R.grad is None
 
 
 def test_set_adapter_chooses_what_is_used_and_what_trains():
-    model = with_three_adapters(tiny_llama())
+    model = with_several_adapters(tiny_llama())
     ids = tokens(5)[None]
     assert model.active_adapter == "dpt"
     model.set_adapter("pt")
@@ -513,9 +518,9 @@ def test_disable_adapter_gives_the_untouched_base_and_ends(base):
 
 
 def test_a_deleted_adapter_is_gone_and_the_active_one_cannot_be_deleted():
-    model = with_three_adapters(tiny_llama())
+    model = with_several_adapters(tiny_llama())
     model.delete_adapter("pt")
-    assert set(model.encoders) == {"moe", "dpt"}
+    assert set(model.encoders) == set(NAMES) - {"pt", "__base__"}
     with pytest.raises(PtmoeError, match="no adapter 'pt'"):
         model.set_adapter("pt")
     with pytest.raises(PtmoeError, match="'dpt' is active"):
@@ -530,7 +535,7 @@ def test_an_adapter_name_that_cannot_be_used_is_refused(name):
 
 
 def test_a_wrong_adapter_name_is_answered_with_the_nearest():
-    model = with_three_adapters(tiny_llama())
+    model = with_several_adapters(tiny_llama())
     ids = tokens(4)[None]
     for call in (
         lambda: model.set_adapter("mor"),

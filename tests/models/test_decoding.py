@@ -17,7 +17,7 @@ from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
 from ptmoe.models.decoding import Decoder
 from ptmoe.tasks import load_task
-from testing.bases import ARCHITECTURES, COMMON, CONFIGS, DEVICE, prompted, tiny, tokens
+from testing.bases import ARCHITECTURES, BY_ROW, COMMON, CONFIGS, DEVICE, prompted, tiny, tokens
 from testing.decoding import NEW, ROWS, decoded, experts_of, generated
 
 PROMPTS = {
@@ -29,7 +29,7 @@ FIXED = ("PT", "DPT", "ULPT", "EPT", "PT-MoE selective", "P-tuning", "multitask"
 OTHERS = {
     "LoRA": METHODS["lora"](rank=2),
     "prefix": METHODS["prefix-tuning"](num_virtual_tokens=5),
-    "PT-MoE with RoAd": METHODS["pt-moe-road"](num_virtual_tokens=5, num_experts=3, rank=4),
+    **BY_ROW,
 }
 ROUTED = CONFIGS["PT-MoE selective probationary"]
 

@@ -9,7 +9,19 @@ from transformers.generation.streamers import BaseStreamer
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
-from testing.bases import CONFIGS, DEVICE, HIDDEN, PAD, POSITIONS, VOCABULARY, batch, prompted, tiny_llama, tokens
+from testing.bases import (
+    BY_ROW,
+    CONFIGS,
+    DEVICE,
+    HIDDEN,
+    PAD,
+    POSITIONS,
+    VOCABULARY,
+    batch,
+    prompted,
+    tiny_llama,
+    tokens,
+)
 
 all_methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 ROUTED = CONFIGS["PT-MoE selective probationary"]
@@ -65,7 +77,7 @@ def test_greedy_tokens_are_those_of_the_whole_sequence_without_a_cache(base, pen
         assert torch.equal(generated[0], greedy_by_hand(model, row, 5, penalty))
 
 
-@pytest.mark.parametrize("config", [ROUTED, METHODS["pt-moe-road"](num_virtual_tokens=4, num_experts=3, rank=3)])
+@pytest.mark.parametrize("config", [ROUTED, *BY_ROW.values()])
 def test_a_static_cache_gives_the_same_tokens(config):
     model = prompted(tiny_llama(), config)
     ids, mask = batch(ROWS, BOTH)
@@ -268,7 +280,8 @@ def test_input_mask_decides_the_prompt_of_a_generation():
 def test_each_row_generates_with_the_adapter_it_names(base):
     model = prompted(base, ROUTED, name="moe")
     model = prompted(model, CONFIGS["PT"].replace(num_virtual_tokens=2), seed=2, name="pt")
-    names = ["moe", "__base__", "pt", "__base__"]
+    model = prompted(model, BY_ROW["PT-MoE with RoAd"], seed=3, name="rows")
+    names = ["moe", "__base__", "pt", "rows"]
     ids, mask = batch(ROWS, BOTH)
     new = model.generate(ids, mask, adapter_names=names, max_new_tokens=4)[:, ids.shape[1] :]
     for i, (row, name) in enumerate(zip(ROWS, names, strict=True)):

@@ -16,16 +16,22 @@ from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
 from ptmoe.serve.engine import EngineError, Input, Sampling
 from ptmoe.serve.local import LocalEngine, described, sample
-from testing.bases import ARCHITECTURES, CONFIGS, DEVICE, VOCABULARY, prompted, tiny, tokens
+from testing.bases import ARCHITECTURES, BY_ROW, CONFIGS, DEVICE, VOCABULARY, prompted, tiny, tokens
 
-NAMES = {"PT": "fixed", "PT-MoE selective": "fixed of each expert", "PT-MoE neither": "composed", "SMoP": "composed"}
+NAMES = {
+    "PT": "fixed",
+    "PT-MoE selective": "fixed of each expert",
+    "PT-MoE neither": "composed",
+    "SMoP": "composed",
+    "PT-MoE with RoAd": "composed, and changes of the layers",
+}
 NEW = 10
 
 
 def served(base):
     """A model with adapters of every kind."""
     for index, name in enumerate(NAMES):
-        model = prompted(base if index == 0 else model, CONFIGS[name], seed=index, name=name)  # noqa: F821
+        model = prompted(base if index == 0 else model, (CONFIGS | BY_ROW)[name], seed=index, name=name)  # noqa: F821
     return model.eval()
 
 
@@ -33,7 +39,7 @@ def row_of(model, ids, name):
     spliced, prompts = model.adapters.compose(ids[None], adapter_names=[name])
     fixed = name != BASE and model.adapters[name].fixed_prompts() is not None
     expert = 0 if prompts.routing is None else int(prompts.routing.gate[0].argmax())
-    return Input(spliced.embeds[0].detach(), ids.tolist(), (name, expert) if fixed else None)
+    return Input(spliced.embeds[0].detach(), ids.tolist(), (name, expert) if fixed else None, prompts.changes)
 
 
 def alone(model, ids, name, new=NEW):
@@ -130,6 +136,16 @@ def test_a_row_that_nobody_reads_any_more_leaves():
         return [token.id for token in whole]
 
     assert asyncio.run(run()) == alone(model, tokens(5), "PT", 40)
+
+
+def test_a_row_keeps_its_changes_of_the_layers_when_its_adapter_is_gone():
+    model = served(tiny("llama"))
+    model.set_adapter("PT")
+    rows = [row_of(model, tokens(length, length), name) for length, name in ((5, "PT-MoE with RoAd"), (7, BASE))]
+    expected = [alone(model, tokens(length, length), name) for length, name in ((5, "PT-MoE with RoAd"), (7, BASE))]
+    model.delete_adapter("PT-MoE with RoAd")
+    assert answers(LocalEngine(model), *[(row, 0.0, {}) for row in rows]) == expected
+    assert expected[0] != alone(model, tokens(5, 5), BASE)
 
 
 def test_a_row_that_is_given_up_while_the_batch_is_full_is_kept_by_nobody():

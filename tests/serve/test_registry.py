@@ -16,10 +16,11 @@ import torch
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.models.adapter_set import AdapterSet
+from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.serve import registry as registry_module
 from ptmoe.serve.engine import UnavailableError
 from ptmoe.serve.registry import Registry, UnknownModelError
-from testing.bases import CONFIGS, DEVICE, prompted, tiny, tokens
+from testing.bases import BY_ROW, CONFIGS, DEVICE, prompted, tiny, tokens
 from testing.serving import until
 
 IDS = tokens(6).tolist()
@@ -62,6 +63,22 @@ def test_a_row_is_the_adapters_own(base, folder):
     assert composed.row.virtual == 6
     assert composed.row.prefix is None
     assert torch.equal(registry.compose("tiny", IDS).row.embeds, model.adapters.embedding(ids[0]))
+
+
+def test_an_adapter_that_changes_each_rows_layers_is_served_where_the_base_is(base, folder):
+    config = BY_ROW["PT-MoE with RoAd"]
+    model = prompted(tiny("llama"), config, seed=3)
+    model.save_pretrained(folder / "rows")
+    prompted(tiny("llama"), config.replace(target_modules=["q_proj"])).save_pretrained(folder / "rows of q_proj")
+    registry = Registry(PromptedCausalLM(base).adapters, folder, base="tiny")
+    composed = registry.compose("rows", IDS)
+    _, prompts = model.compose(torch.tensor([IDS], device=DEVICE))
+    assert torch.equal(composed.row.changes.numbers, prompts.changes.numbers)
+    assert registry.compose("c", IDS).row.changes is None
+    with pytest.raises(UnknownModelError, match="changes other modules than the pt-moe-road adapters that are there"):
+        registry.compose("rows of q_proj", IDS)
+    with pytest.raises(UnknownModelError, match="a pt-moe-road adapter, which needs its base model's layers"):
+        registry_of(base, folder).compose("rows", IDS)
 
 
 def test_a_broken_adapter_is_listed_and_the_rest_served(base, folder):

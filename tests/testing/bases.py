@@ -72,6 +72,9 @@ CONFIGS: dict[str, MethodConfig] = {
     "ID-SPAM": METHODS["id-spam"](num_virtual_tokens=4, bottleneck=3),
     "EPT": METHODS["ept"](num_virtual_tokens=4, num_decomposed_tokens=6, rank=3, num_spaces=3, space_rank=2),
 }
+BY_ROW: dict[str, MethodConfig] = {  # which change the base's layers for each row
+    "PT-MoE with RoAd": METHODS["pt-moe-road"](num_virtual_tokens=5, num_experts=3, rank=4),
+}
 
 
 def tiny(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -32,7 +32,7 @@ from typing_extensions import Self
 from ptmoe import PtmoeError, load_task, nano
 from ptmoe.evaluate import evaluate
 from ptmoe.fast.loss import IGNORED
-from ptmoe.methods import PTMoEConfig
+from ptmoe.methods import PTMoEConfig, PTMoERoAdConfig
 from ptmoe.models.bases import load_base
 from ptmoe.train import TrainOptions
 from ptmoe.train.batches import Blank, TokenBatches
@@ -47,6 +47,7 @@ LENGTHS = [5, 9, 14, 7, 20, 11, 6, 18, 8]  # in twos, a batch of one is left
 METHODS = {
     "PT": CONFIGS["PT"],
     "PT-MoE": PTMoEConfig(num_virtual_tokens=5, num_experts=3, rank=2, router_noise=0.0),
+    "PT-MoE-RoAd": PTMoERoAdConfig(num_virtual_tokens=5, num_experts=3, rank=2, router_noise=0.0),
 }
 
 
@@ -176,19 +177,20 @@ def gradients(folder: Path, sharding: str, architectures: list[str]) -> None:
             save_base(folder / name, whole)
         torch.distributed.barrier()
         base, _ = load_base(str(folder / name), sharding=sharding)
-        made = []
-        for one in (whole, base):
-            model = prompted(one, METHODS["PT-MoE"])  # in evaluation mode: some drop out
-            rows = [tokens(length, int(os.environ["RANK"])) for length in (9, 5)]
-            ids, mask = batch(rows, [0, 2])
-            labels = ids.masked_fill(mask.cumsum(1) < 4, IGNORED).masked_fill(mask == 0, IGNORED)
-            for _ in range(2):
-                loss = model(input_ids=ids, attention_mask=mask, labels=labels, skip_logits=True).loss
-                loss.backward()
-            parts = [part for part in model.encoder.parameters() if part.grad is not None]
-            made.append([loss.detach(), *(part.grad for part in parts)])
-        for expected, given in zip(*made, strict=True):
-            assert torch.allclose(given, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())), name
+        rows = [tokens(length, int(os.environ["RANK"])) for length in (9, 5)]
+        ids, mask = batch(rows, [0, 2])
+        labels = ids.masked_fill(mask.cumsum(1) < 4, IGNORED).masked_fill(mask == 0, IGNORED)
+        for method in ("PT-MoE", "PT-MoE-RoAd"):
+            made = []
+            for one in (whole, base):
+                model = prompted(one, METHODS[method])  # in evaluation mode: some drop out
+                for _ in range(2):
+                    loss = model(input_ids=ids, attention_mask=mask, labels=labels, skip_logits=True).loss
+                    loss.backward()
+                parts = [part for part in model.encoder.parameters() if part.grad is not None]
+                made.append([loss.detach(), *(part.grad for part in parts)])
+            for expected, given in zip(*made, strict=True):
+                assert torch.allclose(given, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())), name
         held = [one for _, one in layers(base) for one in one.parameters()]
         assert held
         assert all(hasattr(one, "to_local") or one.numel() == 0 or one.ds_persist for one in held), name
@@ -243,6 +245,8 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
     for name in ("one", "sharded", "answers"):
         (tmp_path / name).mkdir()
     save_base(tmp_path / "base", tiny_llama())
+    (tmp_path / "one-road").mkdir()
+    train(tmp_path / "one-road", "PT-MoE-RoAd", gradient_accumulation_steps=2, **options)
     alone = train(tmp_path / "one", "PT-MoE", gradient_accumulation_steps=2, **options)
     evaluated(tmp_path / "answers")
     whole, kept = tmp_path / "answers", tmp_path / "resumed" / "predictions"
@@ -258,7 +262,11 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
         ("gradients", "gradients", {"sharding": "fsdp", "architectures": ["llama tied", "gpt2 tied"]}),
         ("shared", "evaluate", {}),
         ("resumed", "evaluate", {}),
+        ("two-road", "PT-MoE-RoAd", options),
+        ("sharded-road", "PT-MoE-RoAd", options | {"sharding": "fsdp"}),
     )
+    for name in ("two-road", "sharded-road"):
+        check_equal(tmp_path / "one-road", tmp_path / name)
     for index, name in enumerate(("two", "sharded")):
         check_equal(tmp_path / "one", tmp_path / name)
         assert sorted(seen[0][index] + seen[1][index]) == sorted(alone)

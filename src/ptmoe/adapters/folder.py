@@ -75,7 +75,13 @@ class SavedAdapter:
             PtmoeError: keys, shapes or a `peft` config that are not what the method has on this base. That shows on a
                 copy of the base without memory, before anything is built or changed, or else the base is restored.
         """
-        if not needs_no_base(self.config) and not self.config.needs_memory:
+        if self.config.changes_rows:
+            sketch = outline(self.folder, lambda: self.config.saved_encoder_for(base))
+            try:
+                self.check(sketch)
+            finally:
+                sketch.remove()
+        elif not needs_no_base(self.config) and not self.config.needs_memory:
             self.check(outline(self.folder, lambda: self.config.saved_encoder_for(_without_memory(base))))
         encoder = self.config.saved_encoder_for(base)
         with encoder.removed_on_failure():

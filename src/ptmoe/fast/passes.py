@@ -1,15 +1,55 @@
 """What one pass through a base brings along, and what layers find that its backward pass computes again."""
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-# The keyword of a pass for its rows' changes of the layers, `(B, D)`, and of packed rows each token's row, `(1, S)`.
-CHANGES = "prompt_changes"
-NONE = (None, None)
+CHANGES = "prompt_changes"  # the keyword of a pass for its rows' `Changes`, or an attribute of the base
+
+Rows = Tensor | slice | list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """How the base's layers compute each row of a batch.
+
+    Attributes:
+        of: whose hooks apply them (`ptmoe.methods.by_row.RowChanges`).
+        numbers: `(B, D)`, zeros for a row that the base computes as ever.
+        rows: `(1, S)`, where the rows of the batch are packed: the row of each token.
+    """
+
+    of: Any
+    numbers: Tensor
+    rows: Tensor | None = None
+
+    def __getitem__(self, index: Rows) -> Changes:
+        """Those of some rows, which may repeat."""
+        return replace(self, numbers=self.numbers[index])
+
+    def repeated(self, copies: int) -> Changes:
+        """Each row's, `copies` times."""
+        return replace(self, numbers=self.numbers.repeat_interleave(copies, 0))
+
+    def packed(self, rows: Tensor) -> Changes:
+        return replace(self, rows=rows)
+
+    @staticmethod
+    def joined(count: int, parts: Iterable[tuple[Rows, Changes | None]]) -> Changes | None:
+        """Those of a batch of `count` rows, from those of some of its rows, all of the same hooks; None for none."""
+        whole: Changes | None = None
+        for index, part in parts:
+            if part is not None:
+                whole = whole or replace(part, numbers=part.numbers.new_zeros(count, part.numbers.shape[1]))
+                whole.numbers[index] = part.numbers
+        return whole
+
 
 Contexts = tuple[Callable[[], AbstractContextManager[Any]], ...]
 

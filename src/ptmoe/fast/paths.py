@@ -120,7 +120,7 @@ class FastPaths:
                 rows, columns = torch.zeros_like(rows), batch.places[rows, columns]
                 packs: dict[str, Any] = {"inputs_embeds": batch.embeds, "position_ids": batch.position_ids}
                 if CHANGES in inputs:
-                    packs[CHANGES] = inputs[CHANGES][0], batch.rows
+                    packs[CHANGES] = inputs[CHANGES].packed(batch.rows)
                 inputs = packs
                 paths.enter_context(packed_attention(base, batch.groups))
             if at_some:

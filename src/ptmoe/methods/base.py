@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.passes import Changes
 from ptmoe.settings import Settings
 
 if TYPE_CHECKING:
@@ -65,14 +66,14 @@ class Prompt:
         routing: how each row was routed, if the method routes.
         cache: `(layers, 2, B or 1, heads, T, d)`, keys and values before those of the input, 1 where rows share them.
         auxiliary_loss: a scalar added to the loss in training, or None.
-        changes: `(B, D)`, by which the encoder's hooks in the base's layers change what they compute for each row.
+        changes: `(B, D)` numbers, by which hooks in the base's layers change what they compute for each row.
     """
 
     embeds: Tensor
     routing: Routing | None = None
     cache: Tensor | None = None
     auxiliary_loss: Tensor | None = None
-    changes: Tensor | None = None
+    changes: Changes | None = None
 
 
 class MethodConfig(Settings):
@@ -90,7 +91,8 @@ class MethodConfig(Settings):
     reads_input: ClassVar[bool] = False  # an input's prompt depends on its tokens
     fills_cache: ClassVar[bool] = False  # its prompt is in the key-value cache
     adds_loss: ClassVar[bool] = False  # its prompts carry an `auxiliary_loss`
-    changes_layers: ClassVar[bool] = False  # a model holds one such adapter and no other
+    changes_layers: ClassVar[bool] = False  # for all rows alike: a model holds one such adapter and no other
+    changes_rows: ClassVar[bool] = False  # its prompts carry `changes` of the base's layers, each row's its own
     divides_rows: ClassVar[bool] = False  # rows of a batch train different parameters: no packing, whole last layer
     trains_base: ClassVar[bool] = False  # its parameters are the base's own weights: too many to copy at every step
     unsupported_quantizations: ClassVar[tuple[str, ...]] = ()
@@ -228,6 +230,7 @@ class PromptEncoder(nn.Module):
 
     config: MethodConfig
     widens: ClassVar[bool] = False  # computes in the base's dtype where that is wider than float32
+    by_row: Any = None  # the `ptmoe.methods.by_row.RowChanges` of its prompts' changes
 
     def __init__(self, config: MethodConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Changes of the base's layers that differ from row to row of a batch.
+"""Changes of the base's layers that differ from row to row of a batch, so that its rows may be of several adapters.
 
 A pass through the base brings its rows' numbers, by the keyword `ptmoe.fast.passes.CHANGES` or an attribute of the base
 of that name, and hooks on some of its modules apply them. A pass that brings none is the base's own.
@@ -10,15 +10,21 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from threading import Lock
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.lock import base_lock
-from ptmoe.fast.passes import CHANGES, NONE, recomputed_within
+from ptmoe.fast.passes import CHANGES, Changes, recomputed_within
 from ptmoe.methods.weights import features_of
+
+ON_BASE = "ptmoe_row_changes"  # an attribute of a base
+COUNTING = Lock()  # never held while waiting for another
+
+Apply = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -35,67 +41,98 @@ class Part:
 class RowChanges:
     """Hooks on a base that change the outputs of some modules for each row by its own numbers, one for each output.
 
+    All adapters that change the same modules of a base in the same way share one of these (`on`), and may share a
+    batch. The hooks are there while somebody holds them.
+
     Args:
-        base: whose passes bring them.
         modules: linear ones of the base, by full name.
         apply: from an output `(B, S, out)` and its rows' numbers `(B or 1, 1 or S, out)`, both in float32 or wider, to
             the changed output.
     """
 
-    def __init__(
-        self, base: nn.Module, modules: dict[str, nn.Module], apply: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
+    def __init__(self, modules: dict[str, nn.Module], apply: Apply) -> None:
+        self.modules, self.apply = modules, apply
         self.sizes = [features_of(module)[1] for module in modules.values()]
         self.parts = [Part() for _ in self.sizes]
-        self.apply = apply
-        self.changes: Tensor | None = None  # of the pass that is running, (B, D)
-        self.rows: Tensor | None = None  # (1, S), where the rows of a batch are packed: the row of each token
+        self.changes: Changes | None = None  # of the pass that is running
         self.running = ExitStack()
-        self.hooks = [
-            base.register_forward_pre_hook(self._begin, with_kwargs=True),
-            base.register_forward_hook(self._end, always_call=True),
-        ]
-        for module, part in zip(modules.values(), self.parts, strict=True):
-            self.hooks.append(module.register_forward_hook(partial(self._change, part)))
+        self.hooks: list[Any] = []
+        self.holders = 0
 
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+    @classmethod
+    def on(cls, base: nn.Module, modules: dict[str, nn.Module], apply: Apply) -> RowChanges:
+        """Those of a base, held."""
+        of_base = vars(base).setdefault(ON_BASE, {})
+        found = cast(RowChanges, of_base.setdefault((apply, *modules), cls(modules, apply)))
+        found.hold(base)
+        return found
+
+    def hold(self, base: nn.Module) -> None:
+        if not self._held_by(1, others=1):  # else a server's next adapter would wait for the rows of the others
+            with base_lock(base):  # a pass that is running goes through the hooks
+                self._held_by(1)
+                if not self.hooks:
+                    self.hooks = [
+                        base.register_forward_pre_hook(self._begin, with_kwargs=True),
+                        base.register_forward_hook(self._end, always_call=True),
+                    ]
+                    for module, part in zip(self.modules.values(), self.parts, strict=True):
+                        self.hooks.append(module.register_forward_hook(partial(self._change, part)))
+
+    def release(self, base: nn.Module) -> None:
+        if not self._held_by(-1, others=2):
+            with base_lock(base):
+                self._held_by(-1)
+                if not self.holders:
+                    for hook in self.hooks:
+                        hook.remove()
+                    self.hooks.clear()
+
+    def _held_by(self, more: int, others: int = 0) -> bool:
+        """Count, where so many hold it."""
+        with COUNTING:
+            counted = self.holders >= others
+            self.holders += more * counted
+        return counted
 
     def _begin(self, base: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         self.running.close()  # of a pass that was interrupted
-        self._set(*options.pop(CHANGES, vars(base).get(CHANGES, NONE)))
-        if self.changes is not None:
-            again = partial(self._again, base, self.changes, self.rows)
-            self.running.enter_context(recomputed_within(base, again))
+        given = options.get(CHANGES, vars(base).get(CHANGES))
+        if given is not None and given.of is self:
+            options.pop(CHANGES, None)
+            self._set(given)
+            self.running.enter_context(recomputed_within(base, partial(self._again, base, given)))
+        else:
+            self._set(None)
         return arguments, options
 
     def _end(self, *_: Any) -> None:
         self.running.close()
-        self._set(*NONE)
+        self._set(None)
 
-    def _set(self, changes: Tensor | None, rows: Tensor | None) -> None:
-        self.changes, self.rows = changes, rows
-        changes_of = [None] * len(self.parts) if changes is None else changes.split(self.sizes, 1)
+    def _set(self, changes: Changes | None) -> None:
+        self.changes = changes
+        changes_of = [None] * len(self.parts) if changes is None else changes.numbers.split(self.sizes, 1)
         for part, change in zip(self.parts, changes_of, strict=True):
             part.change = change
 
     @contextmanager
-    def _again(self, base: nn.Module, changes: Tensor, rows: Tensor | None) -> Iterator[None]:
+    def _again(self, base: nn.Module, changes: Changes) -> Iterator[None]:
         """Within it layers that the backward pass computes again find what the forward pass had."""
         with base_lock(base):  # another thread's pass finds its own
-            before = self.changes, self.rows
-            self._set(changes, rows)
+            before = self.changes
+            self._set(changes)
             try:
                 yield
             finally:
-                self._set(*before)
+                self._set(before)
 
     def _change(self, part: Part, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         change = part.change
         if change is None:
             return output
-        change = change[:, None] if self.rows is None else change[self.rows]  # (B, 1, out) or (1, S, out)
+        rows = cast(Changes, self.changes).rows
+        change = change[:, None] if rows is None else change[rows]  # (B, 1, out) or (1, S, out)
         if output.dim() != 3 or len(change) != len(output) or change.shape[1] not in (1, output.shape[1]):
             raise PtmoeError(
                 f"{type(module).__name__} computes {tuple(output.shape)} for a batch of {len(change)} rows, so nothing "

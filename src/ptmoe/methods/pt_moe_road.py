@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.passes import Changes
 from ptmoe.methods.base import Batches, InitialEmbeddings, PreTrainedModel, Prompt, Size
 from ptmoe.methods.by_row import RowChanges
 from ptmoe.methods.pt_moe import PTMoE, PTMoEConfig
@@ -38,7 +39,7 @@ class PTMoERoAdConfig(TargetsConfig, PTMoEConfig):
     default_learning_rate = 0.03
     figure_color = ("#b35900", "#f0a35e")
     figure_marker = "h"
-    changes_layers = True
+    changes_rows = True
     num_virtual_tokens: Size = 8
     rank: Size = 8
 
@@ -54,6 +55,7 @@ class PTMoERoAd(PTMoE):
     experts' differences."""
 
     config: PTMoERoAdConfig
+    base: PreTrainedModel
     by_row: RowChanges
     shared_parts = PTMoE.shared_parts | {"R": "shared_R"}
 
@@ -67,17 +69,18 @@ class PTMoERoAd(PTMoE):
             )
         self.R = nn.Parameter(torch.empty(config.num_experts, sum(sizes.values())))
         self.register_parameter("shared_R", None)
-        vars(self)["by_row"] = RowChanges(base, modules, rotated)
+        vars(self)["base"] = base  # not a submodule: it would be saved with the adapter
+        vars(self)["by_row"] = RowChanges.on(base, modules, rotated)
 
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         prompt = super().forward(input_embeds, input_mask)
         assert prompt.routing is not None
-        prompt.changes = prompt.routing.gate @ self.whole("R")
+        prompt.changes = Changes(self.by_row, prompt.routing.gate @ self.whole("R"))
         return prompt
 
     def mean_prompt(self, rows: int) -> tuple[Prompt, Tensor]:
         prompt, copies = super().mean_prompt(rows)
-        prompt.changes = self.whole("R").detach().mean(0).expand(rows, -1)
+        prompt.changes = Changes(self.by_row, self.whole("R").detach().mean(0).expand(rows, -1))
         return prompt, copies
 
     @torch.no_grad()
@@ -89,7 +92,7 @@ class PTMoERoAd(PTMoE):
         """None, because what is fixed is not all: the layers change with the input as well."""
 
     def remove(self) -> None:
-        self.by_row.remove()
+        self.by_row.release(self.base)
 
 
 def rotated(output: Tensor, change: Tensor) -> Tensor:

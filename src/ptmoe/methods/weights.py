@@ -24,7 +24,7 @@ from ptmoe.methods.base import (
 
 def needs_no_base(config: MethodConfig) -> TypeGuard[VirtualTokensConfig]:
     """Whether its encoder is built and its prompt composed from the base's embeddings alone."""
-    return isinstance(config, VirtualTokensConfig) and not config.changes_layers
+    return isinstance(config, VirtualTokensConfig) and not (config.changes_layers or config.changes_rows)
 
 
 class WeightConfig(MethodConfig):

@@ -13,7 +13,6 @@ spliced, prompts = adapters.compose(input_ids, attention_mask, adapter_names=["q
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -22,66 +21,24 @@ from torch import Tensor, nn
 
 from ptmoe.adapters.folder import local_folder, read_adapter
 from ptmoe.errors import PtmoeError, near, without_embedding
-from ptmoe.methods.base import MethodConfig, Prompt, PromptEncoder, Routing
+from ptmoe.methods.base import MethodConfig, PreTrainedModel, Prompt, PromptEncoder
 from ptmoe.methods.weights import needs_no_base
+from ptmoe.models.prompts import Prompts
 from ptmoe.models.splice import Spliced, splice
 
 BASE = "__base__"  # in `adapter_names`, as in peft: this row gets no prompt
 
 
-@dataclass
-class Prompts:
-    """The prompts of a batch.
-
-    Attributes:
-        embeds: `(B, T, H)` in float32, aligned to the right.
-        lengths: `(B,)`, virtual tokens of each row; None where all have `T`.
-        routing: as in `ptmoe.methods.Prompt`, where all rows share one adapter; likewise the following.
-        cache: `(layers, 2, B or 1, heads, T, d)`.
-        auxiliary_loss: a scalar.
-        changes: `(B, D)`.
-    """
-
-    embeds: Tensor
-    lengths: Tensor | None = None
-    routing: Routing | None = None
-    cache: Tensor | None = None
-    auxiliary_loss: Tensor | None = None
-    changes: Tensor | None = None
-
-    @property
-    def cached_length(self) -> int:
-        """Virtual tokens that are keys and values instead of embeddings."""
-        return 0 if self.cache is None else self.cache.shape[4]
-
-    @property
-    def shared(self) -> bool:
-        """Whether several rows have one prompt of embeddings, as `expand` makes it."""
-        return len(self.embeds) > 1 and self.embeds.stride(0) == 0 and self.embeds.shape[1] > 0
-
-    @property
-    def length(self) -> int:
-        """Positions that the longest prompt takes."""
-        return self.embeds.shape[1] + self.cached_length
-
-    def rows(self, index: Tensor) -> Prompts:
-        """Those of some rows, `(n,)`, which may repeat."""
-        lengths = None if self.lengths is None else self.lengths[index]
-        cache = self.cache
-        if cache is not None and cache.shape[2] > 1:  # of 1, all rows share it
-            cache = cache[:, :, index]
-        changes = None if self.changes is None else self.changes[index]
-        return Prompts(self.embeds[index], lengths, cache=cache, changes=changes)
-
-
 class AdapterSet(nn.Module):
     """Named adapters over one embedding matrix; a batch may mix them.
 
-    A method that changes the base's layers excludes all other adapters: all rows of a batch go through the same layers.
+    A method that changes the base's layers for all rows alike excludes all other adapters.
 
     Args:
         embedding: the base's input embedding, `(B, L)` ids to `(B, L, H)`. It is called, not read, because some scale
             their rows, and it stays its owner's: it is not part of this module.
+        base: whose it is, and whose layers some methods change for each row; None where there is no base here. It stays
+            its owner's as well.
 
     Attributes:
         encoders: by name.
@@ -90,10 +47,11 @@ class AdapterSet(nn.Module):
     """
 
     embedding: nn.Module
+    base: PreTrainedModel | None
 
-    def __init__(self, embedding: nn.Module) -> None:
+    def __init__(self, embedding: nn.Module, base: PreTrainedModel | None = None) -> None:
         super().__init__()
-        vars(self)["embedding"] = embedding
+        vars(self).update(embedding=embedding, base=base)
         self.encoders = nn.ModuleDict()
         self.active = ""
         self.enabled = True
@@ -133,7 +91,20 @@ class AdapterSet(nn.Module):
             )
 
     def add(self, name: str, encoder: PromptEncoder) -> None:
-        """Add an encoder that `check_addable` allows; it is not active, and does not train before it is."""
+        """Add an encoder that `check_addable` allows; it is not active, and does not train before it is.
+
+        Raises:
+            PtmoeError: the rows of a batch could not be its own and another adapter's, because they change different
+                modules.
+        """
+        encoders = cast(dict[str, PromptEncoder], self.encoders)
+        other = None if encoder.by_row is None else next((one for one in encoders.values() if one.by_row), None)
+        if other is not None and other.by_row is not encoder.by_row:
+            raise PtmoeError(
+                f"adapter {name!r} ({encoder.config.method}) changes other modules than the {other.config.method} "
+                "adapters that are there, so their rows cannot share a batch: give it the same target_modules, or a "
+                "model of its own"
+            )
         # Thousands of adapters share a few configs.
         key = encoder.config.method + encoder.config.model_dump_json()
         encoder.config = self._configs.setdefault(key, encoder.config)
@@ -154,15 +125,15 @@ class AdapterSet(nn.Module):
             PtmoeError: no such adapter, the active one, or one that cannot be taken out of its base (`ft`).
         """
         encoder = self[name]
+        if name == self.active and not self.changes_layers:
+            raise PtmoeError(f"adapter {name!r} is active: set_adapter to another first")
+        encoder.remove()
         if name == self.active:
-            if not self.changes_layers:
-                raise PtmoeError(f"adapter {name!r} is active: set_adapter to another first")
-            encoder.remove()
             self.active = ""
         del self.encoders[name]
 
     def load(self, path: str | Path, name: str, *, revision: str | None = None) -> None:
-        """Add a saved adapter whose prompt is composed from embeddings alone.
+        """Add a saved adapter that may share a batch with the others.
 
         Args:
             path: an adapter folder, a run folder that holds one, or the name of a Hub repository.
@@ -170,17 +141,22 @@ class AdapterSet(nn.Module):
             revision: of the Hub repository.
 
         Raises:
-            PtmoeError: a folder that is not a whole adapter, one of another base, or a method that needs the base.
+            PtmoeError: a folder that is not a whole adapter, one of another base, or a method that needs a base where
+                there is none, or one of its own.
         """
         saved = read_adapter(local_folder(path, revision))
-        if not needs_no_base(saved.config):
-            raise PtmoeError(f"{saved.folder} is a {saved.config.method} adapter, which needs its base model's layers")
-        self.check_addable(name, saved.config)
-        weight = cast(Tensor, self.embedding.weight)
+        config, weight = saved.config, cast(Tensor, self.embedding.weight)
+        if not needs_no_base(config) and not (config.changes_rows and self.base is not None):
+            raise PtmoeError(f"{saved.folder} is a {config.method} adapter, which needs its base model's layers")
+        self.check_addable(name, config)
         saved.base.check(weight, saved.folder, None)
-        encoder = saved.config.build(weight.shape[1])
-        encoder.load_tensors(saved.tensors)
-        self.add(name, encoder)
+        if needs_no_base(config):
+            encoder = config.build(weight.shape[1])
+            encoder.load_tensors(saved.tensors)
+        else:
+            encoder = saved.encoder_for(cast(PreTrainedModel, self.base))
+        with encoder.removed_on_failure():
+            self.add(name, encoder)
 
     def encode(self, embeds: Tensor, input_mask: Tensor, adapter_names: Sequence[str] | None = None) -> Prompts:
         """The prompts of a batch, each row's from its own adapter.
@@ -220,7 +196,7 @@ class AdapterSet(nn.Module):
 
     def _mixed(self, embeds: Tensor, input_mask: Tensor, rows: dict[str, Tensor]) -> Prompts:
         """Prompts of several adapters, `rows` the indices of each one's; the other rows get none."""
-        parts: dict[str, Tensor] = {}
+        parts: list[tuple[Tensor, Prompt]] = []
         for name, index in rows.items():
             prompt: Prompt = self[name](embeds[index], input_mask[index])
             if prompt.cache is not None:
@@ -228,15 +204,8 @@ class AdapterSet(nn.Module):
                     f"adapter {name!r} ({self[name].config.method}) fills the key-value cache of all rows and cannot "
                     "be mixed in a batch: give it a batch of its own"
                 )
-            parts[name] = prompt.embeds
-        longest = max((part.shape[1] for part in parts.values()), default=0)
-        prompts = embeds.new_zeros(len(embeds), longest, embeds.shape[2], dtype=torch.float32)
-        lengths = torch.zeros(len(embeds), dtype=torch.long, device=embeds.device)
-        for name, part in parts.items():
-            padded = nn.functional.pad(part, (0, 0, longest - part.shape[1], 0))
-            prompts = prompts.index_copy(0, rows[name], padded)
-            lengths[rows[name]] = part.shape[1]
-        return Prompts(prompts, lengths)
+            parts.append((index, prompt))
+        return Prompts.mixed(embeds, parts)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """`(B, L)` ids to `(B, L, H)`.

@@ -15,10 +15,11 @@ from ptmoe.fast.attention import products_obstacle, without_plans
 from ptmoe.fast.loss import IGNORED, TokenStatistics, cross_entropy
 from ptmoe.fast.paths import FastPaths, is_sharded
 from ptmoe.methods.base import Routing
-from ptmoe.models.adapter_set import BASE, Prompts, check_shapes
+from ptmoe.models.adapter_set import BASE, check_shapes
 from ptmoe.models.checks import check_base, check_decoder
 from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import stepping_obstacle
+from ptmoe.models.prompts import Prompts
 from ptmoe.models.rotation import joined, sides
 from ptmoe.models.splice import Spliced, Supervised, align, check_labels, predicting, within
 
@@ -54,9 +55,9 @@ class PromptedCausalLM(GeneratingModel):
     Made by `attach` or `load_adapter`. It takes what a `transformers` model takes. The base is not part of
     `state_dict()`: checkpoints hold adapters only.
 
-    A model may hold any number of prompts, and a batch may mix them. A weight-side method changes the layers that all
-    rows go through, so a model holds one such adapter and no other. Several models on one base may run in several
-    threads: each holds the base's lock while its forward pass runs.
+    A model may hold any number of prompts, also with changes of the layers for each row, and a batch may mix them. A
+    weight-side method changes the layers for all rows, so a model holds one such adapter and no other. Several models
+    on one base may run in several threads: each holds the base's lock while its forward pass runs.
 
     Attributes:
         base_model: the frozen model; with a weight-side adapter, that adapter's parts are in it.
@@ -205,7 +206,7 @@ class PromptedCausalLM(GeneratingModel):
                 max(len(supervised[0]), 1) if num_items is None else num_items,
                 packed=self._packs(part, of_part, options),
                 shared=of_part.length if of_part.shared else 0,
-                whole=self._last_layer_obstacle() is not None,
+                whole=of_part.changes is not None or self._last_layer_obstacle() is not None,
                 statistics=statistics,
                 options=options,
             )
@@ -261,8 +262,7 @@ class PromptedCausalLM(GeneratingModel):
     def _reads_input(self, adapter_names: Sequence[str] | None) -> bool:
         """Whether the prompt of one of these adapters, or of the active one, depends on the input."""
         names = set(adapter_names or ([self.active_adapter] if self.uses_adapter else [])) - {BASE}
-        configs = [self.adapters[name].config for name in names]
-        return any(config.reads_input or config.routes for config in configs)
+        return any(config.reads_input or config.routes for config in (self.adapters[name].config for name in names))
 
     def _packing_obstacle(self) -> str | None:
         if self.path.per_layer is not None:
@@ -271,7 +271,7 @@ class PromptedCausalLM(GeneratingModel):
         return self._rows_obstacle() or ("its prompt is in the key-value cache" if fills_cache else None)
 
     def _last_layer_obstacle(self) -> str | None:
-        own = self.uses_adapter and self.method_config.changes_layers and self.method_config.reads_input
+        own = self.uses_adapter and self.method_config.changes_rows
         return "each row of a batch changes the layers in its own way" if own else self._rows_obstacle()
 
     def _rows_obstacle(self) -> str | None:

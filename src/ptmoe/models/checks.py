@@ -106,27 +106,26 @@ def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
         PtmoeError: the base does not run with it, or nothing that it changes is on the way of text.
     """
     config, base = model.adapters[name].config, model.base_model
-    if not (config.fills_cache or config.changes_layers) or any(p.device.type == "meta" for p in base.parameters()):
+    layers = config.changes_layers or config.changes_rows
+    if not (config.fills_cache or layers) or any(p.device.type == "meta" for p in base.parameters()):
         return
     obstacle = None
     try:
         with model.lock, evaluating(model), torch.enable_grad(), model.adapters[name].register_forward_hook(_detached):
             rows = list(probe_ids(base, sum(LENGTHS))[0].split(LENGTHS))
             one, other = (model(input_ids=row[None], adapter_names=[name]).logits[0] for row in rows)
-            if config.changes_layers and not one.requires_grad:
+            if layers and not one.requires_grad:
                 obstacle = "none of the modules that it changes computes text: name others in target_modules"
             if config.fills_cache and max(_off(model, rows, [one, other, other], [name] * 3)):
                 obstacle = "the base counts padding as positions, so a row would depend on its batch; use pt or pt-moe"
     except Exception as error:  # whatever a forward raises
         obstacle = f"the base does not run with it ({reason(error)})"
     if obstacle is not None:
-        if config.changes_layers:
-            model.delete_adapter(name)
-        else:
-            del model.encoders[name]
+        if not config.changes_layers:  # such a method is alone, and may be taken out while it is active
             model.adapters.active = ""
-            if before:
-                model.set_adapter(before)
+        model.delete_adapter(name)
+        if before:
+            model.set_adapter(before)
         raise PtmoeError(f"{config.method} does not fit {type(base).__name__}: {obstacle}")
 
 

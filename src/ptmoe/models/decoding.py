@@ -119,7 +119,7 @@ class Decoder:
                 cache.batch_select_indices(kept)
                 tokens, mask = tokens[kept], mask[kept]
                 positions = None if positions is None else positions[kept]
-                changes = None if changes is None else (changes[0][kept], None)
+                changes = None if changes is None else changes[kept]
             inputs = {
                 "input_ids": tokens[:, None],
                 "attention_mask": mask[:, : mask.shape[1] - remaining],

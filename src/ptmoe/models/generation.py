@@ -14,11 +14,11 @@ from transformers.cache_utils import DynamicCache
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import without_plans
 from ptmoe.fast.linear import gapless_head
-from ptmoe.fast.passes import CHANGES, NONE
+from ptmoe.fast.passes import CHANGES
 from ptmoe.fast.trial import standing_in
-from ptmoe.models.adapter_set import Prompts
 from ptmoe.models.generation_settings import GenerationSettings, of_real_tokens
 from ptmoe.models.input_path import PER_LAYER, taking_embeddings
+from ptmoe.models.prompts import Prompts
 from ptmoe.models.rotation import reading_again
 from ptmoe.models.splice import Spliced, align, splice
 from ptmoe.models.wrapper import ModelWrapper
@@ -84,7 +84,7 @@ class GeneratingModel(ModelWrapper):
         if self.takes_positions:
             inputs["position_ids"] = positions
         if prompts.changes is not None:
-            inputs[CHANGES] = prompts.changes.repeat_interleave(expand, 0), None
+            inputs[CHANGES] = prompts.changes.repeated(expand)
         return inputs
 
     def _filled_cache(self, cache: Tensor, batch: int, copies: int) -> DynamicCache:
@@ -197,7 +197,7 @@ class GeneratingModel(ModelWrapper):
         per_layer = base_inputs.pop(PER_LAYER, None)
         anew = reading_again(self.base_model, again, partial(self._whole_inputs, prompts)) if again else nullcontext()
         base = self.base_model
-        changed = standing_in(base, **{CHANGES: base_inputs.pop(CHANGES, NONE)})  # `generate` takes no such keyword
+        changed = standing_in(base, **{CHANGES: base_inputs.pop(CHANGES, None)})  # `generate` takes no such keyword
         with self.lock, without_plans(base), gapless_head(base), taking_embeddings(base, per_layer), anew, changed:
             made = base.generate(aligned, **base_inputs, **options)
         if aligned is not input_ids:

@@ -51,7 +51,7 @@ class ModelWrapper(SavingModel):
         self.base_model = base
         if self.path.scale != 1.0:
             embedding = ScaledEmbedding(embedding, self.path.scale)
-        vars(self)["adapters"] = AdapterSet(embedding)
+        vars(self)["adapters"] = AdapterSet(embedding, base)
         self.encoders = self.adapters.encoders  # named as in `state_dict()`
         # As it is before any training: full fine-tuning changes the embedding.
         self._fingerprint = fingerprint(base.get_input_embeddings().weight)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.passes import Changes
 
 LEAST = -9999.0  # a log-probability of minus infinity, which JSON cannot hold
 
@@ -45,6 +46,8 @@ class Input:
     # The same for inputs whose `T` virtual tokens are the same, so that their keys and values may be kept; None where
     # they are composed for this input.
     prefix: Hashable | None = None
+    # How the base's layers compute this row alone, `(1, D)`; only the local engine is given any.
+    changes: Changes | None = None
 
     @property
     def virtual(self) -> int:

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ptmoe.errors import PtmoeError
 from ptmoe.evaluate.generation import NEAR_TIE
+from ptmoe.fast.passes import CHANGES, Changes
 from ptmoe.fast.paths import fast_kernels
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.greedy import last_logits, narrowest_window, stepping_obstacle
@@ -92,6 +93,7 @@ class LocalEngine:
         self._waiting: queue.Queue[_Row | None] = queue.Queue()
         self._outbox: list[tuple[_Row, Token | EngineError | None]] = []
         self._prefixes: OrderedDict[Hashable, States] = OrderedDict()
+        self._held: set[Any] = set()  # hooks on the base that rows have needed
         self._thread: threading.Thread | None = None
 
     # -- in the event loop -------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ class LocalEngine:
             self._join(self._taken_out())  # with this token all positions are rotated otherwise
             return
         tokens = torch.tensor([row.tokens[-1:] for row in self._running], device=self.model.device)
-        inputs = self._rows.step(self.model.device)
+        inputs = self._rows.step(self.model.device) | self._changes(self._running)
         if not self._takes_positions:
             del inputs["position_ids"]
         try:
@@ -301,6 +303,7 @@ class LocalEngine:
                 cache.update(torch.stack(keys), torch.stack(values), index)
             mask = torch.cat([mask.new_ones(len(rows), kept), mask], 1)
         inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "past_key_values": cache}
+        inputs |= self._changes(rows)
         if self._takes_positions:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         logits = self.base(**inputs, **self._options).logits[:, -1]
@@ -310,6 +313,16 @@ class LocalEngine:
             for index, one in enumerate(real)
         ]
         return layers, logits
+
+    def _changes(self, rows: list[_Row]) -> dict[str, Changes]:
+        """The argument of a pass that says how the layers compute each of the rows, if any is computed otherwise."""
+        changes = Changes.joined(len(rows), ((slice(at, at + 1), row.input.changes) for at, row in enumerate(rows)))
+        if changes is None:
+            return {}
+        if changes.of not in self._held:  # its last adapter may leave before the row does
+            changes.of.hold(self.base)
+            self._held.add(changes.of)
+        return {CHANGES: changes}
 
     def _kept(self, row: _Row) -> int:
         """How many of the row's virtual tokens have their keys and values computed once and kept."""

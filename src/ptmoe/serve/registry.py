@@ -181,7 +181,7 @@ class Registry:
                 spliced, prompts = self.adapters.compose(ids, adapter_names=[key or BASE])
             routing = prompts.routing
             gate = None if routing is None else routing.gate[0].tolist()
-            composed = Composed(Input(spliced.embeds[0], token_ids), gate)
+            composed = Composed(Input(spliced.embeds[0], token_ids, changes=prompts.changes), gate)
             if entry is None or not entry.fixed:
                 return composed
             return Composed(Input(spliced.embeds[0], token_ids, prefix=(key, composed.expert)), gate)
