@@ -75,8 +75,12 @@ def test_an_adapter_that_changes_each_rows_layers_is_served_where_the_base_is(ba
     _, prompts = model.compose(torch.tensor([IDS], device=DEVICE))
     assert torch.equal(composed.row.changes.numbers, prompts.changes.numbers)
     assert registry.compose("c", IDS).row.changes is None
-    with pytest.raises(UnknownModelError, match="changes other modules than the pt-moe-road adapters that are there"):
+    with pytest.raises(UnknownModelError, match="changes other modules than the pt-moe-road ones that are there"):
         registry.compose("rows of q_proj", IDS)
+    prompted(tiny("llama"), METHODS["lora"](rank=2)).save_pretrained(folder / "lora")
+    registry.scan(settled=True)
+    with pytest.raises(UnknownModelError, match="a lora adapter, which needs a base model of its own"):
+        registry.compose("lora", IDS)
     with pytest.raises(UnknownModelError, match="a pt-moe-road adapter, which needs its base model's layers"):
         registry_of(base, folder).compose("rows", IDS)
 

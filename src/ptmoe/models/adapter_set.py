@@ -101,9 +101,8 @@ class AdapterSet(nn.Module):
         other = None if encoder.by_row is None else next((one for one in encoders.values() if one.by_row), None)
         if other is not None and other.by_row is not encoder.by_row:
             raise PtmoeError(
-                f"adapter {name!r} ({encoder.config.method}) changes other modules than the {other.config.method} "
-                "adapters that are there, so their rows cannot share a batch: give it the same target_modules, or a "
-                "model of its own"
+                f"this {encoder.config.method} adapter changes other modules than the {other.config.method} ones that "
+                "are there, so their rows cannot share a batch: give it the same target_modules, or a model of its own"
             )
         # Thousands of adapters share a few configs.
         key = encoder.config.method + encoder.config.model_dump_json()
@@ -147,7 +146,8 @@ class AdapterSet(nn.Module):
         saved = read_adapter(local_folder(path, revision))
         config, weight = saved.config, cast(Tensor, self.embedding.weight)
         if not needs_no_base(config) and not (config.changes_rows and self.base is not None):
-            raise PtmoeError(f"{saved.folder} is a {config.method} adapter, which needs its base model's layers")
+            what = "its base model's layers" if self.base is None else "a base model of its own"
+            raise PtmoeError(f"{saved.folder} is a {config.method} adapter, which needs {what}")
         self.check_addable(name, config)
         saved.base.check(weight, saved.folder, None)
         if needs_no_base(config):
