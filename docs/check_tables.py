@@ -23,7 +23,7 @@ from seeds import finished, table  # noqa: E402
 
 from ptmoe.runs.searches import RateSearch  # noqa: E402
 
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 def scores_by_label(file: Path) -> dict[str, list[float]]:

@@ -34,7 +34,7 @@ SHORT = {
     "ln-tuning": Short("LN_TUNING", 1e-2, "LN tuning (Zhao et al. 2023, arXiv:2312.11420)"),
     "fourierft": Short("FOURIERFT", 0.1, "FourierFT (Gao et al. 2024, arXiv:2405.03003)"),
     "vblora": Short("VBLORA", 3e-2, "VB-LoRA (Li et al. 2024, arXiv:2405.15179)", {"vector_length": 64}),
-    "shira": Short("SHIRA", 1e-2, "SHiRA (Bhardwaj et al. 2024, arXiv:2406.13175)", {"r": 1}),
+    "shira": Short("SHIRA", 1e-1, "SHiRA (Bhardwaj et al. 2024, arXiv:2406.13175)", {"r": 1}),
     "c3a": Short("C3A", 1e-2, "C3A (Chen et al. 2024, arXiv:2407.19342)", {"block_size": 64}),
     "road": Short("ROAD", 0.1, "RoAd (Liao and Monz 2024, arXiv:2409.00119)"),
     "randlora": Short("RANDLORA", 1e-2, "RandLoRA (Albert et al. 2025, arXiv:2502.00987)"),
