@@ -141,7 +141,8 @@ class GeneratingModel(ModelWrapper):
             input_mask: `(B, L)`, the tokens that the router may read; all real ones by default.
             adapter_names: an adapter for each row; by default the active one.
             **options: `max_new_tokens`, `num_beams`, `do_sample`, `streamer`, `stopping_criteria`, … Lengths
-                (`max_length`, `min_length`) count `input_ids` and new tokens, not virtual ones.
+                (`max_length`, `min_length`) count `input_ids` and new tokens, not virtual ones. What `guidance_scale`
+                guides away from is read without a prompt, by layers that are changed as ever.
 
         Raises:
             PtmoeError: no input, one too long for the base's positions, or an option that cannot hold the prompt.
