@@ -75,7 +75,7 @@ class SavedAdapter:
             PtmoeError: keys, shapes or a `peft` config that are not what the method has on this base. That shows on a
                 copy of the base without memory, before anything is built or changed, or else the base is restored.
         """
-        if self.config.changes_rows:
+        if self.config.changes_rows:  # needs no copy: the base holds hooks for it, and nothing else
             sketch = outline(self.folder, lambda: self.config.saved_encoder_for(base))
             try:
                 self.check(sketch)

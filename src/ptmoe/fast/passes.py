@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 CHANGES = "prompt_changes"  # the keyword of a pass for its rows' `Changes`, or an attribute of the base
 
-Rows = Tensor | slice | list[int]
+Rows = Tensor | slice
 
 
 @dataclass(frozen=True, eq=False)
