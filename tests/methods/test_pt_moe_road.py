@@ -1,5 +1,6 @@
 """PT-MoE with RoAd: the formula, and each row's own rotations wherever the base computes several rows."""
 
+from copy import deepcopy
 from threading import Thread
 
 import numpy as np
@@ -112,6 +113,17 @@ def test_all_adapters_on_a_base_share_its_hooks_which_leave_with_the_last_of_the
     other.set_adapter("default")
     assert torch.equal(elsewhere(ids).logits, prompted(tiny_llama(), elsewhere.method_config, seed=4)(ids).logits)
     assert torch.equal(other(ids).logits, prompted(tiny_llama(), CONFIG, seed=3)(ids).logits)
+
+
+def test_an_adapter_changes_the_modules_that_are_there_when_it_comes():
+    base, ids = tiny_llama(), tokens(9)[None]
+    model = prompted(base, METHODS["pt"](num_virtual_tokens=2), name="pt")
+    expected = prompted(model, CONFIG, name="rows")(ids).logits
+    model.set_adapter("pt")
+    model.delete_adapter("rows")
+    for layer in base.model.layers:
+        layer.self_attn.v_proj = deepcopy(layer.self_attn.v_proj)
+    assert torch.equal(prompted(model, CONFIG, name="rows")(ids).logits, expected)
 
 
 def test_rows_of_adapters_that_change_different_modules_share_a_batch():

@@ -63,7 +63,8 @@ class RowChanges:
     def on(cls, base: nn.Module, modules: dict[str, nn.Module], apply: Apply) -> RowChanges:
         """Those of a base, held."""
         of_base = vars(base).setdefault(ON_BASE, {})
-        found = cast(RowChanges, of_base.setdefault((apply, *modules), cls(modules, apply)))
+        # By the modules, not their names alone: another may stand where one was.
+        found = cast(RowChanges, of_base.setdefault((apply, *modules.items()), cls(modules, apply)))
         found.hold(base)
         return found
 
