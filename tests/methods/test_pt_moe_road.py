@@ -230,6 +230,21 @@ def test_one_compilation_serves_all_layers():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("on_the_same_base", [True, False])
+def test_layers_that_were_compiled_without_rotations_find_those_that_come_later(on_the_same_base):
+    torch.compiler.reset()
+    ids = tokens(9)[None]
+    expected = prompted(tiny_llama(), CONFIG)(ids).logits
+    model = prompted(tiny_llama(), METHODS["pt"](num_virtual_tokens=2), name="pt")
+    assert compile_layers(model.base_model, "eager") is None
+    if not on_the_same_base:
+        model = tiny_llama()
+        assert compile_layers(model, "eager") is None
+    assert_close(prompted(model, CONFIG, name="rows")(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("interrupted", [True, False])
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_interrupted_pass_leaves_nothing_for_the_layers_that_later_ones_compute_again(interrupted, packing):
