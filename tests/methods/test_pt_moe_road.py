@@ -115,6 +115,18 @@ def test_all_adapters_on_a_base_share_its_hooks_which_leave_with_the_last_of_the
     assert torch.equal(other(ids).logits, prompted(tiny_llama(), CONFIG, seed=3)(ids).logits)
 
 
+def test_a_saved_adapter_is_tried_and_loaded_beside_others(tmp_path):
+    ids = tokens(9)[None]
+    model = prompted(tiny_llama(), CONFIG)
+    model.save_pretrained(tmp_path)
+    expected = model(ids).logits
+    for name in ("a", "b"):
+        ptmoe.load_adapter(model, tmp_path, name=name)
+        assert torch.equal(model(ids, adapter_names=[name]).logits, expected)
+    assert model.active_adapter == "default"
+    assert all(one.requires_grad == name.startswith("encoders.default.") for name, one in model.named_parameters())
+
+
 def test_an_adapter_changes_the_modules_that_are_there_when_it_comes():
     base, ids = tiny_llama(), tokens(9)[None]
     model = prompted(base, METHODS["pt"](num_virtual_tokens=2), name="pt")
