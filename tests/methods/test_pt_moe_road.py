@@ -349,6 +349,18 @@ def test_the_feed_forward_part_of_the_last_layer_is_rotated_at_every_position_an
         assert model.fast_paths()["last_layer"] is None
 
 
+def test_a_module_tells_its_sizes_without_its_weight():
+    """That of a base which ZeRO-3 shares is empty while nothing is computed."""
+    base = tiny("gpt2")
+    modules = modules_named(base, ["c_attn", "c_proj"])
+    sizes = [module.weight.shape for module in modules.values()]
+    for module in modules.values():
+        module.weight.data = module.weight.new_empty(0)
+    assert [features_of(module) for module in modules.values()] == sizes
+    config = METHODS["pt-moe-road"](target_modules=["c_attn", "c_proj"], num_virtual_tokens=4, num_experts=3, rank=3)
+    assert config.encoder_for(base).R.shape == (3, sum(size[1] for size in sizes))
+
+
 def test_a_base_may_be_spread_over_devices():
     model = routed(tiny_llama())
     base = model.base_model
