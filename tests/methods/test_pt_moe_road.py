@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from threading import Thread
+from time import sleep
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from ptmoe.errors import PtmoeError
 from ptmoe.fast.compiled import compile_layers
 from ptmoe.fast.lock import base_lock
 from ptmoe.methods import METHODS
+from ptmoe.methods.by_row import RowChanges
+from ptmoe.methods.pt_moe_road import rotated
 from ptmoe.methods.weights import features_of, modules_named
 from ptmoe.models.attach import attach
 from ptmoe.models.decoding import Decoder
@@ -113,6 +116,52 @@ def test_all_adapters_on_a_base_share_its_hooks_which_leave_with_the_last_of_the
     other.set_adapter("default")
     assert torch.equal(elsewhere(ids).logits, prompted(tiny_llama(), elsewhere.method_config, seed=4)(ids).logits)
     assert torch.equal(other(ids).logits, prompted(tiny_llama(), CONFIG, seed=3)(ids).logits)
+
+
+def in_threads(base, *calls):
+    """Calls of other threads that wait for a pass on the base, and a last one that is made during it."""
+    with base_lock(base):
+        threads = [Thread(target=call) for call in calls[:-1]]
+        for thread in threads:
+            thread.start()
+        sleep(0.1)
+        calls[-1]()
+    for thread in threads:
+        thread.join()
+
+
+def test_hooks_that_threads_ask_for_and_give_back_at_once_are_there_once():
+    base = tiny_llama()
+    modules, made = modules_named(base, ["v_proj"]), []
+
+    def come():
+        made.append(RowChanges.on(base, modules, rotated))
+
+    in_threads(base, come, come, lambda: None)
+    assert made[0] is made[1]
+    assert hooks_on(base) == 2 + len(modules)
+    made[0].release(base)
+    in_threads(base, lambda: made[0].release(base), come)
+    assert hooks_on(base) == 2 + len(modules)
+    made[0].release(base)
+    assert hooks_on(base) == 0
+
+
+def test_hooks_come_and_leave_between_passes():
+    base, taken = tiny_llama(), []
+    modules = modules_named(base, ["v_proj"])
+    in_threads(base, lambda: taken.append(RowChanges.on(base, modules, rotated)), lambda: taken.append(hooks_on(base)))
+    before, by_row = taken
+    assert (before, hooks_on(base)) == (0, 2 + len(modules))
+    in_threads(base, lambda: by_row.release(base), lambda: taken.append(hooks_on(base)))
+    assert (taken[-1], hooks_on(base)) == (2 + len(modules), 0)
+    held = RowChanges.on(base, modules, rotated)
+    with base_lock(base):  # another adapter comes and leaves without waiting
+        thread = Thread(target=lambda: RowChanges.on(base, modules, rotated).release(base))
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    held.release(base)
 
 
 def test_a_saved_adapter_is_tried_and_loaded_beside_others(tmp_path):
