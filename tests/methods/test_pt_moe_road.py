@@ -86,11 +86,12 @@ def test_each_row_of_a_batch_is_rotated_by_the_numbers_of_its_own_expert(model):
 
 def test_it_starts_as_its_prompt_alone_and_a_pass_of_the_bases_own_stays_that(model):
     ids, base = tokens(9)[None], tiny(model.base_model.config.model_type)
-    untouched = base(ids).logits
+    untouched, states = base(ids).logits, base.base_model(ids)[0]
     sizes = {"num_virtual_tokens": 4, "num_experts": 3, "rank": 3}
     prompt_alone = attach(base, METHODS["pt-moe"](**sizes))(ids).logits
     assert torch.equal(attach(base, METHODS["pt-moe-road"](**sizes))(ids).logits, prompt_alone)
     assert not torch.allclose(model(ids).logits, prompt_alone, atol=1e-3)
+    assert torch.equal(model.base_model.base_model(ids)[0], states)  # nothing is left of a pass, whatever comes next
     assert torch.equal(model.base_model(ids).logits, untouched)
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, untouched)
