@@ -1,6 +1,8 @@
 """PT-MoE with RoAd: the formula, and each row's own rotations wherever the base computes several rows."""
 
+from copy import deepcopy
 from threading import Thread
+from time import sleep
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from ptmoe.errors import PtmoeError
 from ptmoe.fast.compiled import compile_layers
 from ptmoe.fast.lock import base_lock
 from ptmoe.methods import METHODS
+from ptmoe.methods.by_row import RowChanges
+from ptmoe.methods.pt_moe_road import rotated
 from ptmoe.methods.weights import features_of, modules_named
 from ptmoe.models.attach import attach
 from ptmoe.models.decoding import Decoder
@@ -82,11 +86,12 @@ def test_each_row_of_a_batch_is_rotated_by_the_numbers_of_its_own_expert(model):
 
 def test_it_starts_as_its_prompt_alone_and_a_pass_of_the_bases_own_stays_that(model):
     ids, base = tokens(9)[None], tiny(model.base_model.config.model_type)
-    untouched = base(ids).logits
+    untouched, states = base(ids).logits, base.base_model(ids)[0]
     sizes = {"num_virtual_tokens": 4, "num_experts": 3, "rank": 3}
     prompt_alone = attach(base, METHODS["pt-moe"](**sizes))(ids).logits
     assert torch.equal(attach(base, METHODS["pt-moe-road"](**sizes))(ids).logits, prompt_alone)
     assert not torch.allclose(model(ids).logits, prompt_alone, atol=1e-3)
+    assert torch.equal(model.base_model.base_model(ids)[0], states)  # nothing is left of a pass, whatever comes next
     assert torch.equal(model.base_model(ids).logits, untouched)
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, untouched)
@@ -114,6 +119,96 @@ def test_all_adapters_on_a_base_share_its_hooks_which_leave_with_the_last_of_the
     assert torch.equal(other(ids).logits, prompted(tiny_llama(), CONFIG, seed=3)(ids).logits)
 
 
+def in_threads(base, *calls):
+    """Calls of other threads that wait for a pass on the base, and a last one that is made during it."""
+    with base_lock(base):
+        threads = [Thread(target=call) for call in calls[:-1]]
+        for thread in threads:
+            thread.start()
+        sleep(0.1)
+        calls[-1]()
+    for thread in threads:
+        thread.join()
+
+
+def test_hooks_that_threads_ask_for_and_give_back_at_once_are_there_once():
+    base = tiny_llama()
+    modules, made = modules_named(base, ["v_proj"]), []
+
+    def come():
+        made.append(RowChanges.on(base, modules, rotated))
+
+    in_threads(base, come, come, lambda: None)
+    assert made[0] is made[1]
+    assert hooks_on(base) == 2 + len(modules)
+    made[0].release(base)
+    in_threads(base, lambda: made[0].release(base), come)
+    assert hooks_on(base) == 2 + len(modules)
+    made[0].release(base)
+    assert hooks_on(base) == 0
+
+
+def test_hooks_come_and_leave_between_passes():
+    base, taken = tiny_llama(), []
+    modules = modules_named(base, ["v_proj"])
+    in_threads(base, lambda: taken.append(RowChanges.on(base, modules, rotated)), lambda: taken.append(hooks_on(base)))
+    before, by_row = taken
+    assert (before, hooks_on(base)) == (0, 2 + len(modules))
+    in_threads(base, lambda: by_row.release(base), lambda: taken.append(hooks_on(base)))
+    assert (taken[-1], hooks_on(base)) == (2 + len(modules), 0)
+    held = RowChanges.on(base, modules, rotated)
+    with base_lock(base):  # another adapter comes and leaves without waiting
+        thread = Thread(target=lambda: RowChanges.on(base, modules, rotated).release(base))
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    held.release(base)
+
+
+def test_a_saved_adapter_is_tried_and_loaded_beside_others(tmp_path):
+    ids = tokens(9)[None]
+    model = prompted(tiny_llama(), CONFIG)
+    model.save_pretrained(tmp_path)
+    expected = model(ids).logits
+    for name in ("a", "b"):
+        ptmoe.load_adapter(model, tmp_path, name=name)
+        assert torch.equal(model(ids, adapter_names=[name]).logits, expected)
+    assert model.active_adapter == "default"
+    assert all(one.requires_grad == name.startswith("encoders.default.") for name, one in model.named_parameters())
+
+
+def test_an_adapter_changes_the_modules_that_are_there_when_it_comes():
+    base, ids = tiny_llama(), tokens(9)[None]
+    model = prompted(base, METHODS["pt"](num_virtual_tokens=2), name="pt")
+    expected = prompted(model, CONFIG, name="rows")(ids).logits
+    model.set_adapter("pt")
+    model.delete_adapter("rows")
+    for layer in base.model.layers:
+        layer.self_attn.v_proj = deepcopy(layer.self_attn.v_proj)
+    assert torch.equal(prompted(model, CONFIG, name="rows")(ids).logits, expected)
+
+
+def test_rows_of_adapters_that_change_different_modules_share_a_batch():
+    targets = [["v_proj"], ["k_proj"], ["v_proj", "gate_proj"]]  # v_proj and k_proj are of one size
+    model = tiny_llama()
+    for index, names in enumerate(targets):
+        model = prompted(model, CONFIG.replace(target_modules=names), seed=index + 1, name=str(index))
+    order = ["2", "0", "__base__", "1", "0"]
+    ids, mask = batch(LONG, [3, 0, 7, 1, 2])
+    logits = model.eval()(ids, mask, adapter_names=order).logits
+    made = model.generate(ids, mask, adapter_names=order, max_new_tokens=5)[:, ids.shape[1] :]
+    for row, name, scores, real, new in zip(LONG, order, logits, mask.bool(), made, strict=True):
+        assert_close(scores[real], model(row[None], adapter_names=[name]).logits[0], atol=1e-5, rtol=1e-4)
+        assert torch.equal(new, model.generate(row[None], adapter_names=[name], max_new_tokens=5)[0, len(row) :])
+    inputs = labelled(LONG, [3, 0, 1, 5, 2]) | {"adapter_names": order}
+    for encoder in model.train().encoders.values():
+        encoder.requires_grad_(True)
+    expected = loss_and_gradients(model, inputs, False)
+    assert_same(loss_and_gradients(model, inputs, True), expected)
+    model.gradient_checkpointing_enable()
+    assert_same(loss_and_gradients(model, inputs, True), expected)
+
+
 @pytest.mark.parametrize("active", [True, False])
 def test_what_does_not_fit_leaves_no_hooks(active, tmp_path):
     base = tiny_llama()
@@ -125,8 +220,7 @@ def test_what_does_not_fit_leaves_no_hooks(active, tmp_path):
     hooks = hooks_on(base)
     assert (hooks > before) == active
     base.model.layers[0].idle = torch.nn.Linear(32, 32)
-    refused = "changes other modules" if active else "none of the modules that it changes computes text"
-    with pytest.raises(PtmoeError, match=refused):
+    with pytest.raises(PtmoeError, match="none of the modules that it changes computes text"):
         attach(model, CONFIG.replace(target_modules=["idle"]), adapter_name="idle")
     prompted(tiny_llama(), CONFIG).save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -167,8 +261,10 @@ def test_layers_computed_again_find_the_rotations_of_their_own_pass(packing, ree
     assert_same(gradients(), expected)
 
 
-def test_layers_computed_again_keep_other_threads_out():
-    model = routed(tiny_llama()).train()
+@pytest.mark.parametrize("config", [CONFIG, METHODS["pt"](num_virtual_tokens=2)])
+def test_layers_computed_again_keep_other_threads_out(config):
+    """Also those of a pass that changes nothing: in the other thread some may."""
+    model = prompted(tiny_llama(), config).train()
     model.packing = False
     model.gradient_checkpointing_enable()
     loss, lock, taken = model(**labelled(LONG, [0] * 5)).loss, base_lock(model.base_model), []
@@ -195,6 +291,21 @@ def test_one_compilation_serves_all_layers():
     assert counter.frame_count == 1
     assert_same(loss_and_gradients(model, inputs, False), plain)
     assert 1 < counter.frame_count < 5
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_the_same_base", [True, False])
+def test_layers_that_were_compiled_without_rotations_find_those_that_come_later(on_the_same_base):
+    torch.compiler.reset()
+    ids = tokens(9)[None]
+    expected = prompted(tiny_llama(), CONFIG)(ids).logits
+    model = prompted(tiny_llama(), METHODS["pt"](num_virtual_tokens=2), name="pt")
+    assert compile_layers(model.base_model, "eager") is None
+    if not on_the_same_base:
+        model = tiny_llama()
+        assert compile_layers(model, "eager") is None
+    assert_close(prompted(model, CONFIG, name="rows")(ids).logits, expected, atol=1e-5, rtol=1e-4)
     torch.compiler.reset()
 
 
@@ -288,6 +399,18 @@ def test_the_feed_forward_part_of_the_last_layer_is_rotated_at_every_position_an
     with model.disable_adapter():
         model._fast._tried.clear()
         assert model.fast_paths()["last_layer"] is None
+
+
+def test_a_module_tells_its_sizes_without_its_weight():
+    """That of a base which ZeRO-3 shares is empty while nothing is computed."""
+    base = tiny("gpt2")
+    modules = modules_named(base, ["c_attn", "c_proj"])
+    sizes = [module.weight.shape for module in modules.values()]
+    for module in modules.values():
+        module.weight.data = module.weight.new_empty(0)
+    assert [features_of(module) for module in modules.values()] == sizes
+    config = METHODS["pt-moe-road"](target_modules=["c_attn", "c_proj"], num_virtual_tokens=4, num_experts=3, rank=3)
+    assert config.encoder_for(base).R.shape == (3, sum(size[1] for size in sizes))
 
 
 def test_a_base_may_be_spread_over_devices():

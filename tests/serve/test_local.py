@@ -148,6 +148,19 @@ def test_a_row_keeps_its_changes_of_the_layers_when_its_adapter_is_gone():
     assert expected[0] != alone(model, tokens(5, 5), BASE)
 
 
+@pytest.mark.parametrize("target", ["k_proj", "q_proj"])  # of v_proj's size, and of another
+def test_a_row_whose_adapter_was_replaced_by_one_of_other_modules_shares_its_batch(target):
+    model, config, ids = served(tiny("llama")), BY_ROW["PT-MoE with RoAd"], tokens(5, 5)
+    model.set_adapter("PT")
+    rows, expected = [row_of(model, ids, "PT-MoE with RoAd")], [alone(model, ids, "PT-MoE with RoAd")]
+    model.delete_adapter("PT-MoE with RoAd")
+    model = prompted(model, config.replace(target_modules=[target]), seed=9, name="other")
+    rows += [row_of(model, ids, name) for name in (BASE, "other")]
+    expected += [alone(model, ids, name) for name in (BASE, "other")]
+    assert answers(LocalEngine(model), *[(row, 0.0, {}) for row in rows]) == expected
+    assert expected[0] != expected[1] != expected[2]
+
+
 def test_a_row_that_is_given_up_while_the_batch_is_full_is_kept_by_nobody():
     model = served(tiny("llama", max_position_embeddings=20_000))
     engine = LocalEngine(model, max_batch=1)

@@ -73,10 +73,10 @@ def test_an_adapter_that_changes_each_rows_layers_is_served_where_the_base_is(ba
     registry = Registry(PromptedCausalLM(base).adapters, folder, base="tiny")
     composed = registry.compose("rows", IDS)
     _, prompts = model.compose(torch.tensor([IDS], device=DEVICE))
-    assert torch.equal(composed.row.changes.numbers, prompts.changes.numbers)
+    (numbers,), (expected,) = composed.row.changes.numbers.values(), prompts.changes.numbers.values()
+    assert torch.equal(numbers, expected)
     assert registry.compose("c", IDS).row.changes is None
-    with pytest.raises(UnknownModelError, match="changes other modules than the pt-moe-road ones that are there"):
-        registry.compose("rows of q_proj", IDS)
+    assert registry.compose("rows of q_proj", IDS).row.changes.numbers.keys().isdisjoint(composed.row.changes.numbers)
     prompted(tiny("llama"), METHODS["lora"](rank=2)).save_pretrained(folder / "lora")
     registry.scan(settled=True)
     with pytest.raises(UnknownModelError, match="a lora adapter, which needs a base model of its own"):

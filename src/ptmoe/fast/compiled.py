@@ -19,8 +19,10 @@ def compile_layers(base: PreTrainedModel, backend: str = "inductor") -> str | No
     Returns:
         What went wrong; None where the layers are compiled.
     """
+    import torch._dynamo.config as compiler
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    compiler.skip_nnmodule_hook_guards = False  # else one compilation serves modules with hooks and without alike
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     reason = None if layers else "it has no repeated layers"
     embedding = base.get_input_embeddings()

@@ -20,35 +20,36 @@ class Changes:
     """How the base's layers compute each row of a batch.
 
     Attributes:
-        of: whose hooks apply them (`ptmoe.methods.by_row.RowChanges`).
-        numbers: `(B, D)`, zeros for a row that the base computes as ever.
+        numbers: `(B, D)` for those whose hooks apply them (`ptmoe.methods.by_row.RowChanges`), zeros for a row that
+            those leave as it is.
         rows: `(1, S)`, where the rows of the batch are packed: the row of each token.
     """
 
-    of: Any
-    numbers: Tensor
+    numbers: dict[Any, Tensor]
     rows: Tensor | None = None
 
     def __getitem__(self, index: Rows) -> Changes:
         """Those of some rows, which may repeat."""
-        return replace(self, numbers=self.numbers[index])
+        return replace(self, numbers={of: numbers[index] for of, numbers in self.numbers.items()})
 
     def repeated(self, copies: int) -> Changes:
         """Each row's, `copies` times."""
-        return replace(self, numbers=self.numbers.repeat_interleave(copies, 0))
+        repeated = {of: numbers.repeat_interleave(copies, 0) for of, numbers in self.numbers.items()}
+        return replace(self, numbers=repeated)
 
     def packed(self, rows: Tensor) -> Changes:
         return replace(self, rows=rows)
 
     @staticmethod
     def joined(count: int, parts: Iterable[tuple[Rows, Changes | None]]) -> Changes | None:
-        """Those of a batch of `count` rows, from those of some of its rows, all of the same hooks; None for none."""
-        whole: Changes | None = None
+        """Those of a batch of `count` rows, from those of some of its rows; None for none."""
+        whole: dict[Any, Tensor] = {}
         for index, part in parts:
-            if part is not None:
-                whole = whole or replace(part, numbers=part.numbers.new_zeros(count, part.numbers.shape[1]))
-                whole.numbers[index] = part.numbers
-        return whole
+            for of, numbers in part.numbers.items() if part is not None else ():
+                if of not in whole:
+                    whole[of] = numbers.new_zeros(count, numbers.shape[1])
+                whole[of][index] = numbers
+        return Changes(whole) if whole else None
 
 
 Contexts = tuple[Callable[[], AbstractContextManager[Any]], ...]

@@ -66,7 +66,7 @@ class Prompt:
         routing: how each row was routed, if the method routes.
         cache: `(layers, 2, B or 1, heads, T, d)`, keys and values before those of the input, 1 where rows share them.
         auxiliary_loss: a scalar added to the loss in training, or None.
-        changes: `(B, D)` numbers, by which hooks in the base's layers change what they compute for each row.
+        changes: numbers, by which hooks in the base's layers change what they compute for each row.
     """
 
     embeds: Tensor
@@ -230,7 +230,6 @@ class PromptEncoder(nn.Module):
 
     config: MethodConfig
     widens: ClassVar[bool] = False  # computes in the base's dtype where that is wider than float32
-    by_row: Any = None  # the `ptmoe.methods.by_row.RowChanges` of its prompts' changes
 
     def __init__(self, config: MethodConfig) -> None:
         super().__init__()

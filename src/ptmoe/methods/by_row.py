@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 from typing import Any, cast
@@ -41,8 +41,8 @@ class Part:
 class RowChanges:
     """Hooks on a base that change the outputs of some modules for each row by its own numbers, one for each output.
 
-    All adapters that change the same modules of a base in the same way share one of these (`on`), and may share a
-    batch. The hooks are there while somebody holds them.
+    All adapters that change the same modules of a base in the same way share one of these (`on`). The hooks are there
+    while somebody holds them.
 
     Args:
         modules: linear ones of the base, by full name.
@@ -63,7 +63,8 @@ class RowChanges:
     def on(cls, base: nn.Module, modules: dict[str, nn.Module], apply: Apply) -> RowChanges:
         """Those of a base, held."""
         of_base = vars(base).setdefault(ON_BASE, {})
-        found = cast(RowChanges, of_base.setdefault((apply, *modules), cls(modules, apply)))
+        # By the modules, not their names alone: another may stand where one was.
+        found = cast(RowChanges, of_base.setdefault((apply, *modules.items()), cls(modules, apply)))
         found.hold(base)
         return found
 
@@ -98,12 +99,12 @@ class RowChanges:
     def _begin(self, base: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         self.running.close()  # of a pass that was interrupted
         given = options.get(CHANGES, vars(base).get(CHANGES))
-        if given is not None and given.of is self:
+        self._set(given)
+        if given is not None and self in given.numbers:
             options.pop(CHANGES, None)
-            self._set(given)
+            if others := {of: numbers for of, numbers in given.numbers.items() if of is not self}:
+                options[CHANGES] = replace(given, numbers=others)  # for their own hooks
             self.running.enter_context(recomputed_within(base, partial(self._again, base, given)))
-        else:
-            self._set(None)
         return arguments, options
 
     def _end(self, *_: Any) -> None:
@@ -112,7 +113,8 @@ class RowChanges:
 
     def _set(self, changes: Changes | None) -> None:
         self.changes = changes
-        changes_of = [None] * len(self.parts) if changes is None else changes.numbers.split(self.sizes, 1)
+        numbers = None if changes is None else changes.numbers.get(self)
+        changes_of = [None] * len(self.parts) if numbers is None else numbers.split(self.sizes, 1)
         for part, change in zip(self.parts, changes_of, strict=True):
             part.change = change
 

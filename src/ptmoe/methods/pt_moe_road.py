@@ -75,12 +75,12 @@ class PTMoERoAd(PTMoE):
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         prompt = super().forward(input_embeds, input_mask)
         assert prompt.routing is not None
-        prompt.changes = Changes(self.by_row, prompt.routing.gate @ self.whole("R"))
+        prompt.changes = Changes({self.by_row: prompt.routing.gate @ self.whole("R")})
         return prompt
 
     def mean_prompt(self, rows: int) -> tuple[Prompt, Tensor]:
         prompt, copies = super().mean_prompt(rows)
-        prompt.changes = Changes(self.by_row, self.whole("R").detach().mean(0).expand(rows, -1))
+        prompt.changes = Changes({self.by_row: self.whole("R").detach().mean(0).expand(rows, -1)})
         return prompt, copies
 
     @torch.no_grad()

@@ -106,10 +106,9 @@ def modules_named(base: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.M
 
 def features_of(module: nn.Module) -> tuple[int, int]:
     """The numbers of input and output features of a linear module."""
-    if isinstance(module, nn.Linear):  # the weight of a 4-bit one has another shape
-        return module.in_features, module.out_features
-    in_features, out_features = module.weight.shape  # type: ignore[misc]  # GPT-2's `Conv1D`
-    return in_features, out_features
+    # The weight of a 4-bit one has another shape, and none is here of one that ZeRO-3 shares.
+    sizes = ("in_features", "out_features") if isinstance(module, nn.Linear) else ("nx", "nf")  # GPT-2's `Conv1D`
+    return getattr(module, sizes[0]), getattr(module, sizes[1])
 
 
 class WeightEncoder(PromptEncoder):

@@ -91,19 +91,7 @@ class AdapterSet(nn.Module):
             )
 
     def add(self, name: str, encoder: PromptEncoder) -> None:
-        """Add an encoder that `check_addable` allows; it is not active, and does not train before it is.
-
-        Raises:
-            PtmoeError: the rows of a batch could not be its own and another adapter's, because they change different
-                modules.
-        """
-        encoders = cast(dict[str, PromptEncoder], self.encoders)
-        other = None if encoder.by_row is None else next((one for one in encoders.values() if one.by_row), None)
-        if other is not None and other.by_row is not encoder.by_row:
-            raise PtmoeError(
-                f"this {encoder.config.method} adapter changes other modules than the {other.config.method} ones that "
-                "are there, so their rows cannot share a batch: give it the same target_modules, or a model of its own"
-            )
+        """Add an encoder that `check_addable` allows; it is not active, and does not train before it is."""
         # Thousands of adapters share a few configs.
         key = encoder.config.method + encoder.config.model_dump_json()
         encoder.config = self._configs.setdefault(key, encoder.config)

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import products_obstacle, without_plans
 from ptmoe.fast.loss import IGNORED, TokenStatistics, cross_entropy
+from ptmoe.fast.passes import recomputed_within
 from ptmoe.fast.paths import FastPaths, is_sharded
 from ptmoe.methods.base import Routing
 from ptmoe.models.adapter_set import BASE, check_shapes
@@ -57,7 +58,7 @@ class PromptedCausalLM(GeneratingModel):
 
     A model may hold any number of prompts, also with changes of the layers for each row, and a batch may mix them. A
     weight-side method changes the layers for all rows, so a model holds one such adapter and no other. Several models
-    on one base may run in several threads: each holds the base's lock while its forward pass runs.
+    on one base may run in several threads: each holds the base's lock while it runs layers, also ones computed again.
 
     Attributes:
         base_model: the frozen model; with a weight-side adapter, that adapter's parts are in it.
@@ -155,10 +156,9 @@ class PromptedCausalLM(GeneratingModel):
             if supervised is not None:
                 rows, before, targets = supervised
                 supervised = rows, place[rows, before], targets
-        with self.lock, without_plans(self.base_model):
+        with self.lock, without_plans(self.base_model), recomputed_within(self.base_model, lambda: self.lock):
             if supervised is not None and (self.training if skip_logits is None else skip_logits):
-                counts = num_items_in_batch, token_statistics
-                loss, out = self._loss(spliced, prompts, supervised, *counts, options)
+                loss, out = self._loss(spliced, prompts, supervised, num_items_in_batch, token_statistics, options)
             else:
                 out = self._outputs(spliced, prompts, options)
                 scores = out["logits"]

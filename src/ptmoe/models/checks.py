@@ -131,7 +131,11 @@ def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
 
 def _detached(encoder: nn.Module, arguments: Any, prompt: Prompt) -> Prompt:
     """A prompt whose virtual tokens leave no gradient, which is then that of what changes the layers."""
-    return replace(prompt, embeds=prompt.embeds.detach())
+    changes = prompt.changes
+    if changes is not None:  # also those of an adapter that is not active, whose tensors do not train
+        numbers = {of: one.detach().requires_grad_() for of, one in changes.numbers.items()}
+        changes = replace(changes, numbers=numbers)
+    return replace(prompt, embeds=prompt.embeds.detach(), changes=changes)
 
 
 def _obstacle(model: GeneratingModel) -> str | None:

@@ -46,7 +46,7 @@ class Input:
     # The same for inputs whose `T` virtual tokens are the same, so that their keys and values may be kept; None where
     # they are composed for this input.
     prefix: Hashable | None = None
-    # How the base's layers compute this row alone, `(1, D)`; only the local engine is given any.
+    # How the base's layers compute this row alone; only the local engine is given any.
     changes: Changes | None = None
 
     @property

@@ -319,9 +319,9 @@ class LocalEngine:
         changes = Changes.joined(len(rows), ((slice(at, at + 1), row.input.changes) for at, row in enumerate(rows)))
         if changes is None:
             return {}
-        if changes.of not in self._held:  # its last adapter may leave before the row does
-            changes.of.hold(self.base)
-            self._held.add(changes.of)
+        for of in changes.numbers.keys() - self._held:  # its last adapter may leave before the row does
+            of.hold(self.base)
+            self._held.add(of)
         return {CHANGES: changes}
 
     def _kept(self, row: _Row) -> int:
