@@ -95,7 +95,6 @@ def test_a_thread_beside_one_that_trains_gets_its_own_answers(recomputed):
 def test_without_the_lock_they_would_disturb_each_other(monkeypatch):
     """Shows that the test above could fail."""
     monkeypatch.setattr("ptmoe.models.wrapper.base_lock", lambda _: NoLock())
-    monkeypatch.setattr("ptmoe.fast.packing.base_lock", lambda _: NoLock())
     disturbed = False
     for _ in range(5):
         failed, wrong = train_and_answer(False)

@@ -242,10 +242,9 @@ def check_same_answers(first: Path, other: Path) -> None:
 @pytest.mark.ci
 def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
     options: dict[str, object] = {"by_tokens": False, "per_device_train_batch_size": 2}
-    for name in ("one", "sharded", "answers"):
+    for name in ("one", "one-road", "sharded", "answers"):
         (tmp_path / name).mkdir()
     save_base(tmp_path / "base", tiny_llama())
-    (tmp_path / "one-road").mkdir()
     train(tmp_path / "one-road", "PT-MoE-RoAd", gradient_accumulation_steps=2, **options)
     alone = train(tmp_path / "one", "PT-MoE", gradient_accumulation_steps=2, **options)
     evaluated(tmp_path / "answers")

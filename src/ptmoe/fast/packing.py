@@ -29,7 +29,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ptmoe.fast.attention import by_products, causal_products, products_obstacle
-from ptmoe.fast.lock import base_lock
 from ptmoe.fast.passes import recomputed_within
 from ptmoe.fast.trial import evaluating
 
@@ -179,7 +178,6 @@ class _Gather(torch.autograd.Function):
 class _Attention:
     """How the layers of a base attend while this context is entered; recomputed layers enter it again."""
 
-    base: PreTrainedModel  # whose layers
     config: Any  # of the base, which names its attention implementation
     implementation: str  # the base's own
     groups: tuple[Group, ...]  # of the packed row
@@ -188,8 +186,6 @@ class _Attention:
     windows: int = 0
 
     def __enter__(self) -> _Attention:
-        self.lock = base_lock(self.base)  # also in the backward pass, where recomputed layers enter
-        self.lock.acquire()
         self.config._attn_implementation = NAME
         self.token = _current.set(self)
         return self
@@ -197,7 +193,6 @@ class _Attention:
     def __exit__(self, *_: object) -> None:
         _current.reset(self.token)
         self.config._attn_implementation = self.implementation
-        self.lock.release()
 
     def attend(
         self,
@@ -276,9 +271,9 @@ def _to_rows(tokens: Tensor, group: Group) -> Tensor:
 @contextmanager
 def packed_attention(base: PreTrainedModel, groups: tuple[Group, ...]) -> Iterator[_Attention]:
     """Within it the rows of one packed row attend to themselves alone; layers that are recomputed in the backward pass,
-    after it, do as well."""
+    after it, do as well. The caller holds the base's lock, and sees to it that they do."""
     config = base.config.get_text_config()
-    attention = _Attention(base, config, config._attn_implementation, groups, products_obstacle(base) is None)
+    attention = _Attention(config, config._attn_implementation, groups, products_obstacle(base) is None)
     with recomputed_within(base, lambda: attention), attention:
         yield attention
 

@@ -104,7 +104,7 @@ class RowChanges:
             options.pop(CHANGES, None)
             if others := {of: numbers for of, numbers in given.numbers.items() if of is not self}:
                 options[CHANGES] = replace(given, numbers=others)  # for their own hooks
-            self.running.enter_context(recomputed_within(base, partial(self._again, base, given)))
+            self.running.enter_context(recomputed_within(base, partial(self._again, given)))
         return arguments, options
 
     def _end(self, *_: Any) -> None:
@@ -119,15 +119,14 @@ class RowChanges:
             part.change = change
 
     @contextmanager
-    def _again(self, base: nn.Module, changes: Changes) -> Iterator[None]:
+    def _again(self, changes: Changes) -> Iterator[None]:
         """Within it layers that the backward pass computes again find what the forward pass had."""
-        with base_lock(base):  # another thread's pass finds its own
-            before = self.changes
-            self._set(changes)
-            try:
-                yield
-            finally:
-                self._set(before)
+        before = self.changes
+        self._set(changes)
+        try:
+            yield
+        finally:
+            self._set(before)
 
     def _change(self, part: Part, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         change = part.change
