@@ -749,6 +749,43 @@ def test_another_comparisons_folder_is_refused_with_the_differences(change, diff
         prepared(tmp_path / "other")
 
 
+def test_a_comparison_goes_on_where_its_data_was_moved_to_and_not_with_other_data(tmp_path):
+    def numbers(first):
+        lines = ({"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(first, first + 12))
+        return "".join(f"{json.dumps(line)}\n" for line in lines)
+
+    own = {"methods": ["base", "pt"], "tasks": ["gsm8k"], "max_steps": 1, "max_examples": 8, "eval_examples": 2}
+    own |= {"max_new_tokens": 2, "forgetting": str(tmp_path / "known.txt")}
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    (tmp_path / "known.txt").write_text("what the base could do before\n")
+    (here / "train.jsonl").write_text(numbers(100))
+    (here / "test.jsonl").write_text(numbers(200))
+    assert not compare(prepared(tmp_path / "c", **own, seeds=1, data_dir=str(here)))
+    here.rename(there)
+    moved = own | {"seeds": 2, "data_dir": str(there)}
+    comparison = prepared(tmp_path / "c", **moved)
+    assert [cell.seed for cell in comparison.unfinished] == [1]
+
+    trained = r"c.cells.pt.gsm8k.seed-0 was trained on other examples of gsm8k than there are now: put the data back"
+    evaluated = r"c.cells.base.gsm8k.seed-0 was evaluated on other examples of gsm8k than"
+    known = r"c.cells.pt.gsm8k.seed-0 was evaluated on other examples of forgetting than"
+    for path, refusal in (
+        (there / "train.jsonl", trained),
+        (there / "test.jsonl", evaluated),
+        (tmp_path / "known.txt", known),
+    ):
+        text = path.read_text()
+        path.write_text(text.replace("1", "7", 1).replace("what", "that"))
+        with pytest.raises(PtmoeError, match=refusal):
+            prepared(tmp_path / "c", **moved)
+        # Where nothing is left to be run, nothing is read.
+        assert not prepared(tmp_path / "c", **moved | {"seeds": 1}).unfinished
+        path.write_text(text)
+    assert not compare(prepared(tmp_path / "c", **moved))
+    assert read_plan(tmp_path / "c").data_dir == str(there)
+
+
 def test_a_cell_whose_record_is_damaged_or_of_another_size_is_run_again(tmp_path, trained):
     comparison = prepared(tmp_path / "c")
     compare(comparison)

@@ -219,6 +219,7 @@ def test_an_interrupted_search_does_not_go_on_with_other_data(line, tmp_path, tr
     trained.score = interrupted
     with pytest.raises(KeyboardInterrupt):
         compare(prepared(tmp_path / "c", **asked))
+    assert prepared(tmp_path / "c", **asked, data_dir=str(tmp_path)).trials  # named otherwise, and the same
     file.write_text("\n".join(text.replace("=>", "+") if place == line else text for place, text in enumerate(lines)))
     with pytest.raises(PtmoeError, match=r"holds a search on other data than .*mine\.jsonl"):
         compare(prepared(tmp_path / "c", **asked))

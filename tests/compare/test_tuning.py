@@ -140,8 +140,11 @@ def test_a_search_does_not_go_on_with_other_data(line, with_ray, tmp_path, monke
     record = TrialRecord(number=0, settings={}, scores=[(6, 50.0)], state="finished", data=data)
     write_lines(folder / "trials.jsonl", [record])
     assert tune(asked, folder) == [record]
+    file = file.rename(tmp_path / "moved.jsonl")
+    asked = resolved(plan(task=None, data=str(file), trials=1))
+    assert tune(asked, folder) == [record]
     file.write_text("".join(row.replace("=>", "+") if place == line else row for place, row in enumerate(rows)))
-    with pytest.raises(PtmoeError, match=r"holds a search on other data than .*mine.jsonl holds now"):
+    with pytest.raises(PtmoeError, match=r"holds a search on other data than .*moved.jsonl holds now"):
         tune(asked, folder)
 
 

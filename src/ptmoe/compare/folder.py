@@ -1,7 +1,7 @@
 """A comparison's folder (`ptmoe.runs.records` has its layout): what is finished, what failed, and a lock on it."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,21 @@ from ptmoe.compare.cells import Cell
 from ptmoe.compare.plan import ComparePlan, read_plan
 from ptmoe.errors import PtmoeError
 from ptmoe.files import check_name
-from ptmoe.runs.folders import CELL_FILE, CONFIG_FILE, FAILED_FILE, PLAN_FILE, SEARCH_FILE, writing
-from ptmoe.runs.records import CellRecord, Failure, write_lines
+from ptmoe.runs.folders import (
+    CELL_FILE,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    FAILED_FILE,
+    PLAN_FILE,
+    SEARCH_FILE,
+    finished_cells,
+    writing,
+)
+from ptmoe.runs.records import CellRecord, Environment, Failure, write_lines
 from ptmoe.runs.searches import RateSearch
 from ptmoe.settings import differences, read_yaml
+from ptmoe.train.examples import fingerprints
+from ptmoe.train.options import PLACES
 
 
 @dataclass(frozen=True)
@@ -57,18 +68,43 @@ class ComparisonFolder:
             return False
         return record == cell.record(record.trainable_parameters)
 
+    def check_data(self, cell: Cell, say: Callable[[str], None]) -> None:
+        """Read all data that a cell needs, where finished ones were trained on the same task.
+
+        Raises:
+            PtmoeError: one of them was trained or evaluated on other examples.
+        """
+        made = {}
+        for folder in finished_cells(self.path, cell.task):
+            with suppress(PtmoeError):  # the report says that it is damaged
+                made[folder] = Environment.read(folder / ENVIRONMENT_FILE)
+        if not any(each.trained_on or each.evaluated_on for each in made.values()):  # all of an earlier version
+            return
+        trained_on, evaluated_on = fingerprints(cell.options, say)
+        for folder, each in made.items():
+            different = [f"trained on other examples of {cell.task}"] * (each.trained_on not in (None, trained_on))
+            for name, found in each.evaluated_on.items():
+                if evaluated_on.get(name, found) != found:
+                    different.append(f"evaluated on other examples of {name}")
+            if different:
+                raise PtmoeError(
+                    f"{folder} was {' and '.join(different)} than there are now: put the data back, or choose another "
+                    "--output-dir"
+                )
+
     def differences(self, cell: Cell) -> list[str]:
         """In what a finished cell was trained otherwise than is planned now: the plan's file was edited. What the plan
-        leaves at None the run has decided, and the names of a base's layers are in its own order."""
+        leaves at None the run has decided, the names of a base's layers are in its own order, and data may have been
+        moved."""
         try:
             trained = read_yaml(self.run_folder(cell) / CONFIG_FILE)
         except PtmoeError:  # the report says that it is damaged
             return []
-        planned = cell.options.model_dump(mode="json")
+        planned, ignored = cell.options.model_dump(mode="json"), {"method"} | PLACES
         for options in (trained, planned):  # whether there are checkpoints decides nothing
             if isinstance(trainer := options.get("trainer"), dict):
                 options["trainer"] = {name: value for name, value in trainer.items() if name != "save_strategy"}
-        pairs = [(name, trained[name], value) for name, value in planned.items() if name in trained.keys() - {"method"}]
+        pairs = [(name, trained[name], value) for name, value in planned.items() if name in trained.keys() - ignored]
         own = trained.get("method")
         pairs += [(name, own[name], value) for name, value in planned["method"].items() if own and name in own]
         decided = (pair for pair in pairs if pair[2] is not None and _unordered(pair[1]) != _unordered(pair[2]))

@@ -25,7 +25,7 @@ from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
 from ptmoe.settings import Flag, differences, read_yaml
-from ptmoe.train.options import Count, Rate, SharedOptions, method_entry, scalar
+from ptmoe.train.options import PLACES, Count, Rate, SharedOptions, method_entry, scalar
 
 # What a later run in the same folder may add to.
 MOST_SEEDS = 10_000
@@ -221,8 +221,9 @@ class ComparePlan(SharedOptions):
         return self
 
     def differences(self, other: Self) -> list[str]:
-        """What a run that continues this plan may not change, each as a sentence."""
-        names = [name for name in type(self).model_fields if name not in EXTENSIBLE | self.unwritten]
+        """What a run that continues this plan may not change, each as a sentence. Data may lie elsewhere: what they
+        hold is compared with what finished cells were trained on (`ComparisonFolder`)."""
+        names = [name for name in type(self).model_fields if name not in EXTENSIBLE | PLACES | self.unwritten]
         return differences((name, getattr(self, name), getattr(other, name)) for name in names)
 
 

@@ -25,7 +25,7 @@ from ptmoe.runs.folders import RESULT_FILE, SEARCH_FOLDER, file_name
 from ptmoe.runs.records import EvaluationSummary, Result
 from ptmoe.runs.searches import RateSearch, State, TrialRecord, mean_score
 from ptmoe.train.examples import evaluation_split
-from ptmoe.train.options import TrainOptions
+from ptmoe.train.options import PLACES, TrainOptions
 
 FIRST_SEED = 1000  # of the trials: no cell has it by default
 SHORTER = 3  # a trial has a third of a cell's steps
@@ -72,7 +72,7 @@ def searches(plan: ComparePlan, cells: Iterable[Cell], known: Iterable[RateSearc
             given=given,
             rates=[float(f"{given * factor:.3g}") for factor in plan.search_factors],
             seeds=list(range(FIRST_SEED, FIRST_SEED + plan.search_seeds)),
-            options=options.model_dump(mode="json", exclude={"learning_rate", "seed", "output_dir"}),
+            options=options.model_dump(mode="json", exclude={"learning_rate", "seed", "output_dir"} | PLACES),
         )
         earlier = before.get(pair)
         if earlier is not None and (different := earlier.differences(fresh)):

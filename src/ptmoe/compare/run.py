@@ -67,8 +67,8 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
 
     Raises:
         PtmoeError: an unknown model, method, task or option; no data; a folder of another comparison, with a cell that
-            was trained otherwise, or with a search made otherwise or on other data; a plan too large to be read again;
-            no cell that can be run, or with `strict` one that cannot; Ray, where it is asked for and not installed.
+            was trained otherwise or on other data, or with such a search; a plan too large to be read again; no cell
+            that can be run, or with `strict` one that cannot; Ray, where it is asked for and not installed.
     """
     check_place(plan.on)
     check_quantization(plan.quantization)
@@ -129,6 +129,8 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
         cell.variant.config.method: cell for cell in comparison.unfinished if not cell.variant.is_base
     }.values():
         check_arguments(cell.options, cell.variant.config, here=plan.on in ("processes", LOCAL))
+    for cell in {cell.task: cell for cell in comparison.unfinished}.values() if data else ():
+        folder.check_data(cell, say)
     waited_for = {trial.task: trial.options for trial in comparison.trials} if data else {}
     fingerprints = {task: examples_fingerprint(options, say) for task, options in waited_for.items()}
     for search in known_searches:

@@ -22,6 +22,7 @@ from ptmoe.runs.records import write_lines
 from ptmoe.runs.searches import State, TrialRecord, check_data
 from ptmoe.settings import differences
 from ptmoe.train.examples import examples_fingerprint
+from ptmoe.train.options import PLACES
 
 REDUCTION = 3  # of the trials that come so far, ASHA lets one in three go on
 STORAGE = ".ray"
@@ -76,8 +77,8 @@ def best_of(records: Sequence[TrialRecord]) -> TrialRecord:
 
 
 def _settled(plan: TunePlan) -> dict[str, Any]:
-    """What the trials of a search have in common, and what a resumed one may not change."""
-    return plan.model_dump(mode="json", exclude=plan.unwritten | {"trials"})
+    """What the trials of a search have in common, and what a resumed one may not change; data may have been moved."""
+    return plan.model_dump(mode="json", exclude=plan.unwritten | PLACES | {"trials"})
 
 
 def _check(plan: TunePlan, folder: Path, earlier: Iterable[dict[str, Any] | None]) -> None:

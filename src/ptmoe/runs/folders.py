@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ METRICS_FILE, ADAPTER_FOLDER, CHECKPOINTS_FOLDER = "metrics.jsonl", "adapter", "
 INSPECT_FOLDER, NEAREST_FILE, ROUTING_FILE = "inspect", "nearest.json", "routing.json"
 PLAN_FILE, CELL_FILE, FAILED_FILE, LOG_FILE = "comparison.yaml", "cell.json", "failed.jsonl", "log.txt"
 TUNE_FILE, TRIALS_FILE, BEST_FILE = "tune.yaml", "trials.jsonl", "best.yaml"
-SEARCH_FILE, SEARCH_FOLDER = "search.jsonl", "search"
+SEARCH_FILE, SEARCH_FOLDER, CELLS_FOLDER = "search.jsonl", "search", "cells"
 LOCK_FILE = ".lock"
 ENDING = re.compile(r"(?<=.)\.jsonl(\.gz)?$")  # of a file of data
 LONGEST_STEM = 200  # bytes of a name that is given endings
@@ -95,7 +96,12 @@ def predictions_file(folder: Path, task: str, split: str = "test") -> Path:
 
 def cell_folder(label: str, task: str, seed: int) -> Path:
     """A cell's run folder within its comparison."""
-    return Path("cells", file_name(label), file_name(task), f"seed-{seed}")
+    return Path(CELLS_FOLDER, file_name(label), file_name(task), f"seed-{seed}")
+
+
+def finished_cells(folder: Path, task: str) -> list[Path]:
+    """The run folders in a comparison's of the finished cells that were trained on a task."""
+    return sorted(path.parent for path in folder.glob(f"{CELLS_FOLDER}/*/{escape(file_name(task))}/*/{CELL_FILE}"))
 
 
 @dataclass(frozen=True)

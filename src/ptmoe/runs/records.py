@@ -113,6 +113,10 @@ class Environment(Record):
     fast_paths: dict[str, str | None] | None = None  # why each of `ptmoe.fast`'s was not used; None where it was
     base: str | None = None  # a fingerprint of its embedding before any training; None in runs of earlier versions
     data: str | None = None  # a fingerprint of the tokens that the run was trained on; None where nothing was trained
+    # Of the examples, whatever made tokens of them: those trained on, and by task those evaluated on. None and empty in
+    # runs of earlier versions.
+    trained_on: str | None = None
+    evaluated_on: dict[str, str] = {}
     options: dict[str, Any] | None = None  # that its checkpoints were made with, as in config.yaml
     changes: list[Change] = []  # of a run that was resumed, in order
 

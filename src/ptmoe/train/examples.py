@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ptmoe.train.options import SharedOptions, TrainOptions
 
 MOST_TEXTS, NANO_TEXTS = 200, 110  # that show what a base forgets; of nano's skills ten each
+FORGETTING = "forgetting"  # as the name of a task
 LONGEST_LINE = 100_000  # characters; of a longer one the rest counts as another
 
 
@@ -121,18 +122,50 @@ def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> di
     return loaded
 
 
+class Fingerprint:
+    """A hash of examples in their order, whatever makes tokens of them."""
+
+    def __init__(self, examples: Iterable[Example] = ()) -> None:
+        self._hash = hashlib.sha256()
+        for _ in self.watched(examples):
+            pass
+
+    def watched(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The examples as they are, each of which is added as it passes."""
+        for example in examples:
+            self._hash.update(repr((example.contents, example.references)).encode(errors="surrogatepass"))
+            yield example
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()[:16]
+
+
 def examples_fingerprint(options: TrainOptions, say: Callable[[str], None]) -> str:
     """Of all examples to train and to evaluate on; downloaded, where they are not there yet.
 
     Raises:
         PtmoeError: missing or bad data, or fewer to train on than to validate on.
     """
-    found = hashlib.sha256()
     held_out = evaluation_examples(options, say).values()
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
-    for example in chain(*held_out, training_examples(options, problems, say)):
-        found.update(repr((example.contents, example.references)).encode(errors="surrogatepass"))
-    return found.hexdigest()[:16]
+    return str(Fingerprint(chain(*held_out, training_examples(options, problems, say))))
+
+
+def fingerprints(options: TrainOptions, say: Callable[[str], None]) -> tuple[str, dict[str, str]]:
+    """Of the examples to train on, and of those that each task is evaluated on, as a run records them.
+
+    Raises:
+        PtmoeError: missing or bad data.
+    """
+    problems = Problems(skip=options.skip_bad, at_once=options.data is None)
+    return str(Fingerprint(training_examples(options, problems, say))), evaluated_fingerprints(
+        evaluation_examples(options, say), forgetting_examples(options)
+    )
+
+
+def evaluated_fingerprints(held_out: dict[str, list[Example]], known: list[Example]) -> dict[str, str]:
+    """By task, and those of the texts that show what a base forgets."""
+    return {name: str(Fingerprint(examples)) for name, examples in {**held_out, FORGETTING: known}.items() if examples}
 
 
 def forgetting_examples(options: SharedOptions) -> list[Example]:
@@ -152,7 +185,7 @@ def forgetting_examples(options: SharedOptions) -> list[Example]:
         raise PtmoeError(f"forgetting {path}: {error}: needs a file with lines of text in UTF-8") from None
     if not texts:
         raise PtmoeError(f"forgetting {path}: no line of text, needs one at least")
-    return [Example(f"{number}", line, "", (), "forgetting") for number, line in enumerate(texts, start=1)]
+    return [Example(f"{number}", line, "", (), FORGETTING) for number, line in enumerate(texts, start=1)]
 
 
 def evaluation_data_dir(options: SharedOptions) -> str | None:

@@ -24,6 +24,7 @@ Count = Annotated[int, Field(ge=1, lt=2**63)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BASE = "base"  # the method of a run that trains nothing
 DEFAULT_METHOD = "pt-moe"
+PLACES = {"data", "data_dir", "eval_data_dir", "forgetting"}  # may differ between machines: what they hold may not
 METHOD = re.compile(r"((?:\s*peft:)?[^:]*)(?::(.*))?", re.IGNORECASE | re.DOTALL)  # a name, and fields
 
 

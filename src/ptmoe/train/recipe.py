@@ -29,10 +29,18 @@ from ptmoe.runs.records import Change, Result
 from ptmoe.tasks import Problems, task_named
 from ptmoe.train.arguments import check_arguments, training_arguments
 from ptmoe.train.checkpoints import newest_whole
-from ptmoe.train.examples import askable, evaluation_examples, evaluation_split, forgetting_examples, training_examples
+from ptmoe.train.examples import (
+    Fingerprint,
+    askable,
+    evaluated_fingerprints,
+    evaluation_examples,
+    evaluation_split,
+    forgetting_examples,
+    training_examples,
+)
 from ptmoe.train.notes import Overlap, notes
 from ptmoe.train.optimizer import REFUSED, check_targets
-from ptmoe.train.options import BASE, DEFAULT_METHOD, TrainOptions, method_config
+from ptmoe.train.options import BASE, DEFAULT_METHOD, PLACES, TrainOptions, method_config
 from ptmoe.train.processes import ALONE, TIMEOUT, Processes, on_one_device
 from ptmoe.train.resume import (
     Differences,
@@ -58,7 +66,6 @@ if TYPE_CHECKING:
     from ptmoe.train.trainer import PromptTrainer
 
 RUN_FILES = (CONFIG_FILE, RESULT_FILE, ADAPTER_FOLDER, METRICS_FILE)  # and checkpoints
-PLACES = {"data", "data_dir", "eval_data_dir", "forgetting"}  # may differ between machines: what they hold may not
 
 
 @dataclass
@@ -162,8 +169,8 @@ def _train(
             labels_by_task(task_named(name), tested, tokenizer, chat=chat)
     length = row_length(model.max_positions, config.num_virtual_tokens, options.max_length)
     shown: dict[str, Any] = {"cache": options.token_cache, "problems": problems, "say": say}
-    overlap = Overlap(held_out)
-    rows = fit(overlap.watched(examples), tokenizer, length, options.truncation, chat=chat, **shown)
+    overlap, trained_on, evaluated_on = Overlap(held_out), Fingerprint(), evaluated_fingerprints(held_out, known)
+    rows = fit(trained_on.watched(overlap.watched(examples)), tokenizer, length, options.truncation, chat=chat, **shown)
     held_out = askable(held_out, tokenizer, options, chat, say)
     texts = encode_texts(known, tokenizer, model.max_positions, config.num_virtual_tokens)
     data = rows.fingerprint()
@@ -192,7 +199,8 @@ def _train(
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if first:
         change = Change(step=step, differences=different)
-        begin = partial(record_start, folder, options, fast_paths, change, base=model.identity.mark, data=data)
+        of = {"base": model.identity.mark, "data": data, "trained_on": str(trained_on), "evaluated_on": evaluated_on}
+        begin = partial(record_start, folder, options, fast_paths, change, of)
         trainer.add_callback(OnBegin(partial(begin, failure=compile_failure, say=say)))
     base_losses: list[float] = []
     if texts and config.trains_base and checkpoint is None:
@@ -235,6 +243,7 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     check_quantization(options.quantization)
     folder = run_folder(options, resume=False)
     held_out = evaluation_examples(options, say)
+    evaluated_on = evaluated_fingerprints(held_out, [])
 
     from accelerate import PartialState
 
@@ -242,7 +251,8 @@ def evaluate_base(options: TrainOptions, *, say: Callable[[str], None] = print) 
     held_out = askable(held_out, tokenizer, options, chat, say)
     model.to(PartialState().device)  # where a trainer would put it
     options = options.replace(method={"name": BASE}, chat=chat, revision=model.identity.revision or options.revision)
-    record_start(folder, options, model.fast_paths(), base=model.identity.mark)
+    of = {"base": model.identity.mark, "evaluated_on": evaluated_on}
+    record_start(folder, options, model.fast_paths(), of=of)
     result = Result(name=BASE, method=BASE, trainable_parameters=0, train_seconds=0.0, steps=0)
     result.write(folder / RESULT_FILE)
     evaluated(options, model, tokenizer, held_out, folder)

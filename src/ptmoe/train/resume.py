@@ -19,16 +19,16 @@ from ptmoe.runs.folders import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, CONFIG_FILE, 
 from ptmoe.runs.records import Change, Environment
 from ptmoe.settings import differences
 from ptmoe.train.checkpoints import RANDOM_STATE
-from ptmoe.train.options import TrainOptions, method_config
+from ptmoe.train.options import PLACES, TrainOptions, method_config
 
 if TYPE_CHECKING:
     from ptmoe.models.causal import PromptedCausalLM
 
 # Options that decide nothing about the training. Where the data lie may change: what they hold may not (`check_data`).
 FREE = {
-    *("output_dir", "data", "data_dir", "skip_bad", "token_cache", "logging_steps", "report_to"),
-    *("save_steps", "save_total_limit", "eval_task", "eval_data_dir", "eval_examples", "eval_batch_size"),
-    *("max_new_tokens", "score", "forgetting", "fsdp"),
+    *PLACES,
+    *("output_dir", "skip_bad", "token_cache", "logging_steps", "report_to", "save_steps", "save_total_limit"),
+    *("eval_task", "eval_examples", "eval_batch_size", "max_new_tokens", "score", "fsdp"),
 }
 FORCE = "go on as you say with --force, which records both"
 Differences = dict[str, tuple[Any, Any]]  # by name, the recorded and the given value
@@ -139,9 +139,8 @@ def record_start(
     options: TrainOptions,
     fast_paths: dict[str, str | None],
     change: Change | None = None,
+    of: dict[str, Any] | None = None,
     *,
-    base: str,
-    data: str | None = None,
     failure: str | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -151,8 +150,7 @@ def record_start(
         options: resolved.
         fast_paths: as `PromptedCausalLM.fast_paths` says.
         change: the step from which the run continues, 0 for the first, and what was changed there by force.
-        base: the mark of its base (`BaseIdentity.mark`).
-        data: the fingerprint of its data; None where nothing is trained.
+        of: the fingerprints of its base (`BaseIdentity.mark`) and of its data, by their names in `Environment`.
         failure: why layers that were to be compiled are not.
         say: gets a line if the run is resumed on another machine or with other versions.
     """
@@ -170,7 +168,7 @@ def record_start(
             changes = [*changes, Change(step=change.step, differences=differing)]
     options.write(folder / CONFIG_FILE)
     written = options.model_dump(exclude=options.unwritten)
-    here.model_copy(update={"base": base, "data": data, "options": written, "changes": changes}).write(known)
+    here.model_copy(update={**(of or {}), "options": written, "changes": changes}).write(known)
 
 
 def check_data(
