@@ -3,6 +3,7 @@
 import sys
 import time
 import warnings
+from functools import partial
 
 import peft
 import pytest
@@ -336,6 +337,31 @@ def test_a_method_that_the_base_cannot_have_is_refused_and_leaves_no_trace(kind,
             ptmoe.attach(base, ptmoe.METHODS[method]())
         assert torch.equal(own_logits(base, ROWS[0]), before)
         ptmoe.attach(base, ptmoe.PTConfig(num_virtual_tokens=4))
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix-tuning", "mept", "pt-moe-road"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_trial_of_an_adapter_that_is_interrupted_leaves_no_trace(method, saved, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    config, model = ptmoe.METHODS[method](), PromptedCausalLM(tiny_llama())
+    ptmoe.attach(tiny_llama(), config).save_pretrained(tmp_path)
+    expected = own_logits(model.base_model, ROWS[0])
+    if not config.changes_layers:
+        ptmoe.attach(model, ptmoe.PTConfig(num_virtual_tokens=4))
+    names, active = list(model.encoders), model.active_adapter
+    layer = model.base_model.model.layers[1]
+    add = partial(ptmoe.load_adapter, path=tmp_path, name="other")
+    if not saved:
+        add = partial(ptmoe.attach, config=config, adapter_name="other")
+    with layer.register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        add(model)
+    assert torch.equal(own_logits(model.base_model, ROWS[0]), expected)
+    assert list(model.encoders) == names
+    assert model.active_adapter == active
+    assert all(parameter.requires_grad for encoder in model.encoders.values() for parameter in encoder.parameters())
+    ptmoe.attach(model, config, adapter_name="other")
 
 
 NO_MODELS = {

@@ -9,6 +9,7 @@ configuration, in half a dozen passes over a few tokens.
 import inspect
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from os import PathLike
@@ -99,8 +100,8 @@ def check_base(model: GeneratingModel) -> None:
 
 
 def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
-    """Try an adapter that is not virtual tokens alone on its base; one that does not fit is taken out again, and the
-    one `before` it is active again.
+    """Try an adapter that is not virtual tokens alone on its base; one that does not fit, or whose trial is
+    interrupted, is taken out again, and the one `before` it is active again.
 
     Raises:
         PtmoeError: the base does not run with it, or nothing that it changes is on the way of text.
@@ -120,13 +121,22 @@ def check_adapter(model: GeneratingModel, name: str, before: str) -> None:
                 obstacle = "the base counts padding as positions, so a row would depend on its batch; use pt or pt-moe"
     except Exception as error:  # whatever a forward raises
         obstacle = f"the base does not run with it ({reason(error)})"
+    except BaseException:  # an interrupt
+        with suppress(PtmoeError):  # `ft`, which cannot be taken out
+            _take_out(model, name, before)
+        raise
     if obstacle is not None:
-        if not config.changes_layers:  # such a method is alone, and may be taken out while it is active
-            model.adapters.active = ""
-        model.delete_adapter(name)
-        if before:
-            model.set_adapter(before)
+        _take_out(model, name, before)
         raise PtmoeError(f"{config.method} does not fit {type(base).__name__}: {obstacle}")
+
+
+def _take_out(model: GeneratingModel, name: str, before: str) -> None:
+    # A method that changes the layers is alone, and may be taken out while it is active.
+    if not model.adapters[name].config.changes_layers:
+        model.adapters.active = ""
+    model.delete_adapter(name)
+    if before:
+        model.set_adapter(before)
 
 
 def _detached(encoder: nn.Module, arguments: Any, prompt: Prompt) -> Prompt:
