@@ -1,5 +1,7 @@
 """Prompts from an embedding matrix alone, the same as behind a base model."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -74,6 +76,18 @@ def test_a_token_without_an_embedding_is_refused_in_words_wherever_it_stands(wro
     if not ids.is_cuda:  # while a GPU trains nobody waits for it
         with pytest.raises(ptmoe.PtmoeError, match=rf"token {wrong} has no embedding"):
             model.train()(changed, mask, labels=ids)
+
+
+def test_an_embedding_that_grows_is_used_and_one_that_is_replaced_is_refused(base):
+    model = attach(base, CONFIGS["PT"])
+    logits = model(IDS, MASK).logits
+    base.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    assert_close(model(IDS, MASK).logits[..., :VOCABULARY], logits)
+    assert model(IDS[:1] * 0 + VOCABULARY + 2).logits.isfinite().all()
+    base.set_input_embeddings(copy.deepcopy(base.get_input_embeddings()))
+    for call in (model, model.compose, model.generate):
+        with pytest.raises(ptmoe.PtmoeError, match="input embedding was replaced after adapters were attached"):
+            call(IDS, MASK)
 
 
 def test_adapters_of_two_methods_with_the_same_options_keep_their_methods():

@@ -51,7 +51,7 @@ class AdapterSet(nn.Module):
 
     def __init__(self, embedding: nn.Module, base: PreTrainedModel | None = None) -> None:
         super().__init__()
-        vars(self).update(embedding=embedding, base=base)
+        vars(self).update(embedding=embedding, base=base, _own=base and base.get_input_embeddings())
         self.encoders = nn.ModuleDict()
         self.active = ""
         self.enabled = True
@@ -199,8 +199,13 @@ class AdapterSet(nn.Module):
         """`(B, L)` ids to `(B, L, H)`.
 
         Raises:
-            PtmoeError: an id without an embedding.
+            PtmoeError: an id without an embedding, or a base that has got another embedding since.
         """
+        if self.base is not None and self.base.get_input_embeddings() is not vars(self)["_own"]:
+            raise PtmoeError(
+                "the base's input embedding was replaced after adapters were attached, which belong to the one before: "
+                "attach them, or load them, again"
+            )
         rows = getattr(self.embedding, "num_embeddings", None)
         if rows is not None and input_ids.numel():
             for token in torch.stack(input_ids.aminmax()).tolist():
