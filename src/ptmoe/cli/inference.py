@@ -27,11 +27,15 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Argument(help="prompts; by default the lines of standard input")] = None,
     model: AdapterBase = None,
     device: Device = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    num_beams: Annotated[int, typer.Option(min=1)] = 1,
-    do_sample: Annotated[bool, typer.Option("--do-sample")] = False,
-    temperature: float | None = None,
-    top_p: float | None = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of each completion")] = 64,
+    num_beams: Annotated[int, typer.Option(min=1, help="of a beam search; 1 is none")] = 1,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="sample, instead of the likeliest token each time")
+    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="for --do-sample")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="for --do-sample: the likeliest tokens of this probability")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="for --do-sample")] = None,
     chat: Annotated[
         bool | None, typer.Option(help="the tokenizer's chat template; by default as the run was trained")

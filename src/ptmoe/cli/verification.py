@@ -7,13 +7,15 @@ import typer
 from rich.table import Table
 
 from ptmoe.cli.console import Console
-from ptmoe.cli.options import DataDir, Device
+from ptmoe.cli.options import Device
 from ptmoe.errors import PtmoeError, shown
 
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="run folder, or the folder of a comparison")],
-    data_dir: DataDir = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="folder or file with the data of the evaluations; by default as the run has it")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Repeat a run's evaluations, and compare them, its base, adapter and data with what the folder records.

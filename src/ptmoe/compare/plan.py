@@ -27,8 +27,8 @@ from ptmoe.errors import PtmoeError
 from ptmoe.settings import Flag, differences, read_yaml
 from ptmoe.train.options import PLACES, Count, Rate, SharedOptions, method_entry, scalar
 
-# What a later run in the same folder may add to.
 MOST_SEEDS = 10_000
+# What a later run in the same folder may add to.
 EXTENSIBLE = {"preset", "title", "methods", "tasks", "seeds", "vary", "budget", "learning_rate"}
 
 
@@ -196,8 +196,8 @@ class ComparePlan(SharedOptions):
     strict: bool = False
     """stop at what cannot be run, instead of leaving it out"""
     jobs: Count | None = None
-    """cells at once, each in a process with its share of the cores; by default 1, on nano as many as there are cores;
-    on a cluster as many as it has room for"""
+    """cells at once, each in a process with its share of the cores; by default 1, on nano as many as there are cores
+    but at most 8; on a cluster, or with GPUs on Ray, as many as there is room for"""
     on: str = "processes"
     """where cells run: processes; ray, which starts Ray on this machine; ray://auto, the Ray cluster that this machine
     belongs to; ray://HOST:PORT, one by its client server"""

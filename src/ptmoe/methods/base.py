@@ -343,7 +343,8 @@ class InitialEmbeddings:
         embedding: the base's input embedding, called rather than read: Gemma's scales its rows by √H.
         generator: the only source of randomness.
         tokenize: text to token ids, for `init="text"`.
-        read_prompt: the prompt `(T, H)` of a saved `pt` adapter, by its folder, checked to be of this base.
+        read_prompt: the prompt `(T, H)` of a saved `pt` or `fwd-prompt` adapter, by its folder, checked to be of this
+            base.
         batches: training data, for `init="examples"`.
     """
 

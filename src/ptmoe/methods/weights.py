@@ -39,8 +39,8 @@ class TargetsConfig(MethodConfig):
     """A method that names some of the base's linear modules.
 
     Attributes:
-        target_modules: the last part of their names; by default `q_proj` and `v_proj`, or where the base has none,
-            `peft`'s default for its architecture (`c_attn` of GPT-2, `query_key_value` of GPT-NeoX, …). A saved
+        target_modules: the last part of their names; by default `q_proj` and `v_proj`, or where the base lacks one of
+            them, `peft`'s default for its architecture (`c_attn` of GPT-2, `query_key_value` of GPT-NeoX, …). A saved
             adapter names them.
     """
 

@@ -65,7 +65,7 @@ class AdapterSet(nn.Module):
 
     @property
     def changes_layers(self) -> bool:
-        """Whether the active adapter changes the base's layers."""
+        """Whether the active adapter changes the base's layers for all rows alike."""
         return bool(self.active) and self[self.active].config.changes_layers
 
     def __getitem__(self, name: str) -> PromptEncoder:

@@ -109,8 +109,8 @@ class PromptedCausalLM(GeneratingModel):
             **options: go to the base model (`output_hidden_states`, …); `return_dict=False` gives a tuple.
 
         Raises:
-            PtmoeError: shapes that do not agree, an unknown adapter, an input too long for the base's positions, or
-                training a routed adapter with neither labels nor input_mask.
+            PtmoeError: shapes that do not agree, labels at padding, an unknown adapter, an input or a padded batch too
+                long for the base, or training without the labels, or input_mask, that the adapter needs.
             ValueError: a routed row without an input token.
         """
         for name in ("inputs_embeds", "past_key_values", "position_ids"):

@@ -62,7 +62,8 @@ def create_app(
 
     Args:
         service: what answers.
-        api_keys: one of which every request under `/v1`, and `/metrics`, has to carry; none are needed by default.
+        api_keys: one of which every request under `/v1`, and `/metrics`, has to carry, but for those under
+            `/v1/adapters`; none are needed by default.
         admin_key: what `/v1/adapters` needs; without one it is closed.
         origins: of browsers' pages that may use the server (CORS).
         with_playground: serve a page at `/` that asks this API; the page itself needs no key.

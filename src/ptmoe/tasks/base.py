@@ -167,11 +167,15 @@ class Task:
     """A named data set.
 
     Attributes:
+        name: its key in `ptmoe.tasks.TASKS`.
         splits: by name; papers report `test`.
         grader: a key of `ptmoe.tasks.metrics.GRADERS`.
         metric: the metric of the grader that ranks methods.
         max_new_tokens: enough for any correct answer.
+        licence: of the data.
+        source: where the data is from.
         formats: the original file formats that can be read.
+        hub: its copy on the Hub, if it has one.
         until: stop sequences: an answer ends before the first of them.
         chat: whether prompts are put in the tokenizer's chat template, where there is one.
         generate: for a generated world, what yields its examples; no files are read.

@@ -54,7 +54,7 @@ def verify(
     Args:
         folder: of the run.
         data_dir: where the evaluated data sets are; by default where the run's options say.
-        device: as in `ptmoe.load_run`.
+        device: as in `ptmoe.models.attach.load_run`.
         say: gets a line of text for each download.
 
     Raises:
