@@ -416,7 +416,9 @@ def test_a_client_that_sends_too_slowly_is_told_so_and_cut_off(model, monkeypatc
         head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9"
         client.sendall(f"{head}\r\n\r\n{{".encode())
         head, body = b"".join(iter(lambda: client.recv(4096), b"")).split(b"\r\n\r\n")
+        described = httpx.get(f"{address}/openapi.json").json()["paths"]["/v1/completions"]["post"]["responses"]
     assert head.startswith(b"HTTP/1.1 408 ")
+    assert "408" in described
     assert "longer than 0.5 s" in json.loads(body)["error"]["message"]
 
 

@@ -38,7 +38,7 @@ PATHS = (
     "/v1/completions, /v1/chat/completions, /v1/models, /health and /metrics, and with --admin-key PUT and DELETE "
     "/v1/adapters/NAME to serve, or no longer serve, an adapter of its folder"
 )
-STATUSES = (400, 401, 403, 404, 413, 429, 500, 503, 504)
+STATUSES = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 
 log = logging.getLogger(__name__)
 
