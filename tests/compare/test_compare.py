@@ -786,6 +786,22 @@ def test_a_comparison_goes_on_where_its_data_was_moved_to_and_not_with_other_dat
     assert read_plan(tmp_path / "c").data_dir == str(there)
 
 
+def test_a_file_to_train_on_that_is_named_otherwise_does_not_take_the_place_of_finished_cells(
+    tmp_path, trained, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.jsonl").write_text('{"prompt": "1 =>", "completion": " 1"}\n' * 20)
+    own = {"eval_tasks": ["nano/mixed"], "methods": ["pt"]}
+    compare(prepared(tmp_path / "c", **own, tasks=["a/mine.jsonl"]))
+    for name in ("b/mine.jsonl", str(tmp_path / "a" / "mine.jsonl")):
+        with pytest.raises(PtmoeError, match=f"two tasks are called 'mine', a/mine.jsonl and {name}: rename one"):
+            prepared(tmp_path / "c", **own, tasks=[name])
+    assert len(trained) == 2
+    assert not prepare(read_plan(tmp_path / "c")).unfinished
+
+
 def test_a_cell_whose_record_is_damaged_or_of_another_size_is_run_again(tmp_path, trained):
     comparison = prepared(tmp_path / "c")
     compare(comparison)

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ptmoe import nano
-from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, trainable_tasks, variants
+from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, check_names, trainable_tasks, variants
 from ptmoe.compare.executors import Executor, executor, inline
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.plan import ComparePlan
@@ -109,6 +109,7 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             seeds=list(dict.fromkeys([*before.seeds, *plan.seeds])),
         )
     if (size := len(whole.text().encode())) > LARGEST_YAML:
+        check_names(whole.tasks)
         raise PtmoeError(
             f"the plan of {folder.path} would have {size:,} bytes, and none with more than {LARGEST_YAML:,} is read "
             "again: compare fewer methods, values or seeds in one folder"
