@@ -30,7 +30,9 @@ from ptmoe.report import read_comparison
 from ptmoe.report.results import boards
 from ptmoe.runs.folders import read_run
 from ptmoe.settings import read_yaml
+from ptmoe.tasks import Example
 from ptmoe.train import TrainOptions
+from ptmoe.train.examples import Fingerprint
 from ptmoe.train.options import SharedOptions
 from testing.bases import tiny
 
@@ -784,6 +786,12 @@ def test_a_comparison_goes_on_where_its_data_was_moved_to_and_not_with_other_dat
         path.write_text(text)
     assert not compare(prepared(tmp_path / "c", **moved))
     assert read_plan(tmp_path / "c").data_dir == str(there)
+
+
+def test_the_fingerprint_of_examples_is_the_same_with_every_version_of_python():
+    """Which print characters of a new emoji as they are, or escaped."""
+    example = Example("1", "café \U0001fae8", " 1", ("1",), "gsm8k")
+    assert str(Fingerprint([example])) == "d24210c279fdd30d"
 
 
 def test_a_file_to_train_on_that_is_named_otherwise_does_not_take_the_place_of_finished_cells(
