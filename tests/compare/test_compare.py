@@ -794,6 +794,17 @@ def test_the_fingerprint_of_examples_is_the_same_with_every_version_of_python():
     assert str(Fingerprint([example])) == "d24210c279fdd30d"
 
 
+def test_a_folder_in_which_forgetting_is_measured_otherwise_is_refused(tmp_path, trained):
+    (tmp_path / "known.txt").write_text("what the base could do before\n")
+    known = str(tmp_path / "known.txt")
+    compare(prepared(tmp_path / "with", forgetting=known))
+    with pytest.raises(PtmoeError, match=r"forgetting was '.*known.txt', is None"):
+        prepared(tmp_path / "with")
+    compare(prepared(tmp_path / "without"))
+    with pytest.raises(PtmoeError, match=r"forgetting was None, is '.*known.txt'"):
+        prepared(tmp_path / "without", forgetting=known)
+
+
 def test_a_file_to_train_on_that_is_named_otherwise_does_not_take_the_place_of_finished_cells(
     tmp_path, trained, monkeypatch
 ):
