@@ -805,6 +805,17 @@ def test_a_folder_in_which_forgetting_is_measured_otherwise_is_refused(tmp_path,
         prepared(tmp_path / "without", forgetting=known)
 
 
+def test_cells_of_an_earlier_version_which_recorded_no_examples_are_told_of(tmp_path):
+    own = {"methods": ["base"], "tasks": ["nano/words"], "eval_examples": 1, "max_new_tokens": 1}
+    compare(prepared(tmp_path / "c", **own))
+    place, said = tmp_path / "c" / "cells" / "base" / "nano__words" / "seed-0", []
+    record = json.loads((place / "environment.json").read_text())
+    del record["trained_on"], record["evaluated_on"]
+    (place / "environment.json").write_text(json.dumps(record))
+    prepare(read_plan(tmp_path / "c", {"methods": ["base", "pt"]}), say=said.append)
+    assert said == [f"{place} records no fingerprint of its examples: whether they are those of now is not known"]
+
+
 def test_a_file_to_train_on_that_is_named_otherwise_does_not_take_the_place_of_finished_cells(
     tmp_path, trained, monkeypatch
 ):
