@@ -30,7 +30,9 @@ from ptmoe.report import read_comparison
 from ptmoe.report.results import boards
 from ptmoe.runs.folders import read_run
 from ptmoe.settings import read_yaml
+from ptmoe.tasks import Example
 from ptmoe.train import TrainOptions
+from ptmoe.train.examples import Fingerprint
 from ptmoe.train.options import SharedOptions
 from testing.bases import tiny
 
@@ -767,6 +769,9 @@ def test_a_comparison_goes_on_where_its_data_was_moved_to_and_not_with_other_dat
     comparison = prepared(tmp_path / "c", **moved)
     assert [cell.seed for cell in comparison.unfinished] == [1]
 
+    assert not compare(prepared(tmp_path / "c", **moved | {"seeds": 1}))
+    assert read_plan(tmp_path / "c").data_dir == str(there)
+
     trained = r"c.cells.pt.gsm8k.seed-0 was trained on other examples of gsm8k than there are now: put the data back"
     evaluated = r"c.cells.base.gsm8k.seed-0 was evaluated on other examples of gsm8k than"
     known = r"c.cells.pt.gsm8k.seed-0 was evaluated on other examples of forgetting than"
@@ -779,11 +784,56 @@ def test_a_comparison_goes_on_where_its_data_was_moved_to_and_not_with_other_dat
         path.write_text(text.replace("1", "7", 1).replace("what", "that"))
         with pytest.raises(PtmoeError, match=refusal):
             prepared(tmp_path / "c", **moved)
-        # Where nothing is left to be run, nothing is read.
+        # Where nothing is left to be run, nothing is read, unless it lies elsewhere.
         assert not prepared(tmp_path / "c", **moved | {"seeds": 1}).unfinished
+        with pytest.raises(PtmoeError, match=refusal):
+            prepared(tmp_path / "c", **moved | {"seeds": 1, "data_dir": f"{there}/"})
         path.write_text(text)
     assert not compare(prepared(tmp_path / "c", **moved))
-    assert read_plan(tmp_path / "c").data_dir == str(there)
+
+
+def test_the_fingerprint_of_examples_is_the_same_with_every_version_of_python():
+    """Which print characters of a new emoji as they are, or escaped."""
+    example = Example("1", "café \U0001fae8", " 1", ("1",), "gsm8k")
+    assert str(Fingerprint([example])) == "d24210c279fdd30d"
+
+
+def test_cells_of_an_earlier_version_which_recorded_no_examples_are_told_of(tmp_path):
+    own = {"methods": ["base"], "tasks": ["nano/words"], "eval_examples": 1, "max_new_tokens": 1}
+    compare(prepared(tmp_path / "c", **own))
+    place, said = tmp_path / "c" / "cells" / "base" / "nano__words" / "seed-0", []
+    record = json.loads((place / "environment.json").read_text())
+    del record["trained_on"], record["evaluated_on"]
+    (place / "environment.json").write_text(json.dumps(record))
+    prepare(read_plan(tmp_path / "c", {"methods": ["base", "pt"]}), say=said.append)
+    assert said == [f"{place} records no fingerprint of its examples: whether they are those of now is not known"]
+
+
+def test_a_folder_in_which_forgetting_is_measured_otherwise_is_refused(tmp_path, trained):
+    (tmp_path / "known.txt").write_text("what the base could do before\n")
+    known = str(tmp_path / "known.txt")
+    compare(prepared(tmp_path / "with", forgetting=known))
+    with pytest.raises(PtmoeError, match=r"forgetting was '.*known.txt', is None"):
+        prepared(tmp_path / "with")
+    compare(prepared(tmp_path / "without"))
+    with pytest.raises(PtmoeError, match=r"forgetting was None, is '.*known.txt'"):
+        prepared(tmp_path / "without", forgetting=known)
+
+
+def test_a_file_to_train_on_that_is_named_otherwise_does_not_take_the_place_of_finished_cells(
+    tmp_path, trained, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.jsonl").write_text('{"prompt": "1 =>", "completion": " 1"}\n' * 20)
+    own = {"eval_tasks": ["nano/mixed"], "methods": ["pt"]}
+    compare(prepared(tmp_path / "c", **own, tasks=["a/mine.jsonl"]))
+    for name in ("b/mine.jsonl", str(tmp_path / "a" / "mine.jsonl")):
+        with pytest.raises(PtmoeError, match=f"two tasks are called 'mine', a/mine.jsonl and {name}: rename one"):
+            prepared(tmp_path / "c", **own, tasks=[name])
+    assert len(trained) == 2
+    assert not prepare(read_plan(tmp_path / "c")).unfinished
 
 
 def test_a_cell_whose_record_is_damaged_or_of_another_size_is_run_again(tmp_path, trained):

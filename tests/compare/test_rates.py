@@ -228,6 +228,12 @@ def test_an_interrupted_search_does_not_go_on_with_other_data(line, tmp_path, tr
     trained.score = lambda method, rate, seed: 50.0
     compare(prepared(tmp_path / "c", **asked))
     assert len(set(trained.trials)) == 30
+    (tmp_path / "c" / "cells" / "dpt" / "mine" / "seed-1" / "cell.json").unlink()
+    only = {**asked, "methods": ["dpt"]}
+    assert len(prepared(tmp_path / "c", **only).unfinished) == 1
+    file.write_text("\n".join(text.replace("=>", "+") if place == line else text for place, text in enumerate(lines)))
+    with pytest.raises(PtmoeError, match=r"holds a search on other data than .*mine\.jsonl"):
+        prepared(tmp_path / "c", **only)  # whose trials have ended
 
 
 def test_a_rate_that_diverges_is_out_and_a_trial_that_fails_holds_its_cells_up(tmp_path, trained):

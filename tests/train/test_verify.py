@@ -114,6 +114,10 @@ def test_what_the_training_was_evaluated_on_is_found_again(asked, tmp_path, monk
     train(options, say=lambda _: None)
     differing = [check for check in verify("run", say=lambda _: None) if not check.equal]
     assert differing == []
+    if place := asked.get("data_dir"):
+        Path("data").rename("moved")
+        checks = verify("run", data_dir=place.replace("data", "moved"), say=lambda _: None)
+        assert [check for check in checks if not check.equal] == []
 
 
 def test_what_a_command_evaluated_later_is_found_again(trained, tmp_path, run, monkeypatch):

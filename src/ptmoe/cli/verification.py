@@ -14,7 +14,7 @@ from ptmoe.errors import PtmoeError, shown
 def verify(
     folder: Annotated[Path, typer.Argument(help="run folder, or the folder of a comparison")],
     data_dir: Annotated[
-        str | None, typer.Option(help="folder or file with the data of the evaluations; by default as the run has it")
+        str | None, typer.Option(help="folder or file with the data; by default as the run has it")
     ] = None,
     device: Device = None,
 ) -> None:

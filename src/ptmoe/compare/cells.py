@@ -224,11 +224,23 @@ def trainable_tasks(plan: ComparePlan) -> tuple[list[str], list[LeftOut]]:
         lacking = [name for name in task_names(task) if not is_file(name) and "train" not in TASKS[name].splits]
         if lacking:
             left_out.append(LeftOut(task, f"{', '.join(lacking)} has no train split: it can only be evaluated on"))
-        elif file_name(task) in map(file_name, kept):
-            raise PtmoeError(f"two tasks are called {file_name(task)!r}: rename one of the files")
         else:
             kept.append(task)
+    check_names(kept)
     return kept, left_out
+
+
+def check_names(tasks: Sequence[str]) -> None:
+    """
+    Raises:
+        PtmoeError: the cells of two tasks would share their folders.
+    """
+    for number, task in enumerate(tasks):
+        if earlier := next((other for other in tasks[:number] if file_name(other) == file_name(task)), None):
+            raise PtmoeError(
+                f"two tasks are called {file_name(task)!r}, {earlier} and {task}: rename one of the files, or, where "
+                "it is the same one, name it as before"
+            )
 
 
 def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePlan, list[LeftOut]]:

@@ -78,7 +78,9 @@ class ComparisonFolder:
         for folder in finished_cells(self.path, cell.task):
             with suppress(PtmoeError):  # the report says that it is damaged
                 made[folder] = Environment.read(folder / ENVIRONMENT_FILE)
-        if not any(each.trained_on or each.evaluated_on for each in made.values()):  # all of an earlier version
+        if unknown := [folder for folder, each in made.items() if not (each.trained_on or each.evaluated_on)]:
+            say(f"{unknown[0]} records no fingerprint of its examples: whether they are those of now is not known")
+        if len(unknown) == len(made):
             return
         trained_on, evaluated_on = fingerprints(cell.options, say)
         for folder, each in made.items():

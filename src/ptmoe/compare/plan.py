@@ -224,6 +224,8 @@ class ComparePlan(SharedOptions):
         """What a run that continues this plan may not change, each as a sentence. Data may lie elsewhere: what they
         hold is compared with what finished cells were trained on (`ComparisonFolder`)."""
         names = [name for name in type(self).model_fields if name not in EXTENSIBLE | PLACES | self.unwritten]
+        if None in (self.forgetting, other.forgetting):  # then one has no texts, or nano's own
+            names.append("forgetting")
         return differences((name, getattr(self, name), getattr(other, name)) for name in names)
 
 

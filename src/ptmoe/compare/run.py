@@ -9,11 +9,11 @@ from datetime import datetime
 from pathlib import Path
 
 from ptmoe import nano
-from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, trainable_tasks, variants
+from ptmoe.compare.cells import Cell, LeftOut, Variant, available, cells_of, check_names, trainable_tasks, variants
 from ptmoe.compare.executors import Executor, executor, inline
 from ptmoe.compare.folder import ComparisonFolder
 from ptmoe.compare.plan import ComparePlan
-from ptmoe.compare.rates import Trial, search_rates, searches, trials
+from ptmoe.compare.rates import Trial, search_rates, searches, trial_options, trials
 from ptmoe.compare.ray_session import LOCAL, check_place
 from ptmoe.compare.watcher import Watcher
 from ptmoe.errors import PtmoeError
@@ -24,6 +24,7 @@ from ptmoe.runs.searches import check_data
 from ptmoe.settings import LARGEST_YAML
 from ptmoe.train.arguments import check_arguments
 from ptmoe.train.examples import examples_fingerprint, forgetting_examples
+from ptmoe.train.options import PLACES
 
 MOST_JOBS = 8  # by default; each loads the base once more
 
@@ -39,7 +40,7 @@ class Comparison:
     variants: tuple[Variant, ...]  # of `plan`
     left_out: tuple[LeftOut, ...]  # what cannot be run
     before: str | None  # the text of the folder's plan when `whole` was made of it
-    data: Mapping[str, str] = field(default_factory=dict)  # of the tasks of `trials`, the examples' fingerprints
+    data: Mapping[str, str] = field(default_factory=dict)  # of the tasks searched for, the examples' fingerprints
 
     @property
     def unfinished(self) -> list[Cell]:
@@ -108,6 +109,7 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             tasks=list(dict.fromkeys([*before.tasks, *plan.tasks])),
             seeds=list(dict.fromkeys([*before.seeds, *plan.seeds])),
         )
+        check_names(whole.tasks)
     if (size := len(whole.text().encode())) > LARGEST_YAML:
         raise PtmoeError(
             f"the plan of {folder.path} would have {size:,} bytes, and none with more than {LARGEST_YAML:,} is read "
@@ -129,10 +131,13 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
         cell.variant.config.method: cell for cell in comparison.unfinished if not cell.variant.is_base
     }.values():
         check_arguments(cell.options, cell.variant.config, here=plan.on in ("processes", LOCAL))
-    for cell in {cell.task: cell for cell in comparison.unfinished}.values() if data else ():
+    todo = comparison.unfinished
+    # Nothing is read for finished cells alone, unless other places are given, which the plan then has.
+    moved = before is not None and plan.model_dump(include=PLACES) != before.model_dump(include=PLACES)
+    for cell in {cell.task: cell for cell in (cells if moved else todo)}.values() if data else ():
         folder.check_data(cell, say)
-    waited_for = {trial.task: trial.options for trial in comparison.trials} if data else {}
-    fingerprints = {task: examples_fingerprint(options, say) for task, options in waited_for.items()}
+    searched = {cell.task: trial_options(plan, cell) for _, cell in searches(plan, todo, known_searches)}
+    fingerprints = {task: examples_fingerprint(options, say) for task, options in searched.items() if data}
     for search in known_searches:
         if search.task in fingerprints:
             check_data(search.trials, fingerprints[search.task], folder.path, search.task)

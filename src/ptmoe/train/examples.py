@@ -133,7 +133,8 @@ class Fingerprint:
     def watched(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The examples as they are, each of which is added as it passes."""
         for example in examples:
-            self._hash.update(repr((example.contents, example.references)).encode(errors="surrogatepass"))
+            # Which characters `repr` escapes depends on the version of Python.
+            self._hash.update(ascii((example.contents, example.references)).encode())
             yield example
 
     def __str__(self) -> str:

@@ -53,7 +53,8 @@ def verify(
 
     Args:
         folder: of the run.
-        data_dir: where the evaluated data sets are; by default where the run's options say.
+        data_dir: where the evaluated data sets are, by default where the run's options say; and where its training data
+            is, if that is there no more.
         device: as in `ptmoe.models.attach.load_run`.
         say: gets a line of text for each download.
 
@@ -88,7 +89,7 @@ def _checks(
         return
     if run.environment.data is not None:
         try:
-            data = _training_data(options, model, tokenizer, say)
+            data = _training_data(options, data_dir, model, tokenizer, say)
         except PtmoeError as error:
             data = str(error)
         yield Check("training data", run.environment.data, data)
@@ -102,13 +103,22 @@ def _checks(
 
 
 def _training_data(
-    options: TrainOptions, model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+    options: TrainOptions,
+    data_dir: str | None,
+    model: PromptedCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
 ) -> str:
     from ptmoe.tasks.tokens import row_length
     from ptmoe.train.data import fit
 
     problems = Problems(skip=options.skip_bad, at_once=options.data is None)
-    examples = training_examples(options, problems, say)
+    try:
+        examples = training_examples(options, problems, say)
+    except PtmoeError:  # moved, perhaps
+        if data_dir is None or options.data is not None:
+            raise
+        examples = training_examples(options.replace(data_dir=data_dir), problems, say)
     length = row_length(model.max_positions, method_config(options.method).num_virtual_tokens, options.max_length)
     shown: dict[str, Any] = {"cache": options.token_cache, "problems": problems, "say": say}
     return fit(examples, tokenizer, length, options.truncation, chat=bool(options.chat), **shown).fingerprint()
