@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import tabulate_methods  # noqa: E402  # beside this file
 import tabulate_peft  # noqa: E402
-from benchmarks.real.table import rates  # noqa: E402
+from benchmarks.real.table import rates, summary  # noqa: E402
 from benchmarks.real.table import table as real_table  # noqa: E402
 from seeds import finished, table  # noqa: E402
 
@@ -56,6 +56,7 @@ def searched(file: Path) -> str:
 def main() -> None:
     compared = [(RESULTS / name).read_text().splitlines() for name in ("mixed_methods.md", "league_methods.md")]
     expected = [
+        ("README.md", summary(RESULTS)),
         ("README.md", table(finished(RESULTS / "mixed.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "words.jsonl"))),
         ("docs/findings.md", table(finished(RESULTS / "tried.jsonl"))),

@@ -2,8 +2,9 @@
 
 Accuracy on the test split, mean, lowest and highest over seeds; and the difference to plain prompt tuning, or
 `--against` another row, on the same examples, each example's accuracy averaged over seeds first, with the 95 % interval
-of the bootstrap over examples. With `--rates` accuracy and loss on the examples that learning rates are chosen by.
-`--lines` prints such lines of the folder of a `ptmoe compare`.
+of the bootstrap over examples. With `--rates` accuracy and loss on the examples that learning rates are chosen by, under
+rates rounded to one digit. `--lines` prints such lines of the folder of a `ptmoe compare`; `--summary` prints README's
+table from the folder of all lines.
 """
 
 import argparse
@@ -19,6 +20,39 @@ from ptmoe.runs.folders import cell_folder, predictions_file
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
 REFERENCE = "pt"
+# Columns of README's table: a study at a size, the file of its lines, and which of its rows is each method's.
+SUMMARY: tuple[tuple[str, str, dict[str, str]], ...] = (
+    (
+        "six sets, 11,500",
+        "real_mixture.jsonl",
+        {
+            "pt": "pt",
+            "dpt": "dpt",
+            "pt-moe": "pt-moe, 3 experts of 40 tokens, rate 0.1",
+            "pt-moe-road": "pt-moe-road, one expert",
+        },
+    ),
+    (
+        "three sets, 25,000",
+        "real_league.jsonl",
+        {name: name for name in ("pt", "dpt", "pt-moe", "pt-moe-road", "road", "vera")},
+    ),
+    (
+        "three sets, 80,000",
+        "real_league.jsonl",
+        {name: f"{name}, 80k" for name in ("pt", "dpt", "pt-moe", "vera")} | {"lora": "lora", "ln-tuning": "ln-tuning"},
+    ),
+    (
+        "SQuAD, 11,500",
+        "real_squad.jsonl",
+        {
+            "pt": "pt",
+            "dpt": "dpt, rate 0.3",
+            "pt-moe": "pt-moe, rate 0.3",
+            "pt-moe-road": "pt-moe-road, one expert",
+        },
+    ),
+)
 
 
 def table(path: Path, reference: str = REFERENCE) -> str:
@@ -65,10 +99,27 @@ def table(path: Path, reference: str = REFERENCE) -> str:
     return "\n".join(head + [row for _, row in sorted(rows)])
 
 
+def summary(folder: Path) -> str:
+    columns: list[dict[str, float]] = []
+    for _, file, labels in SUMMARY:
+        scores: dict[str, list[float]] = defaultdict(list)
+        for line in read(folder / file):
+            if line["split"] == "test":
+                scores[line["label"]].append(line["accuracy"])
+        columns.append({method: round(float(np.mean(scores[label])), 1) for method, label in labels.items()})
+    rows = ["| | " + " | ".join(heading for heading, *_ in SUMMARY) + " |", "|---" * (1 + len(SUMMARY)) + "|"]
+    for method in dict.fromkeys(name for column in columns for name in column):
+        cells = [f"{column[method]:.1f}" if method in column else "" for column in columns]
+        best = [column.get(method) == max(column.values()) for column in columns]
+        found = (f"**{cell}**" if first else cell for cell, first in zip(cells, best, strict=True))
+        rows.append(f"| {method} | {' | '.join(found)} |")
+    return "\n".join(rows)
+
+
 def rates(path: Path) -> str:
     runs: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in read(path):
-        runs[line["task"], line["label"]][line["learning_rate"]].append(line)
+        runs[line["task"], line["label"]][float(f"{line['learning_rate']:.1g}")].append(line)
     columns = sorted({rate for tried in runs.values() for rate in tried})
     rows = [
         "| task | | seeds | " + " | ".join(f"at {rate:g}" for rate in columns) + " |",
@@ -115,8 +166,12 @@ if __name__ == "__main__":
     parser.add_argument("results", type=Path)
     parser.add_argument("--rates", action="store_true")
     parser.add_argument("--lines", action="store_true")
+    parser.add_argument("--summary", action="store_true")
     parser.add_argument("--against", default=REFERENCE, metavar="LABEL", help="of the row that others differ from")
     given = parser.parse_args()
+    if given.summary:
+        print(summary(given.results))
+        raise SystemExit
     if given.lines:
         print(*map(json.dumps, lines_of(given.results)), sep="\n")
         raise SystemExit
