@@ -2,9 +2,9 @@
 
 Accuracy on the test split, mean, lowest and highest over seeds; and the difference to plain prompt tuning, or
 `--against` another row, on the same examples, each example's accuracy averaged over seeds first, with the 95 % interval
-of the bootstrap over examples. With `--rates` accuracy and loss on the examples that learning rates are chosen by, under
-rates rounded to one digit. `--lines` prints such lines of the folder of a `ptmoe compare`; `--summary` prints README's
-table from the folder of all lines.
+of the bootstrap over examples. With `--rates` accuracy and loss on the examples that learning rates are chosen by,
+under rates rounded to one digit. `--lines` prints such lines of the folder of a `ptmoe compare`; `--summary` prints
+README's table from the folder of all lines.
 """
 
 import argparse
