@@ -425,13 +425,13 @@ def test_a_rate_that_is_asked_for_replaces_those_of_a_preset():
     assert rates("lora=0.5") == rates() | {"lora": None}
 
 
-def test_a_narrow_base_has_learning_rates_of_its_own(tmp_path, llama_1b):
+def test_learning_rates_follow_the_width_of_the_base(tmp_path, llama_1b):
     def rates(model):
         found = prepared(tmp_path / "c", model=model, methods=["pt", "dpt", "pt-moe", "lora"], budget=None).variants
         return [variant.learning_rate for variant in found]
 
-    assert rates("nano") == [0.03, 0.03, 0.03, 0.002]
-    assert rates(llama_1b) == [0.1, 0.1, 0.1, 0.002]
+    assert rates("nano") == [0.03, 0.03, 0.03, 0.01]
+    assert rates(llama_1b) == [0.1, 0.1, 0.1, 0.0032]
 
 
 def test_a_preset_can_be_narrowed_and_given_another_budget(llama_1b):

@@ -89,6 +89,7 @@ class BiLoRAConfig(LowRankConfig, PartsConfig):
     method = "bilora"
     order = 460
     default_learning_rate = 1e-2
+    rated_width = None
     part_class = BiLoRAPart
     divides_rows = adds_loss = True
     gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1

@@ -15,4 +15,5 @@ class FFALoRAConfig(LoRAFamilyConfig):
     method = "ffa-lora"
     order = 530
     default_learning_rate = 0.1
+    rated_width = None
     frozen = "lora_A"

@@ -3,7 +3,7 @@
 y = W x + (α / R) B A x            A: (R, in), B: (out, R)
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ptmoe.methods.base import Size
 from ptmoe.methods.injected import InjectedConfig, PeftConfig
@@ -19,8 +19,20 @@ class LowRankConfig(TargetedConfig):
     """
 
     free_sizes = ("rank",)
+    default_learning_rate = 6e-3
+    rated_width: ClassVar[int | None] = 576  # that this rate was searched at; None where one rate suits every width
     rank: Size = 1
     alpha: Size | None = None
+
+    @classmethod
+    def learning_rate_on(cls, base_config: Any) -> float:
+        """Falls with the root of the width, as the largest stable one does where A starts random and B at zero (Hayou
+        et al. 2024, arXiv:2406.08447): on nano the result is the best that was tried for most of this family."""
+        usual = cls.default_learning_rate
+        if cls.rated_width is None:
+            return usual
+        width = getattr(base_config.get_text_config(), "hidden_size", cls.rated_width)
+        return float(f"{usual * (cls.rated_width / width) ** 0.5:.2g}")
 
     @property
     def scaling(self) -> float:

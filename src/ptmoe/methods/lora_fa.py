@@ -17,6 +17,8 @@ class LoRAFAConfig(LoRAFamilyConfig):
 
     method = "lora-fa"
     order = 180
+    default_learning_rate = 0.1
+    rated_width = None
     frozen = "lora_A"
     encoder_class = OwnOptimizer
 

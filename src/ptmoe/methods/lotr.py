@@ -60,6 +60,7 @@ class LoTRConfig(LowRankConfig, PartsConfig):
     method = "lotr"
     order = 500
     default_learning_rate = 1e-2
+    rated_width = None
     part_class = LoTRPart
     rank: Size = 8
 

@@ -47,6 +47,7 @@ class SORSAConfig(PiSSAConfig):
     method = "sorsa"
     order = 420
     default_learning_rate = 1e-2
+    rated_width = None
     encoder_class = SORSA
     adds_loss = True
     gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
