@@ -28,7 +28,7 @@ class LowRankConfig(TargetedConfig):
     def learning_rate_on(cls, base_config: Any) -> float:
         """Falls with the root of the width, as the largest stable one does where A starts random and B at zero (Hayou
         et al. 2024, arXiv:2406.08447): on nano the result is the best that was tried for most of this family."""
-        usual = cls.default_learning_rate
+        usual = super().learning_rate_on(base_config)
         if cls.rated_width is None:
             return usual
         width = getattr(base_config.get_text_config(), "hidden_size", cls.rated_width)
