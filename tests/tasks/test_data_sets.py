@@ -59,6 +59,7 @@ SVAMP = [
         "ID": "chal-2",
         "Body": "There are 9 cups.",
         "Question": "How many for each of 3?",
+        "Equation": "( 7.5 / 3.0 )",
         "Answer": 2.5,
         "Type": "Common-Divison",
     },
@@ -88,11 +89,16 @@ MAWPS_CSV = """Question,Numbers,Equation,Answer,group_nums,Body,Ques_Statement
 How much is number0 ?,0.16666666666666666,+ number0 number0,5.25,"[1]",x,y
 """
 MAWPS_JSON = [
-    {"iIndex": 1, "sQuestion": "Joan found 70.0 shells, gave 27.0. How many?", "lEquations": [], "lSolutions": [43.0]},
+    {
+        "iIndex": 1,
+        "sQuestion": "Joan found 70.0 shells, gave 27.0. How many?",
+        "lEquations": ["X=(70.0-27.0)"],
+        "lSolutions": [43.0],
+    },
     {"iIndex": 2, "sQuestion": "Two numbers?", "lEquations": ["x=1"], "lSolutions": ["1", 2.5]},
 ]
 MWP_JSON = [
-    {"id": 2351, "original_text": "A waiter had 22 customers .", "equation": "X=1", "ans": 2.0},
+    {"id": 2351, "original_text": "A waiter had 22 customers .", "equation": "X=(22.0-20.0)", "ans": 2.0},
     {"id": 2352, "original_text": "And 3 more ?", "equation": "X=1", "ans": 3.5},
 ]
 MATHQA = [
@@ -198,6 +204,14 @@ def test_the_examples_hold_what_their_records_say(tmp_path):
     assert "56 books in each of his 9 shelves" in made["mawps csv"][0].input
     assert "How much is 0.16666666666666666 ?" in made["mawps csv"][1].input
     assert made["mwptoolkit"][0].id == "2351"
+    worked = {
+        "svamp": [" #### 51", " 7.5 / 3 = 2.5\n#### 2.5"],
+        "asdiv": [" 7 + 2 = 9 (apples)\n#### 9 (apples)", " #### Mrs. Hilt"],
+        "mawps csv": [" 56 * 9 = 504\n#### 504", " #### 5.25"],
+        "mawps json": [" 70 - 27 = 43\n#### 43", " #### 1; 2.5"],
+        "mwptoolkit": [" 22 - 20 = 2\n#### 2", " #### 3.5"],
+    }
+    assert {name: [example.target for example in made[name]] for name in worked} == worked
     assert made["mathqa"][0].input == "Question: each of 4 ?\nAnswer:"
     first, second = made["mrqa"]
     assert first.input == "[TLE] Delhi [PAR] It is big.\n\nQuestion: Where?\nAnswer:"

@@ -28,7 +28,8 @@ from ptmoe.tasks.records import text_of, xml_elements
 
 def example(record: dict[str, Any], origin: Origin) -> Example:
     sentences = text_of(record, "Body", may_be_empty=True), text_of(record, "Question")
-    return word_problem(origin, text_of(record, "ID"), *sentences, answer=text_of(record, "Answer"))
+    name, answer, formula = text_of(record, "ID"), text_of(record, "Answer"), record.get("Formula", "")
+    return word_problem(origin, name, *sentences, answer=answer, equation=formula)
 
 
 def json_example(record: dict[str, Any], origin: Origin) -> Example:

@@ -8,7 +8,8 @@
 
 The CSV of github.com/arkilpatel/SVAMP, two JSON forms, and the rows of the Hub's garrethlee/MAWPS (355 in test). In the
 CSV the placeholders `number0`, `number1` (in another copy `N_00`, `N_01`) stand for the numbers of the column
-`Numbers`, separated by spaces; they are substituted, `41.0` as `41`.
+`Numbers`, separated by spaces; they are substituted, `41.0` as `41`. The target is the equation as a worked solution
+(`ptmoe.tasks.equations`), here and in ASDiv and SVAMP.
 
 Some problems stand in several splits: of the 398 to validate and test on in github.com/LYH-YF/MWPToolkit's copy, 28
 stand in its training split. What is in `test` is left out of `validation` and `train`, what is in `validation` out of
@@ -35,8 +36,9 @@ def csv_example(record: dict[str, Any], origin: Origin) -> Example:
             raise BadRecordError(f"{found[0]} has no number: Numbers holds {len(numbers)}")
         return numbers[int(found[1])]
 
-    question = _PLACEHOLDER.sub(number, text_of(record, "Question"))
-    return word_problem(origin, origin.id, question, answer=number_text(text_of(record, "Answer")))
+    question, answer = _PLACEHOLDER.sub(number, text_of(record, "Question")), number_text(text_of(record, "Answer"))
+    equation = _PLACEHOLDER.sub(number, record.get("Equation") or "")
+    return word_problem(origin, origin.id, question, answer=answer, equation=equation)
 
 
 def json_example(record: dict[str, Any], origin: Origin) -> Example:
@@ -47,9 +49,14 @@ def json_example(record: dict[str, Any], origin: Origin) -> Example:
             raise BadRecordError("'lSolutions' needs a list of numbers")
         numbers = [number_text(text_of({"lSolutions": solution}, "lSolutions")) for solution in solutions]
         name, question, answer = "iIndex", text_of(record, "sQuestion"), "; ".join(numbers)
+        equations = record.get("lEquations")
+        equation = equations[0] if isinstance(equations, list) and len(equations) == 1 else equations
     else:
         name, question, answer = "id", text_of(record, "original_text"), text_of(record, "ans")
-    return word_problem(origin, name_of(record, name, origin.id), question, answer=number_text(answer))
+        equation = record.get("equation", "")
+    return word_problem(
+        origin, name_of(record, name, origin.id), question, answer=number_text(answer), equation=equation
+    )
 
 
 TASKS = (

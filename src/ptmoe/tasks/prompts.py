@@ -3,6 +3,7 @@
 from functools import partial
 
 from ptmoe.tasks.base import Example, Origin, Task
+from ptmoe.tasks.equations import worked_solution
 
 
 def question(text: str, context: str = "") -> tuple[str, tuple[int, int]]:
@@ -18,7 +19,7 @@ def question(text: str, context: str = "") -> tuple[str, tuple[int, int]]:
 
 
 def word_problem(
-    origin: Origin, name: str, *sentences: str, answer: str, target: str = "", domain: str = ""
+    origin: Origin, name: str, *sentences: str, answer: str, target: str = "", equation: object = "", domain: str = ""
 ) -> Example:
     """The example of a word problem; a sentence without a full stop gets one, to separate it from the next.
 
@@ -28,11 +29,14 @@ def word_problem(
     Args:
         name: its id.
         answer: its reference.
-        target: a worked solution; by default the answer alone, in the form in which GSM8K's solutions end.
+        target: a worked solution; by default the one that the equation makes, and without one the answer alone, in the
+            form in which GSM8K's solutions end.
+        equation: the record's own, if it has one, as text.
     """
     parts = [part.strip() for part in sentences if part.strip()]
     joined = " ".join(part if part[-1] in ".,;:!?" or part is parts[-1] else f"{part}." for part in parts)
-    return Example(name, question(joined)[0], target or f" #### {answer}", (answer,), origin.task, domain)
+    target = target or f" {worked_solution(str(equation), answer) or f'#### {answer}'}"
+    return Example(name, question(joined)[0], target, (answer,), origin.task, domain)
 
 
 WordProblems = partial(Task, grader="mathematics", metric="accuracy", max_new_tokens=512, until=("\nQuestion:",))

@@ -31,7 +31,8 @@ def example(record: dict[str, Any], origin: Origin) -> Example:
         raise BadRecordError(f"unknown Type {kind!r}: needs one of {', '.join(TYPES)}")
     sentences = text_of(record, "Body", may_be_empty=True), text_of(record, "Question")
     answer = number_text(text_of(record, "Answer"))
-    return word_problem(origin, text_of(record, "ID"), *sentences, answer=answer, domain=TYPES[kind])
+    name, equation = text_of(record, "ID"), record.get("Equation", "")
+    return word_problem(origin, name, *sentences, answer=answer, equation=equation, domain=TYPES[kind])
 
 
 TASKS = (
