@@ -59,7 +59,8 @@ def near(word: str, known: Iterable[str], *, most: int = 1, otherwise: str | Non
     """
     known = list(known)
     close = difflib.get_close_matches(word[:100], known, n=most, cutoff=0.6)  # its time grows with the square
-    if close:
+    swapped = [name for name in known if sorted(name) == sorted(word)]  # of lroa, lora is no nearer than road there
+    if close := list(dict.fromkeys(swapped + close))[:most]:
         return f"; did you mean {', '.join(map(repr, close))}?"
     return f"; known: {', '.join(known)}" if otherwise is None else otherwise
 

@@ -189,6 +189,7 @@ def test_what_a_type_would_do_beyond_its_own_numbers_is_not_offered():
         ("peft:", "peft has no method 'peft:'"),
         ("peft", "unknown method 'peft'"),
         ("pverra", "unknown method 'pverra'; did you mean 'pvera'"),
+        ("lroa", "unknown method 'lroa'; did you mean 'lora'"),
         ("peft:xlora", "peft:xlora cannot be used: part of it is in peft's own forward pass"),
         ("peft:pvera:rank=3", "peft:pvera: unknown key 'rank'"),
         ("peft:pvera:d_intial=3", "unknown key 'd_intial'; did you mean 'd_initial'"),
