@@ -359,6 +359,28 @@ def test_problems_in_several_splits_are_left_out_of_the_earlier_ones(tmp_path):
     assert len(load_task("mawps", "train", tmp_path / "mawps" / "train.json")) == 4, "a single file is read as it is"
 
 
+def test_a_mixture_leaves_out_what_any_of_its_tasks_is_tested_on(tmp_path):
+    for task in ("mawps", "asdiv-a", "gsm8k"):
+        (tmp_path / task).mkdir()
+    for split, questions in {"train": ["a?", "b?"], "test": ["c?"]}.items():
+        records = [{"iIndex": n, "sQuestion": q, "lSolutions": [n]} for n, q in enumerate(questions)]
+        (tmp_path / "mawps" / f"{split}.json").write_text(json.dumps(records))
+    for split, questions in {"train": ["C ?", "d?"], "test": ["A?"]}.items():
+        records = [{"@ID": q, "Body": "", "Question": q.replace(" ", ""), "Answer": "1"} for q in questions]
+        (tmp_path / "asdiv-a" / f"{split}.json").write_text(json.dumps(records))
+    (tmp_path / "gsm8k" / "train.jsonl").write_text(json.dumps({"question": "a?", "answer": "#### 1"}))
+    said = []
+    found = load_task("mawps,asdiv-a,gsm8k", "train", tmp_path, say=said.append)
+    assert {example.id for example in found} == {"mawps:1", "asdiv-a:d?", "gsm8k:train-0"}, (
+        "gsm8k is not known to share any"
+    )
+    assert sorted(said) == [
+        f"{task}, train: left out 1 problem(s) that stand in a later split, too" for task in ("asdiv-a", "mawps")
+    ]
+    assert len(load_task("mawps,asdiv-a", "test", tmp_path)) == 2
+    assert len(load_task("mawps", "train", tmp_path)) == len(load_task("asdiv-a", "train", tmp_path)) == 2
+
+
 def test_asdiv_a_is_a_task_of_its_own(tmp_path):
     record = {"@ID": "nluds-1", "@Grade": "1", "Body": "Two cups.", "Question": "How many?", "Answer": "2 (cups)"}
     path = tmp_path / "test.json"

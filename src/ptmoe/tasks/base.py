@@ -182,7 +182,8 @@ class Task:
         labels: of a classification, the words of which one is the answer; it has a macro-F1, and can be scored by
             their likelihoods.
         parts: the tasks that it mixes, each a domain; no files of its own are read.
-        disjoint: leave out of `train` and `validation` the inputs that stand in a later split, in this order.
+        disjoint: leave out of `train` and `validation` the inputs that stand in a later split, in this order, of this
+            task or of another such task that it is mixed with.
         note: shown by `ptmoe tasks`.
         file: whose examples it grades, of no named data set.
     """

@@ -156,9 +156,16 @@ def _examples(
 
 
 def _mixed(
-    name: str, weights: mixture.Weights, split: str, data_dir: str | Path | None, *rest: Any
+    name: str,
+    weights: mixture.Weights,
+    split: str,
+    data_dir: str | Path | None,
+    problems: Problems,
+    say: Callable[[str], None],
 ) -> Iterator[tuple[str, Example]]:
-    streams = [_of_task(TASKS[task], split, data_dir, *rest) for task in weights]
+    tasks = [TASKS[task] for task in weights]
+    later = _inputs_of_later_splits(tasks, split, data_dir, say)
+    streams = [_of_task(task, split, data_dir, problems, say, later) for task in tasks]
     if len(streams) == 1:
         yield from streams[0]
         return
@@ -168,7 +175,7 @@ def _mixed(
 
 
 def _of_task(
-    task: Task, split: str, data_dir: str | Path | None, problems: Problems, say: Callable[[str], None]
+    task: Task, split: str, data_dir: str | Path | None, problems: Problems, say: Callable[[str], None], later: set[str]
 ) -> Iterator[tuple[str, Example]]:
     if split not in task.splits:
         raise PtmoeError(f"task {task.name!r} has no split {split!r}{near(split, task.splits)}")
@@ -179,9 +186,8 @@ def _of_task(
         yield from ((example.id, example) for example in task.generate(task.name, split))
         return
     held_out, repeated = task.splits[split].held_out, 0
-    later = _inputs_of_later_splits(task, split, data_dir, say)
     for place, example in _of_source(task, split, data_dir, problems, say):
-        if folded(example.input) in later:
+        if task.disjoint and folded(example.input) in later:
             repeated += 1
         elif held_out is None or held_out == is_held_out(example.input):
             yield place, example
@@ -190,16 +196,19 @@ def _of_task(
 
 
 def _inputs_of_later_splits(
-    task: Task, split: str, data_dir: str | Path | None, say: Callable[[str], None]
+    tasks: Iterable[Task], split: str, data_dir: str | Path | None, say: Callable[[str], None]
 ) -> set[str]:
-    """The inputs that a split of a `disjoint` task may not hold, folded; none are known beside a single file."""
-    if not task.disjoint or (data_dir is not None and Path(data_dir).is_file()):
-        return set()
+    """The inputs that a split of `disjoint` tasks may not hold, folded; none are known beside a single file. MAWPS and
+    ASDiv-A share problems, so what one of two that are mixed is tested on may not be trained on with the other."""
     inputs: set[str] = set()
-    for other in list(task.splits)[list(task.splits).index(split) + 1 :]:
-        with suppress(PtmoeError):  # a split that is not there
-            examples = _of_source(task, other, data_dir, Problems(skip=True), say)
-            inputs |= {folded(example.input) for _, example in examples}
+    if data_dir is not None and Path(data_dir).is_file():
+        return inputs
+    for task in tasks:
+        splits = list(task.splits) if task.disjoint and split in task.splits else [split]
+        for later in splits[splits.index(split) + 1 :]:
+            with suppress(PtmoeError):  # a split that is not there
+                examples = _of_source(task, later, data_dir, Problems(skip=True), say)
+                inputs |= {folded(example.input) for _, example in examples}
     return inputs
 
 
