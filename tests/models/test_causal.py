@@ -192,6 +192,27 @@ def test_labels_at_padding_that_have_been_counted_are_refused():
     model(**MIXED, num_items_in_batch=20)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("method", ["pt", "pt-moe", "lora"])
+def test_a_gap_in_the_mask_is_as_if_its_tokens_were_not_there(method, packing):
+    """What follows a gap is predicted by the last token before it, packed or not."""
+    model = attach(tiny_llama(), METHODS[method](**({"rank": 2} if method == "pt-moe" else {}))).train()
+    model.packing = packing
+    row, labels = MIXED["input_ids"][:1], MIXED["labels"][:1]
+    gap = torch.zeros_like(row)  # one within the prompt, one right before the answer, one within it
+    first = int((labels != -100).int().argmax())
+    gap[:, [1, first - 1, first + 1]] = 1
+    mask, targets = MIXED["attention_mask"][:1] * (1 - gap), labels.masked_fill(gap == 1, -100)
+    kept = mask[0] == 1
+    inputs = {"input_ids": row, "attention_mask": mask, "labels": targets}
+    torch.manual_seed(0)
+    found = model(**inputs).loss
+    torch.manual_seed(0)
+    expected = model(row[:, kept], labels=targets[:, kept]).loss
+    assert_close(found, expected, atol=1e-5, rtol=0)
+    assert_close(model.eval()(**inputs).loss, model(row[:, kept], labels=targets[:, kept]).loss, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("method", ["pt", "lora", "prefix-tuning"])
 def test_trainer_counts_the_tokens_that_are_predicted(method, tmp_path):
     """Where every token is supervised, the first one of a row is predicted behind virtual tokens alone."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.loss import IGNORED, supervised_positions
@@ -105,9 +105,12 @@ def predicting(spliced: Spliced, labels: Tensor, attention_mask: Tensor, *, ever
         every: all of it is predicted; else a row without a prompt has nothing before its first token to predict it.
     """
     rows, columns, targets = supervised_positions(labels, attention_mask)
-    before = columns + (spliced.embeds.shape[1] - labels.shape[1] - 1)
+    place = torch.arange(spliced.embeds.shape[1], device=columns.device)
+    # Where the mask has a gap, what predicts is the last token before it; -1 where there is none.
+    last = torch.where(spliced.attention_mask.bool(), place, -1).cummax(1).values
+    before = nn.functional.pad(last, (1, 0), value=-1)[rows, columns + (len(place) - labels.shape[1])]
     if not every:
-        predicted = (before >= 0) & spliced.attention_mask[rows, before].bool()
+        predicted = before >= 0
         rows, before, targets = rows[predicted], before[predicted], targets[predicted]
     return rows, before, targets
 
