@@ -353,6 +353,19 @@ def test_a_batch_without_supervised_tokens_has_loss_zero():
     assert model.eval()(tokens(4)[None], labels=torch.full((1, 4), -100, device=DEVICE)).loss == 0
 
 
+@pytest.mark.parametrize("method", ["pt-moe", "sorsa"])
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_a_step_without_supervised_tokens_has_loss_zero_and_leaves_the_weights_finite(method, count):
+    """`Trainer` counts none where each example of a step was cut before its answer."""
+    model = attach(tiny_llama(), METHODS[method](rank=2)).train()
+    labels = torch.full((2, 4), -100, device=DEVICE)
+    loss = model(torch.stack([tokens(4, 1), tokens(4, 2)]), labels=labels, num_items_in_batch=count).loss
+    loss.backward()
+    assert loss == 0
+    gradients = [parameter.grad for parameter in model.encoder.parameters() if parameter.grad is not None]
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_the_first_token_can_be_supervised_where_nothing_is_routed():
     model = prompted(tiny_llama(), CONFIGS["PT"])
     ids = tokens(4)
