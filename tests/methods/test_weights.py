@@ -458,6 +458,22 @@ def test_a_start_that_needs_data_takes_it_from_the_training_data(method, tmp_pat
     assert settings["adapter"] is not None
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_checkpoint_brings_its_start_to_a_base_that_started_from_other_data(architecture):
+    """As where a run is resumed by force: with another start the trained product would be added to other weights."""
+    config, other = METHODS["corda"](rank=2), TRAINING | {"input_ids": TRAINING["input_ids"].flip(0, 1) // 2}
+    model, again = (attach(tiny(architecture), config, batches=[of]).eval() for of in (TRAINING, other))
+    for parameter in model.encoder.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(parameter))
+    ids, before = tokens(8)[None], {key: value.clone() for key, value in model.encoder.tensors().items()}
+    again.encoder.load_tensors(before)
+    assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+    assert all(torch.equal(value, before[key]) for key, value in again.encoder.tensors().items())
+    again.delete_adapter("default")
+    assert torch.equal(again.base_model(ids).logits, tiny(architecture)(ids).logits)
+
+
 # -- LoRA and HydraLoRA ------------------------------------------------------------------------------------------------
 
 

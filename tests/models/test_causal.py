@@ -192,6 +192,27 @@ def test_labels_at_padding_that_have_been_counted_are_refused():
     model(**MIXED, num_items_in_batch=20)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("method", ["pt", "pt-moe", "lora"])
+def test_a_gap_in_the_mask_is_as_if_its_tokens_were_not_there(method, packing):
+    """What follows a gap is predicted by the last token before it, packed or not."""
+    model = attach(tiny_llama(), METHODS[method](**({"rank": 2} if method == "pt-moe" else {}))).train()
+    model.packing = packing
+    row, labels = MIXED["input_ids"][:1], MIXED["labels"][:1]
+    gap = torch.zeros_like(row)  # one within the prompt, one right before the answer, one within it
+    first = int((labels != -100).int().argmax())
+    gap[:, [1, first - 1, first + 1]] = 1
+    mask, targets = MIXED["attention_mask"][:1] * (1 - gap), labels.masked_fill(gap == 1, -100)
+    kept = mask[0] == 1
+    inputs = {"input_ids": row, "attention_mask": mask, "labels": targets}
+    torch.manual_seed(0)
+    found = model(**inputs).loss
+    torch.manual_seed(0)
+    expected = model(row[:, kept], labels=targets[:, kept]).loss
+    assert_close(found, expected, atol=1e-5, rtol=0)
+    assert_close(model.eval()(**inputs).loss, model(row[:, kept], labels=targets[:, kept]).loss, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("method", ["pt", "lora", "prefix-tuning"])
 def test_trainer_counts_the_tokens_that_are_predicted(method, tmp_path):
     """Where every token is supervised, the first one of a row is predicted behind virtual tokens alone."""
@@ -330,6 +351,19 @@ def test_a_batch_without_supervised_tokens_has_loss_zero():
     assert loss == 0
     assert not model.encoder.prompt.grad.any()
     assert model.eval()(tokens(4)[None], labels=torch.full((1, 4), -100, device=DEVICE)).loss == 0
+
+
+@pytest.mark.parametrize("method", ["pt-moe", "sorsa"])
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_a_step_without_supervised_tokens_has_loss_zero_and_leaves_the_weights_finite(method, count):
+    """`Trainer` counts none where each example of a step was cut before its answer."""
+    model = attach(tiny_llama(), METHODS[method](rank=2)).train()
+    labels = torch.full((2, 4), -100, device=DEVICE)
+    loss = model(torch.stack([tokens(4, 1), tokens(4, 2)]), labels=labels, num_items_in_batch=count).loss
+    loss.backward()
+    assert loss == 0
+    gradients = [parameter.grad for parameter in model.encoder.parameters() if parameter.grad is not None]
+    assert not any(gradient.any() for gradient in gradients)
 
 
 def test_the_first_token_can_be_supervised_where_nothing_is_routed():

@@ -9,6 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
+from ptmoe.models.attach import attach
 from testing.bases import (
     BY_ROW,
     CONFIGS,
@@ -430,6 +431,18 @@ def test_what_is_off_is_not_refused():
     off = {"use_mtp": False, "token_healing": False, "prompt_lookup_num_tokens": None}
     expected = model.generate(ROWS[0][None], max_new_tokens=3)
     assert torch.equal(model.generate(ROWS[0][None], max_new_tokens=3, **off), expected)
+
+
+@pytest.mark.parametrize("method", ["pt", "prefix-tuning"])
+def test_a_base_that_was_saved_without_its_cache_generates(method):
+    """As one that was trained with gradient checkpointing; only what a caller asks for is refused."""
+    model = attach(tiny_llama(), METHODS[method]()).eval()
+    expected = model.generate(ROWS[0][None], max_new_tokens=3)
+    model.base_model.generation_config.use_cache = model.base_model.config.use_cache = False
+    assert torch.equal(model.generate(ROWS[0][None], max_new_tokens=3), expected)
+    for asked in ({"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)}):
+        with pytest.raises(PtmoeError, match="use_cache=False"):
+            model.generate(ROWS[0][None], max_new_tokens=3, **asked)
 
 
 def test_an_assistant_is_refused():

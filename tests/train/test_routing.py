@@ -589,6 +589,15 @@ def test_the_routing_settles_at_the_pace_of_steps_however_their_batches_are_accu
     assert 0 < confidences[2][0] <= CONFIDENCE_PACE  # one step from zero
 
 
+def test_what_is_generated_in_training_mode_is_not_counted_as_training():
+    """By a callback that shows samples: it would decide when the gate hardens, and fill the log."""
+    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=4)).train()
+    model.generate(tokens(4)[None], max_new_tokens=1)
+    model.route(tokens(4)[None])
+    assert model.encoder.of_step == (0.0, 0)
+    assert "expert_use" not in model.encoder.training_log()
+
+
 def test_training_without_the_callback_says_so_once():
     model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3)).train()
     assert isinstance(model.encoder, PTMoE)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ptmoe.methods.base import QUANTIZATIONS, PreTrainedModel, Prompt
-from ptmoe.methods.injected import Injected, PeftConfig
+from ptmoe.methods.injected import ADAPTER, Injected, PeftConfig
 from ptmoe.methods.lora import LoRAFamilyConfig
 from ptmoe.methods.parts import check_rank
 from ptmoe.methods.weights import features_of, modules_named
@@ -45,8 +45,28 @@ class Residual(Injected):
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """A checkpoint's, with the start that it was trained from: corda's is another on other training data."""
+        before = {key: value.clone() for key, value in self.start.items()}
         for key, value in super().tensors().items():
-            value.copy_(tensors[key][: len(value), : value.shape[1]])
+            dim = 0 if "lora_A" in key else 1
+            trained, start = tensors[key].chunk(2, dim)
+            value.copy_(trained)
+            self.start[key].copy_(-start if dim else start)
+        if any(not torch.equal(value, self.start[key]) for key, value in before.items()):
+            self._take_off_start()
+
+    def _take_off_start(self) -> None:
+        """Let the target modules' weights be `W'` of this start."""
+        originals = {id(one): weight for one, weight in zip(self.modules_before, self.weights_before, strict=True)}
+        for name, one in self.base.named_modules():
+            if not hasattr(one, "lora_A"):
+                continue
+            layer: Any = one
+            module = layer.get_base_layer()
+            a, b = (self.start[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+            product = layer.scaling[ADAPTER] * b @ a
+            weight, original = module.weight, originals[id(module)].to(a)
+            weight.data = (original - (product.T if layer.fan_in_fan_out else product)).to(weight)
 
 
 class Converted(Injected):

@@ -285,7 +285,7 @@ class RoutedEncoder(PromptEncoder):
             )
         probabilities = self.router(mean_input(input_embeds, input_mask), self.config.router_noise).softmax(1)
         hardness = self.hardness if self.training else 1.0
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # what a model in training generates decides nothing of it
             total, rows = self.of_step
             self.of_step = total + self.statistics.observe(probabilities), rows + len(probabilities)
         chosen = gate(probabilities, selective=selective, probationary=probationary, hardness=hardness)

@@ -22,7 +22,7 @@ from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import stepping_obstacle
 from ptmoe.models.prompts import Prompts
 from ptmoe.models.rotation import joined, sides
-from ptmoe.models.splice import Spliced, Supervised, align, check_labels, predicting, within
+from ptmoe.models.splice import Spliced, Supervised, align, divisor, predicting, within
 
 OUTPUTS = ("logits", "hidden_states", "attentions")  # of a base
 
@@ -120,7 +120,7 @@ class PromptedCausalLM(GeneratingModel):
         options = {"use_cache": False, **options, "return_dict": True}
         kept = options.pop("logits_to_keep", 0)  # counts tokens of the input, as in transformers
         check_shapes(input_ids, attention_mask=attention_mask, labels=labels)
-        check_labels(labels, attention_mask, num_items_in_batch)
+        num_items_in_batch = divisor(labels, attention_mask, num_items_in_batch)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if labels is not None and input_mask is None:

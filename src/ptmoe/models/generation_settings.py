@@ -37,9 +37,10 @@ class GenerationSettings:
     def check_cache(self) -> None:
         """
         Raises:
-            PtmoeError: a setting that leaves out the cache that the prompt stands in.
+            PtmoeError: a setting that leaves out the cache that the prompt stands in. That of a base whose own config
+                does, as one that was trained with gradient checkpointing, gives way.
         """
-        if not self.get("use_cache", True):
+        if any(source.get("use_cache") is False for source in self.asked):
             raise PtmoeError("use_cache=False leaves out the cache that the prompt stands in: leave it out")
         if self.get("cache_implementation") is not None:
             raise PtmoeError("cache_implementation makes another cache than the prompt stands in: leave it out")

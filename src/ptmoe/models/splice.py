@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.loss import IGNORED, supervised_positions
@@ -80,8 +80,11 @@ def align(mask: Tensor, side: str) -> Tensor:
     return moved.to(torch.uint8).argsort(dim=1, stable=True)
 
 
-def check_labels(labels: Tensor | None, attention_mask: Tensor | None, num_items: Tensor | int | None) -> None:
-    """
+def divisor(
+    labels: Tensor | None, attention_mask: Tensor | None, num_items: Tensor | int | None
+) -> Tensor | int | None:
+    """What the loss is divided by: `num_items`, or 1 where it is 0 and so is the loss.
+
     Args:
         labels, attention_mask: `(B, L)`.
         num_items: supervised tokens of the global batch, counted by whoever gives the labels.
@@ -89,10 +92,11 @@ def check_labels(labels: Tensor | None, attention_mask: Tensor | None, num_items
     Raises:
         PtmoeError: labels at padding, which are not trained on, have been counted: the loss would be too small.
     """
-    if num_items is None or labels is None or attention_mask is None:
-        return
-    if bool(((labels != IGNORED) & ~attention_mask.bool()).any()):
+    if num_items is None:
+        return None
+    if labels is not None and attention_mask is not None and ((labels != IGNORED) & ~attention_mask.bool()).any():
         raise PtmoeError("labels at padding would be counted and not trained on: set them to -100, as at the prompt")
+    return num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
 
 
 def predicting(spliced: Spliced, labels: Tensor, attention_mask: Tensor, *, every: bool) -> Supervised:
@@ -105,9 +109,12 @@ def predicting(spliced: Spliced, labels: Tensor, attention_mask: Tensor, *, ever
         every: all of it is predicted; else a row without a prompt has nothing before its first token to predict it.
     """
     rows, columns, targets = supervised_positions(labels, attention_mask)
-    before = columns + (spliced.embeds.shape[1] - labels.shape[1] - 1)
+    place = torch.arange(spliced.embeds.shape[1], device=columns.device)
+    # Where the mask has a gap, what predicts is the last token before it; -1 where there is none.
+    last = torch.where(spliced.attention_mask.bool(), place, -1).cummax(1).values
+    before = nn.functional.pad(last, (1, 0), value=-1)[rows, columns + (len(place) - labels.shape[1])]
     if not every:
-        predicted = (before >= 0) & spliced.attention_mask[rows, before].bool()
+        predicted = before >= 0
         rows, before, targets = rows[predicted], before[predicted], targets[predicted]
     return rows, before, targets
 
