@@ -776,6 +776,15 @@ def test_the_terminal_shows_methods_tasks_and_intervals_within_80_columns(folder
     assert any("1 failed" in line for line in lines) is (where == folder)
 
 
+@pytest.mark.parametrize(("task", "label"), [("nano/mixed", "pt-moe-road"), ("svamp", "pt-moe-road rank=10")])
+def test_no_number_is_cut_off_in_a_terminal_of_80_columns(task, label, tmp_path):
+    for name in ("pt", label):
+        write_cell(tmp_path, name, task, 0, method="pt", skill=0.99, parameters=9_000_000)
+    lines = terminal(tmp_path, width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[-1] for line in lines if "9,000,000" in line] == ["60", "60"]
+
+
 # Published figures
 
 
