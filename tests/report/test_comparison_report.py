@@ -785,6 +785,17 @@ def test_no_number_is_cut_off_in_a_terminal_of_80_columns(task, label, tmp_path)
     assert [line.split()[-1] for line in lines if "9,000,000" in line] == ["60", "60"]
 
 
+def test_a_domain_that_is_called_as_another_column_is_a_column_of_its_own(tmp_path):
+    write_cell(tmp_path, "pt", "nano/mixed", 0, skill=0.5, domains=("accuracy", "seconds", "minutes"))
+    (scores,) = on_disk(tmp_path, "pt", "nano/mixed")
+    parts = [scores["by_domain"][name]["accuracy"] for name in ("accuracy", "minutes", "seconds")]
+    (row,) = re.findall("pt .*", terminal(tmp_path))
+    numbers = re.sub(r"\[.*?\]", "", row).split()[2:]
+    assert list(map(float, numbers)) == [
+        pytest.approx(n, abs=0.051) for n in (scores["metrics"]["accuracy"], *parts, 60)
+    ]
+
+
 # Published figures
 
 

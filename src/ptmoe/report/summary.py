@@ -51,7 +51,11 @@ def _table(comparison: Comparison, board: Board) -> Table:
         (column,), total = board.columns, metric
         title, scores = f"{metric} on {column.name}, %", {metric: scores[column.name]}
         parts = part_scores(comparison, column, board.metric)
-        domains = {of: row for of, row in parts.items() if of not in (ALL, MEAN)}
+        domains = {
+            f"{of} (domain)" if of in (metric, "seconds") else of: row
+            for of, row in parts.items()
+            if of not in (ALL, MEAN)
+        }
         if min(len(domains), len(cells)) < MOST_COLUMNS:
             scores |= domains
         took = [[cell.run.result.train_seconds for cell in of] for of in cells.values()]
