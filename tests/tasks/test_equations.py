@@ -104,6 +104,14 @@ def test_what_is_no_plain_computation_of_the_answer_has_no_solution(equation, an
     assert worked_solution(equation, answer) == ""
 
 
+def test_a_placeholder_without_a_number_in_an_equation_costs_the_solution_and_not_the_record(tmp_path):
+    (tmp_path / "test.csv").write_text(
+        "Question,Numbers,Equation,Answer\nnumber0 and number1 ?,1 2,+ number0 number2,3\n"
+    )
+    (example,) = load_task("mawps", "test", tmp_path)
+    assert (example.input, example.target) == ("Question: 1 and 2 ?\nAnswer:", " #### 3")
+
+
 @pytest.mark.skipif(not (DATA / "mawps").exists(), reason="needs the data sets' own files")
 @pytest.mark.parametrize("task", ["mawps", "asdiv-a", "svamp"])
 def test_nearly_every_record_with_an_equation_has_a_solution(task):
