@@ -37,7 +37,9 @@ def worked_solution(equation: str, answer: str) -> str:
     except (ValueError, SyntaxError, StopIteration, ZeroDivisionError):
         return ""
     is_solution = isinstance(tree.body, ast.BinOp) and abs(difference) <= _TOLERANCE
-    return f"{ast.unparse(tree)} = {answer}\n#### {answer}" if is_solution else ""
+    written = ast.unparse(tree)
+    is_solution &= "e" not in written  # 0.00001 would be 1e-05
+    return f"{written} = {answer}\n#### {answer}" if is_solution else ""
 
 
 def _infix(prefix: str) -> str:
