@@ -85,6 +85,7 @@ def test_a_solution_has_the_brackets_it_needs_and_the_answer_as_it_is_written(eq
         ("0.4+0.1", "0.3"),  # the set's own mistake
         ("122/15=8 r2", "8 (portfolios)"),
         ("0.00001*200000", "2"),  # Python would write 1e-05
+        ("0.33333*3", "1"),
         ("2**3", "8"),
         ("17//5", "3"),
         ("2^3", "8"),
