@@ -750,6 +750,12 @@ def test_a_spreadsheet_takes_no_text_for_a_formula():
     assert {line[1] for line in lines} == {"-2.5"}  # a number is no text
 
 
+def test_a_truth_value_is_no_number():
+    frame = pd.DataFrame({"trial": [1, 2], "router_standardize": [True, False]}, dtype=object)
+    table = Table("trials", "T", frame, formats={"router_standardize": "{:g}".format})
+    assert [row[1].text for row in table.rows()] == ["True", "False"]
+
+
 @pytest.mark.parametrize("label", ["[2pt]", "*", "*a", "[x"])
 def test_a_label_in_latex_is_no_argument_of_the_command_before_it(label):
     rows = to_latex(Table("t", "T", pd.DataFrame({"method": [label, label], "score": [1, 2]}))).splitlines()
