@@ -750,6 +750,12 @@ def test_a_spreadsheet_takes_no_text_for_a_formula():
     assert {line[1] for line in lines} == {"-2.5"}  # a number is no text
 
 
+def test_a_truth_value_is_no_number():
+    frame = pd.DataFrame({"trial": [1, 2], "router_standardize": [True, False]}, dtype=object)
+    table = Table("trials", "T", frame, formats={"router_standardize": "{:g}".format})
+    assert [row[1].text for row in table.rows()] == ["True", "False"]
+
+
 @pytest.mark.parametrize("label", ["[2pt]", "*", "*a", "[x"])
 def test_a_label_in_latex_is_no_argument_of_the_command_before_it(label):
     rows = to_latex(Table("t", "T", pd.DataFrame({"method": [label, label], "score": [1, 2]}))).splitlines()
@@ -774,6 +780,26 @@ def test_the_terminal_shows_methods_tasks_and_intervals_within_80_columns(folder
         assert max(map(len, lines)) <= 80
         assert any(re.match(r"\s*pt-moe\s+3,764\s.*±", line) for line in lines)
     assert any("1 failed" in line for line in lines) is (where == folder)
+
+
+@pytest.mark.parametrize(("task", "label"), [("nano/mixed", "pt-moe-road"), ("svamp", "pt-moe-road rank=10")])
+def test_no_number_is_cut_off_in_a_terminal_of_80_columns(task, label, tmp_path):
+    for name in ("pt", label):
+        write_cell(tmp_path, name, task, 0, method="pt", skill=0.99, parameters=9_000_000)
+    lines = terminal(tmp_path, width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[-1] for line in lines if "9,000,000" in line] == ["60", "60"]
+
+
+def test_a_domain_that_is_called_as_another_column_is_a_column_of_its_own(tmp_path):
+    write_cell(tmp_path, "pt", "nano/mixed", 0, skill=0.5, domains=("accuracy", "seconds", "minutes"))
+    (scores,) = on_disk(tmp_path, "pt", "nano/mixed")
+    parts = [scores["by_domain"][name]["accuracy"] for name in ("accuracy", "minutes", "seconds")]
+    (row,) = re.findall("pt .*", terminal(tmp_path))
+    numbers = re.sub(r"\[.*?\]", "", row).split()[2:]
+    assert list(map(float, numbers)) == [
+        pytest.approx(n, abs=0.051) for n in (scores["metrics"]["accuracy"], *parts, 60)
+    ]
 
 
 # Published figures

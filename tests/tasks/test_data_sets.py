@@ -539,6 +539,10 @@ def test_unfit_mixtures_are_refused(root):
     }.items():
         with pytest.raises(ptmoe.PtmoeError, match=message):
             load_task(name, "train", root)
+    file = str(root / "gsm8k" / "train.jsonl")
+    for name in (f"{file},mawps", f"mawps=1,{file}=2"):
+        with pytest.raises(ptmoe.PtmoeError, match=r"train\.jsonl is a file, and .* mixes tasks"):
+            load_task(name, "train", root)
     with pytest.raises(ptmoe.PtmoeError, match="is several tasks"):
         load_task("gsm8k,mawps", "train", root / "gsm8k" / "train.jsonl")
 
@@ -758,6 +762,8 @@ def test_predictions_are_read_in_each_form(tmp_path):
         assert read_predictions(path) == {"a": "1", "b": "2"}
         path.write_bytes(gzip.compress(written.encode()))
         assert read_predictions(path) == {"a": "1", "b": "2"}
+    path.write_text('{"id": 7.0, "completion": "1"}\n{"id": 8.50, "completion": "2"}\n')
+    assert read_predictions(path) == {"7.0": "1", "8.50": "2"}  # as the examples' own ids are read
     path.write_bytes(gzip.compress(json.dumps({str(each): "1" * 99 for each in range(9_999)}).encode())[:-4])
     with pytest.raises(ptmoe.PtmoeError, match="p: damaged gzip"):
         read_predictions(path)
@@ -770,6 +776,7 @@ def test_bad_predictions_are_named(tmp_path):
         '{"id": "a", "text": "1"}\n{"id": "a", "text": "2"}\n': "p:2: id 'a' was used before, at .*p:1",
         '{"a": "1", "a": "2"}': "id 'a' was used before",
         '{"id": "a"}\n': "p:1: lacks the predicted text",
+        '{"id": NaN, "text": "1"}\n': "p:1: lacks an id",
         '{"a": 1.5, "b": ["x"]}': "id 'b': the prediction is list",
         '{"id": "a", "text": "1"}\n{"id": ': "p:2: not JSON",
         '{"id": "a", "answer": "gold", "output": "1"}\n': "p:1: has 'answer' and 'output': call the predicted text",

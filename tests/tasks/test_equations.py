@@ -84,6 +84,8 @@ def test_a_solution_has_the_brackets_it_needs_and_the_answer_as_it_is_written(eq
         ("x=5", "5"),
         ("0.4+0.1", "0.3"),  # the set's own mistake
         ("122/15=8 r2", "8 (portfolios)"),
+        ("0.00001*200000", "2"),  # Python would write 1e-05
+        ("0.33333*3", "1"),
         ("2**3", "8"),
         ("17//5", "3"),
         ("2^3", "8"),
@@ -102,6 +104,14 @@ def test_a_solution_has_the_brackets_it_needs_and_the_answer_as_it_is_written(eq
 )
 def test_what_is_no_plain_computation_of_the_answer_has_no_solution(equation, answer):
     assert worked_solution(equation, answer) == ""
+
+
+def test_a_placeholder_without_a_number_in_an_equation_costs_the_solution_and_not_the_record(tmp_path):
+    (tmp_path / "test.csv").write_text(
+        "Question,Numbers,Equation,Answer\nnumber0 and number1 ?,1 2,+ number0 number2,3\n"
+    )
+    (example,) = load_task("mawps", "test", tmp_path)
+    assert (example.input, example.target) == ("Question: 1 and 2 ?\nAnswer:", " #### 3")
 
 
 @pytest.mark.skipif(not (DATA / "mawps").exists(), reason="needs the data sets' own files")

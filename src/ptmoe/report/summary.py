@@ -51,7 +51,11 @@ def _table(comparison: Comparison, board: Board) -> Table:
         (column,), total = board.columns, metric
         title, scores = f"{metric} on {column.name}, %", {metric: scores[column.name]}
         parts = part_scores(comparison, column, board.metric)
-        domains = {of: row for of, row in parts.items() if of not in (ALL, MEAN)}
+        domains = {
+            f"{of} (domain)" if of in (metric, "seconds") else of: row
+            for of, row in parts.items()
+            if of not in (ALL, MEAN)
+        }
         if min(len(domains), len(cells)) < MOST_COLUMNS:
             scores |= domains
         took = [[cell.run.result.train_seconds for cell in of] for of in cells.values()]
@@ -82,7 +86,10 @@ def _table(comparison: Comparison, board: Board) -> Table:
             least, most = max(map(len, column)), None
             if as_rows:
                 least, most = 5, max(5, (WIDTH - 12) // len(cells) - 2)
-            drawn.add_column(names.get(name, name), justify="right", overflow="fold", min_width=least, max_width=most)
+            options: dict[str, Any] = {"overflow": "fold", "min_width": least, "max_width": most}
+            # Numbers get their width back, so room that they had to give would be missing at the table's right edge.
+            options["no_wrap"] = not as_rows and (name in columns or len(name) <= least)
+            drawn.add_column(names.get(name, name), justify="right", **options)
         for row in (frame.T if as_rows else frame).itertuples(name=None):
             drawn.add_row(names.get(row[0], row[0]), *row[1:])
         return drawn

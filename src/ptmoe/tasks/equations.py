@@ -15,7 +15,7 @@ from ptmoe.tasks.records import number_text
 _NUMBER = re.compile(r"\d*\.?\d+")
 _UNKNOWN = re.compile(r"^\s*[A-Za-z]\s*=|=\s*(?:[A-Za-z]|-?[\d.]+)\s*$")
 _ARITHMETIC = re.compile(r"[-+*/().\d\s]{1,200}")  # the longest of the data sets above has 46 characters
-_TOLERANCE = Fraction(1, 10_000)  # of 1/3 as 0.3333, as answers are graded
+_TOLERANCE = Fraction(1, 10_000)  # of 1/3 as 0.3333, as answers are graded; a whole number is exact
 
 
 def worked_solution(equation: str, answer: str) -> str:
@@ -36,8 +36,11 @@ def worked_solution(equation: str, answer: str) -> str:
         difference = _value(tree.body) - values[0]
     except (ValueError, SyntaxError, StopIteration, ZeroDivisionError):
         return ""
-    is_solution = isinstance(tree.body, ast.BinOp) and abs(difference) <= _TOLERANCE
-    return f"{ast.unparse(tree)} = {answer}\n#### {answer}" if is_solution else ""
+    tolerance = 0 if values[0].denominator == 1 else _TOLERANCE
+    is_solution = isinstance(tree.body, ast.BinOp) and abs(difference) <= tolerance
+    written = ast.unparse(tree)
+    is_solution &= "e" not in written  # 0.00001 would be 1e-05
+    return f"{written} = {answer}\n#### {answer}" if is_solution else ""
 
 
 def _infix(prefix: str) -> str:

@@ -37,7 +37,10 @@ def csv_example(record: dict[str, Any], origin: Origin) -> Example:
         return numbers[int(found[1])]
 
     question, answer = _PLACEHOLDER.sub(number, text_of(record, "Question")), number_text(text_of(record, "Answer"))
-    equation = _PLACEHOLDER.sub(number, record.get("Equation") or "")
+    try:
+        equation = _PLACEHOLDER.sub(number, record.get("Equation") or "")
+    except BadRecordError:  # as any equation that cannot be read
+        equation = ""
     return word_problem(origin, origin.id, question, answer=answer, equation=equation)
 
 

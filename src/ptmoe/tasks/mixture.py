@@ -4,6 +4,7 @@ Tasks alternate. Without weights every example of every task is used once. With 
 proportions, in every prefix of the mixture as in the whole, and the mixture ends when one task is exhausted.
 """
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -26,6 +27,8 @@ def parse(name: str, tasks: Collection[str], groups: Mapping[str, tuple[str, ...
         members = groups.get(task, (task,))
         for member in members:
             if member not in tasks:
+                if os.path.exists(member):
+                    raise PtmoeError(f"{member} is a file, and {name!r} mixes tasks, which files cannot be part of")
                 known = near(member, [*tasks, *groups])
                 raise PtmoeError(f"unknown task {member!r}{known} (there is no such file either)")
             if member in weights:

@@ -53,7 +53,7 @@ def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str
     for place, record in READERS[kind](path, problems):
         with problems.at(place):
             name, text = (next((record[key] for key in keys if key in record), None) for keys in (ID_KEYS, TEXT_KEYS))
-            if isinstance(name, bool) or not isinstance(name, (str, int)):
+            if isinstance(name, bool) or not isinstance(name, (str, int, float)) or name != name:
                 raise BadRecordError(f"lacks an id {has(record)}: needs 'id' in each record")
             if record.keys().isdisjoint(TEXT_KEYS[:3]) and len(several := sorted(record.keys() & UNSURE)) > 1:
                 raise BadRecordError(f"has {' and '.join(map(repr, several))}: call the predicted text 'completion'")
