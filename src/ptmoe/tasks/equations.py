@@ -33,14 +33,14 @@ def worked_solution(equation: str, answer: str) -> str:
         if expression.split()[:1] in (["+"], ["-"], ["*"], ["/"]):
             expression = _infix(expression)
         tree = ast.parse(_NUMBER.sub(lambda number: number_text(number[0]), expression.strip()), mode="eval")
-        difference = _value(tree.body) - values[0]
+        difference = abs(_value(tree.body) - values[0])
     except (ValueError, SyntaxError, StopIteration, ZeroDivisionError):
         return ""
-    tolerance = 0 if values[0].denominator == 1 else _TOLERANCE
-    is_solution = isinstance(tree.body, ast.BinOp) and abs(difference) <= tolerance
     written = ast.unparse(tree)
-    is_solution &= "e" not in written  # 0.00001 would be 1e-05
-    return f"{written} = {answer}\n#### {answer}" if is_solution else ""
+    if not isinstance(tree.body, ast.BinOp) or "e" in written:  # a mere number; 0.00001 would stand as 1e-05
+        return ""
+    has_its_value = difference <= (0 if values[0].denominator == 1 else _TOLERANCE)
+    return f"{written} = {answer}\n#### {answer}" if has_its_value else ""
 
 
 def _infix(prefix: str) -> str:
