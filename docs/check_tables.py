@@ -10,7 +10,14 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-REAL = ("real_mixture.jsonl", "real_short.jsonl", "real_longer.jsonl", "real_squad.jsonl", "real_league.jsonl")
+REAL = (
+    "real_mixture.jsonl",
+    "real_short.jsonl",
+    "real_longer.jsonl",
+    "real_squad.jsonl",
+    "real_words.jsonl",
+    "real_league.jsonl",
+)
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 sys.path.insert(0, str(ROOT))

@@ -52,6 +52,11 @@ SUMMARY: tuple[tuple[str, str, dict[str, str]], ...] = (
             "pt-moe-road": "pt-moe-road, one expert",
         },
     ),
+    (
+        "word problems, 11,500",
+        "real_words.jsonl",
+        {name: name for name in ("pt", "dpt", "pt-moe")} | {"pt-moe-road": "pt-moe-road, one expert"},
+    ),
 )
 
 
