@@ -543,6 +543,8 @@ def test_unfit_mixtures_are_refused(root):
     for name in (f"{file},mawps", f"mawps=1,{file}=2"):
         with pytest.raises(ptmoe.PtmoeError, match=r"train\.jsonl is a file, and .* mixes tasks"):
             load_task(name, "train", root)
+    with pytest.raises(ptmoe.PtmoeError, match=r"gsm8k is a folder, and .* mixes tasks"):
+        load_task(f"{root / 'gsm8k'},mawps", "train", root)
     with pytest.raises(ptmoe.PtmoeError, match="is several tasks"):
         load_task("gsm8k,mawps", "train", root / "gsm8k" / "train.jsonl")
 

@@ -46,13 +46,15 @@ class Residual(Injected):
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """A checkpoint's, with the start that it was trained from: corda's is another on other training data."""
-        before = {key: value.clone() for key, value in self.start.items()}
+        another = False
         for key, value in super().tensors().items():
             dim = 0 if "lora_A" in key else 1
             trained, start = tensors[key].chunk(2, dim)
             value.copy_(trained)
-            self.start[key].copy_(-start if dim else start)
-        if any(not torch.equal(value, self.start[key]) for key, value in before.items()):
+            start = (-start if dim else start).to(self.start[key])
+            another |= not torch.equal(start, self.start[key])
+            self.start[key] = start
+        if another:
             self._take_off_start()
 
     def _take_off_start(self) -> None:

@@ -86,10 +86,11 @@ def _table(comparison: Comparison, board: Board) -> Table:
             least, most = max(map(len, column)), None
             if as_rows:
                 least, most = 5, max(5, (WIDTH - 12) // len(cells) - 2)
-            options: dict[str, Any] = {"overflow": "fold", "min_width": least, "max_width": most}
             # Numbers get their width back, so room that they had to give would be missing at the table's right edge.
-            options["no_wrap"] = not as_rows and (name in columns or len(name) <= least)
-            drawn.add_column(names.get(name, name), justify="right", **options)
+            whole = not as_rows and (name in columns or len(name) <= least)
+            drawn.add_column(
+                names.get(name, name), justify="right", overflow="fold", min_width=least, max_width=most, no_wrap=whole
+            )
         for row in (frame.T if as_rows else frame).itertuples(name=None):
             drawn.add_row(names.get(row[0], row[0]), *row[1:])
         return drawn

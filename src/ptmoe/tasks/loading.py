@@ -204,7 +204,9 @@ def _inputs_of_later_splits(
     if data_dir is not None and Path(data_dir).is_file():
         return inputs
     for task in tasks:
-        splits = list(task.splits) if task.disjoint and split in task.splits else [split]
+        if not task.disjoint or split not in task.splits:
+            continue
+        splits = list(task.splits)
         for later in splits[splits.index(split) + 1 :]:
             with suppress(PtmoeError):  # a split that is not there
                 examples = _of_source(task, later, data_dir, Problems(skip=True), say)

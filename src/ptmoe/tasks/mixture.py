@@ -28,7 +28,8 @@ def parse(name: str, tasks: Collection[str], groups: Mapping[str, tuple[str, ...
         for member in members:
             if member not in tasks:
                 if os.path.exists(member):
-                    raise PtmoeError(f"{member} is a file, and {name!r} mixes tasks, which files cannot be part of")
+                    kind = "folder" if os.path.isdir(member) else "file"
+                    raise PtmoeError(f"{member} is a {kind}, and {name!r} mixes tasks, which files cannot be part of")
                 known = near(member, [*tasks, *groups])
                 raise PtmoeError(f"unknown task {member!r}{known} (there is no such file either)")
             if member in weights:
