@@ -9,16 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 
 import hypothesis
 import pytest
-import torch
-from transformers import PreTrainedModel
 
-from testing.bases import ARCHITECTURES, DEVICE, tiny
+from testing.architectures import ARCHITECTURES  # torch is imported where tests run: with `-n`, not in the main process
 
-torch.set_num_threads(1)
 gc.set_threshold(10_000, 10, 10)  # as in the command
-if DEVICE.type == "cuda":
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it has no heads as small as those of the tiny bases
-    torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=5)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)  # --hypothesis-profile explore
 hypothesis.settings.load_profile("tests")
@@ -39,9 +33,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def numerics():
+    import torch
+
+    from testing.bases import DEVICE
+
+    torch.set_num_threads(1)
+    if DEVICE.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it has no heads as small as those of the tiny bases
+        torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
+
+
 @pytest.fixture(params=ARCHITECTURES)
-def base(request: pytest.FixtureRequest) -> PreTrainedModel:
+def base(request):
     """A tiny random model of each architecture."""
+    from testing.bases import tiny
+
     return tiny(request.param)
 
 

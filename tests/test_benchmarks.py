@@ -283,6 +283,7 @@ def test_the_studies_are_plans_that_compare_reads(name):
 
 
 @pytest.mark.parametrize("name", ["league", "router_rate", "real/league", "real/squad-short"])
+@pytest.mark.ci
 def test_other_plans_have_methods_and_options_that_there_are(name):
     from ptmoe.compare import read_plan
     from ptmoe.compare.cells import variants

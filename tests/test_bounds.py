@@ -105,6 +105,7 @@ def test_a_number_of_seeds_is_bounded():
 
 
 @pytest.mark.parametrize("read", [json_lines, json_array, csv_rows])
+@pytest.mark.ci
 def test_one_endless_line_in_a_small_gzip_is_one_bad_record_in_little_memory(tmp_path, read):
     """In a process of its own, whose memory is limited to 1.5 GB."""
     path = tmp_path / "x.gz"

@@ -60,6 +60,7 @@ SIZES = "rank r num_virtual_tokens num_experts num_sources bottleneck encoder_hi
 
 
 @pytest.mark.parametrize("size", [300_000, 10**18])
+@pytest.mark.ci
 def test_a_size_that_the_tensors_do_not_have_is_refused_before_it_is_built(size):
     target, tried = TARGETS["adapters"](), set()
     for place, content in target.originals.items():
@@ -71,6 +72,7 @@ def test_a_size_that_the_tensors_do_not_have_is_refused_before_it_is_built(size)
 
 
 @pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.ci
 def test_a_changed_file_is_read_or_refused(name):
     fuzz(name, QUICK[name], random=False)
 

@@ -11,7 +11,8 @@ import ptmoe
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.adapters.peft import from_peft, to_peft
 from ptmoe.methods import METHODS
-from testing.bases import ARCHITECTURES, DEVICE, on_device, tiny, tiny_llama
+from testing.architectures import ARCHITECTURES
+from testing.bases import DEVICE, on_device, tiny, tiny_llama
 
 SIZES = {  # those of the methods whose folders are ours; the others are in test_weights.py
     "pt-moe": {"num_virtual_tokens": 6, "rank": 4, "num_experts": 3},

@@ -132,6 +132,7 @@ def test_every_field_is_an_option_with_its_description(run, command, settings, r
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.ci
 def test_a_methods_help_shows_the_fields_of_its_config_and_no_others(run, method):
     plain = shown_options(run, "train")
     fields = METHODS[method].model_fields.items()
@@ -225,6 +226,7 @@ def test_what_a_changed_option_leaves_as_it_was_or_takes_out_is_said(run, tmp_pa
     assert "not evaluated on nano/skills: with validation_examples a run is evaluated on those alone" in printed
 
 
+@pytest.mark.ci
 def test_a_learning_rate_of_another_base_is_said(run, tmp_path):
     from ptmoe.models.bases import load_base
 

@@ -54,6 +54,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("event", [*QUICK, *SLOW])
+@pytest.mark.ci
 def test_an_evaluation_that_is_killed_at_any_write_loses_no_answer(run, undisturbed, tmp_path, event):
     folder = tmp_path / "eval"
     if killed_at(folder, event) == 1:

@@ -512,6 +512,7 @@ def test_a_mistake_stops_before_any_cell_with_a_helpful_error(arguments, run, tm
         ({"trainer": {"optm": "sgd"}}, "trainer: unknown key 'optm'"),
     ],
 )
+@pytest.mark.ci
 def test_what_no_cell_could_be_trained_with_is_refused_before_the_first(options, message, tmp_path, trained):
     with pytest.raises(PtmoeError, match=message):
         prepared(tmp_path / "c", train=options)
@@ -751,6 +752,7 @@ def test_another_comparisons_folder_is_refused_with_the_differences(change, diff
         prepared(tmp_path / "other")
 
 
+@pytest.mark.ci
 def test_a_comparison_goes_on_where_its_data_was_moved_to_and_not_with_other_data(tmp_path):
     def numbers(first):
         lines = ({"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(first, first + 12))
@@ -1033,6 +1035,7 @@ def test_a_process_that_is_killed_fails_its_cell_and_another_takes_over(tmp_path
     assert all(process.poll() is not None for process in workers.alive)
 
 
+@pytest.mark.ci
 def test_a_process_that_is_stopped_may_write_a_checkpoint_first(tmp_path, monkeypatch):
     """With stand-ins: one writes its checkpoint when it is told to end, another never ends."""
     script = (

@@ -146,6 +146,7 @@ def test_a_cell_that_always_kills_its_process_fails_and_the_others_end(tmp_path,
     assert not (place / f"seed-{ALWAYS}").exists()
 
 
+@pytest.mark.ci
 def test_a_machine_with_another_version_stops_the_comparison_before_a_cell(tmp_path, attempts, monkeypatch):
     monkeypatch.setattr(on_ray, "__version__", "9.9.9")
     with pytest.raises(PtmoeError, match=r"ptmoe is .* on .* and 9\.9\.9 here: install one version on both"):
@@ -153,6 +154,7 @@ def test_a_machine_with_another_version_stops_the_comparison_before_a_cell(tmp_p
     assert not attempts()
 
 
+@pytest.mark.ci
 def test_a_session_within_another_leaves_the_environment_as_it_was(connected, monkeypatch):
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
     before = dict(os.environ)
@@ -161,6 +163,7 @@ def test_a_session_within_another_leaves_the_environment_as_it_was(connected, mo
     assert dict(os.environ) == before
 
 
+@pytest.mark.ci
 def test_ray_of_its_own_takes_no_connection_from_another_machine(connected):
     assert connected.get_runtime_context().gcs_address.startswith("127.0.0.1:")
 
@@ -213,6 +216,7 @@ def _silent(listening):
 
 
 @pytest.mark.parametrize("on", ["ray://", "ray://host", "ray://host:x", "ray:auto", "host:6379", "ray://a:1/x", "Ray"])
+@pytest.mark.ci
 def test_what_is_no_address_is_refused(on):
     with pytest.raises(PtmoeError, match="needs processes, ray, ray://auto"):
         ray_session.check_place(on)
@@ -242,6 +246,7 @@ BOX, EIGHT = {"CPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}
         ([{"CPU": 8.0, "GPU": 1.0}], "ray", None, None, (1, 1)),
     ],
 )
+@pytest.mark.ci
 def test_there_are_as_many_cells_at_once_as_there_is_room_for(machines, on, jobs, gpus, expected):
     found = room(nodes(*machines), on, 2, jobs, gpus)
     assert (found.jobs, found.gpus) == expected

@@ -175,6 +175,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, trained):
         ("per_device_train_batch_size: 4", "per_device_train_batch_size: 2", "per_device_train_batch_size was 4, is 2"),
     ],
 )
+@pytest.mark.ci
 def test_trials_that_have_ended_do_not_pass_for_those_of_a_plan_that_was_edited(
     written, edited, said, tmp_path, trained
 ):
@@ -204,6 +205,7 @@ def test_a_cell_that_has_another_rate_than_was_chosen_is_not_taken_for_finished(
 
 
 @pytest.mark.parametrize("line", [0, 59])
+@pytest.mark.ci
 def test_an_interrupted_search_does_not_go_on_with_other_data(line, tmp_path, trained):
     """Neither with other validation examples, the first of this file, nor with others to train on."""
 
@@ -288,6 +290,7 @@ def both(options):
 
 
 @pytest.mark.parametrize("task", ["nano/mixed", "nano/words,nano/facts"])
+@pytest.mark.ci
 def test_a_task_with_a_validation_split_is_validated_on_it_and_trains_on_everything(task):
     trained, scored = both(options(task=task))
     assert evaluation_split(options(task=task)) == "validation"

@@ -159,6 +159,7 @@ def test_a_search_does_not_go_on_with_other_data(line, with_ray, tmp_path, monke
     ],
 )
 @pytest.mark.parametrize("place", ["given", "edited"])
+@pytest.mark.ci
 def test_a_search_does_not_go_on_otherwise_than_it_began(name, value, place, with_ray, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "session", lambda *_: pytest.fail("a trial was started"))
     asked, folder = resolved(plan(trials=1)), tmp_path / "search"

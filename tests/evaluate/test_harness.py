@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from testing.bases import CONFIGS, POSITIONS, SELECTIVE_PROBATIONARY, prompted, tiny, tokens
+from testing.architectures import POSITIONS
+from testing.bases import CONFIGS, SELECTIVE_PROBATIONARY, prompted, tiny, tokens
 
 pytest.importorskip("lm_eval", reason="needs ptmoe[lm-eval]")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

@@ -6,7 +6,8 @@ import transformers
 from transformers import LlamaForCausalLM
 
 from ptmoe.fast.hidden import decoder_of
-from testing.bases import COMMON, CONFIGS, DEVICE, ROTARY, VOCABULARY, prompted
+from testing.architectures import COMMON, ROTARY, VOCABULARY
+from testing.bases import CONFIGS, DEVICE, prompted
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
 
 LLAMA4 = ROTARY | {"intermediate_size_mlp": 64, "num_local_experts": 2, "head_dim": 8}

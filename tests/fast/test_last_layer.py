@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 from ptmoe import METHODS, attach
 from ptmoe.fast.last_layer import last_layer_obstacle
 from ptmoe.models.causal import PromptedCausalLM
-from testing.bases import COMMON, CONFIGS, DEVICE, HIDDEN, ROTARY, prompted, tiny, tiny_llama
+from testing.architectures import COMMON, HIDDEN, ROTARY
+from testing.bases import CONFIGS, DEVICE, prompted, tiny, tiny_llama
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
 
 NARROW = {"llama", "qwen2", "mistral", "gemma"}

@@ -19,7 +19,8 @@ from ptmoe.fast.lock import base_lock
 from ptmoe.fast.loss import cross_entropy, cross_entropy_in_parts
 from ptmoe.fast.packing import SHORT, SIMILAR, groups_of, packing_obstacle
 from ptmoe.methods import MethodConfig
-from testing.bases import BY_ROW, CONFIGS, DEVICE, HIDDEN, VOCABULARY, prompted, tiny, tiny_llama
+from testing.architectures import HIDDEN, VOCABULARY
+from testing.bases import BY_ROW, CONFIGS, DEVICE, prompted, tiny, tiny_llama
 from testing.losses import ROWS, assert_same, labelled, loss_and_gradients
 
 

@@ -24,10 +24,10 @@ from ptmoe.methods.factors import random_projection
 from ptmoe.methods.routing import SPREAD, RoutedEncoder, Router, RoutingStatistics, gate
 from ptmoe.models.attach import attach, count_parameters, load_adapter
 from ptmoe.train.options import method_config
+from testing.architectures import HIDDEN
 from testing.bases import (
     CONFIGS,
     DEVICE,
-    HIDDEN,
     LLAMA_1B,
     SELECTIVE_PROBATIONARY,
     array,
@@ -281,6 +281,7 @@ def test_a_prompt_from_the_vocabulary_is_made_of_what_the_base_reads(base):
 
 
 @pytest.mark.parametrize("length", [1, 6, 11, 15, 40])
+@pytest.mark.ci
 def test_a_prompt_from_examples_is_the_end_of_them_one_after_another_without_their_padding(base, length):
     rows = [tokens(size, seed=size) for size in (3, 5, 7)]
     config = PTConfig(num_virtual_tokens=length, init="examples")

@@ -26,7 +26,8 @@ from ptmoe.models.decoding import Decoder
 from ptmoe.train.data import collate
 from ptmoe.train.routing import prompt_gradients
 from ptmoe.train.trainer import PromptTrainer
-from testing.bases import ARCHITECTURES, DEVICE, array, batch, prompted, tiny, tiny_llama, tokens
+from testing.architectures import ARCHITECTURES
+from testing.bases import DEVICE, array, batch, prompted, tiny, tiny_llama, tokens
 from testing.decoding import ROWS, decoded, generated
 from testing.losses import ROWS as LONG
 from testing.losses import assert_same, labelled, loss_and_gradients
@@ -330,6 +331,7 @@ def _interrupt(*_):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.ci
 def test_generation_gives_each_row_the_tokens_that_it_gets_alone(model, options):
     rows = [torch.tensor(row, device=DEVICE) for row in ROWS]
     ids, mask = batch(rows, [0, 4, 1, 2, 0])
@@ -340,6 +342,7 @@ def test_generation_gives_each_row_the_tokens_that_it_gets_alone(model, options)
     assert torch.equal(model.base_model(ids).logits, tiny(model.base_model.config.model_type)(ids).logits)
 
 
+@pytest.mark.ci
 def test_rows_that_end_leave_the_batch_and_take_their_rotations_along(model):
     expected = generated(model)
     last = [row[index] for index, row in enumerate(expected)]  # row 0 ends at once, row 4 after five tokens

@@ -66,6 +66,7 @@ def after_steps(model, steps=3):
 
 
 @pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.ci
 def test_every_type_of_peft_works_or_says_why_it_does_not(kind, tmp_path):
     """Attached, counted, trained, saved, loaded here and by plain peft, switched off and taken out again."""
     if kind in REFUSED:
@@ -126,6 +127,7 @@ def test_on_a_bfloat16_base_what_trains_is_float32(kind, tmp_path):
     assert torch.equal(logits_of(again), logits_of(model))
 
 
+@pytest.mark.ci
 def test_gpt2_is_changed_or_refused_by_the_kind_of_its_layers():
     fits = {"LORA", "FOURIERFT", "PVERA", "RANDLORA", "TINYLORA", "VBLORA", "LN_TUNING", "VERA", "IA3"}
     for kind in sorted(fits | {"SHIRA", "ROAD", "C3A", "BEFT", "OSF"}):

@@ -11,7 +11,8 @@ import ptmoe
 from ptmoe.methods import METHODS
 from ptmoe.models.adapter_set import BASE, AdapterSet
 from ptmoe.models.attach import attach
-from testing.bases import CONFIGS, HIDDEN, VOCABULARY, batch, prompted, tiny, tokens
+from testing.architectures import HIDDEN, VOCABULARY
+from testing.bases import CONFIGS, batch, prompted, tiny, tokens
 
 IDS, MASK = batch([tokens(5, 1), tokens(3, 2), tokens(8, 3), tokens(1, 4)], [0, 2, 0, 4])
 
@@ -61,6 +62,7 @@ def test_a_matrix_in_another_dtype_is_enough_and_prompts_are_composed_in_float32
 @pytest.mark.parametrize("config", [*CONFIGS.values(), METHODS["lora"]()], ids=[*CONFIGS, "lora"])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize("wrong", [-100, VOCABULARY])
+@pytest.mark.ci
 def test_a_token_without_an_embedding_is_refused_in_words_wherever_it_stands(wrong, kind, config):
     """A CPU would name no id, and a GPU end all that the process computes on it; in padding, too."""
     model = attach(tiny(kind), config)

@@ -14,12 +14,11 @@ from ptmoe.methods import METHODS, PTConfig, PTMoEConfig
 from ptmoe.models.attach import attach
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
 from ptmoe.train.data import collate
+from testing.architectures import HIDDEN, POSITIONS
 from testing.bases import (
     BY_ROW,
     CONFIGS,
     DEVICE,
-    HIDDEN,
-    POSITIONS,
     PT_MOE,
     SELECTIVE_PROBATIONARY,
     array,

@@ -157,6 +157,7 @@ def test_a_tuner_fits_a_class_or_is_refused_when_it_is_attached(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", sorted(CARRIED))
+@pytest.mark.ci
 def test_a_row_behind_a_prompt_is_the_same_in_any_batch_in_training_and_in_generation(kind):
     model = prompted(tiny_of(kind), CONFIGS["PT-MoE selective"])
     ids, mask = batch(ROWS, LEFTS)
@@ -230,6 +231,7 @@ def test_positions_that_start_later_leave_fewer():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "falcon_h1", "gemma3n_text", "roberta", "bamba"])
+@pytest.mark.ci
 def test_half_precision_is_not_taken_for_a_difference(kind, dtype):
     base = tiny_of(kind)
     expected = PromptedCausalLM(base).path

@@ -17,7 +17,8 @@ from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
 from ptmoe.models.decoding import Decoder
 from ptmoe.tasks import load_task
-from testing.bases import ARCHITECTURES, BY_ROW, COMMON, CONFIGS, DEVICE, prompted, tiny, tokens
+from testing.architectures import ARCHITECTURES, COMMON
+from testing.bases import BY_ROW, CONFIGS, DEVICE, prompted, tiny, tokens
 from testing.decoding import NEW, ROWS, decoded, experts_of, generated
 
 PROMPTS = {
@@ -52,6 +53,7 @@ def read_by(base):
 
 
 @pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.ci
 def test_a_batch_of_mixed_lengths_gets_the_tokens_of_generate(base, config):
     decoder = Decoder(prompted(base, config).eval())
     assert decoder.steps
@@ -82,6 +84,7 @@ def test_a_row_that_ends_leaves_the_batch_and_changes_no_other(base, config):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", FIXED)
+@pytest.mark.ci
 def test_a_fixed_prompt_is_read_once_and_not_again_with_the_rows(architecture, name):
     wide = {"sliding_window": 40} if architecture in ("mistral", "gemma2") else {}
     model = prompted(tiny(architecture, **wide), CONFIGS.get(name) or PROMPTS[name]).eval()

@@ -10,19 +10,8 @@ from transformers.generation.streamers import BaseStreamer
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.models.attach import attach
-from testing.bases import (
-    BY_ROW,
-    CONFIGS,
-    DEVICE,
-    HIDDEN,
-    PAD,
-    POSITIONS,
-    VOCABULARY,
-    batch,
-    prompted,
-    tiny_llama,
-    tokens,
-)
+from testing.architectures import HIDDEN, PAD, POSITIONS, VOCABULARY
+from testing.bases import BY_ROW, CONFIGS, DEVICE, batch, prompted, tiny_llama, tokens
 
 all_methods = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 ROUTED = CONFIGS["PT-MoE selective probationary"]
@@ -104,6 +93,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.ci
 def test_every_way_to_decode_is_that_of_the_base_after_the_prompt(base, options, padded):
     model = prompted(base, ROUTED)
     rows = ROWS if padded else [tokens(6, i) for i in range(4)]
@@ -323,6 +313,7 @@ READING = {
 @pytest.mark.parametrize(
     ("prompt", "names"), [("PT", None), ("PT", ["default", "__base__", "__base__"]), ("prefix", None)]
 )
+@pytest.mark.ci
 def test_whatever_reads_the_tokens_reads_those_of_each_row_and_no_padding(lefts, options, prompt, names):
     model = prompted(tiny_llama(), PROMPTS[prompt])
     options = options | {"max_new_tokens": 8, "pad_token_id": PAD}

@@ -97,6 +97,7 @@ def held(base):
 @either
 @pytest.mark.parametrize("method", ["pt", "pt-moe", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "phi"])
+@pytest.mark.ci
 def test_loss_and_gradients_are_those_of_the_weights_that_the_quantized_ones_stand_for(
     saved, architecture, method, quantization
 ):
@@ -121,6 +122,7 @@ def test_types_of_peft_compute_with_the_weights_that_the_quantized_ones_stand_fo
 
 
 @pytest.mark.parametrize(("method", "quantization"), FITS)
+@pytest.mark.ci
 def test_every_method_that_fits_trains_after_a_pass_without_gradients_and_leaves_the_base_as_it_is(
     saved, method, quantization
 ):
@@ -145,6 +147,7 @@ def test_every_method_that_fits_trains_after_a_pass_without_gradients_and_leaves
 
 
 @pytest.mark.parametrize(("method", "quantization"), UNFIT)
+@pytest.mark.ci
 def test_methods_that_do_not_fit_are_refused_by_name(saved, method, quantization, tmp_path):
     base, _ = load_base(saved(), quantization=quantization)
     before = held(base)
@@ -186,6 +189,7 @@ def test_layers_compute_in_the_dtype_of_the_base(saved, dtype, quantization):
 
 @either
 @pytest.mark.parametrize(("method", "architecture"), [("pt-moe", "llama"), ("lora", "llama"), ("lora", "gpt2")])
+@pytest.mark.ci
 def test_an_adapter_goes_from_a_quantized_base_to_the_plain_one_and_back(
     saved, method, architecture, quantization, tmp_path
 ):
@@ -202,6 +206,7 @@ def test_an_adapter_goes_from_a_quantized_base_to_the_plain_one_and_back(
 
 
 @either
+@pytest.mark.ci
 def test_a_base_that_was_saved_quantized_is_taken_as_it_is(saved, quantization, tmp_path):
     first, tokenizer = load_base(saved(), quantization=quantization)
     first.save_pretrained(tmp_path / "small")

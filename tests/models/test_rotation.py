@@ -11,7 +11,8 @@ from ptmoe.methods import METHODS
 from ptmoe.models import rotation
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.models.decoding import Decoder
-from testing.bases import ARCHITECTURES, CONFIGS, DEVICE, batch, prompted, tiny, tokens
+from testing.architectures import ARCHITECTURES
+from testing.bases import CONFIGS, DEVICE, batch, prompted, tiny, tokens
 
 SWITCH = 12  # of the longrope bases
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": SWITCH, "factor": 4.0}
@@ -126,6 +127,7 @@ def test_hidden_states_of_rows_on_both_sides_come_back_in_order():
 
 
 @pytest.mark.parametrize(("kind", "method"), PAIRS)
+@pytest.mark.ci
 def test_a_row_that_passes_a_switch_is_generated_as_without_a_cache(kind, method, monkeypatch):
     model = prompted(switching(kind), KINDS_OF_METHOD[method]).eval()
     expected = [without_a_cache(model, row, NEW) for row in ROWS]
@@ -145,6 +147,7 @@ def test_a_row_that_passes_a_switch_is_generated_as_without_a_cache(kind, method
         assert [model.generate(row[None], **options)[0, len(row) :].tolist() for row in ROWS] != expected
 
 
+@pytest.mark.ci
 def test_the_first_tokens_are_the_same_however_many_are_asked_for():
     """Also where the last one alone is read past a switch."""
     model = prompted(switching("llama"), KINDS_OF_METHOD["PT"]).eval()
@@ -186,6 +189,7 @@ def test_a_base_whose_user_prepares_its_inputs_keeps_that(rotation):
 
 
 @pytest.mark.parametrize("kind", SWITCHING)
+@pytest.mark.ci
 def test_beams_that_pass_a_switch_are_scored_as_their_tokens_are_without_a_cache(kind):
     model = prompted(switching(kind), CONFIGS["PT"]).eval()
     asked = {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True, "length_penalty": 0.0}
@@ -246,6 +250,7 @@ def test_rows_on_one_side_stay_one_batch():
 
 
 @pytest.mark.parametrize("kind", SWITCHING)
+@pytest.mark.ci
 def test_a_rotation_that_the_config_does_not_name_is_refused(kind, monkeypatch):
     base = switching(kind)
     PromptedCausalLM(base)

@@ -7,7 +7,8 @@ import torch
 
 from ptmoe.fast import linear, lock
 from ptmoe.models.decoding import Decoder
-from testing.bases import CONFIGS, VOCABULARY, prompted, tiny, tokens
+from testing.architectures import VOCABULARY
+from testing.bases import CONFIGS, prompted, tiny, tokens
 from testing.losses import ROWS, labelled
 
 STEPS = 40

@@ -129,6 +129,7 @@ def test_no_difference_is_no_finding():
     assert paired_test([Group(1.0, np.zeros(50))]).p == 1.0
 
 
+@pytest.mark.ci
 def test_many_distinct_values_are_tested_like_few():
     values = np.random.default_rng(0).normal(0.1, 1, 3000)
     expected = stats.ttest_1samp(values, 0).pvalue
@@ -136,6 +137,7 @@ def test_many_distinct_values_are_tested_like_few():
 
 
 @pytest.mark.parametrize(("lowest", "highest"), [(0, 100), (50, 100), (43, 44)])
+@pytest.mark.ci
 def test_ten_thousand_scores_are_resampled_in_less_memory_than_their_picks(lowest, highest):
     """All distinct, as a mean F1 over seeds is; rounding them moves the interval by nothing that is printed."""
     values = np.append(np.random.default_rng(0).uniform(lowest, highest, 9_999), 100)
@@ -542,6 +544,7 @@ def test_each_figure_is_there_as_png_and_svg_and_shows_something(folder, page):
         assert len(np.unique(pixels @ [1, 1000, 1_000_000])) > 20, stem
 
 
+@pytest.mark.ci
 def test_domains_too_many_for_a_figure_are_in_their_table(tmp_path, monkeypatch):
     domains = tuple(f"part {number}" for number in range(10))
     for label in ("pt", "dpt"):
@@ -637,6 +640,7 @@ def terminal(folder, width=400):
     return console.export_text()
 
 
+@pytest.mark.ci
 def test_a_report_leaves_nothing_of_the_one_before_that_is_no_longer_so(tmp_path):
     def files(folder):
         write_report(folder)
@@ -666,6 +670,7 @@ def test_a_method_whose_seeds_have_different_learning_rates_is_named(alike, tmp_
 
 
 @pytest.mark.parametrize("heading", UNLIKE)
+@pytest.mark.ci
 def test_cells_that_are_unlike_are_named_and_others_are_not(heading, alike, tmp_path):
     file, values, line = UNLIKE[heading]
     assert told(tmp_path)[1] == set()
@@ -686,6 +691,7 @@ NO_ROOM = {  # what says that some inputs do not fit, the file it is in, and whi
 
 
 @pytest.mark.parametrize("short_of_room", NO_ROOM)
+@pytest.mark.ci
 def test_methods_with_other_data_are_named_unless_they_have_no_room_for_all_of_it(short_of_room, alike, tmp_path):
     file, heading = NO_ROOM[short_of_room]
     data, values, _ = UNLIKE[heading]
@@ -708,6 +714,7 @@ def test_methods_with_other_data_are_named_unless_they_have_no_room_for_all_of_i
 
 
 @pytest.mark.parametrize(("cut", "unanswered"), [(3, 2), (3, 0), (0, 2)])
+@pytest.mark.ci
 def test_inputs_that_did_not_fit_are_counted_for_each_method(cut, unanswered, alike, tmp_path):
     assert "did not fit" not in told(tmp_path)[0] + terminal(tmp_path)
     for place in alike[1:]:

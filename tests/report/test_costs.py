@@ -70,6 +70,7 @@ def test_a_batch_is_shared_by_what_neither_changes_layers_nor_fills_the_cache(fo
         assert (shares[label] == "no") == (config.changes_layers or config.fills_cache)
 
 
+@pytest.mark.ci
 def test_a_folder_that_records_no_costs_has_no_empty_columns(tmp_path):
     write_cell(tmp_path, "pt", "nano/mixed", 0)
     write_report(tmp_path)

@@ -352,6 +352,7 @@ def test_many_domains_are_rows_so_that_80_columns_suffice(tmp_path):
 
 
 @pytest.mark.parametrize(("labels", "tasks"), [(2, 1), (2, 2), (3, 3), (4, 5), (4, 6), (8, 12)])
+@pytest.mark.ci
 def test_the_terminal_shows_every_score_whole_at_80_columns(tmp_path, labels, tasks):
     for number in range(labels):
         names = [name for name, task in TASKS.items() if "test" in task.splits][:tasks]

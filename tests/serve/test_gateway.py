@@ -24,7 +24,8 @@ from ptmoe.serve.gateway import GatewayEngine, encoded
 from ptmoe.serve.matrix import read_embedding
 from ptmoe.serve.start import bind, gateway_service, local_service
 from ptmoe.serve.vllm_request import agree
-from testing.bases import ARCHITECTURES, tiny
+from testing.architectures import ARCHITECTURES
+from testing.bases import tiny
 from testing.serving import listening, running, save
 
 MATRIX = read_embedding("nano")
@@ -224,6 +225,7 @@ def test_a_view_is_sent_without_what_it_is_a_view_of():
         ("no numbers", "does not send token ids"),
     ],
 )
+@pytest.mark.ci
 def test_an_engine_that_does_not_fit_is_refused_in_words(mode, message):
     with listening(spoken(mode)) as url:
         engine = GatewayEngine([url], MATRIX)
@@ -312,6 +314,7 @@ def test_a_client_is_told_why_an_engine_that_can_be_reached_does_not_answer(opti
     assert health["ok"]
 
 
+@pytest.mark.ci
 def test_one_that_is_too_busy_to_be_looked_at_is_used_where_no_other_is(monkeypatch):
     monkeypatch.setattr(gateway, "CONNECT", 0.2)
 

@@ -16,7 +16,8 @@ from ptmoe.models.adapter_set import BASE
 from ptmoe.models.greedy import GREEDY
 from ptmoe.serve.engine import EngineError, Input, Sampling
 from ptmoe.serve.local import LocalEngine, described, sample
-from testing.bases import ARCHITECTURES, BY_ROW, CONFIGS, DEVICE, VOCABULARY, prompted, tiny, tokens
+from testing.architectures import ARCHITECTURES, VOCABULARY
+from testing.bases import BY_ROW, CONFIGS, DEVICE, prompted, tiny, tokens
 
 NAMES = {
     "PT": "fixed",

@@ -376,6 +376,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(model):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.ci
 def test_a_client_that_goes_away_ends_its_answer(model, stream):
     engine = slow(0.02)
     service = with_engine(model, engine)
@@ -423,6 +424,7 @@ def test_a_client_that_sends_too_slowly_is_told_so_and_cut_off(model, monkeypatc
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.ci
 def test_a_deadline_ends_an_answer(model, stream):
     engine = slow(0.05)
     with running(with_engine(model, engine, deadline=0.3)) as address:
@@ -442,6 +444,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize(("fault", "status", "words"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.ci
 def test_a_fault_of_the_engine_is_one_requests_error(model, fault, status, words, started):
     class Failing(Paced):
         async def generate(self, row, sampling):

@@ -525,6 +525,7 @@ REAL = {  # the labels of test, and the sizes of train and validation together
 
 @needs_data
 @pytest.mark.parametrize("name", REAL)
+@pytest.mark.ci
 def test_the_real_files_load_completely_and_their_gold_answers_score_100(name):
     labels, trained = REAL[name]
     loaded = {split: load_task(name, split, DATA / "mixture") for split in ("train", "validation", "test")}

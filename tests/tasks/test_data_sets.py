@@ -258,6 +258,7 @@ def test_a_file_in_another_familys_format_is_named_as_such(name, tmp_path):
 
 @needs_data
 @pytest.mark.parametrize(("task", "split", "place", "count"), REAL)
+@pytest.mark.ci
 def test_the_real_files_load_completely_and_their_gold_answers_score_100(task, split, place, count):
     examples = load_task(task, split, place)
     assert len(examples) == count
@@ -642,6 +643,7 @@ def test_a_released_file_is_downloaded_once_and_verified(released, tmp_path):
     assert kept(tmp_path) == [hashlib.md5(content).hexdigest() + ".jsonl.gz"]
 
 
+@pytest.mark.ci
 def test_a_wrong_md5_and_a_short_download_name_both_sums_and_keep_nothing(released, tmp_path):
     content = gzip.compress(b"{}")
     sums = [hashlib.md5(data).hexdigest() for data in (content, content + b"!")]

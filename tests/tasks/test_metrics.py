@@ -401,6 +401,7 @@ FACTORS = ("π", " π", r"\pi", " pi", "*pi", "pi", "√2", r"\sqrt{2}", " sqrt(
 UNITS = (" µm", "μm", " Ω", "m", " km", "%", "个", "元", " inches", " i.e. all", "!")
 
 
+@pytest.mark.ci
 def test_a_factor_of_an_expression_is_not_the_number_and_a_unit_is_none():
     for number in (2, 7, 31, 1200):
         for factor in FACTORS:
@@ -490,6 +491,7 @@ EXPRESSIONS = {  # gold: (right, wrong)
 
 
 @pytest.mark.parametrize("gold", EXPRESSIONS)
+@pytest.mark.ci
 def test_an_expression_is_met_by_an_equal_one_and_by_no_part_of_it(gold):
     right, wrong = EXPRESSIONS[gold]
     for prediction in (gold, rf"\boxed{{{gold}}}", rf"\[ \boxed{{{gold}}} \]", f"#### {gold}", *right):
@@ -607,6 +609,7 @@ MARKS = ("-({})", "({})!", "({})'", "({})+1", r"\frac{{1}}{{{}}}")
 
 
 @pytest.mark.parametrize("term", TERMS)
+@pytest.mark.ci
 def test_a_sign_a_factorial_or_a_prime_makes_another_answer(term):
     judged(boxed(term), right=[term])
     for mark in MARKS:
@@ -624,6 +627,7 @@ def test_a_sign_a_factorial_or_a_prime_makes_another_answer(term):
 
 @settings(max_examples=25)
 @given(EXPRESSION.filter(lambda text: is_expression(text) and re.search("[a-z]", text)))
+@pytest.mark.ci
 def test_a_generated_expression_is_met_by_itself_and_not_with_another_sign_or_mark(expression):
     doubled = accuracy(boxed(f"{expression}+({expression})"), expression)  # right only where it is 0
     judged(boxed(expression), right=[expression], wrong=[f"({expression})!", f"({expression})'"])
@@ -642,6 +646,7 @@ OPERANDS = st.integers(1, 999).map(Fraction)
 
 @settings(max_examples=60)
 @given(OPERANDS, OPERANDS, st.sampled_from(list(OPERATIONS)), st.sampled_from(("", r"\text{ cm}", " apples", " km")))
+@pytest.mark.ci
 def test_arithmetic_in_a_box_has_its_value_and_not_that_of_its_first_number(a, b, sign, unit):
     value = OPERATIONS[sign](a, b)
     parts = {a, b, -b} - {value}
@@ -748,6 +753,7 @@ PARTS += (
 )
 
 
+@pytest.mark.ci
 def test_a_number_in_plain_algebra_is_not_the_answer_and_one_with_a_unit_is():
     for number in ("2", "5", "31"):
         for part in PARTS:
@@ -779,6 +785,7 @@ MINUSES = [sign for sign in DASHES if sign in "-\u2010\u2011\u2012\u2013\u2212\u
 LONG = [*"\u2014\u2015\u207b\u208b"]
 
 
+@pytest.mark.ci
 def test_a_number_is_negative_after_every_minus_sign_and_every_space():
     assert len(HORIZONTAL) == 19
     assert len(MINUSES) == 11
@@ -877,6 +884,7 @@ def numerals(draw):
 @given(
     numerals(), st.sampled_from(("{}", "答案是{}", "答えは{}です", "정답은 {}입니다", "#### {}", "一共{}元", "{}원"))
 )
+@pytest.mark.ci
 def test_a_numeral_of_powers_has_its_value_and_that_of_no_part_of_it(numeral, stated):
     written, value, parts = numeral
     judged(stated.format(written), right=[str(value)], wrong=[str(part) for part in parts - {value}])
@@ -949,6 +957,7 @@ def test_a_fraction_is_read_however_it_is_set_and_no_part_of_it_is(form):
 
 @settings(max_examples=100)
 @given(st.lists(st.integers(-99, 99).map(Fraction), min_size=2, max_size=4, unique=True), st.randoms())
+@pytest.mark.ci
 def test_a_list_is_met_by_the_same_values_in_any_order_and_by_no_other(values, rng):
     gold = rng.choice((",", ", ", " , ", " and ")).join(map(str, values))
     other = rng.sample(values, len(values))
@@ -966,6 +975,7 @@ NUMBERS = st.integers(-99, 99) | st.fractions(-9, 9, max_denominator=9) | st.sam
 
 @settings(max_examples=100)
 @given(st.lists(NUMBERS, min_size=2, max_size=4, unique=True), st.randoms())
+@pytest.mark.ci
 def test_a_list_is_the_same_with_and_without_a_space_behind_its_commas(values, rng):
     golds = [mark.join(map(str, values)) for mark in (",", ", ")]
     for listed in (mark.join(map(str, rng.sample(values, len(values)))) for mark in (",", ", ", "; ")):

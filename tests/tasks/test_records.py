@@ -191,6 +191,7 @@ SOME_KEYS = st.sampled_from("id domain prompt completion question context answer
 
 @settings(max_examples=200)
 @given(st.lists(st.dictionaries(SOME_KEYS, JSON, max_size=5), min_size=1, max_size=4))
+@pytest.mark.ci
 def test_any_record_is_read_or_refused_by_its_line_and_none_is_lost(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("any") / "d.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in [{"prompt": "a", "completion": "b"}, *records]))

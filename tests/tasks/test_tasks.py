@@ -133,6 +133,7 @@ def test_for_an_unknown_task_or_split_the_nearest_is_suggested():
 
 
 @pytest.mark.parametrize("task", nano.NAMES)
+@pytest.mark.ci
 def test_test_inputs_of_nano_are_in_no_training_set(task):
     def inputs(split):
         return {e.input.split(": ", 1)[1].removesuffix(" =>") for e in load_task(task, split)}

@@ -275,6 +275,7 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.ci
 def test_a_conversation_is_what_its_template_writes_or_is_refused(name, monkeypatch):
     tokenizer = with_template(name)
     outcomes = {}
@@ -305,6 +306,7 @@ def test_a_conversation_is_what_its_template_writes_or_is_refused(name, monkeypa
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.ci
 def test_the_day_changes_no_prompt(name, monkeypatch):
     tokenizer, texts = with_template(name), []
     for day in ((2024, 7, 26), (2031, 1, 2), (2031, 12, 31)):
@@ -314,6 +316,7 @@ def test_the_day_changes_no_prompt(name, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["%Y-%m-%d", "%d %b %Y", "%B %-d, %Y", "%A %H:%M", "%x", "%j/%y", "no date"])
+@pytest.mark.ci
 def test_the_clock_of_a_template_stands_at_one_day_in_every_format(form):
     tokenizer = load_tokenizer("nano")[0]
     tokenizer.chat_template = "\n  {{ strftime_now('FORM') }}|{{ messages[0].content }}".replace("FORM", form)
@@ -437,6 +440,7 @@ def with_parts(names):
 
 @settings(max_examples=150)
 @given(st.sets(st.sampled_from(sorted(PARTS))), st.sets(st.sampled_from(sorted(PARTS))))
+@pytest.mark.ci
 def test_every_part_of_a_line_is_written_or_the_line_is_refused_in_training_and_in_evaluation(gives, writes):
     """Any parts of a line, with a template that writes any parts."""
     tokenizer, item = load_tokenizer("nano")[0], with_parts(gives)
@@ -465,6 +469,7 @@ def named(error):
     return set(re.findall(r"'(\w+)'", str(error).partition("leaves out")[2].partition(": remove")[0]))
 
 
+@pytest.mark.ci
 def test_every_template_writes_a_part_or_the_line_is_refused():
     """Over the templates that trl ships: none drops it without a word."""
     taken = set()

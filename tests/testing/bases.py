@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ptmoe.methods import METHODS, DPTConfig, MethodConfig, PTConfig, PTMoEConfig
 from ptmoe.models.attach import attach
 from ptmoe.models.causal import PromptedCausalLM
+from testing.architectures import ARCHITECTURES, COMMON, PAD, VOCABULARY
 
 DEVICE = torch.device(os.environ.get("PTMOE_TEST_DEVICE", "cpu"))
 LLAMA_1B = transformers.LlamaConfig(  # Llama-3.2-1B's sizes, of which the paper's counts are
@@ -26,34 +27,6 @@ LLAMA_1B = transformers.LlamaConfig(  # Llama-3.2-1B's sizes, of which the paper
     num_key_value_heads=8,
     tie_word_embeddings=True,
 )
-HIDDEN, VOCABULARY, POSITIONS = 32, 100, 64
-PAD = 0
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": POSITIONS,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": None,  # tests of generation choose their own
-}
-ROTARY = {"num_key_value_heads": 2, "intermediate_size": 64}
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", ROTARY),
-    "qwen2": ("Qwen2", ROTARY),
-    "mistral": ("Mistral", ROTARY | {"sliding_window": 12}),
-    "gemma": ("Gemma", ROTARY | {"head_dim": 8}),
-    "gemma2": (
-        "Gemma2",
-        ROTARY | {"head_dim": 8, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 12},
-    ),
-    "gpt2": ("GPT2", {}),
-    "gpt_neox": ("GPTNeoX", {"intermediate_size": 64}),
-    "opt": ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": HIDDEN}),
-    "phi": ("Phi", {"intermediate_size": 64}),
-}
-
 PT_MOE: dict[str, Any] = {"num_virtual_tokens": 6, "num_experts": 3, "rank": 4, "recipe": "paper"}
 SELECTIVE_PROBATIONARY = {
     "PT-MoE selective probationary": PTMoEConfig(**PT_MOE),
@@ -86,7 +59,7 @@ def tiny(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTr
     name, sizes = ARCHITECTURES[architecture]
     config = getattr(transformers, f"{name}Config")(**(COMMON | sizes | changes))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes many times as long, for CUDA's
         model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -258,6 +258,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(undisturbed, tmp_pat
 
 
 @pytest.mark.parametrize(("strategy", "step"), [("steps", EVERY * 2), ("steps", STEPS), ("no", STEPS)])
+@pytest.mark.ci
 def test_weights_that_the_last_update_breaks_are_never_saved(tmp_path, step, strategy):
     """No later loss shows it: the update is a checkpoint's, or the last of the run."""
 
@@ -292,6 +293,7 @@ def test_a_checkpoint_that_takes_the_place_of_another_is_whole_at_any_moment(und
     assert ours.newest_whole(target.parent, pytest.fail) == target
 
 
+@pytest.mark.ci
 def test_a_checkpoint_of_the_weights_alone_is_not_gone_on_from_as_if_it_were_whole(tmp_path):
     """Its learning rate would start anew."""
     run, weights = tmp_path / "run", {"trainer": {"save_only_model": True}}
@@ -336,6 +338,7 @@ def best_trainer(folder, losses, **arguments):
 
 
 @pytest.mark.parametrize(("losses", "best"), [([3, 1, 2, 4, 5], 2), ([5, 4, 3, 2, 1], 5), ([1, 2, 3, 4, 5], 1)])
+@pytest.mark.ci
 def test_the_best_checkpoint_is_kept_beside_the_last_and_loaded_at_the_end(tmp_path, losses, best):
     trainer = best_trainer(tmp_path, losses, load_best_model_at_end=True, save_total_limit=2)
     trainer.train()

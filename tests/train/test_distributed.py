@@ -40,7 +40,8 @@ from ptmoe.train.data import collate
 from ptmoe.train.processes import differences
 from ptmoe.train.recipe import run_folder
 from ptmoe.train.trainer import PromptTrainer
-from testing.bases import ARCHITECTURES, CONFIGS, batch, prompted, tiny, tiny_llama, tokens
+from testing.architectures import ARCHITECTURES
+from testing.bases import CONFIGS, batch, prompted, tiny, tiny_llama, tokens
 from testing.processes import ENVIRONMENT, Launched, launched, needs_proc, state, torchrun
 
 LENGTHS = [5, 9, 14, 7, 20, 11, 6, 18, 8]  # in twos, a batch of one is left

@@ -153,6 +153,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.ci
 def test_what_cannot_be_used_is_refused_before_the_base_is_loaded(case, tmp_path, monkeypatch):
     changes, message = REFUSED[case]
     monkeypatch.setattr(transformers.trainer_optimizer, "is_galore_torch_available", lambda: False)

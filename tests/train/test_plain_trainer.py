@@ -130,6 +130,7 @@ def test_a_checkpoint_without_the_statistics_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("method", SIZES)
+@pytest.mark.ci
 def test_label_smoothing_smooths_the_tokens_that_are_predicted(method, tmp_path):
     batch = on_device(collate(dataset(6)))
 
@@ -142,6 +143,7 @@ def test_label_smoothing_smooths_the_tokens_that_are_predicted(method, tmp_path)
 
 
 @pytest.mark.parametrize("config", [ROUTED["pt-moe"], METHODS["kasa"](rank=2)], ids=["pt-moe", "kasa"])
+@pytest.mark.ci
 def test_a_trainer_that_keeps_the_labels_is_refused_where_training_needs_them(config, tmp_path):
     run = trainer(tmp_path, config, label_smoothing_factor=0.1, callbacks=False)
     with pytest.raises(PtmoeError, match=r"label smoothing|label_smoothing_factor"):
@@ -222,6 +224,7 @@ def test_a_checkpoint_of_other_sizes_is_refused_in_words(tmp_path):
 
 @pytest.mark.parametrize("trainer_class", [Trainer, PromptTrainer])
 @pytest.mark.parametrize("method", ["pt", "lora", "ft"])
+@pytest.mark.ci
 def test_a_checkpoint_on_another_base_is_refused(method, trainer_class, tmp_path):
     config = METHODS[method](**SIZES[method])
     trainer(tmp_path, config, trainer_class=trainer_class).train()
@@ -231,6 +234,7 @@ def test_a_checkpoint_on_another_base_is_refused(method, trainer_class, tmp_path
 
 
 @pytest.mark.parametrize("method", ["pt", "ft"])
+@pytest.mark.ci
 def test_the_best_checkpoint_of_a_run_is_on_its_base_whatever_it_has_trained(method, tmp_path):
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     run = trainer(tmp_path, METHODS[method](**SIZES[method]), **evaluated)
@@ -239,6 +243,7 @@ def test_the_best_checkpoint_of_a_run_is_on_its_base_whatever_it_has_trained(met
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [("pt", "dpt"), ("dpt", "pt"), ("lora", "ia3")])
+@pytest.mark.ci
 def test_a_checkpoint_of_another_method_is_refused(saved, loaded, tmp_path):
     trainer(tmp_path, METHODS[saved](**SIZES[saved])).train()
     with pytest.raises(PtmoeError, match=f"this {loaded} adapter are not of one method with the same options"):
@@ -261,6 +266,7 @@ CAST = {name: METHODS[name](**fields) for name, fields in SIZES.items() if name 
 
 @pytest.mark.parametrize("config", CAST.values(), ids=CAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.ci
 def test_a_cast_of_the_whole_model_leaves_the_adapter_in_float32(config, dtype):
     model = ptmoe.attach(tiny_llama(), config)
     batch = on_device(collate(dataset(4)))
@@ -292,6 +298,7 @@ DOUBLED = READING | {
 
 
 @pytest.mark.parametrize("config", DOUBLED.values(), ids=DOUBLED)
+@pytest.mark.ci
 def test_a_model_in_double_precision_is_one_attached_to_a_base_in_double_precision(config):
     cast, attached = ptmoe.attach(tiny_llama(), config).double(), ptmoe.attach(tiny_llama().double(), config)
     pairs = zip(cast.encoder.named_parameters(), attached.encoder.named_parameters(), strict=True)
@@ -351,6 +358,7 @@ def test_an_optimizer_that_updates_in_the_backward_pass_is_undone_to_the_last_fi
     assert torch.equal(prompt, before[1])
 
 
+@pytest.mark.ci
 def test_a_data_set_without_a_whole_batch_ends_as_it_does_without_a_router(tmp_path):
     options = {"dataloader_drop_last": True, "per_device_train_batch_size": 64}
     for config in (ROUTED["pt-moe"], METHODS["pt"](num_virtual_tokens=4)):
@@ -396,6 +404,7 @@ def test_what_is_saved_last_has_the_tokenizer_and_what_is_pushed_is_there_while_
 
 
 @pytest.mark.parametrize("config", [ROUTED["pt-moe"], METHODS["lora"](rank=2)], ids=["pt-moe", "lora"])
+@pytest.mark.ci
 def test_what_another_trainer_saves_is_told_from_an_adapter_and_made_one(config, tmp_path):
     run = trainer(tmp_path, config)
     run.train()

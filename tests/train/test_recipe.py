@@ -309,6 +309,7 @@ def test_numbers_that_no_training_can_use_are_refused_by_name(changes, tmp_path)
         options(tmp_path / "run", **changes)
 
 
+@pytest.mark.ci
 def test_a_refusal_after_the_base_is_loaded_leaves_a_folder_that_can_be_used(tmp_path):
     chosen = {"method": SMALL | {"recipe": "paper"}, "max_steps": 1, "eval_examples": 1}
     with pytest.raises(ptmoe.PtmoeError, match=r"tokens_per_batch=1: .* too long; raise it"):

@@ -148,6 +148,7 @@ def test_every_option_that_was_edited_in_the_config_is_refused_and_named(stopped
     assert (taken.save_steps, taken.logging_steps, taken.eval_examples, differing) == (7, 3, 5, {})
 
 
+@pytest.mark.ci
 def test_the_command_of_a_run_resumes_it_in_whatever_order_it_names_modules(stopped, tmp_path):
     method = {"name": "lora", "target_modules": ["v_proj", "k_proj", "v_proj"]}
     source, folder = str(stopped / "data.jsonl"), str(tmp_path / "run")
@@ -384,6 +385,7 @@ def test_other_data_and_another_base_go_on_by_force(tmp_path):
     assert all(before != now for before, now in change.differences.values())
 
 
+@pytest.mark.ci
 def test_a_checkpoint_of_other_processes_goes_on_by_force_alone(stopped, run_folder):
     """Each step of two processes reads two batches."""
     checkpoint = run_folder / "checkpoints" / "checkpoint-2"
@@ -413,6 +415,7 @@ def test_the_method_cannot_be_forced_and_force_alone_is_refused(stopped, run_fol
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.ci
 def test_a_plan_that_leaves_a_choice_to_the_run_is_the_one_it_was_made_with(name):
     """What attaching resolves of a method's config, such as its modules, is no difference."""
     planned = METHODS[name]()

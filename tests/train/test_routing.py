@@ -50,6 +50,7 @@ WITHOUT_BIAS = ptmoe.SMoPConfig(num_virtual_tokens=5, num_experts=EXPERTS)
 
 @pytest.mark.parametrize("config", [None, WITHOUT_BIAS], ids=["standardised", "without a bias"])
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.ci
 def test_the_router_starts_by_parting_the_groups_that_want_different_prompts(seed, config):
     group, means, gradients = grouped(seed, examples=960)
     built = encoder(seed, config)
@@ -125,6 +126,7 @@ def test_the_penalty_with_the_least_error_holds_for_other_examples(seed):
     assert max(right, 1 - right) > 0.9
 
 
+@pytest.mark.ci
 def test_one_expert_serves_data_without_parts_and_two_serve_data_with_two():
     constant = {False: 0, True: 0}
     for parts in constant:
@@ -210,6 +212,7 @@ def test_training_on_data_without_parts_says_so_and_ends_as_one_prompt(tmp_path,
 
 
 @pytest.mark.parametrize("stopped", [None, 4])
+@pytest.mark.ci
 def test_an_expert_that_trains_alone_trains_as_dpt(stopped, tmp_path, monkeypatch):
     """Step by step, from the start that both have, through a resumed run and in the published form."""
     monkeypatch.setattr(routing, "START_SHARE", 1.0)
@@ -367,6 +370,7 @@ def trainer(folder, steps=10, config=None, **fields):
     )
 
 
+@pytest.mark.ci
 def test_the_router_starts_from_batches_that_hold_more_than_tensors(tmp_path):
     def absent(examples):
         return collate(examples) | {"position_ids": None}
@@ -458,6 +462,7 @@ def test_the_experts_are_one_until_they_split_and_then_the_router_starts(shared,
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.ci
 def test_however_short_the_training_and_late_the_split_the_experts_part_before_it_ends(steps, tmp_path):
     """Else each would have learnt as 1/N of a prompt, and be given alone, by a router that has never started."""
     run = trainer(tmp_path, steps=steps, split_after=0.9)
@@ -571,6 +576,7 @@ def test_the_gate_hardens_when_the_routing_has_settled_and_at_the_latest_in_time
         assert seen[-1] == pytest.approx(1.0)
 
 
+@pytest.mark.ci
 def test_the_routing_settles_at_the_pace_of_steps_however_their_batches_are_accumulated(tmp_path):
     confidences = {}
     for size in (8, 2):
@@ -661,6 +667,7 @@ def test_the_start_reads_examples_from_all_over_a_data_set_or_the_first_of_a_str
     assert sample_batches(Stream(), list, 4, 5) == [rows()[:4], rows()[4:5]]
 
 
+@pytest.mark.ci
 def test_the_router_starts_from_a_stream_and_from_rows_without_a_mask(tmp_path):
     run = trainer(tmp_path, steps=4)
     run.train_dataset = Stream()

@@ -43,6 +43,7 @@ def trained(base, config, rate, folder):
 
 @pytest.mark.parametrize("factor", [1 / 16, 16])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.ci
 def test_training_is_the_same_in_other_units(tmp_path, method, factor):
     base = tiny("llama", rms_norm_eps=0.0, hidden_size=256)  # so wide that at all these rates a router has its pace
     other = scaled(base, factor)

@@ -65,6 +65,7 @@ def test_an_untouched_run_is_as_recorded_and_stays_so(trained, run):
 
 
 @pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.ci
 def test_what_was_changed_is_named(what, trained, tmp_path, run):
     folder = shutil.copytree(trained, tmp_path / "run")
     CHANGES[what](folder)
@@ -74,6 +75,7 @@ def test_what_was_changed_is_named(what, trained, tmp_path, run):
     assert "differs" in line
 
 
+@pytest.mark.ci
 def test_bad_records_that_the_evaluation_left_out_change_nothing_and_one_that_turned_bad_is_named(
     trained, tmp_path, run
 ):
@@ -99,6 +101,7 @@ def test_bad_records_that_the_evaluation_left_out_change_nothing_and_one_that_tu
     ],
     ids=lambda asked: ",".join(map(str, asked.values())),
 )
+@pytest.mark.ci
 def test_what_the_training_was_evaluated_on_is_found_again(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file, keys in (
@@ -120,6 +123,7 @@ def test_what_the_training_was_evaluated_on_is_found_again(asked, tmp_path, monk
         assert [check for check in checks if not check.equal] == []
 
 
+@pytest.mark.ci
 def test_what_a_command_evaluated_later_is_found_again(trained, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "run")
@@ -137,6 +141,7 @@ def test_what_a_command_evaluated_later_is_found_again(trained, tmp_path, run, m
     }
 
 
+@pytest.mark.ci
 def test_other_versions_are_told_and_decide_nothing(trained, tmp_path, run):
     folder = shutil.copytree(trained, tmp_path / "run")
     rewritten("environment.json", lambda record: record["versions"].update(torch="0.1"))(folder)
