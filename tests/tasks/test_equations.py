@@ -114,6 +114,16 @@ def test_a_placeholder_without_a_number_in_an_equation_costs_the_solution_and_no
     assert (example.input, example.target) == ("Question: 1 and 2 ?\nAnswer:", " #### 3")
 
 
+@pytest.mark.parametrize("numbers", ["1,000 24.0", "1,000, 24.0", "1,000,24.0", " 1,000  24.0,"])
+def test_a_comma_within_a_number_is_not_one_between_two(numbers, tmp_path):
+    (tmp_path / "test.csv").write_text(
+        f'Question,Numbers,Equation,Answer\nnumber0 and number1 ?,"{numbers}",+ number0 number1,1024\n'
+    )
+    (example,) = load_task("mawps", "test", tmp_path)
+    assert example.input == "Question: 1,000 and 24 ?\nAnswer:"
+    assert example.target == " 1000 + 24 = 1024\n#### 1024"
+
+
 @pytest.mark.skipif(not (DATA / "mawps").exists(), reason="needs the data sets' own files")
 @pytest.mark.parametrize("task", ["mawps", "asdiv-a", "svamp"])
 def test_nearly_every_record_with_an_equation_has_a_solution(task):

@@ -26,10 +26,13 @@ from ptmoe.tasks.prompts import WordProblems, word_problem
 from ptmoe.tasks.records import name_of, number_text, text_of
 
 _PLACEHOLDER = re.compile(r"\b(?:number|N_)(\d+)\b")
+_BETWEEN_NUMBERS = re.compile(r"(?:\s|,(?!\d{3}\b))+")  # not the comma in 1,000
 
 
 def csv_example(record: dict[str, Any], origin: Origin) -> Example:
-    numbers = [number_text(number) for number in record.get("Numbers", "").replace(",", " ").split()]
+    numbers = [
+        number_text(number) for number in _BETWEEN_NUMBERS.split(record.get("Numbers", "").strip(", ")) if number
+    ]
 
     def number(found: re.Match[str]) -> str:
         if int(found[1]) >= len(numbers):
@@ -38,7 +41,7 @@ def csv_example(record: dict[str, Any], origin: Origin) -> Example:
 
     question, answer = _PLACEHOLDER.sub(number, text_of(record, "Question")), number_text(text_of(record, "Answer"))
     try:
-        equation = _PLACEHOLDER.sub(number, record.get("Equation") or "")
+        equation = _PLACEHOLDER.sub(number, record.get("Equation") or "").replace(",", "")
     except BadRecordError:  # as any equation that cannot be read
         equation = ""
     return word_problem(origin, origin.id, question, answer=answer, equation=equation)
