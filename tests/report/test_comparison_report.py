@@ -763,6 +763,11 @@ def test_a_truth_value_is_no_number():
     assert [row[1].text for row in table.rows()] == ["True", "False"]
 
 
+def test_a_seed_is_printed_as_it_is_given_and_a_count_with_commas():
+    table = Table("t", "T", pd.DataFrame([["pt", 20260101, 20260101]], columns=["method", "seed", "examples"]))
+    assert [entry.text for entry in table.rows()[0]] == ["pt", "20260101", "20,260,101"]
+
+
 @pytest.mark.parametrize("label", ["[2pt]", "*", "*a", "[x"])
 def test_a_label_in_latex_is_no_argument_of_the_command_before_it(label):
     rows = to_latex(Table("t", "T", pd.DataFrame({"method": [label, label], "score": [1, 2]}))).splitlines()

@@ -35,7 +35,8 @@ class Table:
     sources: Sequence[str] = ()  # where each row is from, in a table whose rows are not all from one place
     hints: Sequence[str] = ()  # for each row, printed small below its first value, on the page only
     ranked: bool = False  # whether the highest `Score` of each column is bold
-    # How numbers of a column are printed; by default whole ones with a thousands' comma, others with one decimal.
+    # How numbers of a column are printed; by default whole ones with a thousands' comma, but for seeds, others with one
+    # decimal.
     formats: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
     place: Literal["page", "folded", "download"] = "page"  # on the page as it is, to be opened there, or not at all
 
@@ -65,7 +66,8 @@ class Table:
         number = _plain(value.mean if isinstance(value, Score) else value)
         if number is None or isinstance(number, (str, bool)):  # to Python, True is a whole number
             return "–" if number is None else str(number)
-        default = "{:,}".format if isinstance(number, int) else decimals(1)
+        default: Callable[[Any], str] = str if column == "seed" else "{:,}".format
+        default = default if isinstance(number, int) else decimals(1)
         return str(self.formats.get(column, default)(number))
 
     def numbers(self) -> pd.DataFrame:
