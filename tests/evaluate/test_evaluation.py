@@ -23,6 +23,7 @@ from ptmoe.models.attach import attach
 from ptmoe.models.bases import load_base
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.tasks import Example, load_task, local, task_named
+from ptmoe.tasks.predictions import read_predictions
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 from ptmoe.tasks.tokens import completion_text, encode_prompt
 from testing.bases import CONFIGS, prompted, tiny
@@ -294,6 +295,9 @@ def test_a_long_context_is_cut_from_its_end_and_counted_and_a_question_that_does
         {"accuracy": 0.0},
         "",
     )
+    (file,) = (tmp_path / "predictions").glob("*.jsonl")
+    written = read_predictions(file)
+    assert {name for name, text in written.items() if text is None} == {"long-2"}
 
 
 def test_the_cut_keeps_the_answer_in_training_and_the_beginning_in_evaluation():

@@ -768,6 +768,10 @@ def test_predictions_are_read_in_each_form(tmp_path):
         assert read_predictions(path) == {"a": "1", "b": "2"}
     path.write_text('{"id": 7.0, "completion": "1"}\n{"id": 8.50, "completion": "2"}\n')
     assert read_predictions(path) == {"7.0": "1", "8.50": "2"}  # as the examples' own ids are read
+    path.write_text(
+        '{"id": "a", "completion": "", "answered": false}\n{"id": "b", "completion": "2", "answered": true}\n'
+    )
+    assert read_predictions(path) == {"a": None, "b": "2"}
     path.write_bytes(gzip.compress(json.dumps({str(each): "1" * 99 for each in range(9_999)}).encode())[:-4])
     with pytest.raises(ptmoe.PtmoeError, match="p: damaged gzip"):
         read_predictions(path)

@@ -266,7 +266,7 @@ def score(
             [(texts.get(example.id), example.references) for example in loaded],
             [example.domain for example in loaded],
         ),
-        unanswered=sum(example.id not in texts for example in loaded),
+        unanswered=sum(texts.get(example.id) is None for example in loaded),
     )
     console.print(evaluation_table([summary]))
     if output is not None:

@@ -2,6 +2,7 @@
 
 {"56be4db0acb8001400a502ec": "Denver Broncos", …}
 {"id": "test-0", "completion": "… #### 18"}
+{"id": "test-1", "completion": "", "answered": false}
 """
 
 import json
@@ -20,8 +21,8 @@ UNSURE = frozenset(TEXT_KEYS[3:])  # beside one another, one of these may be the
 LARGEST_OBJECT = 50_000_000  # bytes; it is read whole
 
 
-def read_predictions(path: str | Path) -> dict[str, str]:
-    """Each prediction by its example's id.
+def read_predictions(path: str | Path) -> dict[str, str | None]:
+    """Each prediction by its example's id; None where the record says that it was not answered.
 
     Raises:
         PtmoeError: no such file, a damaged record, a record without id or text, or a repeated id.
@@ -38,7 +39,7 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     return predictions
 
 
-def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str]]:
+def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str | None]]:
     """Each prediction's location, id and text."""
     kind, keys = head(path)
     if kind not in ("{", "["):
@@ -60,7 +61,7 @@ def _predictions(path: Path, problems: Problems) -> Iterator[tuple[str, str, str
             if isinstance(text, bool) or not isinstance(text, (str, int, float)) or text != text:
                 wanted = ", ".join(map(repr, TEXT_KEYS[:3]))
                 raise BadRecordError(f"lacks the predicted text {has(record)}: needs {wanted} or another")
-            yield place, str(name), str(text)
+            yield place, str(name), None if record.get("answered") is False else str(text)
 
 
 def _object(path: Path) -> list[tuple[str, Any]] | None:

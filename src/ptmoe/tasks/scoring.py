@@ -17,7 +17,7 @@ Marks = dict[str, float]  # by metric, from 0 to 1
 
 def score(
     name: str,
-    predictions: Sequence[str] | Mapping[str, str],
+    predictions: Sequence[str | None] | Mapping[str, str | None],
     examples: Iterable[Example],
     *,
     missing_as_wrong: bool = False,
@@ -26,7 +26,7 @@ def score(
 
     Args:
         name: a task, as for `load_task`.
-        predictions: in the examples' order, or by example id.
+        predictions: in the examples' order, or by example id; None scores 0.
         examples: that the predictions answer.
         missing_as_wrong: an example without a prediction scores 0, as in MRQA's and SQuAD's evaluators.
 
@@ -47,7 +47,7 @@ def score(
 
 def grade(
     name: str,
-    predictions: Sequence[str] | Mapping[str, str],
+    predictions: Sequence[str | None] | Mapping[str, str | None],
     examples: Iterable[Example],
     *,
     missing_as_wrong: bool = False,
