@@ -1,5 +1,7 @@
 """What training does for the router: its coordinates, a start that parts the inputs, a gate that hardens in time."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import (
@@ -604,13 +606,24 @@ def test_what_is_generated_in_training_mode_is_not_counted_as_training():
     assert "expert_use" not in model.encoder.training_log()
 
 
-def test_training_without_the_callback_says_so_once():
-    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3)).train()
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, "router_init='gradient', router_test=True, router_standardize=True, routing_anneal=True without effect"),
+        ({"router_init": "random", "split_after": 0.5}, ": router_standardize=True, .*split_after=0.5 without"),
+        ({"recipe": "paper", "split_after": 0.25}, ": split_after=0.25 without effect"),
+    ],
+)
+def test_training_without_the_callback_says_so_once_and_what_it_leaves_out(options, named):
+    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3, **options)).train()
     assert isinstance(model.encoder, PTMoE)
     with torch.no_grad():  # nothing is trained
         model(**on_device(collate(rows(2))))
     assert not model.encoder.has_callback
-    with pytest.warns(UserWarning, match=r"RoutingCallback"):
+    with pytest.warns(UserWarning, match=f"RoutingCallback.*{named}"):
+        model(**on_device(collate(rows(2))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         model(**on_device(collate(rows(2))))
 
 

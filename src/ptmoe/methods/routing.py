@@ -233,10 +233,16 @@ class RoutedConfig(PromptConfig):
             )
         return self
 
-    @property
-    def needs_callback(self) -> bool:
-        """Whether an option is on that only `RoutingCallback` carries out."""
-        return self.router_init == "gradient" or self.router_standardize or self.routing_anneal or self.split_after > 0
+    def of_callback(self) -> list[str]:
+        """The options that are on and that only `RoutingCallback` carries out, as they are written."""
+        of_callback = {
+            f"router_init={self.router_init!r}": self.router_init == "gradient",
+            "router_test=True": self.router_init == "gradient" and self.router_test,
+            "router_standardize=True": self.router_standardize,
+            "routing_anneal=True": self.routing_anneal,
+            f"split_after={self.split_after:g}": self.split_after > 0,
+        }
+        return [option for option, on in of_callback.items() if on]
 
 
 class RoutedEncoder(PromptEncoder):
@@ -276,11 +282,11 @@ class RoutedEncoder(PromptEncoder):
             selective, probationary: as in `gate`.
         """
         watched = self.has_callback or not torch.is_grad_enabled()  # as in generation
-        if self.training and not watched and self.config.needs_callback:
+        if self.training and not watched and (options := self.config.of_callback()):
             self.has_callback = True  # warn once
             warnings.warn(
-                "training without ptmoe.RoutingCallback: router_init, router_standardize and routing_anneal have no "
-                "effect, and the router may collapse; give the trainer callbacks=[ptmoe.RoutingCallback()]",
+                f"training without ptmoe.RoutingCallback: {', '.join(options)} without effect, and the router may "
+                "collapse; give the trainer callbacks=[ptmoe.RoutingCallback()]",
                 stacklevel=2,
             )
         probabilities = self.router(mean_input(input_embeds, input_mask), self.config.router_noise).softmax(1)
