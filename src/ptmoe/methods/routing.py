@@ -235,14 +235,14 @@ class RoutedConfig(PromptConfig):
 
     def of_callback(self) -> list[str]:
         """The options that are on and that only `RoutingCallback` carries out, as they are written."""
-        of_callback = {
+        options = {
             f"router_init={self.router_init!r}": self.router_init == "gradient",
             "router_test=True": self.router_init == "gradient" and self.router_test,
             "router_standardize=True": self.router_standardize,
             "routing_anneal=True": self.routing_anneal,
             f"split_after={self.split_after:g}": self.split_after > 0,
         }
-        return [option for option, on in of_callback.items() if on]
+        return [option for option, on in options.items() if on]
 
 
 class RoutedEncoder(PromptEncoder):
