@@ -27,6 +27,7 @@ LLAMA_1B = transformers.LlamaConfig(  # Llama-3.2-1B's sizes, of which the paper
     num_key_value_heads=8,
     tie_word_embeddings=True,
 )
+
 PT_MOE: dict[str, Any] = {"num_virtual_tokens": 6, "num_experts": 3, "rank": 4, "recipe": "paper"}
 SELECTIVE_PROBATIONARY = {
     "PT-MoE selective probationary": PTMoEConfig(**PT_MOE),

@@ -64,10 +64,9 @@ class Table:
 
     def _text(self, value: Any, column: str) -> str:
         number = _plain(value.mean if isinstance(value, Score) else value)
-        if number is None or isinstance(number, (str, bool)):  # to Python, True is a whole number
+        if number is None or isinstance(number, (str, bool)) or column == "seed":  # to Python, True is a whole number
             return "–" if number is None else str(number)
-        default: Callable[[Any], str] = str if column == "seed" else "{:,}".format
-        default = default if isinstance(number, int) else decimals(1)
+        default = "{:,}".format if isinstance(number, int) else decimals(1)
         return str(self.formats.get(column, default)(number))
 
     def numbers(self) -> pd.DataFrame:

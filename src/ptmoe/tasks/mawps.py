@@ -26,13 +26,11 @@ from ptmoe.tasks.prompts import WordProblems, word_problem
 from ptmoe.tasks.records import name_of, number_text, text_of
 
 _PLACEHOLDER = re.compile(r"\b(?:number|N_)(\d+)\b")
-_BETWEEN_NUMBERS = re.compile(r"(?:\s|,(?!\d{3}\b))+")  # not the comma in 1,000
+_NUMBER = re.compile(r"[^\s,]+(?:,\d{3}\b[^\s,]*)*")  # 1,000 is one
 
 
 def csv_example(record: dict[str, Any], origin: Origin) -> Example:
-    numbers = [
-        number_text(number) for number in _BETWEEN_NUMBERS.split(record.get("Numbers", "").strip(", ")) if number
-    ]
+    numbers = list(map(number_text, _NUMBER.findall(record.get("Numbers", ""))))
 
     def number(found: re.Match[str]) -> str:
         if int(found[1]) >= len(numbers):
