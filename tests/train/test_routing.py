@@ -326,6 +326,25 @@ def test_each_rows_gradient_is_the_one_it_has_alone_at_the_mean_prompt_and_witho
     assert model.base_model.training
 
 
+def test_gradients_of_batches_that_memory_does_not_hold_are_computed_in_parts(monkeypatch):
+    model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3))
+    batches = [on_device(collate(rows(7))), on_device(collate(rows(5)))]
+    whole = torch.cat([prompt_gradients(model, one) for one in batches])
+    tried, forward = [], model.forward
+
+    def limited(**inputs):
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", limited)
+    with pytest.warns(UserWarning, match="out of memory with 4 rows at once: batches are computed in 4 parts"):
+        parts = torch.cat(list(routing.gradients_of(model, batches)))
+    assert tried == [7, 4, 2, 2, 2, 1, 2, 2, 1]
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
+
+
 def test_the_start_reads_what_the_router_reads_no_answer_and_no_padding():
     model = ptmoe.attach(tiny_llama(), ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3))
     ids, mask = batch([tokens(7, 1), tokens(4, 2)], [1, 3])

@@ -11,7 +11,8 @@ Three things, each an option of a routed method's config (`ptmoe.methods.routing
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -23,9 +24,11 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ptmoe.errors import PtmoeError
+from ptmoe.fast.paths import is_sharded
 from ptmoe.methods.inputs import mean_input
 from ptmoe.methods.routing import RoutedConfig, RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM, readable_tokens
+from ptmoe.train.memory import Parts
 from ptmoe.train.steps import Progress
 
 EXAMPLES = 512  # at most, for the statistics and the initial routing
@@ -127,7 +130,7 @@ class RoutingCallback(TrainerCallback):
             return
         means = torch.cat([mean_inputs(model, batch) for batch in chosen])
         shown = self._shown(chosen, args, state)
-        gradients = torch.cat([prompt_gradients(model, batch) for batch in shown])
+        gradients = torch.cat(list(gradients_of(model, shown)))
         chance = start_router(encoder, means, gradients, torch.Generator().manual_seed(args.seed))
         if args.world_size > 1:  # a test that rounding decides would part the processes
             for parameter in encoder.router.parameters():
@@ -257,6 +260,16 @@ def prompt_gradients(model: PromptedCausalLM, batch: dict[str, Tensor]) -> Tenso
     finally:
         model.train(was_training)
     return nn.functional.normalize(gradient.flatten(1).float(), dim=1)
+
+
+def gradients_of(model: PromptedCausalLM, batches: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
+    """As `prompt_gradients`, of several batches, in parts where memory cannot hold one whole."""
+    parts, compute = Parts(), partial(prompt_gradients, model)
+    for batch in batches:
+        if is_sharded(model.base_model):  # other processes would wait for the second part
+            yield compute(batch)
+        else:
+            yield from parts.computed(batch, compute)
 
 
 @torch.no_grad()

@@ -5,14 +5,13 @@ import json
 import math
 import random
 import shutil
-import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +29,7 @@ from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
 from ptmoe.train.callbacks import OnBegin
 from ptmoe.train.checkpoints import PARTIAL, RANDOM_STATE, fault, numbered, publish, seal
+from ptmoe.train.memory import Parts
 from ptmoe.train.optimizer import SCHEDULER, load_state, save_state, settle, updates_in_backward
 
 TRAINING_STATE = "training_state.safetensors"
@@ -95,7 +95,7 @@ class PromptTrainer(Trainer):
         self._last_good: list[Tensor] = []  # values of the trained parameters
         self._saving = False
         self.changed = False  # resumed with other options than the checkpoint's
-        self._parts = 1  # in which a batch is computed
+        self._parts = Parts()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         data, batches = cast("Dataset[Any]", self.train_dataset), cast(Any, self.batches)
@@ -176,35 +176,18 @@ class PromptTrainer(Trainer):
     def _in_parts(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """A training step, in twice as many parts whenever memory cannot hold it. The loss is over the supervised
         tokens of the global batch, so the gradients of the parts add up to the same."""
-        if num_items is None or self.args.world_size > 1:  # the other processes would wait for the second part
+        alone = self.args.world_size == 1  # other processes would wait for the second part
+        if num_items is None or not alone or updates_in_backward(self.args.optim):  # which cannot start a batch again
             return cast(Tensor, super().training_step(model, inputs, num_items))
-        rows = len(inputs["input_ids"])
         trainable = self._trained()
         before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trainable]
-        while True:
-            size = -(-rows // min(self._parts, rows))
-            try:
-                losses = [
-                    super(PromptTrainer, self).training_step(
-                        model, _rows(inputs, slice(start, start + size)), num_items
-                    )
-                    for start in range(0, rows, size)
-                ]
-                return torch.stack(losses).sum()
-            except RuntimeError as error:
-                again = should_reduce_batch_size(error) and not updates_in_backward(self.args.optim)
-                if not again or size == 1:
-                    raise
-            # Outside the handler, which keeps the failed step's tensors alive.
+
+        def undo() -> None:
             for parameter, gradient in zip(trainable, before, strict=True):
                 parameter.grad = None if gradient is None else gradient.clone()
-            clear_device_cache(garbage_collection=True)
-            self._parts = 2 * -(-rows // size)
-            warnings.warn(
-                f"out of memory with {size} rows at once: batches are computed in {self._parts} parts from step "
-                f"{self.state.global_step + 1} on, with the same gradients",
-                stacklevel=2,
-            )
+
+        step = partial(super().training_step, model, num_items_in_batch=num_items)
+        return torch.stack(self._parts.computed(inputs, step, undo)).sum()
 
     # -- checkpoints without pickles -----------------------------------------------------------------------------------
 
@@ -362,12 +345,3 @@ class _Settled(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         settle(self.trainer.optimizer)
         self.trainer.check_weights()
-
-
-def _rows(inputs: dict[str, Any], part: slice) -> dict[str, Any]:
-    """Some rows of a batch."""
-    count = len(inputs["input_ids"])
-    return {
-        name: value[part] if isinstance(value, Tensor | list | tuple) and len(value) == count else value
-        for name, value in inputs.items()
-    }
