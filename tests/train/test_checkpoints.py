@@ -18,6 +18,7 @@ import ptmoe
 from ptmoe.train import PromptTrainer, TrainOptions, train
 from ptmoe.train import checkpoints as ours
 from ptmoe.train.interruption import InterruptedRunError
+from ptmoe.train.trainer import DivergedError
 from testing.training import trainer
 
 STEPS, EVERY = 7, 2
@@ -350,6 +351,49 @@ def test_the_best_checkpoint_is_kept_beside_the_last_and_loaded_at_the_end(tmp_p
     assert written["best_model_checkpoint"] == trainer.state.best_model_checkpoint
     saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in trainer.model.encoder.tensors().items())
+
+
+class Shifting(torch.optim.SGD):
+    """Trains at other weights than those to be saved, as schedule-free optimizers do."""
+
+    training = True
+
+    @torch.no_grad()
+    def _shift(self, training):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(int(training) - int(self.training))
+        self.training = training
+
+    def train(self):
+        self._shift(True)
+
+    def eval(self):
+        self._shift(False)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop |= state.global_step == 3
+
+
+def test_the_best_checkpoint_is_loaded_as_it_is_whatever_weights_the_optimizer_trains_at(tmp_path):
+    trainer = best_trainer(tmp_path, [2], eval_steps=2, save_steps=2, load_best_model_at_end=True)
+    trainer.optimizer = Shifting(trainer.model.encoder.parameters(), 0.01)
+    trainer.add_callback(Stop())
+    trainer.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in trainer.model.encoder.tensors().items())
+
+
+def test_a_second_training_that_diverges_at_once_leaves_what_the_first_has_made(tmp_path):
+    again = trainer(tmp_path, ptmoe.PTMoEConfig(num_virtual_tokens=4, rank=3), trainer_class=PromptTrainer)
+    again.train()
+    made = {name: value.clone() for name, value in again.model.encoder.tensors().items()}
+    again.compute_loss = lambda model, *_, **__: sum(map(torch.sum, model.encoder.parameters())) * torch.nan
+    with pytest.raises(DivergedError, match="at step 1"):
+        again.train()
+    for name, value in again.model.encoder.tensors().items():
+        torch.testing.assert_close(value, made[name], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -252,6 +252,7 @@ class PromptTrainer(Trainer):
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
 
     def _load_best_model(self) -> None:
+        settle(self.optimizer)  # at the end of training it would take what is loaded for its own values
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -341,6 +342,9 @@ class _Epochs(TrainerCallback):
 class _Settled(TrainerCallback):
     def __init__(self, trainer: PromptTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.trainer._last_good = []  # of an earlier training, whose end has folded them
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         settle(self.trainer.optimizer)
