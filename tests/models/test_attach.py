@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ptmoe
+from ptmoe.methods import METHODS
 from ptmoe.models.attach import load_run
 from ptmoe.models.bases import load_base, place
 from ptmoe.models.decoding import Decoder
@@ -93,6 +94,15 @@ def test_where_parts_of_the_base_are_is_said_as_the_base_says_it():
     assert not hasattr(model, "hf_device_map")
     base.hf_device_map = {"": "cpu"}
     assert model.hf_device_map == {"": "cpu"}
+
+
+@pytest.mark.parametrize("method", ["lora", "ft"])
+def test_what_a_method_trains_in_a_base_on_several_devices_stays_with_its_layers(method):
+    base = tiny_llama()
+    base.model.layers[1].to("meta")
+    model = ptmoe.attach(base, METHODS[method](), check=False)
+    for name, parameter in model.encoder.named_parameters():
+        assert (parameter.device.type == "meta") == (".layers.1." in name)
 
 
 def test_the_first_adapter_is_active(tmp_path):
