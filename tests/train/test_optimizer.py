@@ -177,6 +177,13 @@ def test_whatever_stands_under_trainer_is_taken_or_refused_in_words(tmp_path):
     assert refused > 1000
 
 
+def test_label_smoothing_is_for_methods_that_do_without_the_labels(tmp_path):
+    smoothed = {"trainer": {"label_smoothing_factor": 0.1}, "max_steps": 1}
+    assert quiet(options(tmp_path / "pt", method={"name": "pt"}, **smoothed)).result.steps == 1
+    with pytest.raises(PtmoeError, match=r"^label_smoothing_factor=0\.1 keeps the labels from pt-moe"):
+        quiet(options(tmp_path / "pt-moe", method={"name": "pt-moe"}, **smoothed))
+
+
 @pytest.mark.parametrize(
     ("method", "architecture", "targets", "message"),
     [

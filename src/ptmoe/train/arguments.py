@@ -96,9 +96,10 @@ def _rehearse(options: TrainOptions, config: MethodConfig) -> None:
     """Make the trainer, its batches and its optimizer for a module of one weight."""
     from torch import nn
     from torch.utils.checkpoint import checkpoint
-    from transformers import Trainer
+    from transformers import PretrainedConfig, Trainer
 
     stub: Any = nn.Sequential(nn.Linear(2, 2))
+    stub.config = PretrainedConfig()  # the trainer reads it for some options
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says it
         try:

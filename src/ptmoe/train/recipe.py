@@ -375,6 +375,8 @@ def _trainer(
             callbacks=[MetricsFile(folder / METRICS_FILE), *callbacks],
         )
         trainer.get_train_dataloader()  # refuses its own
+    except PtmoeError:
+        raise
     except (ValueError, TypeError, RuntimeError, ImportError, ConnectionError) as error:  # the last of the Hub
         raise PtmoeError(f"{REFUSED} {' '.join(str(error).split())}") from None
     if trainer.args.world_size != world_size():
