@@ -68,6 +68,8 @@ def test_no_limit_of_a_server_ends_a_conversation(run, model, monkeypatch):
         (("--model", "nano", "--queue", "-1"), "queue"),
         (("--model", "nano", "--api-key", " "), "API key is empty"),
         (("--model", "nano", "--admin-key", ""), "API key is empty"),
+        (("--model", "nano", "--cors-origin", "https://a.example/"), "--cors-origin 'https://a.example/'"),
+        (("--model", "nano", "--cors-origin", "a.example"), "needs https://HOST"),
         (("--model", "nano", "--engine-option", "max_model_len=64"), "--engine-option is for --engine vllm"),
         (("--model", "nano", "--engine", "vllm", "--device", "cpu", "--quantization", "4bit"), "--device, --quant"),
         (("--model", "nano", "--engine", "http://127.0.0.1:9", "--dtype", "float32"), "options of `vllm serve`"),

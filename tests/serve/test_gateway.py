@@ -40,6 +40,13 @@ def test_what_is_no_url_of_a_server_is_refused(url):
         GatewayEngine(["http://127.0.0.1:1", url], MATRIX)
 
 
+@pytest.mark.parametrize("key", ["", "a b", "a\n", "schlüssel"])
+def test_a_key_that_no_request_can_carry_is_refused_and_not_shown(key):
+    with pytest.raises(ptmoe.PtmoeError, match="characters that a request cannot carry") as refused:
+        GatewayEngine(["http://127.0.0.1:1"], MATRIX, api_key=key)
+    assert not key or key not in str(refused.value)
+
+
 def spoken(mode="fine", **options):
     """An engine that speaks vLLM's protocol and continues any input with its token ids, backwards."""
     app = FastAPI()

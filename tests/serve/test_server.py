@@ -237,6 +237,14 @@ def test_what_cannot_be_honoured_is_refused_by_name(address, body, status, param
         assert param in error["message"]
 
 
+def test_two_limits_of_one_answer_are_refused(address):
+    body = {"model": "routed", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    for other, status in ((2, 200), (3, 400)):
+        got = httpx.post(f"{address}/v1/chat/completions", json={**body, "max_completion_tokens": other})
+        assert got.status_code == status
+    assert got.json()["error"]["param"] == "max_tokens"
+
+
 @pytest.mark.parametrize(("change", "words"), CHAT.values(), ids=CHAT)
 def test_an_error_in_a_conversation_says_where_it_is(address, change, words):
     body = {"model": "routed", "messages": [{"role": "user", **change}]}
@@ -373,6 +381,13 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(model):
             thread.join()
         assert engine.ended == 2
         assert post(address, {**body, "max_tokens": 1}).status_code == 200
+
+
+def test_a_completion_that_asks_for_no_length_gets_what_the_limit_allows(model):
+    with running(with_engine(model, slow(0), max_tokens=3)) as address:
+        got = post(address, {"model": "base", "prompt": "a"})
+        assert got.status_code == 200, got.text
+        assert got.json()["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +81,9 @@ def serve(
             raise PtmoeError(f"{variable} is set and empty: give it a long random key, or unset it")
     if any(not key.strip() for key in (*(api_key or ()), *(() if admin_key is None else (admin_key,)))):
         raise PtmoeError("an API key is empty: it would let everyone in; give a long random one, or leave it out")
+    for origin in cors_origin or ():  # which is compared with what browsers send, letter by letter
+        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\sA-Z/?#]+", origin):
+            raise PtmoeError(f"--cors-origin {origin!r}: needs https://HOST or https://HOST:PORT, in small letters")
     quiet()
     from ptmoe.serve.app import create_app
     from ptmoe.serve.start import bind, gateway_service, local_service, vllm_service

@@ -53,10 +53,12 @@ class Body(BaseModel):
             return values
         for name in values.keys() & cls.neutral.keys():
             if values[name] is not None and values[name] not in cls.neutral[name]:
-                raise PydanticCustomError(
-                    "not_honoured", "{param} cannot be honoured by this server: leave it out", {"param": name}
-                )
+                raise _not_honoured(name, f"{name} cannot be honoured by this server: leave it out")
         return {name: value for name, value in values.items() if name not in cls.neutral}
+
+
+def _not_honoured(param: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("not_honoured", "{message}", {"param": param, "message": message})
 
 
 class StreamOptions(Body):
@@ -151,10 +153,11 @@ class ChatBody(Parameters):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
-    def _top_logprobs_with_logprobs(self) -> ChatBody:
+    def _no_parameter_against_another(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            message = "top_logprobs needs logprobs=true"
-            raise PydanticCustomError("not_honoured", "{message}", {"param": "top_logprobs", "message": message})
+            raise _not_honoured("top_logprobs", "top_logprobs needs logprobs=true")
+        if None not in (limits := {self.max_tokens, self.max_completion_tokens}) and len(limits) > 1:
+            raise _not_honoured("max_tokens", "max_tokens and max_completion_tokens are one limit: give one of them")
         return self
 
 

@@ -143,7 +143,7 @@ def create_app(
     async def completions(body: CompletionBody, request: Request) -> Response:
         """The text that follows a text."""
         sampling = _sampling(body, body.logprobs)
-        most = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+        most = min(DEFAULT_TOKENS, service.limits.max_tokens) if body.max_tokens is None else body.max_tokens
         return await _answered(service, request, body, TextShape, body.prompts, sampling, most)
 
     @app.post("/v1/chat/completions", **completion)

@@ -12,6 +12,7 @@ import base64
 import io
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -72,7 +73,7 @@ class GatewayEngine:
         api_key: of the upstreams.
 
     Raises:
-        PtmoeError: what is no URL of a server.
+        PtmoeError: what is no URL of a server, or a key that no request can carry.
     """
 
     name = "gateway"
@@ -89,6 +90,8 @@ class GatewayEngine:
         self.upstreams = [Upstream(_address(url)) for url in urls]
         self.positions = positions
         self._embedding, self._timeout = embedding, timeout
+        if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+            raise PtmoeError("the engines' API key has characters that a request cannot carry, or none: give another")
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._watching: list[asyncio.Task[None]] = []
 
