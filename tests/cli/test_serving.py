@@ -1,6 +1,8 @@
 """`ptmoe serve` and `chat`, as a user starts them."""
 
 import io
+import signal
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -40,6 +42,25 @@ def test_a_conversation_that_has_no_room_left_starts_again(run, model, monkeypat
     assert err.count("the conversation starts again") == 1
     expected = alone(model, service_of(model), "fixed", [{"role": "user", "content": "hello"}], 9)
     assert out.splitlines()[-1] == expected.splitlines()[-1]
+
+
+def test_ctrl_c_ends_a_conversation_that_waits_for_a_line(run, model, monkeypatch):
+    class Terminal(io.StringIO):
+        def readline(self):
+            if line := super().readline():
+                return line
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1)
+            waited.append("for a line after Ctrl+C")
+            return ""
+
+    waited = []
+    monkeypatch.setattr("sys.stdin", Terminal("hello\n"))
+    options = ("--model", model.folder / "base", "--device", "cpu", "--max-new-tokens", "3")
+    status, out, _ = run("chat", model.folder / "adapters" / "fixed", *options)
+    assert status == 130
+    assert out
+    assert not waited
 
 
 def test_no_limit_of_a_server_ends_a_conversation(run, model, monkeypatch):

@@ -17,6 +17,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.files import check_adapters
 
 if TYPE_CHECKING:
+    from ptmoe.serve.registry import Composed
     from ptmoe.serve.service import Service
 
 DAY = 86_400.0  # seconds
@@ -148,40 +149,48 @@ def chat(
     limits = Limits(max_tokens=max_new_tokens, deadline=DAY)
     options = given(dtype=dtype, quantization=quantization, revision=revision)
     service = local_service(adapter, model=model, device=device, limits=limits, **options)
-    asyncio.run(_talk(service, adapter.resolve().name, max_new_tokens, temperature))
+    _talk(service, adapter.resolve().name, max_new_tokens, temperature)
 
 
-async def _talk(service: Service, name: str, max_new_tokens: int, temperature: float) -> None:
-    from ptmoe.serve.engine import EngineError, Sampling
+def _talk(service: Service, name: str, max_new_tokens: int, temperature: float) -> None:
+    from ptmoe.serve.engine import EngineError
 
-    await service.engine.start()
     messages: list[dict[str, str]] = []
+    keeps = service.tokenizer.chat_template and service.registry.trained_on_chat(name) is not False
+    while line := _line():  # outside of the event loop, in which Ctrl+C would wait for the line
+        messages = [*(messages if keeps else []), {"role": "user", "content": line}]
+        try:
+            said, row = asyncio.run(_answer(service, name, messages, max_new_tokens, temperature))
+        except (PtmoeError, EngineError) as error:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            messages.pop()
+            if messages and isinstance(error, PtmoeError):  # they leave no room, and never would
+                messages = []
+                print("the conversation starts again", file=sys.stderr)
+            continue
+        print(flush=True)
+        messages.append({"role": "assistant", "content": said})
+        if row.gate is not None:
+            shown = ", ".join(f"{value:.3f}" for value in row.gate)
+            print(f"expert {row.expert}, gate [{shown}]", file=sys.stderr, flush=True)
+
+
+async def _answer(
+    service: Service, name: str, messages: list[dict[str, str]], max_new_tokens: int, temperature: float
+) -> tuple[str, Composed]:
+    """Print an answer as it comes; the whole of it, and the row that it was given to."""
+    from ptmoe.serve.engine import Sampling
+
+    said = ""
+    await service.engine.start()
     try:
-        keeps = service.tokenizer.chat_template and service.registry.trained_on_chat(name) is not False
-        while line := await asyncio.to_thread(_line):
-            messages = [*(messages if keeps else []), {"role": "user", "content": line}]
-            said = ""
-            try:
-                sampling = Sampling(0, temperature)
-                run = await service.run(name, [messages], sampling, max_tokens=max_new_tokens)
-                async for _, piece in run.pieces():
-                    said += piece.text
-                    print(printable(piece.text), end="", flush=True)
-            except (PtmoeError, EngineError) as error:
-                print(f"error: {printable(str(error))}", file=sys.stderr)
-                messages.pop()
-                if messages and isinstance(error, PtmoeError):  # they leave no room, and never would
-                    messages = []
-                    print("the conversation starts again", file=sys.stderr)
-                continue
-            print(flush=True)
-            messages.append({"role": "assistant", "content": said})
-            gate = run.rows[0].gate
-            if gate is not None:
-                shown = ", ".join(f"{value:.3f}" for value in gate)
-                print(f"expert {run.rows[0].expert}, gate [{shown}]", file=sys.stderr, flush=True)
+        run = await service.run(name, [messages], Sampling(0, temperature), max_tokens=max_new_tokens)
+        async for _, piece in run.pieces():
+            said += piece.text
+            print(printable(piece.text), end="", flush=True)
     finally:
         await service.engine.stop()
+    return said, run.rows[0]
 
 
 def _line() -> str:
