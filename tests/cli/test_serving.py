@@ -1,6 +1,7 @@
 """`ptmoe serve` and `chat`, as a user starts them."""
 
 import io
+import shutil
 import signal
 import time
 from importlib.util import find_spec
@@ -61,6 +62,14 @@ def test_ctrl_c_ends_a_conversation_that_waits_for_a_line(run, model, monkeypatc
     assert status == 130
     assert out
     assert not waited
+
+
+def test_an_adapter_with_the_name_of_its_base_is_not_taken_for_it(run, model, monkeypatch, tmp_path):
+    shutil.copytree(model.folder / "adapters" / "fixed", tmp_path / "base")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    status, out, err = run("chat", tmp_path / "base", "--model", model.folder / "base", "--device", "cpu")
+    assert (status, out) == (2, "")
+    assert "'base' is the name of the base as well" in err
 
 
 def test_no_limit_of_a_server_ends_a_conversation(run, model, monkeypatch):

@@ -20,6 +20,7 @@ from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.serve import registry as registry_module
 from ptmoe.serve.engine import UnavailableError
 from ptmoe.serve.registry import Registry, UnknownModelError
+from ptmoe.serve.start import base_of
 from testing.bases import BY_ROW, CONFIGS, DEVICE, prompted, tiny, tokens
 from testing.serving import until
 
@@ -85,12 +86,15 @@ def test_an_adapter_that_changes_each_rows_layers_is_served_where_the_base_is(ba
         registry_of(base, folder).compose("rows", IDS)
 
 
-def test_a_broken_adapter_is_listed_and_the_rest_served(base, folder):
+def test_a_broken_adapter_is_listed_and_the_rest_served(base, folder, caplog):
     shutil.copytree(folder / "c", folder / "cut")
     (folder / "cut" / "adapter_model.safetensors").write_bytes(b"123")
     shutil.copytree(folder / "c", folder / "gone")
     (folder / "gone" / "adapter_model.safetensors").unlink()
     prompted(tiny("llama", seed=9), CONFIGS["PT"]).save_pretrained(folder / "foreign")
+    config = folder / "foreign" / "adapter_config.json"
+    named = {**json.loads(config.read_text()), "base_model_name_or_path": "/home/somebody/bases/other"}
+    config.write_text(json.dumps(named))
     prompted(tiny("llama"), METHODS["lora"](rank=2)).save_pretrained(folder / "lora")
     prompted(tiny("llama"), CONFIGS["PT"]).save_pretrained(folder / "tiny")
     (folder / "empty").mkdir()
@@ -100,7 +104,8 @@ def test_a_broken_adapter_is_listed_and_the_rest_served(base, folder):
     assert registry.names() == ["tiny", "a.b", "c", "keys"]
     errors = {name: about["error"] for name, about in registry.listing().items() if "error" in about}
     assert errors.keys() == {"cut", "gone", "foreign", "lora", "tiny"}
-    assert "trained on another base" in errors["foreign"]
+    assert all(f"adapter {name!r} is skipped: {error}" in caplog.text for name, error in errors.items())
+    assert "trained on another base (other) than" in errors["foreign"]
     assert "needs its base model's layers" in errors["lora"]
     assert "name of the base" in errors["tiny"]
     assert not any(str(folder) in error for error in errors.values())
@@ -133,6 +138,35 @@ def test_what_the_system_could_not_read_is_tried_again(place, base, folder, monk
     now += 2 * registry_module.POLL
     assert torch.equal(registry.compose("c", IDS).row.embeds, registry_of(base, folder).compose("c", IDS).row.embeds)
     assert "error" not in registry.listing()["c"]
+    assert "c" in registry.names()
+
+
+@pytest.mark.parametrize("written", [b"123", None], ids=["cut", "whole"])
+def test_files_that_changed_since_the_last_look_are_not_read_as_if_they_were_settled(base, folder, written):
+    registry = registry_of(base, folder)
+    prompted(tiny("llama"), CONFIGS["PT"], seed=3).save_pretrained(folder / "c")
+    if written is not None:
+        (folder / "c" / "adapter_model.safetensors").write_bytes(written)
+    with pytest.raises(UnavailableError, match="may still be written"):
+        registry.compose("c", IDS)
+    prompted(tiny("llama"), CONFIGS["PT"], seed=4).save_pretrained(folder / "c")
+    registry.scan()
+    registry.scan()
+    assert torch.equal(registry.compose("c", IDS).row.embeds, registry_of(base, folder).compose("c", IDS).row.embeds)
+    assert not registry.adapters.encoders.keys() - {registry.ready("c").key}
+
+
+def test_an_adapter_that_one_thread_could_read_is_served_though_another_could_not(base, folder, monkeypatch):
+    registry = registry_of(base, folder)
+    load = registry.adapters.load
+
+    def fails_while_another_reads(*arguments):
+        monkeypatch.setattr(registry.adapters, "load", load)
+        registry.ready("c")
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(registry.adapters, "load", fails_while_another_reads)
+    assert registry.compose("c", IDS).expert is not None
     assert "c" in registry.names()
 
 
@@ -231,11 +265,11 @@ def test_an_adapter_that_was_mended_is_served_again(base, folder, spoil, mend, a
 
 def test_how_a_run_was_trained_is_read_again_when_its_config_comes_late(base, folder):
     registry = registry_of(base, folder)
-    assert registry.trained_on_chat("c") is None
+    assert registry.ready("c").chat is None
     (folder / "c" / "config.yaml").write_text("chat: false\n")
     registry.scan()
     registry.scan()
-    assert registry.trained_on_chat("c") is False
+    assert registry.ready("c").chat is False
 
 
 def test_an_adapter_may_be_called_adapter(base, folder):
@@ -310,7 +344,7 @@ def test_one_adapter_or_run_folder_is_served_under_its_name(base, folder):
     (folder / "run" / "config.yaml").write_text("chat: true\n")
     registry = registry_of(base, folder / "run")
     assert registry.names() == ["tiny", "run"]
-    assert registry.trained_on_chat("run") is True
+    assert registry.ready("run").chat is True
 
 
 def test_the_watcher_reads_and_follows(base, folder, monkeypatch):
@@ -323,6 +357,14 @@ def test_the_watcher_reads_and_follows(base, folder, monkeypatch):
         assert time.monotonic() < end
         time.sleep(0.02)
     registry.stop()
+
+
+def test_what_is_hidden_does_not_choose_the_base(folder):
+    for name, base in (("a.b", "shown"), (".old", "hidden")):
+        shutil.copytree(folder / "c", folder / name, dirs_exist_ok=True)
+        config = folder / name / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+    assert base_of(folder, None, None) == ("shown", None)
 
 
 MEMORY = """

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from ptmoe.models.greedy import GREEDY
 from ptmoe.serve import start
 from ptmoe.serve.engine import EngineError, Token
 from ptmoe.serve.limits import Limits
-from ptmoe.serve.start import bind
+from ptmoe.serve.start import bind, local_service
 from testing.serving import Paced, alone, running, save, service_of, until
 
 openai = pytest.importorskip("openai")
@@ -388,6 +389,31 @@ def test_a_completion_that_asks_for_no_length_gets_what_the_limit_allows(model):
         got = post(address, {"model": "base", "prompt": "a"})
         assert got.status_code == 200, got.text
         assert got.json()["usage"]["completion_tokens"] == 3
+
+
+def test_a_request_whose_adapter_is_replaced_meanwhile_is_of_one_adapter_and_in_its_form(model, tmp_path):
+    for name in ("routed", "fixed"):
+        shutil.copytree(model.folder / "adapters" / name, tmp_path / name)
+    (tmp_path / "fixed" / "config.yaml").write_text("chat: false\n")
+    service = local_service(tmp_path, model=str(model.folder / "base"), device="cpu")
+    registry, compose = service.registry, service.registry.compose
+    plain, templated = (
+        service._prepare(name, [[{"role": "user", "content": PROMPT}]], 1)[0] for name in ("fixed", "routed")
+    )
+    assert len(plain.row.token_ids) < len(templated.row.token_ids)
+
+    def replaced_after_the_first(*arguments):
+        row = compose(*arguments)
+        registry.compose = compose
+        shutil.rmtree(tmp_path / "fixed")
+        (tmp_path / "routed").rename(tmp_path / "fixed")
+        registry.scan(settled=True)
+        return row
+
+    registry.compose = replaced_after_the_first
+    rows = service._prepare("fixed", [[{"role": "user", "content": PROMPT}]] * 2, 1)
+    assert [row.row.token_ids for row in rows] == [templated.row.token_ids] * 2
+    assert [row.gate for row in rows] == [templated.gate] * 2
 
 
 @pytest.mark.parametrize("stream", [False, True])

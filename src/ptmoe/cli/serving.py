@@ -156,7 +156,10 @@ def _talk(service: Service, name: str, max_new_tokens: int, temperature: float) 
     from ptmoe.serve.engine import EngineError
 
     messages: list[dict[str, str]] = []
-    keeps = service.tokenizer.chat_template and service.registry.trained_on_chat(name) is not False
+    adapter = service.registry.ready(name)
+    if adapter is None:
+        raise PtmoeError(f"{name!r} is the name of the base as well, which would answer: rename the adapter's folder")
+    keeps = service.tokenizer.chat_template and adapter.chat is not False
     while line := _line():  # outside of the event loop, in which Ctrl+C would wait for the line
         messages = [*(messages if keeps else []), {"role": "user", "content": line}]
         try:

@@ -11,6 +11,7 @@ no running request.
 
 import logging
 import math
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -33,6 +34,7 @@ POLL = 2.0  # seconds between looks at the folder, at least
 SHARE = 20  # and at least this many times as long as a look takes
 NEAR_NAMES = 3
 LONGEST_NAME = 256
+ABSOLUTE = re.compile(r"(?<![\w./])/[^\s()'\",;:]+")  # a path in a text
 
 log = logging.getLogger(__name__)
 
@@ -148,34 +150,30 @@ class Registry:
         """`(V, H)`."""
         return cast(Tensor, self.adapters.embedding.weight)
 
-    def trained_on_chat(self, name: str) -> bool | None:
-        """Whether the adapter was trained on prompts in the chat template; None where that is unknown.
+    def ready(self, name: str) -> Entry | None:
+        """The adapter of this name, once it has been read; None for the base. One that replaces it is another object.
 
         Raises:
-            UnknownModelError: as `compose`.
+            UnknownModelError, UnavailableError: as `entry`, also of one that turns out to be broken when it is read.
         """
-        entry = self.entry(name)
-        if entry is not None and entry.key is None:
+        while (entry := self.entry(name)) is not None and entry.key is None:  # or replaced in the meantime
             self._load(name, entry)
-            entry = self.entry(name)
-        return None if entry is None else entry.chat
+        return entry
 
     @torch.no_grad()
     def compose(self, name: str, token_ids: list[int]) -> Composed:
         """The row of these tokens behind the prompt of an adapter, or behind none for the base.
 
         Raises:
-            UnknownModelError: no such adapter, or one that turns out to be broken when it is read.
+            UnknownModelError, UnavailableError: as `ready`.
         """
         ids = torch.tensor([token_ids], device=self.embedding.device)
         while True:
-            entry = self.entry(name)
-            if entry is not None and entry.key is None:
-                self._load(name, entry)
+            entry = self.ready(name)
             with self._lock:
                 key = None if entry is None else entry.key
                 if entry is not None and key is None:
-                    continue  # broken, or replaced or evicted in the meantime
+                    continue  # replaced or evicted in the meantime
                 if entry is not None:
                     self._in_memory.move_to_end(name)
                 spliced, prompts = self.adapters.compose(ids, adapter_names=[key or BASE])
@@ -187,18 +185,24 @@ class Registry:
             return Composed(Input(spliced.embeds[0], token_ids, prefix=(key, composed.expert)), gate)
 
     def _load(self, name: str, entry: Entry) -> None:
-        key = f"adapter{next(self._keys)}"
+        key, fault = f"adapter{next(self._keys)}", None
         try:
             self.adapters.load(entry.folder, key)
             chat = trained_with_chat(entry.folder)
         except (PtmoeError, OSError) as error:
-            refused = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+            fault = error
+        if _stamp(entry.folder) not in (entry.stamp, None):  # what was read may be half of one and half of another
+            fault = OSError("its files have changed, and may still be written")
+        if fault is not None:
+            refused = isinstance(fault, OSError) or isinstance(fault.__cause__, OSError)
             with self._lock:
-                # The reason may name files, which are not the clients' business.
-                entry.error = str(error).replace(str(entry.folder), name)
-                entry.retry = time.monotonic() + POLL if refused else math.inf
                 if key in self.adapters.encoders:
                     self.adapters.remove(key)
+                if entry.key is not None:
+                    return  # another thread could read it
+                # The reason may name files, and a base by its folder, which are not the clients' business.
+                entry.error = ABSOLUTE.sub(lambda path: Path(path[0]).name, str(fault).replace(str(entry.folder), name))
+                entry.retry = time.monotonic() + POLL if refused else math.inf
             log.warning("adapter %r is skipped: %s", name, entry.error)
             return
         encoder = self.adapters[key]
@@ -242,7 +246,9 @@ class Registry:
         self._forget(name)
         self._entries.pop(name, None)
         if found is not None:
-            self._entries[name] = Entry(*found, error=self._unfit(name))
+            self._entries[name] = Entry(*found, error=(unfit := self._unfit(name)))
+            if unfit is not None:
+                log.warning("adapter %r is skipped: %s", name, unfit)
 
     def _unfit(self, name: str) -> str | None:
         if name == self.base:
@@ -257,7 +263,7 @@ class Registry:
         found = {}
         try:
             for path in self.folder.iterdir():
-                stamp = None if path.name.startswith(".") else _stamp(path)
+                stamp = None if hidden(path) else _stamp(path)
                 if stamp is not None:
                     found[path.name] = (path, stamp)
         except OSError as error:
@@ -338,6 +344,11 @@ class Registry:
         self._stopping.set()
         if self._watcher is not None:
             self._watcher.join()
+
+
+def hidden(folder: Path) -> bool:
+    """Whether it is passed over, as what is being written or was put aside."""
+    return folder.name.startswith(".")
 
 
 def _stamp(folder: Path) -> tuple[int, ...] | None:

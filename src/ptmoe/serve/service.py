@@ -198,17 +198,17 @@ class Service:
     # -- before generation, in a thread ------------------------------------------------------------------------------
 
     def _prepare(self, model: str, prompts: Sequence[Prompt], max_tokens: int | None) -> list[Composed]:
-        chat = self.registry.trained_on_chat(model)
-        rows = []
+        adapter, rows = self.registry.ready(model), list[Composed]()
         for prompt in prompts:
-            ids = self._encode(prompt, chat)
+            ids = self._encode(prompt, None if adapter is None else adapter.chat)
             positions = self.engine.positions
             if positions is not None and len(ids) > positions:
                 raise PtmoeError(f"the input has {len(ids):,} tokens, and the base {positions:,} positions: shorten it")
             row = self.registry.compose(model, ids)
             check_room(row.row, 1 if max_tokens is None else max_tokens, positions)
             rows.append(row)
-        return rows
+        # All of one adapter, which was trained on such prompts: where it was replaced in the meantime, of the new one.
+        return rows if self.registry.entry(model) is adapter else self._prepare(model, prompts, max_tokens)
 
     def _encode(self, prompt: Prompt, chat: bool | None) -> list[int]:
         if isinstance(prompt, str):

@@ -23,7 +23,7 @@ from ptmoe.models.bases import load_base, load_config, load_tokenizer, locate
 from ptmoe.serve.engine import Engine
 from ptmoe.serve.limits import Limits
 from ptmoe.serve.metrics import Metrics
-from ptmoe.serve.registry import Registry
+from ptmoe.serve.registry import Registry, hidden
 from ptmoe.serve.service import Service
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def base_of(adapters: Path | None, model: str | None, revision: str | None) -> t
         return model, revision
     if adapters is None:
         raise PtmoeError("nothing to serve: give a folder of adapters, or --model for the base alone")
-    for path in (adapters, *sorted(path for path in adapters.iterdir() if path.is_dir())):
+    for path in (adapters, *sorted(path for path in adapters.iterdir() if path.is_dir() and not hidden(path))):
         try:
             written = read_config_file(local_folder(path))
         except (PtmoeError, OSError):
