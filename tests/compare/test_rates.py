@@ -13,7 +13,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.runs.records import EvaluationSummary, Result
 from ptmoe.runs.searches import RateSearch
-from ptmoe.tasks import Problems, load_task
+from ptmoe.tasks import TASKS, Problems, load_task
 from ptmoe.train.examples import evaluation_examples, evaluation_split, training_examples
 from ptmoe.train.options import TrainOptions
 
@@ -323,6 +323,21 @@ def test_a_named_task_without_one_is_held_out_of_its_training_split(tmp_path):
     assert evaluation_split(asked) == "train"
     assert [len(part) for part in scored.values()] == [10]
     assert {example.id for example in scored["gsm8k"]}.isdisjoint(example.id for example in trained)
+
+
+def test_every_task_of_a_mixture_has_its_share_of_what_is_held_out(tmp_path):
+    """Also one that is a mixture itself, whose examples go by the names of its parts."""
+    gsm = [json.dumps({"question": f"{n} and 1?", "answer": f"#### {n + 1}"}) for n in range(40)]
+    written = {"gsm8k/train.jsonl": "\n".join(gsm)}
+    for part in TASKS["mixture/classification"].parts:
+        label = "Good" if part == "glue/sst2" else TASKS[part].labels[0]
+        records = [{"sentence": f"{part} {n}", "label": label} for n in range(40)]
+        written[f"{part.rpartition('/')[2]}/train.json"] = json.dumps(records)
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    _, scored = both(options(task="mixture/classification,gsm8k", data_dir=str(tmp_path), validation_examples=24))
+    assert {name: len(part) for name, part in scored.items()} == {"mixture/classification": 12, "gsm8k": 12}
 
 
 def test_too_few_examples_to_hold_any_out_are_refused(tmp_path):

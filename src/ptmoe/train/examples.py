@@ -110,7 +110,7 @@ def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> di
         check_labels(map(task_named, names))
     if split == "train":
         found, _ = _parted(options, _stream(options, Problems(skip=options.skip_bad, at_once=True), say))
-        of = {name: [example for example in found if example.task == name] for name in names}
+        of = {name: [example for example in found if example.domain == name] for name in names}  # `mixed` names them
         return {name: part for name, part in of.items() if part} if len(names) > 1 else {trained: found}
     limits: dict[str, Any] = {"max_examples": most, "keys": options.keys, "say": say}
     loaded = {}
