@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 import ptmoe
+from ptmoe.evaluate import evaluate
 from ptmoe.nano.world import DOMAINS, SKILLS, WORLDS, is_test_input
-from ptmoe.tasks import TASKS, load_task, nano
+from ptmoe.tasks import TASKS, load_task, nano, task_names
 from ptmoe.tasks.base import Example, Format, Split, Task
 from ptmoe.tasks.local import FORMS, Keys, load
 from ptmoe.tasks.metrics import GRADERS
 from ptmoe.tasks.problems import Problems
 from ptmoe.tasks.records import text_of
+from ptmoe.tasks.scoring import grading_task
 from ptmoe.train import TrainOptions, train
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -169,6 +171,21 @@ def test_gold_answers_score_100_and_wrong_ones_0():
     examples = load_task("nano/words", "test")
     assert ptmoe.score("nano/words", [e.references[0] for e in examples], examples) == {"accuracy": 100.0}
     assert ptmoe.score("nano/words", {e.id: "?" for e in examples}, examples) == {"accuracy": 0.0}
+
+
+@pytest.mark.parametrize("name", ["nano/mixed,gsm8k", "gsm8k,nano/mixed", "gsm8k=2,mrqa/squad=1", "glue/sst2,trec"])
+def test_a_mixture_is_not_graded_as_its_first_task_where_the_others_are_graded_otherwise(name):
+    examples = [Example(task, "?", " #### 18", ("18",), task, task) for task in task_names(name)]
+    texts = ["#### 18"] * len(examples)
+    for grading in (lambda: ptmoe.score(name, texts, examples), lambda: evaluate(None, None, examples)):
+        with pytest.raises(ptmoe.PtmoeError, match="graded in different ways: score each by itself"):
+            grading()
+
+
+def test_a_mixture_whose_tasks_are_graded_alike_is_graded_under_its_own_name():
+    examples = [Example(task, "?", " #### 18", ("18",), task, task) for task in ("gsm8k", "svamp")]
+    assert ptmoe.score("gsm8k,svamp", ["#### 18", "17"], examples) == {"accuracy": 50.0}
+    assert grading_task("gsm8k,svamp").name == "gsm8k,svamp"
 
 
 def test_predictions_must_cover_exactly_the_examples():

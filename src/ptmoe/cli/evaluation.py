@@ -248,9 +248,8 @@ def score(
 ) -> None:
     """Grade any system's predictions, without a model."""
     from ptmoe.runs.records import EvaluationSummary
-    from ptmoe.tasks import task_named
     from ptmoe.tasks.predictions import read_predictions
-    from ptmoe.tasks.scoring import grade, summarise
+    from ptmoe.tasks.scoring import grade, grading_task, summarise
 
     if output is not None:
         check_name(output)
@@ -260,7 +259,7 @@ def score(
     marks = grade(task, texts, loaded, missing_as_wrong=missing_as_wrong)
     summary = EvaluationSummary(
         **summarise(
-            task_named(task),
+            grading_task(task),
             split,
             marks,
             [(texts.get(example.id), example.references) for example in loaded],

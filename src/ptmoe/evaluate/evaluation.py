@@ -26,10 +26,10 @@ from ptmoe.runs.environment import rank, world_size
 from ptmoe.runs.folders import evaluation_file, predictions_file
 from ptmoe.runs.predictions import PredictionsFile
 from ptmoe.runs.records import EvaluationSummary, Prediction
-from ptmoe.tasks import Example, Task, task_named
+from ptmoe.tasks import Example, Task
 from ptmoe.tasks.metrics import mark
 from ptmoe.tasks.problems import BadRecordError
-from ptmoe.tasks.scoring import overall, summarise
+from ptmoe.tasks.scoring import grading_task, overall, summarise
 from ptmoe.tasks.tokens import Prompt, TextCheck, completion_text, decoded, encode_prompts, row_length
 
 ENTRIES = 64  # of each of the base's parameters, that tell bases of one name apart
@@ -119,8 +119,8 @@ def evaluate(
     Args:
         model: with its active adapter.
         tokenizer: the base's.
-        examples: of one task, at least one.
-        task: how they are graded; by default the task that they name.
+        examples: at least one.
+        task: how they are graded; by default as the task that they name.
         split: that they are of, for the names of the files.
         score: what counts as an answer: what the model writes, greedily, or that of the task's labels which it finds
             most likely (`ptmoe.evaluate.choices`).
@@ -139,13 +139,14 @@ def evaluate(
         progress: called with the examples done and all of them, after each batch.
 
     Raises:
-        PtmoeError: no example, a limit that leaves no room, a prompt that needs more than `tokens_per_batch`, a folder
-            with predictions of another evaluation, or choices of a task without labels.
+        PtmoeError: no example, tasks that are graded in different ways, a limit that leaves no room, a prompt that
+            needs more than `tokens_per_batch`, a folder with predictions of another evaluation, or choices of a task
+            without labels.
     """
     if not examples:
         raise PtmoeError("no examples to evaluate")
     started = time.monotonic()
-    task = task or task_named(examples[0].task)
+    task = task or grading_task(",".join(dict.fromkeys(example.task for example in examples)))
     labels: dict[str, dict[str, list[int]]] = {}
     if score == "choices":
         labels = labels_by_task(task, examples, tokenizer, chat=chat)

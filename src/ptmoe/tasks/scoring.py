@@ -1,6 +1,7 @@
 """Grading predictions without a model: means, their bootstrap intervals, and a task's domains."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks.base import Example, Task
 from ptmoe.tasks.labels import Answers, Counts, confusion, macro_f1_interval, mean_macro_f1
-from ptmoe.tasks.loading import TASKS, task_named
+from ptmoe.tasks.loading import TASKS, task_named, task_names
 from ptmoe.tasks.metrics import MACRO_F1, mark
 from ptmoe.tasks.resampling import Group, bootstrap_interval
 
@@ -35,14 +36,27 @@ def score(
         …, "macro_f1": …}`.
 
     Raises:
-        PtmoeError: no examples, or predictions that do not cover exactly these examples.
+        PtmoeError: no examples, predictions that do not cover exactly these examples, or tasks that are graded in
+            different ways.
     """
     examples = list(examples)
     marks = grade(name, predictions, examples, missing_as_wrong=missing_as_wrong)
     ids = [example.id for example in examples]
     texts = list(map(predictions.get, ids)) if isinstance(predictions, Mapping) else predictions
     answers = [(text, example.references) for text, example in zip(texts, examples, strict=True)]
-    return overall(task_named(name), marks, answers, [example.domain for example in examples])
+    return overall(grading_task(name), marks, answers, [example.domain for example in examples])
+
+
+def grading_task(name: str) -> Task:
+    """The task that grades all that a name stands for, under that name.
+
+    Raises:
+        PtmoeError: an unknown task, or a mixture of tasks that are graded in different ways.
+    """
+    tasks = [task_named(each) for each in task_names(name)]
+    if len({(task.grader, task.labels) for task in tasks}) > 1:
+        raise PtmoeError(f"{name} is of tasks that are graded in different ways: score each by itself")
+    return replace(tasks[0], name=name)
 
 
 def grade(
@@ -53,7 +67,7 @@ def grade(
     missing_as_wrong: bool = False,
 ) -> list[Marks]:
     """Each example's scores, from 0 to 1; otherwise as `score`."""
-    examples = list(examples)
+    examples, grader = list(examples), grading_task(name).grader
     if not examples:
         raise PtmoeError(f"no examples of {name!r} to score")
     texts: Sequence[str | None]
@@ -70,7 +84,6 @@ def grade(
         texts = predictions
     if len(texts) != len(examples):
         raise PtmoeError(f"{len(texts)} predictions for {len(examples)} examples: give one for each")
-    grader = task_named(name).grader
     marks = []
     for text, example in zip(texts, examples, strict=True):
         scores = mark(grader, text or "", example.references)
