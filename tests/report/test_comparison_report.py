@@ -594,6 +594,11 @@ UNLIKE = {  # what of one cell is otherwise: its file, the values, and what the 
         {"settings": {"data": "other"}},
         "The first that differ: nano/mixed: base on nano/mixed, seed 0; pt on nano/mixed, seed 1.",
     ),
+    "Cells were evaluated in different ways.": (
+        "eval/nano__mixed.json",
+        {"settings": {"data": "same", "score": "choices"}},
+        "The first that differ: nano/mixed: base on nano/mixed, seed 0; pt on nano/mixed, seed 1.",
+    ),
     "Cells were trained on different data.": (
         "environment.json",
         {"data": "other"},

@@ -6,6 +6,8 @@ from typing import Any
 from ptmoe.report.comparison import Comparison
 
 EVALUATED = "Cells were evaluated on different data."
+ANSWERED = "Cells were evaluated in different ways."
+WAYS = ("score", "dtype", "quantization")  # of an evaluation, where `ptmoe eval` may have repeated a cell's
 TRAINED = "Cells were trained on different data."
 BASES = "Cells ran on different bases."
 VERSIONS = "Cells ran with different versions."
@@ -30,6 +32,7 @@ def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
         for task in cell.eval_tasks:
             one = cell.run.evaluations[task]
             read.append((EVALUATED, task, one.settings.get("data"), one.cut + one.unanswered))
+            read.append((ANSWERED, task, tuple(map(one.settings.get, WAYS)), 0))
             if one.cut + one.unanswered:
                 counts = f"{one.cut:,} cut and {one.unanswered:,} not answered of {one.examples:,}"
                 too_long.setdefault((cell.label, task), f"{cell.label} on {task}: {counts}.")
@@ -37,7 +40,7 @@ def incomparable(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
             # Each method has room for inputs of another length: where some are too long, only its own cells are alike.
             for label in (cell.label,) if short else ("", cell.label):
                 found.setdefault((heading, task, label), {}).setdefault(value, name)
-    for heading in (EVALUATED, TRAINED, BASES, VERSIONS, RATES):
+    for heading in (EVALUATED, ANSWERED, TRAINED, BASES, VERSIONS, RATES):
         unlike: dict[str, str] = {}
         for (of, task, _), names in found.items():
             if of == heading and len(names) > 1:
