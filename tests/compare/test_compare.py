@@ -425,6 +425,24 @@ def test_a_rate_that_is_asked_for_replaces_those_of_a_preset():
     assert rates("lora=0.5") == rates() | {"lora": None}
 
 
+@pytest.mark.parametrize(
+    ("written", "asked", "found"),
+    [
+        ("0.01", "lora=0.5", {"pt": 0.01, "lora": 0.5}),
+        ("{pt: 0.01, lora: 0.02}", "lora=0.5", {"pt": 0.01, "lora": 0.5}),
+        ("{lora: 0.02}", "pt=0.5", {"lora": 0.02, "pt": 0.5}),
+        ("[pt=0.01]", "lora=0.5", {"pt": 0.01, "lora": 0.5}),
+        ("{pt: 0.01, lora: 0.02}", "0.5", 0.5),
+    ],
+)
+def test_a_rate_that_is_asked_for_by_name_leaves_those_of_a_file_for_other_methods(written, asked, found, tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"tasks: nano/mixed\nmethods: [pt, lora]\nlearning_rate: {written}\n")
+    assert read_plan(path, {"learning_rate": [asked]}).learning_rate == found
+    alone = read_plan(path, {"learning_rate": [asked.replace("lora", "pt")], "methods": ["pt"]}).learning_rate
+    assert alone == ({"pt": 0.5} if "=" in asked else 0.5), "no rate of a method that is not compared"
+
+
 def test_learning_rates_follow_the_width_of_the_base(tmp_path, llama_1b):
     def rates(model):
         found = prepared(tmp_path / "c", model=model, methods=["pt", "dpt", "pt-moe", "lora"], budget=None).variants

@@ -25,7 +25,7 @@ from ptmoe.compare.presets import PRESETS
 from ptmoe.compare.presets import preset as preset_plan
 from ptmoe.errors import PtmoeError
 from ptmoe.settings import Flag, differences, read_yaml
-from ptmoe.train.options import PLACES, Count, Rate, SharedOptions, method_entry, scalar
+from ptmoe.train.options import DEFAULT_METHOD, PLACES, Count, Rate, SharedOptions, method_entry, scalar
 
 MOST_SEEDS = 10_000
 # What a later run in the same folder may add to.
@@ -234,7 +234,7 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
 
     `changes` take precedence over the file, and both over the preset. A method in `changes` that is only named stands
     for the preset's or the file's entries of that name, where there are any. A `budget` in `changes` replaces the free
-    sizes of these entries.
+    sizes of these entries, and learning rates by name leave those of other methods as they are.
 
     Raises:
         PtmoeError: no such file, not YAML, an unknown preset, or an unknown key or unfit value.
@@ -262,14 +262,20 @@ def read_plan(path: str | Path | None = None, changes: Mapping[str, Any] | None 
     entries = _entries(given.get("methods"))
     if "budget" in changes:
         entries = [_without_size(entry) for entry in entries]
-    if changes.get("learning_rate") is not None:
-        with suppress(ValueError):  # which the plan then says
-            rates = _learning_rates(changes["learning_rate"])
-            entries = [_without_rate(entry, rates) for entry in entries]
+    rates = before = None
+    with suppress(ValueError):  # which the plan then says
+        rates, before = (_learning_rates(stated.get("learning_rate")) for stated in (changes, given))
+    if rates is not None:
+        entries = [_without_rate(entry, rates) for entry in entries]
     if "methods" in changes:
         entries = [entry for asked in _entries(changes["methods"]) for entry in _matching(asked, entries) or [asked]]
     if entries:
         plan["methods"] = entries
+    if isinstance(rates, dict) and before is not None:  # the other methods keep theirs
+        compared = entries or ComparePlan.model_fields["methods"].default
+        names = [entry.get("name", DEFAULT_METHOD) for entry in compared if isinstance(entry, dict)]
+        kept = before if isinstance(before, dict) else dict.fromkeys(names, before)
+        plan["learning_rate"] = {name: kept[name] for name in names if name in kept} | rates
     try:
         return ComparePlan(**plan)
     except PtmoeError as error:
