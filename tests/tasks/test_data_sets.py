@@ -344,6 +344,7 @@ def test_damage_in_every_other_format_is_named_by_file_and_line(tmp_path):
     refused("asdiv", lambda whole: whole[:600], "{path}:14: not XML (unclosed token)", 1)
     refused("mawps csv", without(b"56.0 9.0", b"56.0"), "{path}:2: number1 has no number: Numbers holds 1", 1)
     refused("mawps csv", without(b'"[1]",x,y', b'"[1]",x'), "{path}:3: 6 fields, the header has 7", 1)
+    refused("mawps csv", without(b"Answer,group_nums", b"Answer,Answer"), "{path}:1: the header has 'Answer' twice", 0)
     refused("mawps csv", without(b'"[1]",x', b'"[1"x",x'), "{path}:3: not CSV", 1)
     opened = without(b'13]",x', b'13]","x')  # a quotation that takes in the next row
     refused("mawps csv", opened, "{path}:2: not CSV (',' expected after '\"'): all from here to line 3 is lost", 0)

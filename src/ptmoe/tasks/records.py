@@ -173,8 +173,7 @@ def json_lines(path: Path, problems: Problems) -> Iterator[Record]:
         for line in reading:
             if line.strip():
                 with problems.at(reading.place):
-                    record = _parsed(decoder, line.rstrip().removeprefix(b"\xef\xbb\xbf"))
-                    yield reading.place, object_of(record)
+                    yield reading.place, object_of(_parsed(decoder, line.rstrip().removeprefix(b"\xef\xbb\xbf")))
 
 
 def _parsed(decoder: Decoder, line: bytes) -> Any:
@@ -255,10 +254,8 @@ def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Recor
                         continue
                     ancestors.pop()
                     if element.tag == name:
-                        yield (
-                            place,
-                            {**element.attrib, **{child.tag: "".join(child.itertext()).strip() for child in element}},
-                        )
+                        texts = {child.tag: "".join(child.itertext()).strip() for child in element}
+                        yield place, element.attrib | texts
                         if ancestors:  # otherwise the tree would keep every element
                             ancestors[-1].remove(element)
             parser.close()
@@ -292,6 +289,9 @@ def csv_rows(path: Path, problems: Problems, *, columns: Sequence[str] = (), tab
             reading.line = rows.line_num + 1
             if not header:
                 header = row
+                if twice := [name for name in row if name and row.count(name) > 1]:
+                    problems.add(place, f"the header has {twice[0]!r} twice")
+                    return
             elif columns and row == header:
                 continue
             elif len(row) == len(header):
