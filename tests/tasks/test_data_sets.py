@@ -341,6 +341,9 @@ def test_damage_in_every_other_format_is_named_by_file_and_line(tmp_path):
     refused("svamp", without(b"cups", b"\xff"), "not UTF-8 text", 0)
     refused("asdiv", without(b"<Answer>9 (apples)</Answer>"), "{path}:4: lacks the key 'Answer'", 1)
     refused("asdiv", without(b"</Body>"), "{path}:10: not XML (mismatched tag)", 0)
+    answer = b"<Answer>9 (apples)</Answer>"
+    refused("asdiv", without(answer, answer + b"<Answer>8</Answer>"), "{path}:4: has the key 'Answer' twice", 1)
+    refused("asdiv", without(answer, answer + b"<ID>1</ID>"), "{path}:4: has the key 'ID' twice", 1)
     refused("asdiv", lambda whole: whole[:600], "{path}:14: not XML (unclosed token)", 1)
     refused("mawps csv", without(b"56.0 9.0", b"56.0"), "{path}:2: number1 has no number: Numbers holds 1", 1)
     refused("mawps csv", without(b'"[1]",x,y', b'"[1]",x'), "{path}:3: 6 fields, the header has 7", 1)

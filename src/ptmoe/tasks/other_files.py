@@ -8,10 +8,10 @@ import json
 import re
 import shlex
 import sys
-from collections import Counter
 from pathlib import Path
 
 from ptmoe.tasks.records import head_bytes, opened
+from ptmoe.tasks.written import twice
 
 _BINARY = {
     b"PAR1": "a Parquet file",
@@ -86,8 +86,8 @@ def _table(text: str, path: Path, options: str, unreadable: str) -> str:
 
     delimiter = max(tables, key=likelihood)
     kind = "TSV" if delimiter == "\t" else "CSV" if delimiter == "," else f"CSV with {delimiter!r} between its fields"
-    if twice := [name for name, count in Counter(tables[delimiter][0]).items() if count > 1]:
-        return f"{kind} whose header has {twice[0]!r} twice: give each column a name of its own"
+    if names := twice(tables[delimiter][0]):
+        return f"{kind} whose header has {names[0]!r} twice: give each column a name of its own"
     between = "" if delimiter == "," else f", delimiter={delimiter!r}"
     return kind + (unreadable or f": {_command(_CONVERT, path, between + options)}")
 

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 from ptmoe.errors import PtmoeError
 from ptmoe.tasks.problems import BadRecordError, Problems
-from ptmoe.tasks.written import Decoder
+from ptmoe.tasks.written import Decoder, once_each, twice
 
 _HEAD = 1 << 16  # bytes from which a file's format is recognised
 _CHUNK = 1 << 20
@@ -254,8 +254,9 @@ def xml_elements(path: Path, problems: Problems, *, name: str) -> Iterator[Recor
                         continue
                     ancestors.pop()
                     if element.tag == name:
-                        texts = {child.tag: "".join(child.itertext()).strip() for child in element}
-                        yield place, element.attrib | texts
+                        texts = ((child.tag, "".join(child.itertext()).strip()) for child in element)
+                        with problems.at(place):
+                            yield place, once_each([*element.attrib.items(), *texts])
                         if ancestors:  # otherwise the tree would keep every element
                             ancestors[-1].remove(element)
             parser.close()
@@ -285,13 +286,12 @@ def csv_rows(path: Path, problems: Problems, *, columns: Sequence[str] = (), tab
                 problems.add(place, f"not CSV ({error}){lost}")
                 row = []
             if row is None:
-                return
+                return None
             reading.line = rows.line_num + 1
             if not header:
                 header = row
-                if twice := [name for name in row if name and row.count(name) > 1]:
-                    problems.add(place, f"the header has {twice[0]!r} twice")
-                    return
+                if names := twice(filter(None, row)):
+                    return problems.add(place, f"the header has {names[0]!r} twice")
             elif columns and row == header:
                 continue
             elif len(row) == len(header):

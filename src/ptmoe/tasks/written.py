@@ -2,11 +2,28 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from typing_extensions import Self
 
 from ptmoe.tasks.problems import BadRecordError
+
+
+def twice(names: Iterable[str]) -> list[str]:
+    """Those that stand more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A record from its keys and values.
+
+    Raises:
+        BadRecordError: it has a key twice.
+    """
+    if names := twice(key for key, _ in pairs):
+        raise BadRecordError(f"has the key {names[0]!r} twice")
+    return dict(pairs)
 
 
 class Written(float):
@@ -36,7 +53,7 @@ class Decoder(json.JSONDecoder):
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            self.twice += (key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            self.twice += twice(key for key, _ in pairs)
         return made
 
     def decode(self, text: str, *arguments: Any) -> Any:
@@ -55,7 +72,7 @@ class Decoder(json.JSONDecoder):
         Raises:
             BadRecordError: it has a key twice.
         """
-        twice, self.twice = self.twice, []
-        if twice:
-            raise BadRecordError(f"has the key {twice[0]!r} twice")
+        keys, self.twice = self.twice, []
+        if keys:
+            raise BadRecordError(f"has the key {keys[0]!r} twice")
         return record
