@@ -325,6 +325,20 @@ def test_a_named_task_without_one_is_held_out_of_its_training_split(tmp_path):
     assert {example.id for example in scored["gsm8k"]}.isdisjoint(example.id for example in trained)
 
 
+def test_what_repeats_a_held_out_input_is_not_trained_on(tmp_path, capsys):
+    lines = [json.dumps({"prompt": prompt, "completion": " x"}) for prompt in ("a b", "b", "c", "A  b", "b", "d", "c")]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    asked = options(task=None, data=str(tmp_path / "train.jsonl"), validation_examples=2)
+    trained, scored = both(asked)
+    assert [example.input for part in scored.values() for example in part] == ["a b", "b"]
+    assert [example.input for example in trained] == ["c", "d", "c"]
+    assert "left out 2 training example(s) with the input of one to validate on" in capsys.readouterr().out
+    assert len(both(asked.replace(max_examples=2))[0]) == 2
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:1] * 4))
+    with pytest.raises(PtmoeError, match="no example is left to train on"):
+        both(asked)
+
+
 def test_every_task_of_a_mixture_has_its_share_of_what_is_held_out(tmp_path):
     """Also one that is a mixture itself, whose examples go by the names of its parts."""
     gsm = [json.dumps({"question": f"{n} and 1?", "answer": f"#### {n + 1}"}) for n in range(40)]

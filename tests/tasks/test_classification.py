@@ -359,6 +359,21 @@ def test_problems_in_several_splits_are_left_out_of_the_earlier_ones(tmp_path):
     assert len(load_task("mawps", "train", tmp_path / "mawps" / "train.json")) == 4, "a single file is read as it is"
 
 
+@pytest.mark.parametrize(("trained", "kept"), [("a", "d"), ("a/mawps/train.json", "bcd"), (None, "d")])
+@pytest.mark.parametrize("tested", ["b", "b/mawps/test.json"])
+def test_what_is_tested_in_another_place_is_left_out_as_well(trained, kept, tested, tmp_path, monkeypatch):
+    for name, questions in {"a/mawps/train": "abcd", "a/mawps/valid": "cAB", "b/mawps/test": "A"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        records = [{"iIndex": q, "sQuestion": f"{q}?", "lSolutions": [1]} for q in questions]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    monkeypatch.setenv("PTMOE_DATA_DIR", str(tmp_path / "a"))
+    places = {"data_dir": trained and tmp_path / trained, "eval_data_dir": tmp_path / tested}
+    for load in (load_task, stream_task):
+        assert "".join(example.id for example in load("mawps", "train", **places)) == kept
+    if trained != "a/mawps/train.json":
+        assert [example.id for example in load_task("mawps", "validation", **places)] == ["c", "B"]
+
+
 def test_a_mixture_leaves_out_what_any_of_its_tasks_is_tested_on(tmp_path):
     for task in ("mawps", "asdiv-a", "gsm8k"):
         (tmp_path / task).mkdir()

@@ -349,7 +349,7 @@ def test_long_examples_are_left_out_or_cut_and_counted(tmp_path):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(("evaluated", "count"), [("ab", 4), ("bcd", 2), ("cd", 0)])
+@pytest.mark.parametrize(("evaluated", "count"), [("ab", 4), ("bcd", 2), ("cd", 0), ("AB", 4)])
 def test_training_examples_that_are_evaluated_are_counted_and_told(evaluated, count, tmp_path):
     for name, letters in (("trained", "ab"), ("evaluated", evaluated)):
         lines = [{"prompt": f"{letter} {n} =", "completion": f" {name}"} for letter in letters for n in range(2)]

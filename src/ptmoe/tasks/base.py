@@ -183,7 +183,7 @@ class Task:
             their likelihoods.
         parts: the tasks that it mixes, each a domain; no files of its own are read.
         disjoint: leave out of `train` and `validation` the inputs that stand in a later split, in this order, of this
-            task or of another such task that it is mixed with.
+            task or of another such task that it is mixed with, also where a run is evaluated on another folder.
         note: shown by `ptmoe tasks`.
         file: whose examples it grades, of no named data set.
     """

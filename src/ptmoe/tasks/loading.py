@@ -23,6 +23,9 @@ TASKS: dict[str, Task] = {
 }
 GROUPS: dict[str, tuple[str, ...]] = {**mrqa.GROUPS, "math-out": ("svamp", "asdiv", "mawps", "math_problems")}
 
+Places = tuple[str | Path | None, str | Path | None]
+"""Where the data is, and where that of a run's evaluation is, None for where it is found by itself."""
+
 
 def task_names(name: str) -> list[str]:
     """The names of the tasks behind a name: of one task, of a group, or of a list with commas.
@@ -89,6 +92,7 @@ def load_task(
     split: str = "test",
     data_dir: str | Path | None = None,
     *,
+    eval_data_dir: str | Path | None = None,
     ids: str | Path | None = None,
     max_examples: int | None = None,
     problems: Problems | None = None,
@@ -103,6 +107,7 @@ def load_task(
         split: of a named task.
         data_dir: where the data set is: a folder, or a file in the data set's own format. By default it is downloaded
             once and cached (`ptmoe.tasks.sources`); nano's world is generated.
+        eval_data_dir: where a run that trains on them finds what it is tested on, if elsewhere (`Task.disjoint`).
         ids: a file of example ids, one a line or a JSON list: only these.
         max_examples: the first N only.
         problems: `Problems(skip=True)` counts and lists bad records instead of refusing them.
@@ -115,7 +120,7 @@ def load_task(
     """
     check_size(name, max_examples)
     problems = problems if problems is not None else Problems()
-    stream = _examples(name, split, data_dir, problems, say, keys)
+    stream = _examples(name, split, (data_dir, eval_data_dir), problems, say, keys)
     examples = collect(islice(stream, None if ids else max_examples), problems, f"{name} ({data_dir or split})")
     if ids is None:
         return examples
@@ -130,42 +135,33 @@ def stream_task(
     split: str = "test",
     data_dir: str | Path | None = None,
     *,
+    eval_data_dir: str | Path | None = None,
     problems: Problems | None = None,
     keys: local.Keys | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Example]:
     """The same examples as a stream, in constant memory: repeated ids go unnoticed, and the first bad record raises
     unless `problems` skips them."""
-    for _, example in _examples(name, split, data_dir, problems or Problems(at_once=True), say, keys):
+    for _, example in _examples(name, split, (data_dir, eval_data_dir), problems or Problems(at_once=True), say, keys):
         yield example
 
 
 def _examples(
-    name: str,
-    split: str,
-    data_dir: str | Path | None,
-    problems: Problems,
-    say: Callable[[str], None],
-    keys: local.Keys | None,
+    name: str, split: str, places: Places, problems: Problems, say: Callable[[str], None], keys: local.Keys | None
 ) -> Iterator[tuple[str, Example]]:
     """Each example with its location, `FILE:LINE`."""
     if is_file(name):
         yield from local.read(Path(name), problems, keys)
         return
-    yield from _mixed(name, mixture.parse(name, TASKS, GROUPS), split, data_dir, problems, say)
+    yield from _mixed(name, mixture.parse(name, TASKS, GROUPS), split, places, problems, say)
 
 
 def _mixed(
-    name: str,
-    weights: mixture.Weights,
-    split: str,
-    data_dir: str | Path | None,
-    problems: Problems,
-    say: Callable[[str], None],
+    name: str, weights: mixture.Weights, split: str, places: Places, problems: Problems, say: Callable[[str], None]
 ) -> Iterator[tuple[str, Example]]:
     tasks = [TASKS[task] for task in weights]
-    later = _inputs_of_later_splits(tasks, split, data_dir, say)
-    streams = [_of_task(task, split, data_dir, problems, say, later) for task in tasks]
+    later, data_dir = _inputs_of_later_splits(tasks, split, places, say), places[0]
+    streams = [_of_task(task, split, places, problems, say, later) for task in tasks]
     if len(streams) == 1:
         yield from streams[0]
         return
@@ -175,18 +171,18 @@ def _mixed(
 
 
 def _of_task(
-    task: Task, split: str, data_dir: str | Path | None, problems: Problems, say: Callable[[str], None], later: set[str]
+    task: Task, split: str, places: Places, problems: Problems, say: Callable[[str], None], later: set[str]
 ) -> Iterator[tuple[str, Example]]:
     if split not in task.splits:
         raise PtmoeError(f"task {task.name!r} has no split {split!r}{near(split, task.splits)}")
     if task.parts:
-        yield from _mixed(task.name, dict.fromkeys(task.parts), split, data_dir, problems, say)
+        yield from _mixed(task.name, dict.fromkeys(task.parts), split, places, problems, say)
         return
     if task.generate is not None:
         yield from ((example.id, example) for example in task.generate(task.name, split))
         return
     held_out, repeated = task.splits[split].held_out, 0
-    for place, example in _of_source(task, split, data_dir, problems, say):
+    for place, example in _of_source(task, split, places[0], problems, say):
         if task.disjoint and folded(example.input) in later:
             repeated += 1
         elif held_out is None or held_out == is_held_out(example.input):
@@ -195,22 +191,24 @@ def _of_task(
         say(f"{task.name}, {split}: left out {repeated} problem(s) that stand in a later split, too")
 
 
-def _inputs_of_later_splits(
-    tasks: Iterable[Task], split: str, data_dir: str | Path | None, say: Callable[[str], None]
-) -> set[str]:
-    """The inputs that a split of `disjoint` tasks may not hold, folded; none are known beside a single file. MAWPS and
-    ASDiv-A share problems, so what one of two that are mixed is tested on may not be trained on with the other."""
+def _inputs_of_later_splits(tasks: Iterable[Task], split: str, places: Places, say: Callable[[str], None]) -> set[str]:
+    """The inputs that a split of `disjoint` tasks may not hold, folded. MAWPS and ASDiv-A share problems, so what one
+    of two that are mixed is tested on may not be trained on with the other."""
+    data_dir, eval_data_dir = places
     inputs: set[str] = set()
-    if data_dir is not None and Path(data_dir).is_file():
-        return inputs
     for task in tasks:
         if not task.disjoint or split not in task.splits:
             continue
         splits = list(task.splits)
         for later in splits[splits.index(split) + 1 :]:
-            with suppress(PtmoeError):  # a split that is not there
-                examples = _of_source(task, later, data_dir, Problems(skip=True), say)
-                inputs |= {folded(example.input) for _, example in examples}
+            # A single file is one split: of `data_dir` the one that is asked for, of `eval_data_dir` the tested one.
+            known = [data_dir] if data_dir is None or not Path(data_dir).is_file() else []
+            if eval_data_dir is not None and (later == "test" or not Path(eval_data_dir).is_file()):
+                known.append(eval_data_dir)
+            for place in known:
+                with suppress(PtmoeError):  # a split that is not there
+                    examples = _of_source(task, later, place, Problems(skip=True), say)
+                    inputs |= {folded(example.input) for _, example in examples}
     return inputs
 
 

@@ -27,6 +27,7 @@ from ptmoe.tasks import (
     task_names,
 )
 from ptmoe.tasks import local as local_task
+from ptmoe.tasks.base import folded
 from ptmoe.tasks.records import DAMAGED, opened
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def training_examples(options: TrainOptions, problems: Problems, say: Callable[[
     """All but those that the run is validated on. The first are read at once, so that missing data is reported before
     the base is loaded; a task's others as they are needed, so that no data set has to fit into memory as text."""
     stream = _stream(options, problems, say)
-    return islice(_parted(options, stream)[1] if evaluation_split(options) == "train" else stream, options.max_examples)
+    if evaluation_split(options) == "train":
+        stream = _others(*_parted(options, stream), say)
+    return islice(stream, options.max_examples)
 
 
 def _stream(options: TrainOptions, problems: Problems, say: Callable[[str], None]) -> Iterator[Example]:
@@ -52,7 +55,8 @@ def _stream(options: TrainOptions, problems: Problems, say: Callable[[str], None
         assert options.data is not None
         return iter(local_task.load(options.data, replace(options.keys, where_there=False), problems))
     check_size(options.task, options.max_examples)
-    stream = stream_task(options.task, "train", options.data_dir, problems=problems, keys=options.keys, say=say)
+    how: dict[str, Any] = {"eval_data_dir": options.eval_data_dir, "problems": problems, "keys": options.keys}
+    stream = stream_task(options.task, "train", options.data_dir, **how, say=say)
     first = next(stream, None)
     if first is None:
         raise PtmoeError(f"{options.task} ({options.data_dir or 'train'}) holds no example: needs at least one")
@@ -77,6 +81,21 @@ def _parted(options: TrainOptions, stream: Iterator[Example]) -> tuple[list[Exam
             else "one example: a search needs some to train and others to validate on"
         )
     return first[:wanted], chain(first[wanted:], stream)
+
+
+def _others(held_out: list[Example], stream: Iterator[Example], say: Callable[[str], None]) -> Iterator[Example]:
+    """Those of a stream that repeat no input of the examples to validate on, up to case and white space."""
+    inputs, kept, repeated = {folded(example.input) for example in held_out}, 0, 0
+    for example in stream:
+        if folded(example.input) in inputs:
+            repeated += 1
+        else:
+            kept += 1
+            yield example
+    if not kept:
+        raise PtmoeError("no example is left to train on: each has the input of one to validate on")
+    if repeated:
+        say(f"left out {repeated:,} training example(s) with the input of one to validate on")
 
 
 def evaluation_split(options: TrainOptions) -> str:
@@ -112,7 +131,8 @@ def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> di
         found, _ = _parted(options, _stream(options, Problems(skip=options.skip_bad, at_once=True), say))
         of = {name: [example for example in found if example.domain == name] for name in names}  # `mixed` names them
         return {name: part for name, part in of.items() if part} if len(names) > 1 else {trained: found}
-    limits: dict[str, Any] = {"max_examples": most, "keys": options.keys, "say": say}
+    tested = options.eval_data_dir
+    limits: dict[str, Any] = {"max_examples": most, "eval_data_dir": tested, "keys": options.keys, "say": say}
     loaded = {}
     for name in names:
         problems = Problems(skip=options.skip_bad)

@@ -6,22 +6,23 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ptmoe.tasks import Example, Problems
+from ptmoe.tasks.base import folded
 
 if TYPE_CHECKING:
     from ptmoe.train.rows import TokenRows
 
 
 class Overlap:
-    """Counts the training examples whose input is evaluated."""
+    """Counts the training examples whose input is evaluated, up to case and white space."""
 
     def __init__(self, held_out: dict[str, list[Example]]) -> None:
         self.count = 0
-        self._evaluated = {example.input for examples in held_out.values() for example in examples}
+        self._evaluated = {folded(example.input) for examples in held_out.values() for example in examples}
 
     def watched(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The examples as they are."""
         for example in examples:
-            self.count += example.input in self._evaluated
+            self.count += folded(example.input) in self._evaluated
             yield example
 
 
