@@ -552,6 +552,18 @@ def test_what_does_not_fit_is_named_and_left_out(tmp_path):
     ]
 
 
+def test_what_the_folders_plan_has_and_does_not_fit_any_more_is_named_as_it_leaves_the_plan(tmp_path, trained):
+    compare(prepared(tmp_path / "c", **{**TWO, "methods": ["dpt"], "budget": 900}))
+    plan = tmp_path / "c" / "comparison.yaml"
+    written = yaml.safe_load(plan.read_text())
+    written["methods"].append({"name": "pt", "label": "long", "num_virtual_tokens": 4000})
+    plan.write_text(yaml.safe_dump(written))
+    extended = prepared(tmp_path / "c", **{**TWO, "methods": ["dpt", "smop"]}, strict=True)
+    assert [str(left_out) for left_out in extended.left_out] == [
+        "long: 4000 virtual tokens leave no room for an input: the base has 2048 positions"
+    ]
+
+
 def test_a_presets_evaluation_without_data_is_left_out_and_a_requested_evaluation_stops(llama_1b, tmp_path):
     line = json.dumps({"question": "2 and 2?", "answer": "#### 4"}) + "\n"
     for split in ("train", "test"):

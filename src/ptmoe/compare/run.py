@@ -83,7 +83,7 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             left_out += missing
     folder = ComparisonFolder(Path(plan.output_dir or Path("runs") / _folder_name(plan)))
     before, written = folder.plan(), folder.written()
-    known: list[Variant] = []
+    known, gone = list[Variant](), list[LeftOut]()  # in the folder's plan, the latter not as this version can run it
     if before is not None:
         # Without a look at the data it is not known which of a preset's evaluations there are.
         unchecked = not data and plan.preset is not None
@@ -92,12 +92,13 @@ def prepare(plan: ComparePlan, *, say: Callable[[str], None] = print, data: bool
             raise PtmoeError(
                 f"{folder.path} holds another comparison ({'; '.join(different)}): choose another --output-dir"
             )
-        known, _ = variants(before, config)
+        known, gone = variants(before, config)
     chosen, unfit = variants(plan, config, known)
     left_out += unfit
     if left_out and (plan.strict or not chosen or not tasks):
         why = "strict, and this cannot be run" if plan.strict else "no cell is left"
         raise PtmoeError(f"{why}: {'; '.join(map(str, left_out))}")
+    left_out += gone
     entries = {variant.label: variant.entry() for variant in (*known, *chosen)}
     methods = [entries[variant.label] for variant in chosen]
     whole = plan = plan.replace(methods=methods, vary={}, budget=[], learning_rate=None)
