@@ -98,6 +98,9 @@ def test_bad_records_that_the_evaluation_left_out_change_nothing_and_one_that_tu
         {"task": "gsm8k,nano/mixed", "data_dir": "data", "validation_examples": 4},
         {"task": "gsm8k", "data_dir": "data/train.jsonl", "validation_examples": 4},
         {"task": "nano/mixed", "eval_task": "a/test.jsonl,b/test.jsonl"},
+        {"data": "data/mine.jsonl", "validation_examples": 2},
+        {"data": "data/mine.jsonl", "eval_task": "data/mine.jsonl,nano/words"},
+        {"task": "data/mine.jsonl", "eval_task": "gsm8k", "eval_data_dir": "data"},
     ],
     ids=lambda asked: ",".join(map(str, asked.values())),
 )
@@ -106,10 +109,12 @@ def test_what_the_training_was_evaluated_on_is_found_again(asked, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     for file, keys in (
         ("data/train", "question answer"),
+        ("data/test", "question answer"),
+        ("data/mine", "prompt completion"),
         ("a/test", "prompt completion"),
         ("b/test", "prompt completion"),
     ):
-        Path(file).parent.mkdir()
+        Path(file).parent.mkdir(exist_ok=True)
         lines = [dict(zip(keys.split(), (f"{file} {n} and 1?", f"#### {n + 1}"), strict=True)) for n in range(12)]
         Path(f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     method = {"name": "pt", "num_virtual_tokens": 2}
@@ -117,7 +122,7 @@ def test_what_the_training_was_evaluated_on_is_found_again(asked, tmp_path, monk
     train(options, say=lambda _: None)
     differing = [check for check in verify("run", say=lambda _: None) if not check.equal]
     assert differing == []
-    if place := asked.get("data_dir"):
+    if place := next((asked[name] for name in ("data_dir", "data", "eval_data_dir") if name in asked), None):
         Path("data").rename("moved")
         checks = verify("run", data_dir=place.replace("data", "moved"), say=lambda _: None)
         assert [check for check in checks if not check.equal] == []

@@ -13,7 +13,7 @@ from ptmoe.runs.environment import environment
 from ptmoe.runs.folders import CONFIG_FILE, Run, distinct_tasks, read_run
 from ptmoe.runs.predictions import read_predictions
 from ptmoe.runs.records import EvaluationSummary
-from ptmoe.tasks import Problems, load_task, task_named
+from ptmoe.tasks import Problems, is_file, load_task, task_named, task_names
 from ptmoe.train.examples import evaluation_data_dir, evaluation_examples, evaluation_split, training_examples
 from ptmoe.train.options import BASE, TrainOptions, method_config
 
@@ -54,7 +54,7 @@ def verify(
     Args:
         folder: of the run.
         data_dir: where the evaluated data sets are, by default where the run's options say; and where its training data
-            is, if that is there no more.
+            and its own files are, under their names, if they are there no more.
         device: as in `ptmoe.models.attach.load_run`.
         say: gets a line of text for each download.
 
@@ -62,7 +62,22 @@ def verify(
         PtmoeError: no finished run, or damaged records.
     """
     run = read_run(folder)
-    return list(_checks(run, TrainOptions.read(run.folder / CONFIG_FILE), data_dir, device, say))
+    options = TrainOptions.read(run.folder / CONFIG_FILE)
+    now = {name: _moved(value, data_dir) for name in ("data", "task") if (value := getattr(options, name)) is not None}
+    if data_dir is not None and not Path(options.eval_data_dir or ".").exists():
+        now["eval_data_dir"] = data_dir
+    return list(_checks(run, options.replace(**now), data_dir, device, say))
+
+
+def _moved(name: str, data_dir: str | None) -> str:
+    """A task's name; of a file or folder that is not there any more, where one of its name is now."""
+    if data_dir is None or Path(name).exists():
+        return name
+    with suppress(PtmoeError):
+        if not is_file(name) and task_names(name):
+            return name
+    places = (place for place in (Path(data_dir), Path(data_dir, Path(name).name)) if place.name == Path(name).name)
+    return next((str(place) for place in places if place.exists()), name)
 
 
 def _checks(
@@ -152,7 +167,7 @@ def _evaluation(
     if not settings:
         raise PtmoeError(f"{run.folder} does not record what decided these predictions: evaluate again")
     task, own = held_out.get((summary.task, summary.split), (None, []))
-    task = task or replace(task_named(summary.source), name=summary.task)
+    task = task or replace(task_named(_moved(summary.source, data_dir)), name=summary.task)
     again = evaluate(
         model,
         tokenizer,
@@ -192,7 +207,7 @@ def _asked(
     for limit in (summary.examples, None):
         problems = Problems(skip=True)  # as `ptmoe eval` may have done; whether any is missing, its id tells
         how: dict[str, Any] = {"max_examples": limit, "problems": problems, "keys": options.keys, "say": say}
-        found = load_task(summary.source, summary.split, data_dir, **how)
+        found = load_task(_moved(summary.source, data_dir), summary.split, data_dir, **how)
         found = [example for example in found if example.id in ids]
         if len(found) == len(ids):
             break
