@@ -76,6 +76,14 @@ def test_a_search_is_read_as_people_write_it(text, values):
     assert plan(search=[text]).search == plan(search={field: values}).search == {field: values}
 
 
+def test_whole_ends_of_a_field_with_fractions_give_those_between(with_ray):
+    asked = resolved(plan(method="pt-moe", search=["router_noise=0..1", "weight_decay=0..2"], trials=30))
+    for field, high in (("router_noise", 1), ("weight_decay", 2)):
+        found = {each[field] for each in drawn(asked)[1:]}
+        assert len(found) > 10, "and not the ends alone"
+        assert all(0 <= value <= high for value in found)
+
+
 def test_whole_ends_give_whole_numbers_and_every_one_of_them(with_ray):
     asked = resolved(plan(method="dpt:rank=3,num_virtual_tokens=9", search=["rank=2..5"], trials=80))
     assert {each.get("rank") for each in drawn(asked)} == {None, 2, 3, 4, 5}
@@ -89,6 +97,7 @@ def test_whole_ends_give_whole_numbers_and_every_one_of_them(with_ray):
         ({"search": ["rank=5..2"]}, "search rank=5..2: needs two numbers, the lower one first"),
         ({"search": ["rank=1,2"]}, "search: pt has no 'rank' to vary"),
         ({"search": ["task=a,b"]}, "search: pt has no 'task' to vary"),
+        ({"search": ["data_dir=a,b"]}, "search: pt has no 'data_dir' to vary"),
         ({"search": ["learning_rate=-1,2"]}, "learning_rate=-1"),
         ({"optim": "adamw"}, "optim='adamw': no such optimizer"),
         ({"search": ["optim=sgd,adamw"]}, "optim='adamw': no such optimizer"),

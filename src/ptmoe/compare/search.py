@@ -5,7 +5,7 @@ import random
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -14,7 +14,7 @@ from ptmoe.compare.ray_session import LOCAL, NEAREST, check_place
 from ptmoe.errors import PtmoeError, near
 from ptmoe.settings import Flag
 from ptmoe.train.arguments import check_arguments
-from ptmoe.train.options import Count, TrainOptions, method_config, scalar
+from ptmoe.train.options import PLACES, Count, TrainOptions, method_config, scalar
 
 RANGE = re.compile(r"([\d.eE+-]+?)\.\.([\d.eE+-]+)")
 
@@ -120,7 +120,7 @@ def resolved(plan: TunePlan) -> TunePlan:
     search = plan.search or _usual(config, float(plan.learning_rate or 0))
     known = {**type(config).model_fields, **TrainOptions.model_fields}
     kept = {"method", "task", "data", "model", "output_dir", "max_steps", "num_train_epochs", "max_examples", "trainer"}
-    kept |= {"validation_examples", "forgetting"}
+    kept |= {"validation_examples", "revision", "dtype", "quantization", *PLACES}
     for field in search:
         if field not in known or field in kept:
             raise PtmoeError(f"search: {config.method} has no {field!r} to vary{near(field, known.keys() - kept)}")
@@ -150,13 +150,20 @@ def _usual(config: Any, rate: float) -> dict[str, Any]:
 def drawn(plan: TunePlan) -> list[dict[str, Any]]:
     """The settings of each trial, the same for the same plan; the first replaces none."""
     chance, found = random.Random(plan.seed), list[dict[str, Any]]([{}])
+    fields = {**type(method_config(plan.method)).model_fields, **TrainOptions.model_fields}
+    fractions = {field for field in plan.search if _is_float(fields[field].annotation)}
     for _ in range(1, plan.trials):
-        found.append({field: _draw(chance, values) for field, values in plan.search.items()})
+        found.append({field: _draw(chance, values, field in fractions) for field, values in plan.search.items()})
     return found
 
 
-def _draw(chance: random.Random, values: str | list[Any]) -> Any:
-    """One of the values, or a number of the range: by its logarithm where the range goes over more than a decade."""
+def _is_float(annotation: Any) -> bool:
+    return annotation is float or any(map(_is_float, get_args(annotation)))
+
+
+def _draw(chance: random.Random, values: str | list[Any], fractions: bool) -> Any:
+    """One of the values, or a number of the range: by its logarithm where the range goes over more than a decade; a
+    whole one where its ends are and the field has no `fractions`."""
     if isinstance(values, list):
         return chance.choice(values)
     ends = RANGE.fullmatch(values)
@@ -168,5 +175,5 @@ def _draw(chance: random.Random, values: str | list[Any]) -> Any:
         value = math.exp(chance.uniform(math.log(low), math.log(high)))
     else:
         value = chance.uniform(low, high)
-    whole = isinstance(low, int) and isinstance(high, int)
+    whole = not fractions and isinstance(low, int) and isinstance(high, int)
     return min(high, max(low, round(value))) if whole else float(f"{value:.3g}")
