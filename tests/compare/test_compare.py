@@ -32,7 +32,7 @@ from ptmoe.runs.folders import read_run
 from ptmoe.settings import read_yaml
 from ptmoe.tasks import Example
 from ptmoe.train import TrainOptions
-from ptmoe.train.examples import Fingerprint
+from ptmoe.train.examples import Fingerprint, evaluation_examples
 from ptmoe.train.options import SharedOptions
 from testing.bases import tiny
 
@@ -580,6 +580,24 @@ def test_a_presets_evaluation_without_data_is_left_out_and_a_requested_evaluatio
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_several_tasks_are_not_read_from_one_file(tmp_path):
+    """All of MRQA has one format, so that each would pass for the others."""
+    file = tmp_path / "dev.jsonl"
+    question = {"qid": "q", "question": "Where?", "answers": ["here"], "detected_answers": []}
+    file.write_text(json.dumps({"context": "It is here.", "qas": [question]}))
+    message = r"2 tasks \(mrqa/squad, mrqa/newsqa\) and one file"
+    for options in (
+        {"tasks": ["nano/mixed"], "eval_tasks": ["mrqa/squad,mrqa/newsqa"], "eval_data_dir": str(file)},
+        {"tasks": ["mrqa/squad", "mrqa/newsqa"], "eval_tasks": ["nano/mixed"], "data_dir": str(file)},
+    ):
+        with pytest.raises(PtmoeError, match=message):
+            prepared(tmp_path / "c", **options)
+    asked = TrainOptions(task="nano/mixed", eval_task="mrqa/squad,nano/mixed", eval_data_dir=str(file))
+    assert evaluation_examples(asked, print).keys() == {"mrqa/squad", "nano/mixed"}
+    with pytest.raises(PtmoeError, match=message):
+        evaluation_examples(asked.replace(eval_task="mrqa/squad,nano/mixed,mrqa/newsqa"), print)
 
 
 def test_an_interrupted_comparison_continues_with_what_is_missing(tmp_path, trained):

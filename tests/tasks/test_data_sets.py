@@ -550,7 +550,7 @@ def test_unfit_mixtures_are_refused(root):
             load_task(name, "train", root)
     with pytest.raises(ptmoe.PtmoeError, match=r"gsm8k is a folder, and .* mixes tasks"):
         load_task(f"{root / 'gsm8k'},mawps", "train", root)
-    with pytest.raises(ptmoe.PtmoeError, match="is several tasks"):
+    with pytest.raises(ptmoe.PtmoeError, match=r"2 tasks \(gsm8k, mawps\) and one file"):
         load_task("gsm8k,mawps", "train", root / "gsm8k" / "train.jsonl")
 
 

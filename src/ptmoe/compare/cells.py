@@ -16,7 +16,17 @@ from ptmoe.models.bases import max_positions
 from ptmoe.runs.folders import cell_folder, file_name
 from ptmoe.runs.records import CellRecord
 from ptmoe.settings import Settings
-from ptmoe.tasks import TASKS, Problems, check_labels, check_size, is_file, load_task, task_named, task_names
+from ptmoe.tasks import (
+    TASKS,
+    Problems,
+    check_labels,
+    check_place,
+    check_size,
+    is_file,
+    load_task,
+    task_named,
+    task_names,
+)
 from ptmoe.tasks.local import Keys
 from ptmoe.train.examples import evaluation_data_dir
 from ptmoe.train.options import BASE, DEFAULT_METHOD, Rate, TrainOptions, method_config
@@ -249,7 +259,7 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
     Only a preset's own evaluations may be missing: an evaluation that the user has asked for may not.
 
     Raises:
-        PtmoeError: missing or bad data of a training task, or of an evaluation.
+        PtmoeError: missing or bad data of a training task, or of an evaluation, or one file for several tasks.
     """
 
     keys = Keys(plan.train.get("prompt_key"), plan.train.get("completion_key"), where_there=True)
@@ -259,13 +269,17 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
         enough = len(task_named(name).parts) or 1
         load_task(name, split, data_dir, max_examples=enough, problems=problems, keys=keys, say=say)
 
-    for name in dict.fromkeys(name for task in plan.tasks for name in task_names(task)):
+    trained = dict.fromkeys(name for task in plan.tasks for name in task_names(task))
+    check_place(trained, plan.data_dir)
+    for name in trained:
         check(name, "train", plan.data_dir)
     folder = evaluation_data_dir(plan)
     of_preset = [] if plan.preset is None else preset_plan(plan.preset, plan.model).get("eval_tasks", [])
     optional = {name for tasks in of_preset for name in task_names(tasks)}
     missing: dict[str, str] = {}
-    for name in dict.fromkeys(name for task in plan.tasks for name in evaluated(plan, task)):
+    tested = dict.fromkeys(name for task in plan.tasks for name in evaluated(plan, task))
+    check_place(tested, folder)
+    for name in tested:
         try:
             check(name, "test", folder)
         except PtmoeError as error:

@@ -74,6 +74,16 @@ def check_size(name: str, max_examples: int | None) -> None:
         )
 
 
+def check_place(names: Iterable[str], data_dir: str | Path | None) -> None:
+    """
+    Raises:
+        PtmoeError: several of the tasks would be read from one file.
+    """
+    read = [name for name in names if not is_file(name) and TASKS[name].generate is None]
+    if len(read) > 1 and data_dir is not None and Path(data_dir).is_file():
+        raise PtmoeError(f"{len(read)} tasks ({', '.join(read)}) and one file {data_dir}: give the folder of them all")
+
+
 def check_labels(tasks: Iterable[Task]) -> None:
     """
     Raises:
@@ -165,8 +175,7 @@ def _mixed(
     if len(streams) == 1:
         yield from streams[0]
         return
-    if data_dir is not None and Path(data_dir).is_file():
-        raise PtmoeError(f"{name} is several tasks, {data_dir} one file: give the folder that holds them all")
+    check_place(weights, data_dir)
     yield from mixture.mixed(weights, streams)
 
 

@@ -18,6 +18,7 @@ from ptmoe.tasks import (
     Example,
     Problems,
     check_labels,
+    check_place,
     check_size,
     is_file,
     listed_names,
@@ -125,6 +126,7 @@ def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> di
             names = listed_names(options.eval_task)
         elif is_file(trained) or not all(TASKS[name].generate for name in names):
             return {}
+    check_place(names, folder)
     if options.score == "choices":
         check_labels(map(task_named, names))
     if split == "train":
