@@ -226,6 +226,22 @@ def test_pt_moe_loses_tokens_only_where_rank_1_exceeds_the_budget():
     assert (least.rank, least.num_virtual_tokens, count_parameters(base, least)) == (1, 12, 6_170)
 
 
+@pytest.mark.parametrize(
+    ("method", "given"), [("pt-moe", {"rank": 8}), ("dpt", {"rank": 8}), ("nora", {"inner_rank": 3})]
+)
+def test_a_size_that_a_given_one_bounds_from_below_is_picked_too(method, given):
+    base, config_class = tiny("llama").config, METHODS[method]
+    (given_name, least), (free,) = *given.items(), [name for name in config_class.free_sizes if name not in given]
+    smallest = count_parameters(base, config_class(**given, **{free: least}))
+    for more in (0, 5):
+        budget = count_parameters(base, config_class(**given, **{free: least + more}))
+        picked = fit_budget(base, config_class, budget, given)
+        assert (getattr(picked, given_name), getattr(picked, free)) == (least, least + more)
+    below = rf"is below {method}'s smallest size \(.*{free}={least}.* {smallest:,}: raise"
+    with pytest.raises(PtmoeError, match=below):
+        fit_budget(base, config_class, smallest - 1, given)
+
+
 @pytest.mark.slow
 def test_params_shows_what_a_budget_picks(run, llama_1b):
     status, out, _ = run("params", "--budget", "3840")

@@ -42,14 +42,15 @@ def fit_budget(
 
     Returns:
         A checked config: the method's first free size (`MethodConfig.free_sizes`) as large as the budget and the base
-        allow. Where even 1 is too much, the next free size is lowered, and what is left goes to the first again. A
-        prompt has at most half the base's positions.
+        allow. Where even 1, or the least that the given fields take, is too much, the next free size is lowered, and
+        what is left goes to the first again. A prompt has at most half the base's positions.
 
     Raises:
         PtmoeError: the smallest size exceeds the budget, or a given field does not fit the method or the base.
     """
     given = dict(fixed or {})
-    config_class(**given)  # report a misspelt field as such
+    checked = config_class(**given)  # report a misspelt field as such
+    numbers = {number for name in given if type(number := getattr(checked, name, None)) is int and number > 0}
     positions = max_positions(base_config)
 
     @cache  # a method that changes layers builds the base to be counted
@@ -62,17 +63,17 @@ def fit_budget(
     for name in config_class.free_sizes:
         if name in given:
             continue
-        if count(**lowered, **{name: 1}) <= budget:
-            sizes = dict(lowered)
-            for free in (name, *lowered):  # what was lowered to 1 may find room again
+        lowered[name] = _smallest(partial(count, **lowered), name, numbers)
+        if count(**lowered) <= budget:
+            sizes = {other: size for other, size in lowered.items() if other != name}
+            for free in (name, *sizes):  # what was lowered may find room again
                 others = {other: size for other, size in sizes.items() if other != free}
-                sizes[free] = _largest(partial(count, **others), free, budget)
+                sizes[free] = _largest(partial(count, **others), free, lowered[free], budget)
             return config_class(**given, **sizes)
-        lowered[name] = 1
     least = count(**lowered)
     if least <= budget:
         return config_class(**given)
-    smallest = ", ".join(f"{name}={given.get(name, 1)}" for name in config_class.free_sizes)
+    smallest = ", ".join(f"{name}={(given | lowered)[name]}" for name in config_class.free_sizes)
     raise PtmoeError(
         f"budget {budget:,} is below {config_class.method}'s {'smallest size' if lowered else 'size'}"
         f"{f' ({smallest})' if smallest else ''} on this base, {least:,}: raise the budget or leave "
@@ -80,8 +81,26 @@ def fit_budget(
     )
 
 
-def _largest(count: Callable[..., int], name: str, budget: int) -> int:
-    """The largest size whose count is within the budget; that of 1 is, and counts grow with the size.
+def _smallest(count: Callable[..., int], name: str, given: set[int]) -> int:
+    """1, or the given number that this size must not be less than: a rank of 8 needs 8 tokens.
+
+    Raises:
+        PtmoeError: none of these fits; the reason is that of 1.
+    """
+    unfit = None
+    for size in sorted({1, *given}):
+        try:
+            count(**{name: size})
+        except PtmoeError as error:
+            unfit = unfit or error
+        else:
+            return size
+    assert unfit is not None
+    raise unfit
+
+
+def _largest(count: Callable[..., int], name: str, least: int, budget: int) -> int:
+    """The largest size whose count is within the budget; that of `least` is, and counts grow with the size.
 
     Counts are linear in every size so far, so two of them predict the result, and two more confirm it. A size that does
     not fit the base raises, and is too large; where that, or a count that is not linear, spoils the guess, a binary
@@ -94,12 +113,13 @@ def _largest(count: Callable[..., int], name: str, budget: int) -> int:
         except PtmoeError:
             return False
 
-    if not fits(2):
-        return 1
-    first, second = (count(**{name: size}) for size in (1, 2))
+    if not fits(least + 1):
+        return least
+    first, second = (count(**{name: size}) for size in (least, least + 1))
     if first == second:
-        return 1
-    low, high = 2, 3 + (budget - second) // (second - first)  # the first that should be too large
+        return least
+    low = least + 1
+    high = low + 1 + (budget - second) // (second - first)  # the first that should be too large
     if fits(high - 1):
         low = high - 1
         while fits(high):
