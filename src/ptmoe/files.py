@@ -78,6 +78,17 @@ def write_whole(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="")
 
 
+def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of any new file: its library lets only the owner read it, and an
+    adapter may be served, or looked at, by others."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode & 0o777)
+
+
 def append(path: Path, lines: bytes) -> None:
     """Add lines to a file: all of them, or none where the disk has no room."""
     with naming(path), path.open("ab", buffering=0) as file:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def test_a_run_folder_holds_what_the_design_says(trained):
         json.loads((trained.folder / "result.json").read_text())["trainable_parameters"]
         == 6 * 4 * 3 + 4 * 192 + 3 * 193
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_every_file_of_a_run_may_be_read_by_whom_any_new_file_may(trained, tmp_path):
+    (tmp_path / "new").touch()
+    allowed = {path.name: path.stat().st_mode for path in trained.folder.rglob("*") if path.is_file()}
+    assert {"adapter_model.safetensors", "optimizer.safetensors", "training_state.safetensors"} <= allowed.keys()
+    assert set(allowed.values()) == {(tmp_path / "new").stat().st_mode}
 
 
 def test_the_environment_records_the_base_by_its_embedding(trained):

@@ -22,12 +22,11 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ptmoe.adapters.identity import BaseIdentity, Envelope
 from ptmoe.errors import PtmoeError, near, shown
-from ptmoe.files import names_repository, naming, replaced
+from ptmoe.files import names_repository, naming, replaced, save_tensors
 from ptmoe.methods import METHODS, LoRAConfig, MethodConfig, PromptEncoder, method_named
 from ptmoe.methods.base import PreTrainedModel
 from ptmoe.methods.shelf import ShelfConfig
@@ -142,7 +141,7 @@ def write_files(
     with ExitStack() as files:  # they appear when all are written, the last one first: without it there is no adapter
         for name, written in configs.items():
             files.enter_context(replaced(folder / name)).write_text(json.dumps(written, indent=2) + "\n")
-        save_file(plain, files.enter_context(replaced(folder / WEIGHTS_FILE)), {"format": "pt"})
+        save_tensors(plain, files.enter_context(replaced(folder / WEIGHTS_FILE)), {"format": "pt"})
         for name in (CONFIG_FILE, OWN_CONFIG_FILE):  # of an adapter that was here before
             (folder / name).unlink(missing_ok=True)
 

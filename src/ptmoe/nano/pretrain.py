@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ptmoe.files import replaced
+from ptmoe.files import replaced, save_tensors
 from ptmoe.nano.world import Record, instructed
 
 SEED = 20250519
@@ -188,7 +188,7 @@ def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     with replaced(path) as part:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, part, {"step": str(step)})
+        save_tensors({name: value.contiguous() for name, value in tensors.items()}, part, {"step": str(step)})
 
 
 def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptmoe.errors import PtmoeError, near
+from ptmoe.files import save_tensors
 from ptmoe.train.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -118,7 +119,6 @@ def settle(optimizer: Any) -> None:
 def save_state(optimizer: Any, scheduler: Any, optim: str, folder: Path) -> None:
     """Write both states, the optimizer's only if tensors, numbers and texts are all that it is."""
     import torch
-    from safetensors.torch import save_file
 
     (folder / SCHEDULER).write_text(json.dumps(scheduler.state_dict()))
     saved = optimizer.state_dict()
@@ -136,7 +136,7 @@ def save_state(optimizer: Any, scheduler: Any, optim: str, folder: Path) -> None
             stacklevel=2,
         )
         return
-    save_file(tensors, folder / OPTIMIZER, metadata)
+    save_tensors(tensors, folder / OPTIMIZER, metadata)
 
 
 def load_state(optimizer: Any, scheduler: Any, folder: Path, changed: bool) -> None:

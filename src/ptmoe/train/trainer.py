@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
@@ -23,7 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ptmoe.adapters.folder import read_adapter
 from ptmoe.errors import DIVERGED, PtmoeError
 from ptmoe.fast.paths import is_sharded
-from ptmoe.files import naming
+from ptmoe.files import naming, save_tensors
 from ptmoe.methods.routing import RoutedEncoder
 from ptmoe.models.causal import PromptedCausalLM
 from ptmoe.train.batches import Blanking, EvenBatches, TokenBatches, WithBlanks
@@ -266,7 +266,7 @@ class PromptTrainer(Trainer):
             cast(Any, self.processing_class).save_pretrained(folder)
         # What the published form lacks: the coordinates in which the router is trained.
         if state := self.model.encoder.training_state():
-            save_file({name: value.contiguous() for name, value in state.items()}, folder / TRAINING_STATE)
+            save_tensors({name: value.contiguous() for name, value in state.items()}, folder / TRAINING_STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
