@@ -15,6 +15,11 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 LONGEST_NAME = 255  # bytes of a file's or folder's name, on nearly all file systems
 
 
+def printable(text: str) -> str:
+    """The text with control characters written out, all but tabs and line breaks."""
+    return CONTROL.sub(lambda match: match[0] if match[0] in "\t\n" else f"\\x{ord(match[0]):02x}", text)
+
+
 def check_name(path: Path) -> None:
     """
     Raises:

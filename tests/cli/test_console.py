@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from ptmoe.cli.console import Console, printable
+from ptmoe.cli.console import Console
+from ptmoe.files import printable
 from ptmoe.runs.folders import writing
 
 HOSTILE = ["[/b]", "[bold]x", ":smile:", "\x1b[31mred", "\x9b2J", "a\x08b", "[link=x]y[/link]"]

@@ -26,7 +26,7 @@ from ptmoe.report.comparison import AVERAGE, MEAN, paper
 from ptmoe.report.figures import curve_points, drawing, inline_svg, score_by_parameters, styles
 from ptmoe.report.results import Board, Score, boards, holm, paired_test, t_interval
 from ptmoe.report.sections import published_rows
-from ptmoe.report.table import Table, to_csv, to_latex, to_markdown
+from ptmoe.report.table import Table, to_csv, to_json, to_latex, to_markdown
 from ptmoe.runs.folders import FAILED_FILE, predictions_file
 from ptmoe.runs.predictions import read_predictions
 from ptmoe.runs.records import Failure, write_lines
@@ -789,6 +789,15 @@ def test_markdown_and_latex_show_a_name_as_it_is():
         r"a\textbar{}b\_c*\textless{}i\textgreater{} \$x\textasciicircum{}2\$ \& 50 \% \#1 \textbackslash{} \{\} \\"
         in to_latex(table)
     )
+
+
+def test_control_characters_are_written_out_where_a_table_is_printed_and_kept_in_its_data():
+    """Words of a vocabulary of bytes hold them; a page may not, and LaTeX stops at them."""
+    table = Table("a", "a", pd.DataFrame({"word": ["\x03 \x7f"]}))
+    assert table.rows()[0][0].text == r"\x03 \x7f"
+    assert r"| \\x03 \\x7f |" in to_markdown(table)
+    assert r"\textbackslash{}x03 \textbackslash{}x7f \\" in to_latex(table)
+    assert json.loads(to_json(table))["rows"] == [{"word": "\x03 \x7f"}]
 
 
 def test_the_terminal_shows_methods_tasks_and_intervals_within_80_columns(folder, maths):

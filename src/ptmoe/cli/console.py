@@ -5,12 +5,7 @@ from typing import Any
 import rich.console
 from rich.text import Text
 
-from ptmoe.files import CONTROL
-
-
-def printable(text: str) -> str:
-    """The text with control characters written out, all but tabs and line breaks."""
-    return CONTROL.sub(lambda match: match[0] if match[0] in "\t\n" else f"\\x{ord(match[0]):02x}", text)
+from ptmoe.files import printable
 
 
 class Console(rich.console.Console):

@@ -12,7 +12,6 @@ import typer
 
 from ptmoe import __version__
 from ptmoe.cli.comparison import compare, quickstart
-from ptmoe.cli.console import printable
 from ptmoe.cli.evaluation import evaluate, score
 from ptmoe.cli.inference import convert, generate, inspect
 from ptmoe.cli.options import HELP, command_of
@@ -22,6 +21,7 @@ from ptmoe.cli.training import train
 from ptmoe.cli.tuning import tune
 from ptmoe.cli.verification import verify
 from ptmoe.errors import PtmoeError, system_error
+from ptmoe.files import printable
 
 TRAIN_OPTIONS = "ptmoe.train.options:TrainOptions"
 base_options = command_of(TRAIN_OPTIONS, "revision", "dtype", "quantization")

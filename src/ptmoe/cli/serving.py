@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ptmoe.cli.console import printable
 from ptmoe.cli.options import Adapter, AdapterBase, Device, given
 from ptmoe.errors import PtmoeError
-from ptmoe.files import check_adapters
+from ptmoe.files import check_adapters, printable
 
 if TYPE_CHECKING:
     from ptmoe.serve.registry import Composed

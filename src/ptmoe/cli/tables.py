@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ptmoe.cli.console import Console, printable
+from ptmoe.cli.console import Console
 from ptmoe.cli.options import DataDir, Model, NamedSplit, SkipBad, given
 from ptmoe.errors import PtmoeError, near
+from ptmoe.files import printable
 
 if TYPE_CHECKING:
     from ptmoe.tasks.base import Task

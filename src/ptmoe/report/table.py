@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
+from ptmoe.files import printable
 from ptmoe.report.results import Score
 
 
@@ -65,7 +66,7 @@ class Table:
     def _text(self, value: Any, column: str) -> str:
         number = _plain(value.mean if isinstance(value, Score) else value)
         if number is None or isinstance(number, (str, bool)) or column == "seed":  # to Python, True is a whole number
-            return "–" if number is None else str(number)
+            return "–" if number is None else printable(str(number))
         default = "{:,}".format if isinstance(number, int) else decimals(1)
         return str(self.formats.get(column, default)(number))
 
