@@ -218,6 +218,27 @@ def test_a_method_that_changes_weights_is_counted_only_a_few_times(monkeypatch):
     assert len(counts) <= 4
 
 
+@pytest.mark.parametrize(
+    ("method", "fixed", "free"),
+    [
+        ("dpt", {"rank": 8}, "num_virtual_tokens"),
+        ("pt-moe", {"rank": 8, "projection_seed": 5000}, "num_virtual_tokens"),
+        ("compacter", {"rank": 3}, "width"),
+        ("nora", {"inner_rank": 5}, "rank"),
+    ],
+)
+def test_a_budget_leaves_a_given_size_the_room_that_it_needs(method, fixed, free):
+    base, config_class = tiny().config, METHODS[method]
+    needed = next(iter(fixed.values()))
+    counts = {size: count_parameters(base, config_class(**fixed, **{free: size})) for size in range(needed, needed + 3)}
+    for size, count in counts.items():
+        assert fit_budget(base, config_class, count, fixed) == config_class(**fixed, **{free: size})
+    with pytest.raises(PtmoeError, match=rf"smallest size \(.*{free}={needed}.*\) on this base, {counts[needed]:,}"):
+        fit_budget(base, config_class, counts[needed] - 1, fixed)
+    with pytest.raises(PtmoeError, match=r"40 exceeds|more than half"):
+        fit_budget(base, config_class, 10**6, dict.fromkeys(fixed, 40))
+
+
 def test_pt_moe_loses_tokens_only_where_rank_1_exceeds_the_budget():
     base = LlamaConfig(**LLAMA_1B)
     picked = fit_budget(base, PTMoEConfig, 80_000, {"num_virtual_tokens": 40, "num_experts": 2})

@@ -72,7 +72,7 @@ class BALoRAConfig(PiSSAConfig):
     consistency: Weight = 1e-4
     diversity: Weight = 3e-4
     low_rank: Weight = 1e-4
-    num_singular_values: Annotated[int, Field(ge=1)] = 3
+    num_singular_values: Annotated[int, Field(gt=0)] = 3  # no `Size`: nothing grows with it
 
     def encoder_for(self, base: PreTrainedModel, batches: Batches | None = None) -> Injected:
         if getattr(base.config.get_text_config(), "hidden_size_per_layer_input", None):
