@@ -167,6 +167,19 @@ def test_what_trains_stays_float32_on_a_bfloat16_base(method, autocast):
     assert all(parameter.grad.isfinite().all() for parameter in model.encoder.parameters())
 
 
+@pytest.mark.parametrize("method", ["nlora", "soka", "goat"])
+def test_a_small_difference_of_large_products_is_whole_in_mixed_precision(method):
+    encoder, generator = attached(method).encoder, torch.Generator().manual_seed(1)
+    module, part = encoder.targets[0]
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=generator).to(DEVICE))
+    x = torch.randn(5, module.in_features, generator=generator).to(DEVICE)
+    expected = part(x, module(x), module)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert_close(part(x, module(x), module), expected)
+
+
 def test_full_fine_tuning_of_a_bfloat16_base_is_in_float32():
     model = attached("ft", tiny_llama().to(torch.bfloat16))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -49,7 +49,8 @@ class NLoRAPart(Part):
         return x
 
     def forward(self, x: Tensor, output: Tensor, module: nn.Module) -> Tensor:
-        return self.product(x, self.trained) - self.product(x, "")
+        with torch.autocast(x.device.type, enabled=False):  # a small difference of large numbers
+            return self.product(x, self.trained) - self.product(x, "")
 
 
 def crossing(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
