@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 import ptmoe
 from ptmoe.methods import METHODS
 from ptmoe.methods.bilora import in_first_part
+from ptmoe.methods.parts import leading
 from ptmoe.methods.sorsa import skew
 from ptmoe.models.attach import attach, count_parameters, load_adapter
 from testing.bases import DEVICE, LLAMA_1B, array, batch, tiny, tiny_llama, tokens
@@ -171,6 +172,17 @@ def test_weights_that_cannot_be_decomposed_are_refused_and_the_base_is_left_as_i
     with pytest.raises(ptmoe.PtmoeError, match="cannot read one that is offloaded: load the base without"):
         attach(base, METHODS[method](**fields), check=False)
     assert not any(module._forward_hooks for module in base.modules())
+
+
+def test_another_weight_in_a_modules_place_is_decomposed_anew():
+    base = tiny_llama()
+    module = base.model.layers[0].self_attn.q_proj
+    for other in (module.weight.detach() + 1, torch.ones_like(module.weight), module.weight.detach().bfloat16()):
+        leading(module, 2)
+        module.weight.data = other
+        left, values, _ = leading(module, 1)
+        assert_close(values[0], torch.linalg.matrix_norm(other.double(), 2).float())
+        assert leading(module, 1)[0].data_ptr() == left.data_ptr()  # it is kept
 
 
 # -- SORSA's regulariser -----------------------------------------------------------------------------------------------

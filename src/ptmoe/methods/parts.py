@@ -186,7 +186,8 @@ def leading(module: nn.Module, rank: int, blocks: tuple[int, int] | None = None)
         PtmoeError: as `decomposed_weight`.
     """
     weight = cast(Tensor, module.weight)
-    state = id(weight), weight._version, blocks
+    # A cast, or `weight.data = …`, puts other numbers into the same parameter.
+    state = id(weight), weight.data_ptr(), weight.dtype, weight._version, blocks
     written, factors = vars(module).get("_leading", (None, ()))
     if written != state or len(factors[1]) < rank:
         # In float64, so that an adapter finds the factors that it was trained on, whatever device decomposes: in
