@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import ptmoe
-from ptmoe.methods import METHODS
+from ptmoe.errors import PtmoeError
+from ptmoe.methods import METHODS, method_named
+from ptmoe.methods.weights import features_of
 from ptmoe.models.attach import load_run
 from ptmoe.models.bases import load_base, place
 from ptmoe.models.decoding import Decoder
 from ptmoe.models.elsewhere import ELSEWHERE
+from testing.architectures import HIDDEN
 from testing.bases import CONFIGS, prompted, tiny_llama, tokens
 
 
@@ -103,6 +107,60 @@ def test_what_a_method_trains_in_a_base_on_several_devices_stays_with_its_layers
     model = ptmoe.attach(base, METHODS[method](), check=False)
     for name, parameter in model.encoder.named_parameters():
         assert (parameter.device.type == "meta") == (".layers.1." in name)
+
+
+@pytest.mark.parametrize("method", ["hydralora", "lotr", "msplora", "compacter", "bilora"])
+def test_a_part_is_where_its_module_is_and_what_parts_share_comes_to_it(method):
+    base = tiny_llama()
+    base.model.layers[1].to("meta")
+    model = ptmoe.attach(base, METHODS[method](), check=False).train()
+    embeds, mask = torch.ones(2, 3, HIDDEN, device="meta"), torch.ones(2, 3, dtype=torch.bool, device="meta")
+    for module, part in model.encoder.targets:
+        at = module.weight.device
+        vars(part)["trains_vectors"] = torch.ones(2, dtype=torch.bool, device=base.device)  # bilora's
+        assert {value.device for value in part.state_dict().values()} == {at}
+        x = torch.ones(2, 3, features_of(module)[0], device=at)
+        assert part(x, module(x), module).device == at
+    assert {value.device for value in model.encoder.state_dict().values()} == {base.device, embeds.device}
+    prompt = model.encoder(embeds, mask)
+    assert prompt.auxiliary_loss is None or prompt.auxiliary_loss.device == embeds.device
+
+
+@pytest.mark.parametrize("method", ["sorsa", "kasa"])
+def test_a_loss_of_what_is_on_several_devices_is_where_the_embedding_is(method):
+    base = tiny_llama()
+    model = ptmoe.attach(base, METHODS[method]()).train()
+    base.model.layers[1].to("meta")
+    embeds, mask = torch.ones(2, 3, HIDDEN, device="meta"), torch.ones(2, 3, dtype=torch.bool, device="meta")
+    assert model.encoder(embeds, mask).auxiliary_loss.device == embeds.device
+
+
+def offloaded():
+    """A base whose layers are brought when they are needed."""
+    base = tiny_llama()
+    cpu_offload(base.model.layers, execution_device=base.device)
+    return base
+
+
+@pytest.mark.parametrize("method", ["lora", "ft", "peft:ln-tuning"])
+def test_a_method_within_offloaded_layers_is_refused_and_the_base_left_as_it_was(method, tmp_path):
+    config, ids = method_named(method)(), tokens(6)[None]
+    base, names = offloaded(), [name for name, _ in tiny_llama().named_parameters()]
+    expected = base(ids).logits
+    ptmoe.attach(tiny_llama(), config).save_pretrained(tmp_path)
+    for put in (lambda: ptmoe.attach(base, config), lambda: ptmoe.load_adapter(base, tmp_path)):
+        with pytest.warns(UserWarning, match="offloaded"), pytest.raises(PtmoeError, match="some are offloaded: load"):
+            put()
+    assert [name for name, _ in base.named_parameters()] == names
+    assert torch.equal(base(ids).logits, expected)
+
+
+def test_parts_of_an_offloaded_layer_are_where_it_computes(tmp_path):
+    model, ids = prompted(tiny_llama(), METHODS["hydralora"]()), tokens(6)[None]
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="offloaded"):
+        again = ptmoe.load_adapter(offloaded(), tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_the_first_adapter_is_active(tmp_path):

@@ -436,6 +436,17 @@ def test_a_base_that_was_saved_without_its_cache_generates(method):
             model.generate(ROWS[0][None], max_new_tokens=3, **asked)
 
 
+@pytest.mark.parametrize("method", ["prefix-tuning", "mept"])
+def test_what_a_prompt_has_in_the_cache_comes_to_the_device_of_each_layer(method):
+    model = attach(tiny_llama(), METHODS[method](num_virtual_tokens=4))
+    _, prompts = model.compose(tokens(6)[None])
+    cache = model._filled_cache(prompts.cache, 1, 1)
+    new = torch.ones(1, 2, 3, 8, device="meta")
+    keys, values = cache.update(new, new, 1)
+    assert keys.device == values.device == new.device
+    assert keys.shape == values.shape == (1, 2, 7, 8)
+
+
 def test_an_assistant_is_refused():
     with pytest.raises(PtmoeError, match="assistant_model"):
         prompted(tiny_llama(), ROUTED).generate(ROWS[0][None], assistant_model=tiny_llama())

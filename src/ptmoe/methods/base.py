@@ -242,8 +242,7 @@ class PromptEncoder(nn.Module):
             input_embeds: `(B, L, H)`, the base's embeddings of the row.
             input_mask: `(B, L)`, true at the tokens that may decide the prompt: no padding, no answer.
         """
-        prompt = self.fixed_prompts()
-        if prompt is None:
+        if (prompt := self.fixed_prompts()) is None:
             raise NotImplementedError
         return Prompt(prompt.expand(len(input_embeds), -1, -1))
 
@@ -254,6 +253,10 @@ class PromptEncoder(nn.Module):
     def initialise(self, source: InitialEmbeddings) -> None:
         """Fill the tensors from the base's embeddings, with no randomness but that of `source`'s generator."""
         raise NotImplementedError
+
+    def place(self, device: torch.device) -> None:
+        """Move it to the device of the base's embedding."""
+        self.to(device)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -358,8 +361,7 @@ class InitialEmbeddings:
         """`(count, H)` initial values in float32, as `config.init` says."""
         vocabulary, hidden = cast(Tensor, self.embedding.weight).shape
         if config.init == "text":
-            assert config.init_text is not None
-            return self.text(config.init_text, count)
+            return self.text(cast(str, config.init_text), count)
         if config.init == "examples":
             return self.examples(count)
         if config.init == "vocabulary":
@@ -383,9 +385,8 @@ class InitialEmbeddings:
     def examples(self, count: int) -> Tensor:
         """`(count, H)`: the embeddings of training examples, in random order and one after another, the last `count`
         tokens of them; repeated where there are fewer."""
-        assert self.batches is not None
         rows: list[Tensor] = []
-        for batch in self.batches:
+        for batch in cast(Batches, self.batches):
             real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             rows += batch["input_ids"][real].split(real.sum(1).tolist())
         ids = torch.cat([rows[i] for i in torch.randperm(len(rows), generator=self.generator)])

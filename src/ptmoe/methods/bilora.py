@@ -55,9 +55,10 @@ class BiLoRAPart(Part):
                 f"bilora trains on the rows of a batch apart, and a module of {x.shape[-1]} inputs gets those of "
                 f"{len(self.trains_vectors)} rows as {tuple(x.shape)}: name other modules in target_modules"
             )
+        first = self.trains_vectors.to(x.device)
         vectors = linear(linear(x, Q) * values.detach(), P)
         alone = linear(linear(x, Q.detach()) * values, P.detach())
-        return self.scaling * torch.where(self.trains_vectors[:, None, None], vectors, alone)
+        return self.scaling * torch.where(first[:, None, None], vectors, alone)
 
     def penalty(self) -> Tensor:
         one = torch.eye(len(self.values), device=self.P.device)

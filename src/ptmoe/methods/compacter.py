@@ -60,7 +60,7 @@ class CompacterPart(Part):
     def multiply(self, left: Tensor, right: Tensor, x: Tensor) -> Tensor:
         """`Σ_i (A_i ⊗ left_i right_i) x`, with none of these matrices ever made."""
         blocks = x.unflatten(-1, (len(right), -1))  # (…, n, in/n)
-        low = torch.einsum("irq,...cq,iac->...air", right, blocks, self.shared.A)
+        low = torch.einsum("irq,...cq,iac->...air", right, blocks, self.shared.A.to(x.device))
         return torch.einsum("ipr,...air->...ap", left, low).flatten(-2)
 
     def forward(self, x: Tensor, output: Tensor, module: nn.Module) -> Tensor:

@@ -38,6 +38,7 @@ class FTConfig(WeightConfig):
 class FT(WeightEncoder):
     def __init__(self, config: FTConfig, base: PreTrainedModel) -> None:
         super().__init__(config, base)
+        self.check_in_memory(base.parameters())
         # An update is smaller than the resolution of bfloat16: rounding would drop it.
         self.weights = SharedParameters(dict(base.float().named_parameters()))
 

@@ -97,6 +97,8 @@ class Injected(WeightEncoder):
             if config.frozen is not None and config.frozen in name:
                 trainable.pop(name).requires_grad_(False)
         self.weights = SharedParameters(trainable)
+        with self.removed_on_failure():
+            self.check_in_memory(trainable.values())
 
     def tensors(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict

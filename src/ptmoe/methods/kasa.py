@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ptmoe.methods.base import QUANTIZATIONS, Prompt
-from ptmoe.methods.injected import Injected, PeftConfig
+from ptmoe.methods.injected import ADAPTER, Injected, PeftConfig
 from ptmoe.methods.lora import LoRAFamilyConfig
 
 
@@ -23,7 +23,13 @@ class KaSA(Injected):
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         prompt = super().forward(input_embeds, input_mask)
         if self.training:
-            prompt.auxiliary_loss = self.peft_model.base_model._get_kasa_loss()
+            from peft.tuners.lora.variants import _kasa_layer_regularization_loss as regulariser
+
+            of_paper = self.peft_model.peft_config[ADAPTER].kasa_config
+            layers: list[Any] = [module for module in self.base.modules() if hasattr(module, "lora_diag")]
+            losses = (regulariser(layer, ADAPTER, of_paper.beta, of_paper.gamma) for layer in layers)
+            # peft's own sum of them takes all layers to be on one device.
+            prompt.auxiliary_loss = sum(loss.to(input_embeds.device) for loss in losses)
         return prompt
 
 

@@ -46,7 +46,7 @@ class LoTRPart(Part):
     def forward(self, x: Tensor, output: Tensor, module: nn.Module) -> Tensor:
         factors, _ = self.shared.of(self)
         for factor in (factors.V, self.G, factors.U):
-            x = nn.functional.linear(x, factor)
+            x = nn.functional.linear(x, factor.to(x.device))
         return self.scaling * x
 
 

@@ -34,7 +34,8 @@ class LowRankPairs(nn.Module):
         self.B.zero_()
 
     def forward(self, x: Tensor, index: int) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(x, self.A[index]), self.B[index])
+        A, B = self.A[index].to(x.device), self.B[index].to(x.device)
+        return nn.functional.linear(nn.functional.linear(x, A), B)
 
 
 class Levels(nn.Module):

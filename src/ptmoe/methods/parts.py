@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ptmoe.errors import PtmoeError
 from ptmoe.methods.base import Batches, InitialEmbeddings, PreTrainedModel, Prompt, quantization_of
-from ptmoe.methods.weights import TargetedConfig, WeightEncoder, features_of, modules_named
+from ptmoe.methods.weights import TargetedConfig, WeightEncoder, features_of, is_offloaded, modules_named
 
 
 class Part(nn.Module):
@@ -67,7 +67,8 @@ class PartsConfig(TargetedConfig):
     part_class: ClassVar[type[Part]]
 
     def shared_by(self, features: dict[str, tuple[int, int]]) -> nn.Module | None:
-        """What all parts have in common; it has an `initialise(generator)`. Each part finds it as `self.shared`.
+        """What all parts have in common; it has an `initialise(generator)`. Each part finds it as `self.shared`,
+        on the embedding's device, while the part itself is on its module's.
 
         Args:
             features: `(in, out)` of each target module by its full name, from the first layer to the last.
@@ -110,6 +111,7 @@ class Parts(WeightEncoder):
         prompt = super().forward(input_embeds, input_mask)
         if self.training:
             penalties = [penalty for _, part in self.targets if (penalty := part.penalty()) is not None]
+            penalties = [penalty.to(input_embeds.device) for penalty in penalties]
             prompt.auxiliary_loss = torch.stack(penalties).sum() if penalties else None
         return prompt
 
@@ -119,6 +121,14 @@ class Parts(WeightEncoder):
             cast(Any, self.shared).initialise(source.generator)
         for module, part in self.targets:
             part.initialise(module, source.generator)
+
+    def place(self, device: torch.device) -> None:
+        """Each part beside its module, which may be on another device than the embedding; at the embedding that of one
+        that is offloaded, and what all share."""
+        for module, part in self.targets:
+            part.to(device if is_offloaded(module) else cast(Tensor, module.weight).device)
+        if self.shared is not None:
+            self.shared.to(device)
 
     def tensors(self) -> dict[str, Tensor]:
         shared = {} if self.shared is None else self.shared.state_dict(prefix="shared.")

@@ -26,7 +26,8 @@ class SORSA(Residual):
         prompt = super().forward(input_embeds, input_mask)
         if self.training:
             vectors = [one if "lora_A" in name else one.T for name, one in self.named_parameters()]
-            prompt.auxiliary_loss = self.config.gamma * torch.stack([skew(rows) for rows in vectors]).sum()
+            distances = torch.stack([skew(rows).to(input_embeds.device) for rows in vectors])
+            prompt.auxiliary_loss = self.config.gamma * distances.sum()
         return prompt
 
 

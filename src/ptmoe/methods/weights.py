@@ -111,6 +111,11 @@ def features_of(module: nn.Module) -> tuple[int, int]:
     return getattr(module, sizes[0]), getattr(module, sizes[1])
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether its own weights are elsewhere until a hook of `accelerate` brings them, for as long as it computes."""
+    return hasattr(module, "_hf_hook") and any(one.is_meta for one in module.parameters(recurse=False))
+
+
 class WeightEncoder(PromptEncoder):
     """The trainable part of a weight-side method. Its parameters may be the base's own objects, shared with it."""
 
@@ -121,8 +126,24 @@ class WeightEncoder(PromptEncoder):
         super().__init__(config)
         vars(self)["base"] = base  # not a submodule: it would be saved with the adapter
 
+    def check_in_memory(self, trained: Iterable[Tensor]) -> None:
+        """
+        Raises:
+            PtmoeError: numbers that are to train are in layers that are offloaded, where they would be lost.
+        """
+        if any(one.is_meta for one in trained) and any(map(is_offloaded, self.base.modules())):
+            raise PtmoeError(
+                f"{self.config.method} trains within the layers of {type(self.base).__name__}, of which some are "
+                "offloaded: load the base without offloading, or take a method of prompts"
+            )
+
     def forward(self, input_embeds: Tensor, input_mask: Tensor) -> Prompt:
         return Prompt(input_embeds.new_zeros(len(input_embeds), 0, input_embeds.shape[2], dtype=torch.float32))
+
+    def place(self, device: torch.device) -> None:
+        """What is in the base stays with its layers, which may be on several devices."""
+        in_base = {id(one) for one in self.base.parameters()}
+        self._apply(lambda one: one if id(one) in in_base else one.to(device))
 
     def initialise(self, source: InitialEmbeddings) -> None:
         """The parts were initialised when they were created."""

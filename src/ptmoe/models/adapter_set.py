@@ -95,11 +95,7 @@ class AdapterSet(nn.Module):
         # Thousands of adapters share a few configs.
         key = encoder.config.method + encoder.config.model_dump_json()
         encoder.config = self._configs.setdefault(key, encoder.config)
-        device = cast(Tensor, self.embedding.weight).device
-        # What is in the base stays with its layers, which may be on several devices.
-        in_base = self.base is not None and encoder.config.changes_layers
-        own = {id(one) for one in cast(PreTrainedModel, self.base).parameters()} if in_base else set()
-        encoder._apply(lambda one: one if id(one) in own else one.to(device))
+        encoder.place(cast(Tensor, self.embedding.weight).device)
         self.encoders[name] = encoder.train(self.encoders.training).requires_grad_(False)
 
     def activate(self, name: str) -> None:

@@ -176,7 +176,7 @@ class PromptedCausalLM(GeneratingModel):
             if prompts.auxiliary_loss is not None and self.training:
                 # Once for the global batch: this part's share of it.
                 share = 1.0 if num_items_in_batch is None else len(targets) / num_items_in_batch
-                loss = loss + share * prompts.auxiliary_loss
+                loss = loss + (share * prompts.auxiliary_loss).to(loss.device)
         # At once: its items, by which it is unpacked and indexed, stand in the order in which they are set.
         result = PromptedOutput(loss, logits, out.get("hidden_states"), out.get("attentions"))
         result.routing = prompts.routing

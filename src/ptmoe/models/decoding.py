@@ -237,7 +237,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         end = self.get_seq_length()
-        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.buffers = [buffer[indices.to(buffer.device)] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import without_plans
@@ -25,6 +25,19 @@ from ptmoe.models.wrapper import ModelWrapper
 
 # Settings of `generate` that take the token ids again: a draft's, one that reads them in pieces, one that changes them.
 REREADING = "assistant_model prompt_lookup_num_tokens assistant_early_exit use_mtp prefill_chunk_size token_healing"
+
+
+class FilledLayer(DynamicLayer):
+    """One layer's cache with a prompt in it, which follows the layer to its device: a base may be on several."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.is_initialized:
+            self.keys, self.values = (one.to(key_states.device) for one in (self.keys, self.values))
+        held: tuple[Tensor, Tensor] = super().update(key_states, value_states)
+        return held
 
 
 class GeneratingModel(ModelWrapper):
@@ -90,6 +103,7 @@ class GeneratingModel(ModelWrapper):
     def _filled_cache(self, cache: Tensor, batch: int, copies: int) -> DynamicCache:
         self.check_cache()
         filled = DynamicCache(config=self.config)
+        filled.layers = [FilledLayer() for _ in filled.layers]
         for index, layer in enumerate(cache.to(self.dtype).unbind()):
             keys, values = layer.expand(-1, batch, -1, -1, -1).repeat_interleave(copies, 1)
             filled.update(keys, values, index)
