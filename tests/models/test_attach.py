@@ -13,7 +13,7 @@ from ptmoe.models.bases import load_base, place
 from ptmoe.models.decoding import Decoder
 from ptmoe.models.elsewhere import ELSEWHERE
 from testing.architectures import HIDDEN
-from testing.bases import CONFIGS, prompted, tiny_llama, tokens
+from testing.bases import CONFIGS, prompted, tiny, tiny_llama, tokens
 
 
 def test_an_adapter_that_is_loaded_beside_another_is_neither_active_nor_training(base, tmp_path):
@@ -135,9 +135,9 @@ def test_a_loss_of_what_is_on_several_devices_is_where_the_embedding_is(method):
     assert model.encoder(embeds, mask).auxiliary_loss.device == embeds.device
 
 
-def offloaded():
+def offloaded(architecture="llama"):
     """A base whose layers are brought when they are needed."""
-    base = tiny_llama()
+    base = tiny(architecture)
     cpu_offload(base.model.layers, execution_device=base.device)
     return base
 
@@ -161,6 +161,14 @@ def test_parts_of_an_offloaded_layer_are_where_it_computes(tmp_path):
     with pytest.warns(UserWarning, match="offloaded"):
         again = ptmoe.load_adapter(offloaded(), tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_an_offloaded_bias_that_a_part_reads_is_refused_in_words(tmp_path):
+    ptmoe.attach(tiny("qwen2"), METHODS["edora"](rank=2)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="offloaded"):
+        model = ptmoe.load_adapter(offloaded("qwen2"), tmp_path)
+    with pytest.raises(PtmoeError, match="edora takes a module's bias off its output"):
+        model(tokens(6)[None])
 
 
 def test_the_first_adapter_is_active(tmp_path):

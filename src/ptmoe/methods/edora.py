@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ptmoe.errors import PtmoeError
 from ptmoe.methods.lora_xs import LoRAXSConfig, LoRAXSPart
 from ptmoe.methods.parts import weight_of
 
@@ -47,6 +48,10 @@ class EDoRAPart(LoRAXSPart):
 
     def forward(self, x: Tensor, output: Tensor, module: nn.Module) -> Tensor:
         bias = cast("Tensor | None", module.bias)
+        if bias is not None and bias.is_meta and not output.is_meta:
+            raise PtmoeError(
+                "edora takes a module's bias off its output, and this base's are offloaded: load it without offloading"
+            )
         plain = output.float() if bias is None else output.float() - bias
         factor = self.magnitude / self.norms()
         return (factor - 1) * plain + factor * super().forward(x, output, module)
