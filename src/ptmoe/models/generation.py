@@ -103,7 +103,7 @@ class GeneratingModel(ModelWrapper):
     def _filled_cache(self, cache: Tensor, batch: int, copies: int) -> DynamicCache:
         self.check_cache()
         filled = DynamicCache(config=self.config)
-        filled.layers = [FilledLayer() for _ in filled.layers]
+        filled.layers = [FilledLayer() if type(one) is DynamicLayer else one for one in filled.layers]
         for index, layer in enumerate(cache.to(self.dtype).unbind()):
             keys, values = layer.expand(-1, batch, -1, -1, -1).repeat_interleave(copies, 1)
             filled.update(keys, values, index)

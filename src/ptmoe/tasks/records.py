@@ -278,6 +278,7 @@ def csv_rows(path: Path, problems: Problems, *, columns: Sequence[str] = (), tab
         rows = csv.reader(_short_lines(file), strict=True, **dialect)
         header = list(columns)
         while True:
+            reading.line = rows.line_num + 1
             place = reading.place
             try:
                 row = next(rows, None)
@@ -286,12 +287,11 @@ def csv_rows(path: Path, problems: Problems, *, columns: Sequence[str] = (), tab
                 problems.add(place, f"not CSV ({error}){lost}")
                 row = []
             if row is None:
-                return None
-            reading.line = rows.line_num + 1
+                return
             if not header:
                 header = row
                 if names := twice(filter(None, row)):
-                    return problems.add(place, f"the header has {names[0]!r} twice")
+                    raise BadRecordError(f"the header has {names[0]!r} twice")
             elif columns and row == header:
                 continue
             elif len(row) == len(header):
