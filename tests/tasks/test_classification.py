@@ -450,7 +450,7 @@ def test_a_sample_smaller_than_its_parts_is_refused(mixed):
             ptmoe.PtmoeError, match=rf"{least - 1} examples of {name}, which mixes {least} tasks: .*{least}"
         ):
             load_task(name, "test", mixed, max_examples=least - 1)
-    with pytest.raises(ptmoe.PtmoeError, match=r"is several tasks, .* one file"):
+    with pytest.raises(ptmoe.PtmoeError, match=r"6 tasks \(agnews, .*\) and one file .*: give the folder of them all"):
         load_task(MIXTURE, "test", mixed / "agnews" / "test.json")
 
 
