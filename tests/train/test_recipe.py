@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -69,7 +68,6 @@ def test_a_run_folder_holds_what_the_design_says(trained):
     )
 
 
-@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 def test_every_file_of_a_run_may_be_read_by_whom_any_new_file_may(trained, tmp_path):
     (tmp_path / "new").touch()
     allowed = {path.name: path.stat().st_mode for path in trained.folder.rglob("*") if path.is_file()}

@@ -77,7 +77,7 @@ def evaluate(
     from ptmoe.adapters.folder import local_folder, read_config_file
     from ptmoe.runs.environment import rank, world_size
     from ptmoe.runs.folders import distinct_tasks, trained_with_keys, writing
-    from ptmoe.tasks import check_labels, check_place, listed_names
+    from ptmoe.tasks import check_data_dir, check_labels, listed_names
     from ptmoe.train.processes import Processes
 
     adapter = None if run is None else local_folder(run)  # a missing run is reported before what else is wrong
@@ -89,7 +89,7 @@ def evaluate(
         raise PtmoeError("a base alone has no run folder: name a folder with --output-dir")
     tasks = list(dict.fromkeys(name for group in task for name in listed_names(group)))
     graded = distinct_tasks(tasks)
-    check_place(tasks, data_dir)
+    check_data_dir(tasks, data_dir)
     if len(tasks) > 1 and ids is not None:
         raise PtmoeError(f"{len(tasks)} tasks and one list of ids {ids}: evaluate that task by itself")
     if score == "choices":

@@ -19,8 +19,8 @@ from ptmoe.settings import Settings
 from ptmoe.tasks import (
     TASKS,
     Problems,
+    check_data_dir,
     check_labels,
-    check_place,
     check_size,
     is_file,
     load_task,
@@ -270,7 +270,7 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
         load_task(name, split, data_dir, max_examples=enough, problems=problems, keys=keys, say=say)
 
     trained = dict.fromkeys(name for task in plan.tasks for name in task_names(task))
-    check_place(trained, plan.data_dir)
+    check_data_dir(trained, plan.data_dir)
     for name in trained:
         check(name, "train", plan.data_dir)
     folder = evaluation_data_dir(plan)
@@ -278,7 +278,7 @@ def available(plan: ComparePlan, say: Callable[[str], None]) -> tuple[ComparePla
     optional = {name for tasks in of_preset for name in task_names(tasks)}
     missing: dict[str, str] = {}
     tested = dict.fromkeys(name for task in plan.tasks for name in evaluated(plan, task))
-    check_place(tested, folder)
+    check_data_dir(tested, folder)
     for name in tested:
         try:
             check(name, "test", folder)

@@ -346,8 +346,7 @@ class InitialEmbeddings:
         embedding: the base's input embedding, called rather than read: Gemma's scales its rows by √H.
         generator: the only source of randomness.
         tokenize: text to token ids, for `init="text"`.
-        read_prompt: the prompt `(T, H)` of a saved `pt` or `fwd-prompt` adapter, by its folder, checked to be of this
-            base.
+        read_prompt: the checked prompt `(T, H)` of a saved `pt` or `fwd-prompt` adapter of this base, by its folder.
         batches: training data, for `init="examples"`.
     """
 
@@ -361,7 +360,8 @@ class InitialEmbeddings:
         """`(count, H)` initial values in float32, as `config.init` says."""
         vocabulary, hidden = cast(Tensor, self.embedding.weight).shape
         if config.init == "text":
-            return self.text(cast(str, config.init_text), count)
+            assert config.init_text is not None
+            return self.text(config.init_text, count)
         if config.init == "examples":
             return self.examples(count)
         if config.init == "vocabulary":
@@ -383,10 +383,10 @@ class InitialEmbeddings:
         return self.embed(torch.tensor((ids * -(-count // len(ids)))[:count]))
 
     def examples(self, count: int) -> Tensor:
-        """`(count, H)`: the embeddings of training examples, in random order and one after another, the last `count`
-        tokens of them; repeated where there are fewer."""
+        """`(count, H)`: embeddings of the last `count` tokens of training examples in random order, repeated if few."""
+        assert self.batches is not None
         rows: list[Tensor] = []
-        for batch in cast(Batches, self.batches):
+        for batch in self.batches:
             real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             rows += batch["input_ids"][real].split(real.sum(1).tolist())
         ids = torch.cat([rows[i] for i in torch.randperm(len(rows), generator=self.generator)])

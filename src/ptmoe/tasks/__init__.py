@@ -4,8 +4,8 @@ from ptmoe.tasks.base import Example as Example
 from ptmoe.tasks.base import Task as Task
 from ptmoe.tasks.loading import GROUPS as GROUPS
 from ptmoe.tasks.loading import TASKS as TASKS
+from ptmoe.tasks.loading import check_data_dir as check_data_dir
 from ptmoe.tasks.loading import check_labels as check_labels
-from ptmoe.tasks.loading import check_place as check_place
 from ptmoe.tasks.loading import check_size as check_size
 from ptmoe.tasks.loading import is_file as is_file
 from ptmoe.tasks.loading import listed_names as listed_names

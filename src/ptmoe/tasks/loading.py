@@ -74,7 +74,7 @@ def check_size(name: str, max_examples: int | None) -> None:
         )
 
 
-def check_place(names: Iterable[str], data_dir: str | Path | None) -> None:
+def check_data_dir(names: Iterable[str], data_dir: str | Path | None) -> None:
     """
     Raises:
         PtmoeError: several of the tasks would be read from one file.
@@ -170,12 +170,12 @@ def _mixed(
     name: str, weights: mixture.Weights, split: str, places: Places, problems: Problems, say: Callable[[str], None]
 ) -> Iterator[tuple[str, Example]]:
     tasks = [TASKS[task] for task in weights]
-    later, data_dir = _inputs_of_later_splits(tasks, split, places, say), places[0]
+    later = _inputs_of_later_splits(tasks, split, places, say)
     streams = [_of_task(task, split, places, problems, say, later) for task in tasks]
     if len(streams) == 1:
         yield from streams[0]
         return
-    check_place(weights, data_dir)
+    check_data_dir(weights, places[0])
     yield from mixture.mixed(weights, streams)
 
 

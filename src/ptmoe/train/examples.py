@@ -17,8 +17,8 @@ from ptmoe.tasks import (
     TASKS,
     Example,
     Problems,
+    check_data_dir,
     check_labels,
-    check_place,
     check_size,
     is_file,
     listed_names,
@@ -126,7 +126,7 @@ def evaluation_examples(options: TrainOptions, say: Callable[[str], None]) -> di
             names = listed_names(options.eval_task)
         elif is_file(trained) or not all(TASKS[name].generate for name in names):
             return {}
-    check_place(names, folder)
+    check_data_dir(names, folder)
     if options.score == "choices":
         check_labels(map(task_named, names))
     if split == "train":
