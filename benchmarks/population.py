@@ -21,6 +21,7 @@ import json
 import random
 import time
 from collections import Counter, defaultdict
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -179,8 +180,8 @@ def computed(
 def examined(
     plan: Any, split: str, count: int | None, tokenizer: Any, data_dir: str | None
 ) -> tuple[list[dict[str, Tensor]], list[str]]:
-    """The rows of a split's first examples, and their domains."""
-    examples = load_task(plan.task, split, data_dir)[:count]
+    """The rows of a split's first examples, and their domains, in the order of their ids, as `real.table --lines`."""
+    examples = sorted(load_task(plan.task, split, data_dir)[:count], key=attrgetter("id"))
     rows = fit(examples, tokenizer, plan.max_length)
     if len(rows) < len(examples):
         raise SystemExit(f"{len(examples) - len(rows)} examples of {split} do not fit: raise max_length")
