@@ -348,6 +348,20 @@ def test_an_answer_ends_before_its_stop_text_and_generation_stops_there(routed, 
     assert len(steps) < 12
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n", "\n\n", " \n\t\n"])
+@pytest.mark.parametrize("stop", ["\n", "\n\n", "\nQuestion:", "Question:"])
+def test_white_space_before_an_answer_does_not_end_it_and_a_stop_text_behind_it_does(stop, blank, routed):
+    model, tokenizer = routed
+    for answer in ("", "7"):
+        ids = tokenizer(f"{blank}{answer}{stop} more", add_special_tokens=False)["input_ids"]
+
+        def decoder(prompts, experts, *, ended, **options):
+            return [ids[: next((n for n in range(1, len(ids)) if ended(ids[:n])), len(ids))] for _ in prompts]  # noqa: B023
+
+        (said,) = complete(model, tokenizer, [[5, 6]], max_new_tokens=99, until=[stop], decoder=decoder)
+        assert said.text == blank + (answer if answer or stop.strip() else f"{stop} more")
+
+
 def test_an_answer_has_the_spaces_that_its_tokens_have(routed):
     """A tokenizer that is configured to remove spaces before punctuation would spoil verbatim answers."""
     model, _ = routed

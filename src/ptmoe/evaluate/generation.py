@@ -89,13 +89,13 @@ def nearly_tied(routing: Routing) -> bool:
 
 def _before(text: str, *, until: Sequence[str], thinks: bool) -> str:
     """The text before the first of `until` behind its reasoning, which `thinks` says it begins with; white space at the
-    beginning of an answer does not end it."""
+    beginning of an answer does not end it by itself."""
     reasoning = text.rfind(END_OF_REASONING)
     if reasoning < 0 and (thinks or text.lstrip().startswith(START_OF_REASONING)):
         return text
     start = 0 if reasoning < 0 else reasoning + len(END_OF_REASONING)
-    start += len(text[start:]) - len(text[start:].lstrip())
-    places = [place for stop in until if (place := text.find(stop, start)) >= 0]
+    first = len(text) - len(text[start:].lstrip())  # of what is no white space
+    places = [place for stop in until if (place := text.find(stop, max(start, first + 1 - len(stop)))) >= 0]
     return text[: min(places)] if places else text
 
 
