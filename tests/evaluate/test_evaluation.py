@@ -418,6 +418,22 @@ def test_a_model_that_says_what_it_was_taught_is_right_in_a_template_that_writes
     assert ptmoe.score(task, texts, [example]) == evaluation.metrics
 
 
+def test_reasoning_that_one_prompt_begins_belongs_to_its_answer_in_every_batch(routed):
+    """As where a line's `chat_template_kwargs` decide whether a template begins it."""
+    model, tokenizer = routed
+    ids = tokenizer("Seven?\nNo.</think>\n18\nMore.", add_special_tokens=False)["input_ids"]
+
+    def decoder(prompts, experts, *, ended, **options):
+        return [ids[: next((n for n in range(1, len(ids)) if ended(ids[:n])), len(ids))] for _ in prompts]
+
+    prompts = [tokenizer(text)["input_ids"] for text in ("Who? <think>\n", "Who?", "Why?", "Why? <think>\n")]
+    answers = ["Seven?\nNo.</think>\n18", "Seven?", "Seven?", "Seven?\nNo.</think>\n18"]
+    options = {"max_new_tokens": 99, "until": ["\n"], "decoder": decoder}
+    for rows in ([0], [1], [0, 1], [1, 0], [2, 3, 1, 0]):
+        said = complete(model, tokenizer, [prompts[row] for row in rows], **options)
+        assert [completion.text for completion in said] == [answers[row] for row in rows]
+
+
 def test_reasoning_that_is_a_part_of_the_reference_is_graded():
     example = Example("1", "Who?", "<think>a</think>b", ("<think>a</think>b",), "own.jsonl")
     verdicts = [ptmoe.score("own.jsonl", [text], [example])["accuracy"] for text in ("<think>a</think>b", "b")]

@@ -7,7 +7,6 @@ as real differences, and a completion may depend on the batch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -55,24 +54,27 @@ def complete(
         decoder: of the model, to be shared by several batches: the keys and values of a fixed prompt are kept.
     """
     decoder = decoder or Decoder(model)
-    thinks = decoded(tokenizer, prompts[0][-8:]).rstrip().endswith(START_OF_REASONING)  # so the chat template ends
-    before = partial(_before, until=until, thinks=thinks)
-    ended = _end_test(model, tokenizer, until, before)
+    ends = end_tokens(model, tokenizer)
+    think = [decoded(tokenizer, prompt[-8:]).rstrip().endswith(START_OF_REASONING) for prompt in prompts]
     routings = [route(model, prompt) for prompt in prompts]
     experts = [0 if routing is None else int(routing.gate[0].argmax()) for routing in routings]
 
     exact = model.dtype == torch.float32
     alone = [row for row, routing in enumerate(routings) if exact and routing is not None and nearly_tied(routing)]
     together = [row for row in range(len(prompts)) if row not in alone]
+    parts = [[row for row in together if think[row] == thinks] for thinks in (False, True)]
     new: dict[int, list[int]] = {}
-    for rows in ([together] if together else []) + [[row] for row in alone]:
+    for rows in [part for part in parts if part] + [[row] for row in alone]:
+        ended = _end_test(tokenizer, ends, until, think[rows[0]])
         batch = [prompts[row] for row in rows], [experts[row] for row in rows]
         margin = NEAR_TIE if exact else 0.0
         made = decoder(*batch, max_new_tokens=max_new_tokens, ended=ended, margin=margin)
         new.update(zip(rows, made, strict=True))
     texts = [decoded(tokenizer, new[row], special=False) for row in range(len(prompts))]
     gates = [None if routing is None else rounded_gate(routing) for routing in routings]
-    return [Completion(before(text), gate) for text, gate in zip(texts, gates, strict=True)]
+    return [
+        Completion(_before(text, until, thinks), gate) for text, thinks, gate in zip(texts, think, gates, strict=True)
+    ]
 
 
 def rounded_gate(routing: Routing) -> list[float]:
@@ -87,7 +89,7 @@ def nearly_tied(routing: Routing) -> bool:
     return 0 < kept < len(probabilities) and probabilities[kept - 1] - probabilities[kept] < NEAR_TIE_OF_EXPERTS
 
 
-def _before(text: str, *, until: Sequence[str], thinks: bool) -> str:
+def _before(text: str, until: Sequence[str], thinks: bool) -> str:
     """The text before the first of `until` behind its reasoning, which `thinks` says it begins with; white space at the
     beginning of an answer does not end it by itself."""
     reasoning = text.rfind(END_OF_REASONING)
@@ -106,19 +108,18 @@ def end_tokens(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def _end_test(
-    model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase, until: Sequence[str], before: Callable[[str], str]
+    tokenizer: PreTrainedTokenizerBase, ends: set[int], until: Sequence[str], thinks: bool
 ) -> Callable[[list[int]], bool]:
     """Whether a row of new tokens has ended: with an end token, or with one of the texts `until`."""
-    ends, text = end_tokens(model, tokenizer), partial(decoded, tokenizer, special=False)
     window = max(map(len, until), default=0) + 8  # tokens; each is at least a byte, so the text is within
 
     def ended(row: list[int]) -> bool:
         if row[-1] in ends:
             return True
-        recent = text(row[-window:]) if until else ""
+        recent = decoded(tokenizer, row[-window:], special=False) if until else ""
         if not any(stop in recent for stop in until):
             return False
-        whole = text(row)
-        return before(whole) != whole
+        whole = decoded(tokenizer, row, special=False)
+        return _before(whole, until, thinks) != whole
 
     return ended
