@@ -606,11 +606,15 @@ def write_adapter(folder, base, tokenizer, chat):
     (folder / "config.yaml").write_text(yaml.safe_dump({"chat": chat}))
 
 
-def test_generate_stops_at_the_tokenizers_end_token_as_eval_does(run, tmp_path):
+@pytest.mark.parametrize(("word", "answer"), [(None, " 42"), ("2", " 4"), (" ", "")])
+def test_generate_stops_before_the_tokenizers_end_token_and_the_bases_as_eval_does(word, answer, run, tmp_path):
+    """The base's may be a word to the tokenizer, and no special token."""
     from ptmoe.models.bases import load_base
 
     base, tokenizer = load_base("nano")
     base.generation_config.eos_token_id = base.config.eos_token_id = None
+    if word is not None:
+        base.generation_config.eos_token_id = tokenizer(word)["input_ids"]
     for part in (base, tokenizer):
         part.save_pretrained(tmp_path / "base")
     base.name_or_path = str(tmp_path / "base")
@@ -618,8 +622,9 @@ def test_generate_stops_at_the_tokenizers_end_token_as_eval_does(run, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "harbor: 12 and 30 =>", "completion": " 42"}\n')
     assert run("eval", tmp_path / "run", "--task", tmp_path / "data.jsonl")[0] == 0
     evaluated = json.loads((tmp_path / "run" / "predictions" / "data.jsonl").read_text().splitlines()[0])
-    assert evaluated["completion"] == " 42"
-    assert run("generate", tmp_path / "run", "harbor: 12 and 30 =>")[:2] == (0, " 42\n")
+    assert evaluated["completion"] == answer
+    for options in ((), ("--num-beams", 2)):
+        assert run("generate", tmp_path / "run", "harbor: 12 and 30 =>", *options)[:2] == (0, f"{answer}\n")
 
 
 def test_generate_uses_the_chat_template_as_the_run_was_trained(run, tmp_path):

@@ -55,20 +55,21 @@ def generate(
 
     import torch
 
-    from ptmoe.evaluate.generation import end_tokens
+    from ptmoe.evaluate.generation import answer_text, end_tokens
     from ptmoe.models.attach import load_run
     from ptmoe.models.bases import quiet
     from ptmoe.tasks.base import Example
-    from ptmoe.tasks.tokens import decoded, encode_prompt
+    from ptmoe.tasks.tokens import encode_prompt
 
     quiet()
     loaded = load_run(adapter, model=model, device=device, **context.obj)
     prompted, tokenizer = loaded.model, loaded.tokenizer
+    ends = sorted(end_tokens(prompted, tokenizer))
     options = {
         "max_new_tokens": max_new_tokens,
         "num_beams": num_beams,
         "do_sample": do_sample,
-        "eos_token_id": sorted(end_tokens(prompted, tokenizer)) or None,
+        "eos_token_id": ends or None,
         "pad_token_id": tokenizer.pad_token_id,
         **given(temperature=temperature, top_p=top_p),
     }
@@ -83,7 +84,7 @@ def generate(
         assert encoded is not None  # without a limit every prompt fits
         ids = torch.tensor([encoded.ids], device=prompted.device)
         completed = prompted.generate(input_ids=ids, **options)
-        print(decoded(tokenizer, completed[0, ids.shape[1] :].tolist(), special=False))
+        print(answer_text(tokenizer, completed[0, ids.shape[1] :].tolist(), ends))
         routing = prompted.route(ids) if show_routing else None
         if routing is not None:
             gate = ", ".join(f"{value:.3f}" for value in routing.gate[0].tolist())

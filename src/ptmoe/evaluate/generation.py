@@ -5,7 +5,7 @@ are closer than that, one pass over the row alone decides. This holds in float32
 as real differences, and a completion may depend on the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,7 @@ def complete(
         margin = NEAR_TIE if exact else 0.0
         made = decoder(*batch, max_new_tokens=max_new_tokens, ended=ended, margin=margin)
         new.update(zip(rows, made, strict=True))
-    texts = [decoded(tokenizer, new[row], special=False) for row in range(len(prompts))]
+    texts = [answer_text(tokenizer, new[row], ends) for row in range(len(prompts))]
     gates = [None if routing is None else rounded_gate(routing) for routing in routings]
     return [
         Completion(_before(text, until, thinks), gate) for text, thinks, gate in zip(texts, think, gates, strict=True)
@@ -105,6 +105,11 @@ def end_tokens(model: PromptedCausalLM, tokenizer: PreTrainedTokenizerBase) -> s
     """The tokens that end a completion: those in the base's generation config, and the tokenizer's."""
     own = model.generation_config.eos_token_id
     return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: Collection[int]) -> str:
+    """What new tokens say. The end token has no text, though the tokenizer may not count it as a special one."""
+    return decoded(tokenizer, new[:-1] if new[-1] in ends else new, special=False)
 
 
 def _end_test(
