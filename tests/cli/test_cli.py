@@ -724,6 +724,7 @@ def test_files_of_one_name_are_evaluated_together(run, tmp_path, once):
         (["--do-sample", "--temperature", "nan"], "--temperature nan: needs a number above 0"),
         (["--do-sample", "--top-p", "1.5"], "--top-p 1.5: needs a number above 0 and at most 1"),
         (["--temperature", "0.7"], "--temperature 0.7 is for sampling, and has no effect without it: add --do-sample"),
+        (["--do-sample", "--seed", str(2**63)], "Invalid value for '--seed'"),
         (["--seed", "12345678"], "--seed 12345678 is for sampling, and has no effect without it: add --do-sample"),
         (["--top-p", "0.9"], "--top-p 0.9 is for sampling, and has no effect without it: add --do-sample"),
     ],

@@ -36,7 +36,7 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="for --do-sample: the likeliest tokens of this probability")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="for --do-sample")] = None,
+    seed: Annotated[int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="for --do-sample")] = None,
     chat: Annotated[
         bool | None, typer.Option(help="the tokenizer's chat template; by default as the run was trained")
     ] = None,
