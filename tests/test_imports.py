@@ -1,8 +1,10 @@
 """The house: imports run downwards only, and no module is longer than a reader's patience."""
 
 import ast
+import importlib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,16 @@ def test_no_module_is_over_400_lines_and_models_are_under_300() -> None:
     sizes = {path.relative_to(SRC / "ptmoe"): len(path.read_text().splitlines()) for path in modules().values()}
     assert not {path: size for path, size in sizes.items() if size > 400}
     assert not {path: size for path, size in sizes.items() if path.parts[0] == "models" and size >= 300}
+
+
+@pytest.mark.parametrize("name", ["ptmoe", "ptmoe.train", "ptmoe.compare", "ptmoe.report"])
+def test_type_checkers_see_what_a_package_imports_when_it_is_used(name: str) -> None:
+    package, path = importlib.import_module(name), modules()[name]
+    checked = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If))
+    seen = {f"{part.module}.{alias.asname}" for part in checked.body for alias in part.names if alias.asname}
+    for place in seen:
+        home, _, attribute = place.rpartition(".")
+        assert getattr(importlib.import_module(home), attribute) is getattr(package, attribute)
+    starred = {attribute for attribute, home in package._HOMES.items() if home == "methods"}
+    assert {place.rpartition(".")[2] for place in seen} == set(package._HOMES) - starred
+    assert files("ptmoe").joinpath("py.typed").is_file()

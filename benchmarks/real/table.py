@@ -151,11 +151,15 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
             continue
         place, right, beside = cell_folder(cell.label, cell.task, cell.seed), "", {}
         for task in cell.eval_tasks:
-            metrics = cell.run.evaluations[task].metrics
-            metric = "exact_match" if "exact_match" in metrics else "accuracy"
+            evaluation = cell.run.evaluations[task]
+            metrics, metric = evaluation.metrics, "exact_match" if "exact_match" in evaluation.metrics else "accuracy"
             marks = {d["id"]: d["scores"] for d in read(predictions_file(folder / place, task))}
             right += "".join("01"[marks[name][metric] > 0] for name in sorted(marks))
-            beside |= {"f1": round(metrics["f1"], 2)} if "f1" in metrics else {task: round(metrics[metric], 2)}
+            if "f1" in metrics:
+                beside["f1"] = round(metrics["f1"], 2)
+            else:
+                parts = evaluation.by_domain if len(cell.eval_tasks) == 1 else {}
+                beside |= {name: round(part[metric], 2) for name, part in (parts or {task: metrics}).items()}
         line = {"label": cell.label, "parameters": cell.run.result.trainable_parameters, "seed": cell.seed}
         line |= {"split": "test", "examples": len(right), "accuracy": round(100 * right.count("1") / len(right), 2)}
         lines.append(line | {"domains": beside, "right": right})

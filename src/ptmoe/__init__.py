@@ -1,7 +1,20 @@
 """PT-MoE and its peers: prompts composed per input for a frozen language model."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`
+    from ptmoe.errors import PtmoeError as PtmoeError
+    from ptmoe.methods import *  # noqa: F403
+    from ptmoe.models.attach import attach as attach
+    from ptmoe.models.attach import count_parameters as count_parameters
+    from ptmoe.models.attach import load_adapter as load_adapter
+    from ptmoe.models.causal import PromptedCausalLM as PromptedCausalLM
+    from ptmoe.tasks import Example as Example
+    from ptmoe.tasks import load_task as load_task
+    from ptmoe.tasks import score as score
+    from ptmoe.tasks import stream_task as stream_task
+    from ptmoe.train.routing import RoutingCallback as RoutingCallback
 
 __version__ = "0.1.0"
 
@@ -38,4 +51,4 @@ def __dir__() -> list[str]:
 
 def _configs() -> list[str]:
     """The config classes of `ptmoe.methods`, without a list of them here."""
-    return [name for name in importlib.import_module("ptmoe.methods").__all__ if name.endswith("Config")]
+    return [name for name in vars(importlib.import_module("ptmoe.methods")) if name.endswith("Config")]

@@ -56,8 +56,6 @@ from ptmoe.methods.ulpt import ULPTConfig as ULPTConfig
 from ptmoe.methods.vera import VeRAConfig as VeRAConfig
 from ptmoe.settings import OF_PEFT, method_name
 
-_CLASSES = {name: value for name, value in vars().items() if isinstance(value, type)}
-
 
 class Methods(UserDict[str, type[MethodConfig]]):
     """The configs by name. A short form of a type of `peft` is made when it is first used: importing `peft` takes
@@ -70,7 +68,11 @@ class Methods(UserDict[str, type[MethodConfig]]):
 
 
 WITH_FILES: list[type[MethodConfig]] = sorted(
-    (config for config in _CLASSES.values() if issubclass(config, MethodConfig) and hasattr(config, "method")),
+    (
+        value
+        for value in vars().values()
+        if isinstance(value, type) and issubclass(value, MethodConfig) and hasattr(value, "method")
+    ),
     key=lambda config: (config.order, config.method),
 )
 METHODS = Methods({config.method: config for config in WITH_FILES} | dict.fromkeys(shelf.SHORT, MethodConfig))
@@ -88,6 +90,3 @@ def method_named(name: Any) -> type[MethodConfig]:
     if name not in METHODS:
         raise PtmoeError(f"unknown method {name!r}{near(name, METHODS)}")
     return METHODS[name]
-
-
-__all__ = ["METHODS", "method_named", *_CLASSES]  # noqa: PLE0604

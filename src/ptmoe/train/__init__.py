@@ -1,7 +1,13 @@
 """Training on `transformers.Trainer`."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptmoe.train.options import TrainOptions as TrainOptions
+    from ptmoe.train.recipe import train as train
+    from ptmoe.train.routing import RoutingCallback as RoutingCallback
+    from ptmoe.train.trainer import PromptTrainer as PromptTrainer
 
 _HOMES = {
     "TrainOptions": "options",
