@@ -367,6 +367,24 @@ def test_what_is_no_tensor_or_has_no_token_is_refused_in_words(config):
             call(ROWS[0][None, :0])
 
 
+@pytest.mark.parametrize("ends", [None, 7, [7, PAD]])
+@pytest.mark.parametrize("lefts", [RIGHT, LEFT, BOTH], ids=["right", "left", "both"])
+@pytest.mark.parametrize("where", ["options", "a config", "the base's config"])
+def test_without_a_mask_padding_is_where_transformers_takes_it_to_be(base, where, lefts, ends):
+    model = prompted(base, ROUTED)
+    ids, mask = batch(ROWS, lefts)
+    options = {"pad_token_id": PAD, "eos_token_id": ends, "max_new_tokens": 4}
+    if where == "a config":
+        options = {"generation_config": GenerationConfig(**options)}
+    if where == "the base's config":
+        model.generation_config, options = GenerationConfig(**options), {}
+    expected = model.generate(ids, torch.ones_like(mask) if ends == [7, PAD] else mask, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    real = tokens(5)[None].index_fill(1, torch.tensor([2], device=DEVICE), PAD)  # in the middle of a text
+    with model.disable_adapter():
+        assert torch.equal(model.generate(real, **options), base.generate(real, **options))
+
+
 def test_a_generation_config_that_is_set_is_used():
     model = prompted(tiny_llama(), ROUTED)
     model.generation_config = GenerationConfig(max_new_tokens=3)

@@ -83,7 +83,7 @@ def generate(
         encoded = encode_prompt(Example("", text, "", (), ""), tokenizer, chat=in_template)
         assert encoded is not None  # without a limit every prompt fits
         ids = torch.tensor([encoded.ids], device=prompted.device)
-        completed = prompted.generate(input_ids=ids, **options)
+        completed = prompted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
         print(answer_text(tokenizer, completed[0, ids.shape[1] :].tolist(), ends))
         routing = prompted.route(ids) if show_routing else None
         if routing is not None:

@@ -151,7 +151,8 @@ class GeneratingModel(ModelWrapper):
 
         Args:
             input_ids: `(B, L)`; `inputs` is another name for it.
-            attention_mask: `(B, L)`; all ones by default.
+            attention_mask: `(B, L)`; by default, as in `transformers`, padding is where the padding token is, unless it
+                ends texts as well.
             input_mask: `(B, L)`, the tokens that the router may read; all real ones by default.
             adapter_names: an adapter for each row; by default the active one.
             **options: `max_new_tokens`, `num_beams`, `do_sample`, `streamer`, `stopping_criteria`, … Lengths
@@ -177,7 +178,8 @@ class GeneratingModel(ModelWrapper):
                     f"generate takes no {name}: the prompt shifts the positions and is spliced in here, and positions "
                     "count each row's real tokens; leave it out, and mark padding in attention_mask"
                 )
-        spliced, prompts = self.compose(input_ids, attention_mask, input_mask, adapter_names)
+        mask = settings.real_tokens(input_ids) if attention_mask is None else attention_mask
+        spliced, prompts = self.compose(input_ids, mask, input_mask, adapter_names)
         spliced = spliced.reordered(align(spliced.attention_mask, "right"))
         limit, virtual = self.max_positions, prompts.cached_length
         room = None if limit is None else limit - virtual - int(spliced.attention_mask.sum(1).max())
@@ -190,7 +192,6 @@ class GeneratingModel(ModelWrapper):
                 again = [switch + 1 - prompts.length for switch in self.path.switches]
         aligned = input_ids
         if not bool(spliced.attention_mask.all()):
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             if again or not self.path.left_padding:
                 return self._row_by_row(input_ids, mask, input_mask, adapter_names, options)
             order = align(mask, "right")  # what reads the tokens (n-grams, criteria) finds the new ones after the last
@@ -252,8 +253,10 @@ class GeneratingModel(ModelWrapper):
         for row, real in enumerate(attention_mask.bool()):
             if allowed is not None:  # it is told which row it reads
                 options["prefix_allowed_tokens_fn"] = lambda _, ids, row=row: allowed(row, ids)
+            ids = input_ids[row, real][None]
             new = self.generate(
-                input_ids[row, real][None],
+                ids,
+                torch.ones_like(ids),
                 input_mask=None if input_mask is None else input_mask[row, real][None],
                 adapter_names=None if adapter_names is None else [adapter_names[row]],
                 **options,

@@ -4,6 +4,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -29,6 +30,14 @@ class GenerationSettings:
         """The first value set."""
         found = (source[name] for source in (*self.asked, self.own) if source.get(name) is not None)
         return next(found, default)
+
+    def real_tokens(self, input_ids: Tensor) -> Tensor:
+        """The attention mask `(B, L)` where none is given: as in `transformers`, the padding token is taken for padding
+        unless it ends texts as well."""
+        padding, ends = self.get("pad_token_id"), torch.as_tensor(self.get("eos_token_id", [])).view(-1)
+        if padding is None or padding in ends.tolist():
+            return torch.ones_like(input_ids)
+        return input_ids.ne(padding).long()
 
     def copies(self) -> int:
         """How many sequences `generate` makes of a row."""
