@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 import ptmoe
 from ptmoe.errors import PtmoeError
 from ptmoe.methods import METHODS
 from ptmoe.train import PromptTrainer
 from ptmoe.train.data import collate
-from testing.bases import DEVICE, on_device, tiny_llama, tokens
+from testing.architectures import PAD
+from testing.bases import DEVICE, batch, on_device, tiny_llama, tokens
 from testing.shelf import OF_SHORT
 from testing.training import dataset, trainer
 
@@ -186,6 +187,30 @@ def test_an_evaluation_whose_trainer_keeps_the_labels_does_not_let_the_prompt_re
     for asked in ("evaluate", "predict"):
         with pytest.raises(PtmoeError, match=r"the router would read the answers|would depend on the answers"):
             getattr(trainer(tmp_path, config, callbacks=callbacks, **options), asked)(dataset(4))
+
+
+@pytest.mark.parametrize("config", [ROUTED["pt-moe"], METHODS["lora"](rank=2)], ids=["pt-moe", "lora"])
+def test_an_evaluation_by_generation_does_not_let_the_prompt_read_the_answers(config, tmp_path):
+    rows = dataset(4)
+    evaluated = Seq2SeqTrainer(
+        model=ptmoe.attach(tiny_llama(), config),
+        args=Seq2SeqTrainingArguments(
+            str(tmp_path), use_cpu=DEVICE.type == "cpu", report_to="none", disable_tqdm=True, predict_with_generate=True
+        ),
+        data_collator=collate,
+        compute_metrics=lambda _: {},
+    )
+    evaluated.model.config.pad_token_id = PAD
+    for asked in (evaluated.evaluate, evaluated.predict):
+        with pytest.raises(PtmoeError, match=r"generate takes no labels: .* let the prompt read the answer"):
+            asked(rows, max_new_tokens=3)
+    inputs = [row["input_ids"][:-2] for row in rows]
+    ids, mask = batch([torch.tensor(row, device=DEVICE) for row in inputs], [4 - index for index in range(4)])
+    evaluated.data_collator = lambda _: {"input_ids": ids, "attention_mask": mask}
+    made = evaluated.predict([{"input_ids": row} for row in inputs], max_new_tokens=3).predictions
+    for row, found in zip(inputs, made[:, ids.shape[1] :][:, :3].tolist(), strict=True):
+        alone = evaluated.model.generate(torch.tensor([row], device=DEVICE), max_new_tokens=3, pad_token_id=PAD)
+        assert found == alone[0, len(row) :].tolist()
 
 
 @pytest.mark.parametrize("config", READING.values(), ids=READING)

@@ -178,6 +178,11 @@ class GeneratingModel(ModelWrapper):
                     f"generate takes no {name}: the prompt shifts the positions and is spliced in here, and positions "
                     "count each row's real tokens; leave it out, and mark padding in attention_mask"
                 )
+        if options.pop("labels", None) is not None:
+            raise PtmoeError(
+                "generate takes no labels: input_ids that hold their tokens would let the prompt read the answer, and "
+                "it would be continued; give it the inputs alone (predict_with_generate: rows without labels)"
+            )
         mask = settings.real_tokens(input_ids) if attention_mask is None else attention_mask
         spliced, prompts = self.compose(input_ids, mask, input_mask, adapter_names)
         spliced = spliced.reordered(align(spliced.attention_mask, "right"))
