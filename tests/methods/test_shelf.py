@@ -1,5 +1,6 @@
 """Every type that `peft` lists, by its own name: it is a method, or says why it is none."""
 
+import pickle
 import warnings
 from dataclasses import fields
 
@@ -19,7 +20,7 @@ from ptmoe.models.bases import load_base
 from ptmoe.train.options import method_config, method_entry
 from testing.bases import batch, tiny, tiny_llama, tokens
 from testing.losses import answers, checkpointed_gradients, logits_of, losses_of_steps
-from testing.shelf import OF_TYPE
+from testing.shelf import OF_SHORT, OF_TYPE
 
 TRAINING = answers()
 ROWS, LEFTS = [tokens(6, 1), tokens(3, 2), tokens(8, 3)], [1, 4, 0]
@@ -143,6 +144,15 @@ def test_gpt2_is_changed_or_refused_by_the_kind_of_its_layers():
             with pytest.raises(PtmoeError, match=r"Conv1D|no default modules|none of the modules that it changes"):
                 attach(base, config_of(kind))
         assert {name: id(module) for name, module in base.named_modules()} == modules, kind
+
+
+@pytest.mark.parametrize(
+    "config", [*map(config_of, USABLE), *(METHODS[short](**OF_SHORT[short]) for short in OF_SHORT)]
+)
+def test_a_config_can_be_sent_to_another_process(config):
+    sent = pickle.loads(pickle.dumps(config))
+    assert type(sent) is type(config)
+    assert sent == config
 
 
 @pytest.mark.parametrize("short", shelf.SHORT)

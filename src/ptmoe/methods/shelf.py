@@ -150,6 +150,10 @@ class ShelfConfig(InjectedConfig):
             self.initial_peft_config()
         return self
 
+    def __reduce__(self) -> Any:
+        """No module holds its class, by which it would be pickled."""
+        return _of_method, (self.method, self.model_dump())
+
     def initial_peft_config(self, **common: Any) -> PeftConfig:
         known = {field.name for field in dataclasses.fields(self.peft_class)}
         fields = self.model_dump() | common
@@ -176,6 +180,12 @@ class ShelfConfig(InjectedConfig):
                 )
         transposed = any(isinstance(module, Conv1D) for module in base.modules())
         return self, {"task_type": "CAUSAL_LM", "target_modules": names, "fan_in_fan_out": transposed}
+
+
+def _of_method(name: str, values: dict[str, Any]) -> Any:
+    from ptmoe.methods import method_named
+
+    return method_named(name)(**values)
 
 
 def peft_types() -> dict[str, Any]:
