@@ -78,8 +78,8 @@ class AdapterSet(nn.Module):
         Raises:
             PtmoeError: a name that cannot be used, or adapters that one model cannot hold together.
         """
-        # An nn.ModuleDict holds no key that is one of its own attributes, "train" or "keys".
-        if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name):
+        # An nn.ModuleDict holds no key that is one of its own attributes, "train" or "training".
+        if not name or "." in name or name == BASE or hasattr(nn.ModuleDict(), name):
             raise PtmoeError(f"adapter name {name!r} cannot be used: choose another word, without dots")
         if name in self.encoders:
             raise PtmoeError(f"adapter {name!r} is there already: choose another name or delete_adapter({name!r})")
