@@ -685,6 +685,15 @@ def test_hidden_states_and_kept_logits_are_those_asked_for(base):
     assert_close(model(ids, labels=ids, logits_to_keep=1).loss, model(ids, labels=ids).loss)
 
 
+@pytest.mark.parametrize("kind", ["hidden_states", "attentions"])
+def test_what_the_bases_config_asks_for_is_as_in_a_call_that_asks_for_it_in_training_too(kind):
+    base = tiny_llama(attn_implementation="eager")
+    model = prompted(base, CONFIGS["PT"]).train()
+    expected = model(**MIXED, **{f"output_{kind}": True})[kind]
+    setattr(base.config, f"output_{kind}", True)
+    assert_close(model(**MIXED)[kind], expected)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model = prompted(tiny_llama(), CONFIGS["PT-MoE selective probationary"].replace(router_noise=0))
     assert_close(*checkpointed_gradients(model, MIXED), atol=1e-7, rtol=1e-5)

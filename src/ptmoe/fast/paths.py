@@ -1,7 +1,7 @@
 """`FastPaths`: which fast paths a base allows, and the loss computed along them."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,6 +33,12 @@ def fast_kernels(base: PreTrainedModel) -> Iterator[None]:
 def is_sharded(base: nn.Module) -> bool:
     """Whether each process holds a part of the base, by DeepSpeed or FSDP, so that a pass takes all of them."""
     return hasattr(base, "unshard") or any(hasattr(parameter, "ds_id") for parameter in base.parameters())
+
+
+def is_asked_for(base: PreTrainedModel, outputs: Iterable[str], options: dict[str, Any]) -> bool:
+    """Whether the options of a call, or else the base's config, ask for one of these outputs."""
+    config = base.config.get_text_config()
+    return any(options.get(name, getattr(config, name, False)) for name in outputs)
 
 
 class FastPaths:
@@ -107,9 +113,8 @@ class FastPaths:
         """
         rows, columns, targets = supervised
         base, head = self.base, self.base.get_output_embeddings()
-        config = base.config.get_text_config()
-        size = max(1, LOGITS_AT_ONCE // config.vocab_size)
-        whole = whole or any(options.get(name, getattr(config, name, False)) for name in EVERY_POSITION)
+        size = max(1, LOGITS_AT_ONCE // base.config.get_text_config().vocab_size)
+        whole = whole or is_asked_for(base, EVERY_POSITION, options)
         at_some = not whole and self.last_layer_obstacle() is None
         in_parts = len(targets) > size and not any(parameter.requires_grad for parameter in head.parameters())
         decoder = self._decoder if in_parts and self.parts_obstacle() is None else None

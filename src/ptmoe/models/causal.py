@@ -14,7 +14,7 @@ from ptmoe.errors import PtmoeError
 from ptmoe.fast.attention import products_obstacle, without_plans
 from ptmoe.fast.loss import IGNORED, TokenStatistics, cross_entropy
 from ptmoe.fast.passes import recomputed_within
-from ptmoe.fast.paths import FastPaths, is_sharded
+from ptmoe.fast.paths import FastPaths, is_asked_for, is_sharded
 from ptmoe.methods.base import Routing
 from ptmoe.models.adapter_set import BASE, check_shapes
 from ptmoe.models.checks import check_base, check_decoder
@@ -280,7 +280,7 @@ class PromptedCausalLM(GeneratingModel):
 
     def _packs(self, spliced: Spliced, prompts: Prompts, options: dict[str, Any]) -> bool:
         """Whether this batch is computed without its padding."""
-        if options.get("output_hidden_states") or options.get("output_attentions"):
+        if is_asked_for(self.base_model, ("output_hidden_states", "output_attentions"), options):
             return False  # they are as wide as the batch
         # On a GPU small bases are bound by the number of kernels, which a packed batch has more of.
         gains = prompts.shared and self.device.type == "cpu"
