@@ -542,6 +542,8 @@ def test_disable_adapter_gives_the_untouched_base_and_ends(base):
             pass
         out = model(ids, labels=ids)
         assert torch.equal(out.logits, base(ids).logits)
+        for names in (["default"] * 2, ["default", "__base__"]):
+            assert torch.equal(model(ids, adapter_names=names, num_items_in_batch=1).logits, out.logits)
         assert_close(out.loss, base(ids, labels=ids).loss)
         assert torch.equal(
             model.generate(ids, max_new_tokens=3),

@@ -160,7 +160,7 @@ class AdapterSet(nn.Module):
         if isinstance(adapter_names, str):
             raise PtmoeError(f"adapter_names={adapter_names!r}: give a list, one name for each row")
         if adapter_names is None:
-            adapter_names = [self.active if self.in_use else BASE] * len(embeds)
+            adapter_names = [self.active or BASE] * len(embeds)
         elif self.changes_layers and set(adapter_names) != {self.active}:
             raise PtmoeError(
                 f"adapter_names={list(adapter_names)!r:.80}: {self[self.active].config.method} changes the layers that "
@@ -169,7 +169,7 @@ class AdapterSet(nn.Module):
             )
         if len(adapter_names) != len(embeds):
             raise PtmoeError(f"adapter_names has {len(adapter_names)} names for {len(embeds)} rows: give one each")
-        names = list(dict.fromkeys(adapter_names))
+        names = list(dict.fromkeys(adapter_names)) if self.enabled else [BASE]
         # The soft prompt is composed in float32 whatever the mixed precision around it.
         with torch.autocast(embeds.device.type, enabled=False):
             if len(names) == 1 and names[0] != BASE:

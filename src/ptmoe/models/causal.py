@@ -261,7 +261,7 @@ class PromptedCausalLM(GeneratingModel):
 
     def _reads_input(self, adapter_names: Sequence[str] | None) -> bool:
         """Whether the prompt of one of these adapters, or of the active one, depends on the input."""
-        names = set(adapter_names or ([self.active_adapter] if self.uses_adapter else [])) - {BASE}
+        names = set(adapter_names or [self.active_adapter]) - {BASE, ""} if self.adapters.enabled else set()
         return any(config.reads_input or config.routes for config in (self.adapters[name].config for name in names))
 
     def _packing_obstacle(self) -> str | None:
