@@ -292,6 +292,28 @@ def test_tasks_are_listed_and_shown(run):
     assert "[test-0, harbor: 9 + 4 tokens]\n[P_1 … P_40]harbor: 7 and 24 =>⟦ 31<eos>⟧\nright: 31\n" in out
 
 
+@pytest.mark.parametrize("limit", [(), ("--max-length", 60)], ids=["positions", "max_length"])
+def test_examples_of_a_test_split_are_shown_cut_as_in_their_evaluation(run, tmp_path, limit):
+    paragraphs = [
+        {"context": "word " * words, "qas": [{"id": f"q{words}", "question": "which?", "answers": [answer]}]}
+        for words in (1, 5, 12, 3000)
+        for answer in [{"text": "word", "answer_start": 0}]
+    ]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    common = ("--model", "nano", "--data-dir", tmp_path / "squad.json", *limit)
+    status, out, _ = run("tasks", "show", "mrqa/squad", "--num-virtual-tokens", 0, *common)
+    assert status == 0
+    assert run("eval", "--task", "mrqa/squad", "--output-dir", tmp_path / "run", *common)[0] == 0
+    lines = (tmp_path / "run" / "predictions" / "mrqa__squad.jsonl").read_text().splitlines()
+    asked = {line["id"]: line for line in map(json.loads, lines)}
+    shown = dict(re.findall(r"^\[(\S+): \d+ \+ \d+ tokens\]\n\[P_1 … P_0\](.*?)⟦", out, re.MULTILINE | re.DOTALL))
+    assert shown.keys() == asked.keys()
+    for name, text in shown.items():
+        assert sum(map(int, re.findall(r"✂(\d+)✂", text))) == asked[name]["cut"]
+        assert re.sub(r"✂\d+✂", "", text) == asked[name]["prompt"]
+    assert asked["q3000"]["cut"] > 0
+
+
 def test_tokens_are_shown_one_by_one_special_ones_marked(run, tmp_path):
     status, out, _ = run("tasks", "show", "nano/mixed", "--examples", 1, "--tokens", "--num-virtual-tokens", 3)
     assert status == 0

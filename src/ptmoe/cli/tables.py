@@ -136,7 +136,8 @@ def tasks_show(
     model: Model = "nano",
     chat: Annotated[bool | None, typer.Option(help="the tokenizer's chat template; by default for named tasks")] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="real tokens of an example; longer contexts are cut")
+        int | None,
+        typer.Option(min=1, help="real tokens of an example to train on, or of a prompt to answer; contexts are cut"),
     ] = None,
     num_virtual_tokens: Annotated[int, typer.Option(min=0, help="T, length of the soft prompt")] = 40,
     tokens: Annotated[bool, typer.Option("--tokens", help="show each token, special ones as ‹name›")] = False,
@@ -146,6 +147,7 @@ def tasks_show(
     from ptmoe.tasks import Problems, is_file, stream_task, task_named
     from ptmoe.tasks.tokens import (
         TextCheck,
+        answer_limits,
         decoded,
         encode_completion,
         encode_prompt,
@@ -156,19 +158,25 @@ def tasks_show(
 
     quiet()
     tokenizer, positions = load_tokenizer(model, **context.obj)
-    chat = uses_chat(task_named(name), tokenizer, chat)
-    room = row_length(positions, num_virtual_tokens, max_length)
+    task = task_named(name)
+    chat = uses_chat(task, tokenizer, chat)
     problems = Problems(skip=skip_bad, at_once=True)
     training = split == "train" or is_file(name)
     virtual = f"[P_1 … P_{num_virtual_tokens}]"
     _print(f"{virtual} virtual tokens   ⟦…⟧ the completion, supervised in training   ✂ tokens cut")
-    where = "around the answer, as in training" if training else "from the end of the context, as in evaluation"
-    _print(f"at most {room:,} tokens; a longer example is cut {where}")
+    if training:
+        room: int | None = row_length(positions, num_virtual_tokens, max_length)
+        limited, cut = "", "example is cut around the answer, as in training"
+    else:
+        _, room = answer_limits(positions, num_virtual_tokens, task.max_new_tokens, max_length=max_length)
+        limited, cut = " of a prompt", "context is cut from its end, as in evaluation"
+    if room is not None:
+        _print(f"at most {room:,} tokens{limited}; a longer {cut}")
     check = TextCheck(tokenizer, chat=chat)
     for example in islice(stream_task(name, split, data_dir, problems=problems), examples):
         with problems.at(example.where):
             completion = encode_completion(example, tokenizer, chat=chat)
-            fits = room - len(completion)
+            fits = room - len(completion) if training and room is not None else room
             prompt = encode_prompt(example, tokenizer, chat=chat, room=fits, around_answer=training)
             length = (
                 f"{len(prompt.ids)} + {len(completion)} tokens" if prompt else "does not fit even without its context"

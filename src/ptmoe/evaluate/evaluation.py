@@ -30,7 +30,7 @@ from ptmoe.tasks import Example, Task
 from ptmoe.tasks.metrics import mark
 from ptmoe.tasks.problems import BadRecordError
 from ptmoe.tasks.scoring import grading_task, overall, summarise
-from ptmoe.tasks.tokens import Prompt, TextCheck, completion_text, decoded, encode_prompts, row_length
+from ptmoe.tasks.tokens import Prompt, TextCheck, answer_limits, completion_text, decoded, encode_prompts
 
 ENTRIES = 64  # of each of the base's parameters, that tell bases of one name apart
 T = TypeVar("T")
@@ -153,7 +153,8 @@ def evaluate(
         max_new_tokens = max(len(ids) for tokens in labels.values() for ids in tokens.values())
     whole = task.grader == "verbatim" and not labels  # an answer that is cut cannot be right
     lengths = [_answer_lengths(example, tokenizer, chat) for example in examples] if whole else [(0, 0)]
-    new, room = _limits(model, max_new_tokens, max(task.max_new_tokens, *map(max, lengths)), max_length)
+    usual = max(task.max_new_tokens, *map(max, lengths))
+    new, room = answer_limits(model.max_positions, model.num_virtual_tokens, usual, max_new_tokens, max_length)
     needed = [*map(min, lengths)]
     if over := sum(need > new for need in needed):
         warnings.warn(
@@ -270,24 +271,6 @@ def _answer_lengths(example: Example, tokenizer: PreTrainedTokenizerBase, chat: 
         return min((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), default=0)
 
     return shortest(""), shortest(before)
-
-
-def _limits(model: PromptedCausalLM, asked: int | None, usual: int, max_length: int | None) -> tuple[int, int | None]:
-    """The maximum numbers of tokens of an answer and of a prompt."""
-    for name, limit in (("max_new_tokens", asked), ("max_length", max_length)):
-        if limit is not None and limit < 1:
-            raise PtmoeError(f"{name}={limit}: needs at least 1")
-    positions = model.max_positions
-    if positions is None:
-        return asked or usual, max_length
-    left = row_length(positions, model.num_virtual_tokens)
-    new = asked or min(usual, left // 2)
-    if new >= left:
-        raise PtmoeError(
-            f"max_new_tokens={new} leaves no room for a prompt: the base has {positions} positions and "
-            f"{model.num_virtual_tokens} virtual tokens"
-        )
-    return new, left - new if max_length is None else min(max_length, left - new)
 
 
 def _identity(model: PromptedCausalLM, rows: Sequence[tuple[Example, Prompt | None]]) -> dict[str, Any]:

@@ -298,6 +298,29 @@ def row_length(positions: int | None, num_virtual_tokens: int, max_length: int |
     return min(left, max_length or left)
 
 
+def answer_limits(
+    positions: int | None, num_virtual_tokens: int, usual: int, asked: int | None = None, max_length: int | None = None
+) -> tuple[int, int | None]:
+    """How many tokens an answer may have, as `asked` or else the `usual` number, and how many real ones its prompt.
+
+    Raises:
+        PtmoeError: a limit below 1, or an answer that leaves no room for a prompt.
+    """
+    for name, limit in (("max_new_tokens", asked), ("max_length", max_length)):
+        if limit is not None and limit < 1:
+            raise PtmoeError(f"{name}={limit}: needs at least 1")
+    if positions is None:
+        return asked or usual, max_length
+    left = row_length(positions, num_virtual_tokens)
+    new = asked or min(usual, left // 2)
+    if new >= left:
+        raise PtmoeError(
+            f"max_new_tokens={new} leaves no room for a prompt: the base has {positions} positions and "
+            f"{num_virtual_tokens} virtual tokens"
+        )
+    return new, left - new if max_length is None else min(max_length, left - new)
+
+
 def _messages(example: Example) -> list[dict[str, Any]]:
     """The messages before the answer."""
     return list(example.messages) or [{"role": "user", "content": example.input}]
