@@ -1,9 +1,12 @@
 """README and docs name what is there, and README's code runs."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+from ptmoe.methods import WITH_FILES
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -46,3 +49,12 @@ def test_the_readme_holds_the_two_commands_that_ci_runs():
     readme = (ROOT / "README.md").read_text()
     for name in ("quickstart", "test"):
         assert re.search(rf"<!-- ci: {name} -->\n```bash\n.+\n```", readme)
+
+
+def test_the_reference_has_each_class_that_describes_a_field_of_a_method():
+    page = (ROOT / "docs" / "reference" / "methods.md").read_text()
+    for config in WITH_FILES:
+        for name in (name for name, field in config.model_fields.items() if not field.description):
+            described = re.compile(rf"^ {{4}}{name}: ", re.MULTILINE)
+            owner = next(one for one in config.__mro__ if described.search(inspect.cleandoc(one.__doc__ or "")))
+            assert owner in WITH_FILES or f".{owner.__name__}\n" in page, f"{config.method}: {name}"
