@@ -55,6 +55,8 @@ class TunePlan(TrainOptions):
 
     unwritten: ClassVar[set[str]] = {"output_dir", "jobs", "on", "gpus_per_trial"}
 
+    output_dir: str | None = None
+    """folder of the search; by default a new one under runs/"""
     search: Annotated[
         dict[str, str | Annotated[list[Any], Field(min_length=1)]], BeforeValidator(_search), Flag(repeatable=True)
     ] = {}
