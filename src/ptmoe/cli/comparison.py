@@ -29,7 +29,7 @@ def compare(
         typer.Argument(help="YAML file, or the folder of a comparison to continue; options take precedence"),
     ] = None,
     with_base: Annotated[
-        bool, typer.Option("--with-base", help="also evaluate the untouched base, once; as --method base")
+        bool, typer.Option("--with-base", help="also evaluate the untouched base, once; the same as --method base")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what would be run, and at what sizes")] = False,
 ) -> None:
@@ -48,7 +48,9 @@ def compare(
 
 
 def quickstart(
-    output_dir: Annotated[Path | None, typer.Option(help="run folder; by default a new one under runs/")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="folder of the comparison; by default a new one under runs/")
+    ] = None,
     task: Annotated[str, typer.Option(help="a task of nano's world")] = "nano/mixed",
     seed: Annotated[int, typer.Option(help="of the initial prompts, the order of the data and the router's noise")] = 0,
     recipe: Annotated[

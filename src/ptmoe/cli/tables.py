@@ -26,13 +26,13 @@ def params(
     ] = None,
     num_virtual_tokens: Annotated[int | None, typer.Option(help="T, length of the soft prompt")] = None,
     num_experts: Annotated[int | None, typer.Option(help="N, number of expert factors or prompts")] = None,
-    rank: Annotated[int | None, typer.Option(help="R, of the prompt's factors")] = None,
+    rank: Annotated[int | None, typer.Option(help="R, of the factors")] = None,
     budget: Annotated[
         str | None,
         typer.Option(help="pick each method's free size to come closest without exceeding it: 80k, 1.5M"),
     ] = None,
 ) -> None:
-    """Count each method's trainable parameters on a base. The base's config is enough, no weights are loaded."""
+    """Count each method's trainable parameters on a base. Only the base's config is read, no weights."""
     from ptmoe.compare.budget import fit_budget, size_text
     from ptmoe.compare.plan import parse_budget
     from ptmoe.methods import METHODS, method_named

@@ -20,7 +20,7 @@ def verify(
 ) -> None:
     """Repeat a run's evaluations, and compare them, its base, adapter and data with what the folder records.
 
-    Of a comparison every finished cell. The status is 0 if all is as recorded, 1 if not. Nothing is written.
+    Of a comparison, every finished cell. The status is 0 if all is as recorded, 1 if not. Nothing is written.
     """
     from ptmoe.models.bases import quiet
     from ptmoe.runs.folders import CELL_FILE, PLAN_FILE

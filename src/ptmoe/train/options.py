@@ -98,7 +98,7 @@ class SharedOptions(Settings):
     skip_bad: bool = False
     """skip bad records, and report how many there were"""
     max_length: Count | None = None
-    """real tokens of an example, longer contexts are cut; by default as many as the base has positions for"""
+    """real tokens of an example; longer contexts are cut; by default as many as the base has positions for"""
     max_examples: Count | None = None
     """train on the first N examples only"""
     eval_data_dir: str | None = None
