@@ -1,5 +1,5 @@
-"""Fwd-Prompt (Zheng et al. 2024, arXiv:2401.09181), the part of it for one soft prompt: tasks in sequence, whose prompt
-changes only where earlier prompts are not.
+"""Fwd-Prompt (Zheng et al. 2024, arXiv:2401.09181), its single-prompt part: tasks in sequence, whose prompt changes
+only outside the span of earlier prompts.
 
 P = P_0 + (C - P_0)(I - Uᵀ U)                  P_0, C: (T, H), U: (k, H), U Uᵀ = I
 

@@ -1,5 +1,5 @@
-"""ID-SPAM (Muppidi, Nandy and Bandyopadhyay 2025, ACL, arXiv:2506.05629): a small network makes each input's prompt of
-its embeddings.
+"""ID-SPAM (Muppidi, Nandy and Bandyopadhyay 2025, ACL, arXiv:2506.05629): a small network makes each input's prompt
+from its embeddings.
 
 A = softmax(E W_Q (E W_K)ᵀ / √a) E W_V         E: (n, H), the input's tokens; W_Q, W_K, W_V: (H, a)
 c = mean of the rows of A                                                            (a,)
