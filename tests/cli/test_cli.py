@@ -458,7 +458,7 @@ MISTAKES = {
     ("train", "--task", "nano/mixed", "--recipe", "published"): "'published' is not one of 'default', 'paper'",
     ("generate", "nowhere", "x"): "no adapter folder nowhere",
     ("inspect", "nowhere", "--task", "nano/mixed"): "no adapter folder nowhere",
-    ("convert", "nowhere", "out"): "has no adapter_config.json",
+    ("convert", "nowhere", "out"): "no adapter folder nowhere",
     ("generate", "nowhere", "x", "--device", "abacus"): "no adapter folder nowhere",
     ("params", "--method", "dtp"): "unknown method 'dtp'; did you mean 'dpt'",
     ("params", "--method", "pt:rank=3"): "pt has no rank",
