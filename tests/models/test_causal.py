@@ -26,6 +26,7 @@ from testing.bases import (
     on_device,
     own_projection,
     prompted,
+    tiny,
     tiny_llama,
     tokens,
 )
@@ -637,6 +638,23 @@ def test_what_the_splice_decides_cannot_be_passed(name):
     model = prompted(tiny_llama(), CONFIGS["PT"])
     with pytest.raises(PtmoeError, match=f"takes no {name}"):
         model(tokens(4)[None], **{name: torch.zeros(1, 4)})
+    ids = tokens(4)[None]
+    assert torch.equal(model(ids, **{name: None}).logits, model(ids).logits)
+    options = {"max_new_tokens": 2}
+    assert torch.equal(model.generate(ids, **{name: None}, **options), model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("config", [CONFIGS["PT"], METHODS["lora"](rank=2)], ids=["pt", "lora"])
+def test_what_a_base_reads_for_each_token_is_refused_as_nothing_says_what_it_is_for_the_prompt(config):
+    base, ids = tiny("gpt2"), tokens(4)[None]
+    model = prompted(base, config)
+    for name, value in (("token_type_ids", torch.ones_like(ids)), ("cu_seq_lens_q", torch.tensor([0, 2, 4]))):
+        with pytest.raises(PtmoeError, match=name):
+            model(ids, **{name: value})
+    with pytest.raises(PtmoeError, match="generate takes no token_type_ids"):
+        model.generate(ids, token_type_ids=torch.ones_like(ids), max_new_tokens=2)
+    model = prompted(tiny_llama(), config)  # it does not read them
+    assert torch.equal(model(ids, token_type_ids=torch.ones_like(ids)).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("config", ["PT-MoE selective probationary", "SMoP", "ATTEMPT"])

@@ -416,6 +416,8 @@ def test_transition_scores_are_those_of_the_new_tokens(beams):
         ("use_mtp", True),
         ("token_healing", True),
         ("cache_implementation", "paged"),
+        ("encoder_repetition_penalty", 1.3),
+        ("encoder_no_repeat_ngram_size", 2),
     ],
 )
 @pytest.mark.parametrize("in_config", [False, True])

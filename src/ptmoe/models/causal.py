@@ -20,6 +20,7 @@ from ptmoe.models.adapter_set import BASE, check_shapes
 from ptmoe.models.checks import check_base, check_decoder
 from ptmoe.models.generation import GeneratingModel
 from ptmoe.models.greedy import stepping_obstacle
+from ptmoe.models.input_path import checked_options
 from ptmoe.models.prompts import Prompts
 from ptmoe.models.rotation import joined, sides
 from ptmoe.models.splice import Spliced, Supervised, align, divisor, predicting, within
@@ -113,9 +114,7 @@ class PromptedCausalLM(GeneratingModel):
                 long for the base, or training without the labels, or input_mask, that the adapter needs.
             ValueError: a routed row without an input token.
         """
-        for name in ("inputs_embeds", "past_key_values", "position_ids"):
-            if options.pop(name, None) is not None:
-                raise PtmoeError(f"forward takes no {name}: it splices the prompt itself; use generate() to decode")
+        options = checked_options(self.base_model, input_ids, options, "forward")
         as_tuple = options.get("return_dict") is False
         options = {"use_cache": False, **options, "return_dict": True}
         kept = options.pop("logits_to_keep", 0)  # counts tokens of the input, as in transformers

@@ -17,14 +17,19 @@ from ptmoe.fast.linear import gapless_head
 from ptmoe.fast.passes import CHANGES
 from ptmoe.fast.trial import standing_in
 from ptmoe.models.generation_settings import GenerationSettings, of_real_tokens
-from ptmoe.models.input_path import PER_LAYER, taking_embeddings
+from ptmoe.models.input_path import PER_LAYER, checked_options, taking_embeddings
 from ptmoe.models.prompts import Prompts
 from ptmoe.models.rotation import reading_again
 from ptmoe.models.splice import Spliced, align, splice
 from ptmoe.models.wrapper import ModelWrapper
 
-# Settings of `generate` that take the token ids again: a draft's, one that reads them in pieces, one that changes them.
-REREADING = "assistant_model prompt_lookup_num_tokens assistant_early_exit use_mtp prefill_chunk_size token_healing"
+# Settings of `generate` that take the token ids again, and what they are where they are off: a draft's, one that reads
+# them in pieces, one that changes them, and those that `transformers` leaves out where there are embeddings.
+REREADING = {
+    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")),
+    **dict.fromkeys(("use_mtp", "token_healing"), False),
+    **{"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0},
+}
 
 
 class FilledLayer(DynamicLayer):
@@ -166,23 +171,18 @@ class GeneratingModel(ModelWrapper):
         if not isinstance(input_ids, Tensor):
             raise PtmoeError("the prompt is composed from the input: generate(**tokenizer(text, return_tensors='pt'))")
         self.check_cache()
-        settings = self._settings(options)
-        for name in REREADING.split():
-            if settings.get(name, False) is not False:
-                raise PtmoeError(f"{name} re-reads the input without its prompt: leave it out")
-        if settings.get("cache_implementation") == "paged":
-            raise PtmoeError("cache_implementation='paged' reads the input without its prompt: leave it out")
-        for name in ("position_ids", "inputs_embeds", "past_key_values", PER_LAYER):
-            if options.pop(name, None) is not None:
-                raise PtmoeError(
-                    f"generate takes no {name}: the prompt shifts the positions and is spliced in here, and positions "
-                    "count each row's real tokens; leave it out, and mark padding in attention_mask"
-                )
         if options.pop("labels", None) is not None:
             raise PtmoeError(
                 "generate takes no labels: input_ids that hold their tokens would let the prompt read the answer, and "
                 "it would be continued; give it the inputs alone (predict_with_generate: rows without labels)"
             )
+        options = checked_options(self.base_model, input_ids, options, "generate")
+        settings = self._settings(options)
+        for name, off in REREADING.items():
+            if settings.get(name, off) != off:
+                raise PtmoeError(f"{name} re-reads the input without its prompt: leave it out")
+        if settings.get("cache_implementation") == "paged":
+            raise PtmoeError("cache_implementation='paged' reads the input without its prompt: leave it out")
         mask = settings.real_tokens(input_ids) if attention_mask is None else attention_mask
         spliced, prompts = self.compose(input_ids, mask, input_mask, adapter_names)
         spliced = spliced.reordered(align(spliced.attention_mask, "right"))

@@ -25,6 +25,7 @@ from ptmoe.models.rotation import switches
 
 PROBED = 5  # tokens
 PER_LAYER = "per_layer_inputs"
+SPLICED = ("position_ids", "inputs_embeds", "past_key_values", PER_LAYER)
 
 
 @dataclass
@@ -42,6 +43,32 @@ class InputPath:
     def straddled(self, shortest: int, longest: int) -> bool:
         """Whether rows from `shortest` to `longest` positions are on both sides of a switch."""
         return any(shortest <= switch < longest for switch in self.switches)
+
+
+def checked_options(base: nn.Module, input_ids: Tensor, options: dict[str, Any], asked: str) -> dict[str, Any]:
+    """The options of a call of `asked`, `"forward"` or `"generate"`, that may go to the base.
+
+    Raises:
+        PtmoeError: one that the splice decides, or that has something for each token of the input.
+    """
+    for name in SPLICED:
+        if options.get(name) is not None:
+            raise PtmoeError(
+                f"{asked} takes no {name}: the prompt is spliced in here, and positions count each row's real tokens; "
+                "leave it out, mark padding in attention_mask, and decode by generate()"
+            )
+    if options.get("cu_seq_lens_q") is not None:
+        raise PtmoeError(
+            "cu_seq_lens_q parts a row into texts, which would share one prompt: give each a row of its own"
+        )
+    taken = inspect.signature(base.forward).parameters
+    for name, value in options.items():
+        if name in taken and isinstance(value, Tensor) and value.shape[:2] == input_ids.shape:
+            raise PtmoeError(
+                f"{asked} takes no {name}: it has a value for each token of the input and none for the prompt's, and "
+                "does not follow where padding is moved or left out; leave it out"
+            )
+    return {name: value for name, value in options.items() if name not in SPLICED}
 
 
 class ScaledEmbedding(nn.Module):
