@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import ptmoe
 from ptmoe.methods import METHODS
@@ -364,6 +365,28 @@ def test_a_forced_learning_rate_is_the_one_of_the_steps_that_follow(stopped, run
     assert [line.learning_rate for line in before][:2] == rates[:2]
     expected = [line.learning_rate * 1.5 / old for line in before]
     assert rates[2:] == pytest.approx(expected[2:])
+
+
+class Killed(TrainerCallback):
+    def on_step_begin(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("changes", [{"learning_rate": 1.5}, {"max_steps": 6}], ids=str)
+def test_what_was_forced_holds_where_the_run_is_killed_before_it_has_saved(changes, stopped, run_folder, tmp_path):
+    if "max_steps" in changes:  # from a checkpoint that was the last
+        run_folder = shutil.copytree(stopped / "run", tmp_path / "ended")
+    runs = [run_folder, shutil.copytree(run_folder, tmp_path / "killed")]
+    options = [TrainOptions(data=str(stopped / "data.jsonl"), output_dir=str(run), **changes) for run in runs]
+    train(options[0], resume=True, force=True, say=lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(options[1], resume=True, force=True, callbacks=[Killed()], say=lambda _: None)
+    train(options[1], resume=True, say=lambda _: None)
+    first, second = (LogLine.read_lines(run / "metrics.jsonl") for run in runs)
+    assert [line.learning_rate for line in second] == [line.learning_rate for line in first]
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    assert all((second[name] == value).all() for name, value in first.items())
 
 
 @pytest.mark.ci

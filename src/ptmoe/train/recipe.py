@@ -44,6 +44,7 @@ from ptmoe.train.options import BASE, DEFAULT_METHOD, PLACES, TrainOptions, meth
 from ptmoe.train.processes import ALONE, TIMEOUT, Processes, on_one_device
 from ptmoe.train.resume import (
     Differences,
+    changed_since,
     check_base,
     check_checkpoint,
     check_data,
@@ -194,9 +195,9 @@ def _train(
     compile_failure = compile_layers(model.base_model) if options.torch_compile else None
     fast_paths = model.fast_paths()  # tried out in all processes, which a sharded base needs
     trainer = _trainer(model, rows, options, folder, [RoutingCallback(router_progress, say), *callbacks])
-    trainer.changed = bool(different)
-    first = trainer.is_world_process_zero()
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    trainer.changed = bool(different) or changed_since(folder, step)
+    first = trainer.is_world_process_zero()
     if first:
         change = Change(step=step, differences=different)
         of = {"base": model.identity.mark, "data": data, "trained_on": str(trained_on), "evaluated_on": evaluated_on}

@@ -171,6 +171,13 @@ def record_start(
     here.model_copy(update={**(of or {}), "options": written, "changes": changes}).write(known)
 
 
+def changed_since(folder: Path, step: int) -> bool:
+    """Whether a run has gone on otherwise from this step's checkpoint, or a later one's: stopped before it has saved
+    another, it resumes from one that was made with other options than are recorded."""
+    known = folder / ENVIRONMENT_FILE
+    return known.exists() and any(change.step >= step for change in Environment.read(known).changes)
+
+
 def check_data(
     folder: Path, data: str, options: TrainOptions, force: bool = False, say: Callable[[str], None] = print
 ) -> Differences:
