@@ -17,7 +17,7 @@ from ptmoe.methods import METHODS
 from ptmoe.models.attach import attach
 from ptmoe.train import TrainOptions, train
 from ptmoe.train.arguments import check_arguments
-from ptmoe.train.optimizer import check_targets
+from ptmoe.train.optimizer import check_targets, load_state, save_state
 from testing.bases import tiny, tiny_llama
 
 ON_THREE = {"rank": "rank=4,update_proj_gap=2", "targets": ["q_proj", "up_proj"]}
@@ -213,3 +213,51 @@ def test_without_one_it_is_the_trainers_own(tmp_path):
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     trainer = PromptTrainer(attach(tiny_llama(), METHODS["ft"]()), arguments, data_collator=collate)
     assert type(trainer.create_optimizer()) is torch.optim.AdamW
+
+
+class Averaging(torch.optim.Optimizer):
+    """Moves by less at each step, which it counts where schedule-free optimizers do: in its groups."""
+
+    def __init__(self, params, lr=0.1, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "k": 0})
+
+    def step(self):
+        for group in self.param_groups:
+            group["k"] += 1
+            for weight in group["params"]:
+                weight.data -= group["lr"] / group["k"] * (weight.grad + group["weight_decay"] * weight.data)
+
+
+KINDS = [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, transformers.Adafactor, Averaging]
+
+
+def stepped(kind, weight, steps, of=None):
+    """An optimizer of a weight, after so many steps of it; `of` is a folder that its state is first loaded from."""
+    options = {"relative_step": False} if kind is transformers.Adafactor else {}
+    optimizer = kind([weight], lr=0.1, weight_decay=1e-3, **options)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    if of is not None:
+        load_state(optimizer, scheduler, of, changed=True)
+    for _ in range(steps):
+        weight.grad = weight.detach().cos()
+        optimizer.step()
+        scheduler.step()
+    return optimizer, scheduler
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_options_take_over_what_an_optimizer_has_counted_and_another_optimizer_starts_afresh(kind, tmp_path):
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+    save_state(*stepped(kind, weight, 3), "adamw_torch", tmp_path)
+    for other in KINDS:
+        resumed = torch.nn.Parameter(weight.detach().clone())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer, _ = stepped(other, resumed, 2, tmp_path)
+        assert [str(one.message).endswith("starts afresh") for one in caught] == [True] * (other is not kind)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 6)  # of step 5, whoever takes it
+        assert not torch.equal(resumed, weight)
+        if other is kind:
+            whole = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+            stepped(kind, whole, 5)
+            assert torch.equal(resumed, whole)

@@ -3,6 +3,7 @@ work is spent. And their state, in checkpoints without pickles."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -129,6 +130,7 @@ def save_state(optimizer: Any, scheduler: Any, optim: str, folder: Path) -> None
         if updates_in_backward(optim):
             raise TypeError("its state is not in its state_dict")
         metadata = {"param_groups": json.dumps(saved["param_groups"]), "numbers": json.dumps(numbers)}
+        metadata["kind"] = _kind(optimizer)
     except TypeError:
         warnings.warn(
             f"checkpoints do not hold the state of {optim}, which is in objects of its own: a resumed run has the "
@@ -141,7 +143,7 @@ def save_state(optimizer: Any, scheduler: Any, optim: str, folder: Path) -> None
 
 def load_state(optimizer: Any, scheduler: Any, folder: Path, changed: bool) -> None:
     """Load what `save_state` has written in a folder. Where the options are `changed`, the rates and decays are theirs,
-    and only the moments and the step are taken over."""
+    and only the moments and the step are taken over, those of the same kind of optimizer."""
     from safetensors import safe_open
     from torch.optim.lr_scheduler import LambdaLR
 
@@ -156,8 +158,14 @@ def load_state(optimizer: Any, scheduler: Any, folder: Path, changed: bool) -> N
         for name, value in (tensors | json.loads(metadata["numbers"])).items():
             key, _, entry = name.rpartition(".")
             state.setdefault(int(key) if key.isdigit() else key, {})[entry] = value
-        groups = optimizer.state_dict()["param_groups"] if changed else json.loads(metadata["param_groups"])
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        groups = json.loads(metadata["param_groups"])
+        if changed:
+            groups = _changed(optimizer, groups)
+        kind = _kind(optimizer)
+        if metadata.get("kind", kind) == kind:  # earlier versions wrote none
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        else:
+            warnings.warn(f"the moments of {metadata['kind']} are none of {kind}, which starts afresh", stacklevel=2)
     scheduler.load_state_dict(schedule)
     if changed and isinstance(scheduler, LambdaLR):
         factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
@@ -165,3 +173,18 @@ def load_state(optimizer: Any, scheduler: Any, folder: Path, changed: bool) -> N
         scheduler._last_lr = rates
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+
+def _kind(optimizer: Any) -> str:
+    """Of which class it is, within `accelerate`'s."""
+    made = type(getattr(optimizer, "optimizer", optimizer))
+    return f"{made.__module__}.{made.__qualname__}"
+
+
+def _changed(optimizer: Any, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An optimizer's groups with what it has counted in those of a checkpoint, as schedule-free ones do: what is in
+    all of its groups, and no argument of its class."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    counted = inner.defaults.keys() - inspect.signature(type(inner)).parameters.keys()
+    groups = zip(optimizer.state_dict()["param_groups"], saved, strict=True)
+    return [now | {name: before[name] for name in counted & before.keys()} for now, before in groups]
