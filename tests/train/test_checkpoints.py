@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,6 +257,19 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(undisturbed, tmp_pat
     quietly(run)
     assert same_adapter(run, undisturbed)
     assert json.loads((run / "result.json").read_text())["train_seconds"] > 5_000, "all of it, not since it was resumed"
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_signal_after_the_last_step_loses_nothing_and_says_where_it_is(tmp_path, strategy):
+    class Signal(TrainerCallback):
+        def on_train_end(self, *arguments, **more):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    chosen = options(tmp_path / "run", max_steps=1, method={"name": "pt"}, trainer={"save_strategy": strategy})
+    with pytest.raises(InterruptedRunError, match="SIGTERM ended training at step 1, saved in") as error:
+        train(chosen, callbacks=[Signal()], say=lambda text: None)
+    place = Path(re.search("saved in (.*):", str(error.value))[1])
+    assert (place / ("adapter_model.safetensors" if strategy == "no" else "checkpoint-1")).exists()
 
 
 @pytest.mark.parametrize(("strategy", "step"), [("steps", EVERY * 2), ("steps", STEPS), ("no", STEPS)])

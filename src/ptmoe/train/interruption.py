@@ -69,18 +69,22 @@ def fit_until_interrupted(trainer: PromptTrainer, folder: Path, checkpoint: Path
             trainer.add_callback(interruption)
             if checkpoint is None or not trainer.load_finished(checkpoint):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if interruption.number:
-            name, step = signal.Signals(interruption.number).name, trainer.state.global_step
-            raise InterruptedRunError(
-                f"{name} ended training at step {step}, saved in {folder / CHECKPOINTS_FOLDER}: continue it with "
-                f"`ptmoe train --resume --output-dir {folder}`",
-                interruption.number,
-            )
     except DivergedError as error:
         if error.restored is not None:
             trainer.model.save_pretrained(folder / ADAPTER_FOLDER)
             error.args = (f"{error}; saved in {folder / ADAPTER_FOLDER}",)
         raise
+    step, checkpoints = trainer.state.global_step, folder / CHECKPOINTS_FOLDER
+    # A run that keeps no checkpoints has none where a signal comes after its last step.
+    kept = interruption.number and (checkpoints / f"checkpoint-{step}").exists()
     trainer.model.eval()
-    if trainer.is_world_process_zero():
+    if not kept and trainer.is_world_process_zero():
         trainer.model.save_pretrained(folder / ADAPTER_FOLDER)
+    if interruption.number:
+        place, command = checkpoints, f"continue it with `ptmoe train --resume --output-dir {folder}`"
+        if not kept:
+            place, command = folder / ADAPTER_FOLDER, "evaluate it with `ptmoe eval`"
+        name = signal.Signals(interruption.number).name
+        raise InterruptedRunError(
+            f"{name} ended training at step {step}, saved in {place}: {command}", interruption.number
+        )
