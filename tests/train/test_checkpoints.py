@@ -302,10 +302,14 @@ def test_a_checkpoint_that_takes_the_place_of_another_is_whole_at_any_moment(und
         next(path.iterdir()).unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ours.shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        ours.publish(again, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(ours.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ours.publish(again, target)
     assert ours.newest_whole(target.parent, pytest.fail) == target
+    shutil.copytree(target, again)  # and what was left over does not keep a later one from its place
+    ours.publish(again, target)
+    assert sorted(path.name for path in target.parent.glob(f"{target.name}*")) == [target.name]
 
 
 @pytest.mark.ci

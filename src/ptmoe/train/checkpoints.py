@@ -33,6 +33,8 @@ def publish(folder: Path, target: Path) -> None:
     """Give a sealed checkpoint its name; one that has it already, of an earlier try, is replaced."""
     before = folder.with_name(f"{folder.name}.before")
     if target.exists():
+        if before.exists():  # of a kill at the end of this
+            shutil.rmtree(before)
         target.rename(before)  # removing it takes a while, in which a kill would leave neither
     folder.rename(target)
     _sync(target.parent)
