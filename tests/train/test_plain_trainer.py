@@ -83,6 +83,16 @@ def test_a_resumed_run_ends_at_the_adapter_of_the_undisturbed_one(config, after,
 
 
 @pytest.mark.ci
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance"])
+def test_a_run_that_is_resumed_in_a_later_epoch_reads_the_same_batches(strategy, tmp_path):
+    chosen = {"trainer_class": PromptTrainer, "max_steps": 5, "save_steps": 1, "train_sampling_strategy": strategy}
+    runs = [trainer(tmp_path, METHODS["pt"](num_virtual_tokens=4), **chosen) for _ in range(2)]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))  # of three batches an epoch
+    assert torch.equal(runs[1].model.encoder.prompt, runs[0].model.encoder.prompt)
+
+
+@pytest.mark.ci
 @pytest.mark.parametrize("trainer_class", [pytest.param(Trainer, marks=pytest.mark.slow), PromptTrainer])
 def test_a_prompt_between_earlier_ones_resumes_where_it_was(trainer_class, tmp_path):
     ptmoe.attach(tiny_llama(), METHODS["pt"](num_virtual_tokens=4), seed=3).save_pretrained(tmp_path / "earlier")

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from ptmoe.adapters.folder import read_adapter
@@ -90,12 +91,25 @@ class PromptTrainer(Trainer):
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, parts)
         self.batches = batches
         self.callback_handler.callbacks.insert(0, _Settled(self))  # before what else ends the training of the weights
-        if batches is not None:
-            self.add_callback(_Epochs(batches))
+        self.add_callback(_Epochs(self))
+        self._grouping = torch.Generator()  # of rows by length; the global one is another in resumed runs and processes
         self._last_good: list[Tensor] = []  # values of the trained parameters
         self._saving = False
         self.changed = False  # resumed with other options than the checkpoint's
         self._parts = Parts()
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = self._grouping
+        return sampler
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Decide in which order it reads the training set."""
+        if self.batches is not None:
+            self.batches.set_epoch(epoch)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._grouping.manual_seed(seed + epoch)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         data, batches = cast("Dataset[Any]", self.train_dataset), cast(Any, self.batches)
@@ -332,11 +346,11 @@ class _Epochs(TrainerCallback):
     """Passes the epoch on to the batches: `accelerate` wraps them where several processes share them, again in a
     resumed run, and does not pass it on."""
 
-    def __init__(self, batches: TokenBatches) -> None:
-        self.batches = batches
+    def __init__(self, trainer: PromptTrainer) -> None:
+        self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.batches.set_epoch(int(state.epoch or 0))
+        self.trainer.begin_epoch(int(state.epoch or 0))
 
 
 class _Settled(TrainerCallback):
