@@ -37,8 +37,12 @@ def modules() -> dict[str, Path]:
 
 
 def imported(name: str, path: Path, known: set[str]) -> Iterator[str]:
-    """Modules of this project that a module imports anywhere, in functions and for type checking as well."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Modules of this project that a module imports anywhere, in functions and for type checking as well; not what a
+    package imports when it is used, which it names for type checkers."""
+    tree = ast.parse(path.read_text())
+    if path.name == "__init__.py":
+        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:

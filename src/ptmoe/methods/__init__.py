@@ -63,7 +63,7 @@ class Methods(UserDict[str, type[MethodConfig]]):
 
     def __getitem__(self, name: str) -> type[MethodConfig]:
         if self.data[name] is MethodConfig:
-            self.data[name] = shelf.shelf_config(shelf.SHORT[name].type, name)
+            self.data[name] = shelf.shelf_method(name)
         return self.data[name]
 
 
@@ -86,7 +86,7 @@ def method_named(name: Any) -> type[MethodConfig]:
     """
     name = method_name(str(name))
     if name.startswith(OF_PEFT):
-        return shelf.shelf_config(name.removeprefix(OF_PEFT).replace("-", "_").upper())
+        return shelf.shelf_method(name)
     if name not in METHODS:
         raise PtmoeError(f"unknown method {name!r}{near(name, METHODS)}")
     return METHODS[name]

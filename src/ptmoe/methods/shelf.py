@@ -152,7 +152,7 @@ class ShelfConfig(InjectedConfig):
 
     def __reduce__(self) -> Any:
         """No module holds its class, by which it would be pickled."""
-        return _of_method, (self.method, self.model_dump())
+        return _remade, (self.method, self.model_dump())
 
     def initial_peft_config(self, **common: Any) -> PeftConfig:
         known = {field.name for field in dataclasses.fields(self.peft_class)}
@@ -182,12 +182,6 @@ class ShelfConfig(InjectedConfig):
         return self, {"task_type": "CAUSAL_LM", "target_modules": names, "fan_in_fan_out": transposed}
 
 
-def _of_method(name: str, values: dict[str, Any]) -> Any:
-    from ptmoe.methods import method_named
-
-    return method_named(name)(**values)
-
-
 def peft_types() -> dict[str, Any]:
     """The installed `peft`'s config class of each of its types."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -207,6 +201,17 @@ def obstacle(kind: str) -> str | None:
     if issubclass(tuner, BaseTuner) and tuner.forward is not BaseTuner.forward:
         return "part of it is in peft's own forward pass around the base, which is not taken here"
     return UNFIT.get(kind)
+
+
+def shelf_method(name: str) -> type[ShelfConfig]:
+    """The config of a short form, or of `peft:TYPE`, by its name as a method."""
+    if name in SHORT:
+        return shelf_config(SHORT[name].type, name)
+    return shelf_config(name.removeprefix(OF_PEFT).replace("-", "_").upper())
+
+
+def _remade(name: str, values: dict[str, Any]) -> ShelfConfig:
+    return shelf_method(name)(**values)
 
 
 @cache
