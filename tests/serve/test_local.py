@@ -247,6 +247,16 @@ def test_samples_follow_the_distribution_and_top_p_cuts_its_tail():
     assert {sample(logits, Sampling(1, 1.0, top_p=1e-9), generator) for _ in range(20)} == {1}
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1.0, 2.0]))
+def test_a_seed_gives_the_same_token_where_a_batch_rounds_otherwise(seed, temperature):
+    drawn = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4000, generator=drawn).round(decimals=2)  # many are close, as in a large vocabulary
+    rounded = logits + 1e-6 * torch.rand(4000, generator=drawn)
+    sampling = Sampling(1, temperature)
+    alone, beside = (sample(one, sampling, torch.Generator().manual_seed(seed)) for one in (logits, rounded))
+    assert alone == beside
+
+
 @given(st.floats(min_value=0, max_value=1e-6, exclude_min=True))
 def test_a_temperature_near_zero_is_greedy(temperature):
     logits = torch.tensor([0.5, 3.0, 2.9, float("-inf")])

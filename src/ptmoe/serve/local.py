@@ -348,14 +348,19 @@ class LocalEngine:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token from logits `(V,)`; the generator alone decides, whatever else is in the batch."""
+    """A token from logits `(V,)`; the generator alone decides, whatever else is in the batch.
+
+    Each token has a number of its own, so that the rounding of a batch, which may order tokens of almost the same
+    probability otherwise, matters only where the two best are that close, or for the last one within `top_p`.
+    """
     scaled = (logits.float() - logits.max()) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
-    probabilities, tokens = scaled.softmax(0).sort(descending=True, stable=True)
-    total = probabilities.cumsum(0)
-    kept = int((total - probabilities < sampling.top_p).sum())
-    drawn = torch.rand((), generator=generator) * total[max(kept, 1) - 1].cpu()
-    place = int(torch.searchsorted(total, drawn.to(total), right=True))
-    return int(tokens[min(place, max(kept, 1) - 1)])
+    probabilities = scaled.softmax(0)
+    if sampling.top_p < 1:
+        ordered, tokens = probabilities.sort(descending=True, stable=True)
+        kept = int((ordered.cumsum(0) - ordered < sampling.top_p).sum())
+        probabilities[tokens[max(kept, 1) :]] = 0
+    numbers = torch.empty(len(probabilities)).exponential_(generator=generator)
+    return int((probabilities / numbers.to(probabilities)).argmax())
 
 
 def described(token: int, logits: Tensor, logprobs: int | None) -> Token:
