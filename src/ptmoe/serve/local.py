@@ -353,13 +353,15 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     Each token has a number of its own, so that the rounding of a batch, which may order tokens of almost the same
     probability otherwise, matters only where the two best are that close, or for the last one within `top_p`.
     """
-    scaled = (logits.float() - logits.max()) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    scaled = (logits.float() - logits.max()) / max(sampling.temperature, tiny)
     probabilities = scaled.softmax(0)
     if sampling.top_p < 1:
         ordered, tokens = probabilities.sort(descending=True, stable=True)
         kept = int((ordered.cumsum(0) - ordered < sampling.top_p).sum())
         probabilities[tokens[max(kept, 1) :]] = 0
-    numbers = torch.empty(len(probabilities)).exponential_(generator=generator)
+    # A number may come out as 0, by which no probability of 0 may be divided.
+    numbers = torch.empty(len(probabilities)).exponential_(generator=generator).clamp_(min=tiny)
     return int((probabilities / numbers.to(probabilities)).argmax())
 
 
