@@ -61,9 +61,9 @@ def checked_options(base: nn.Module, input_ids: Tensor, options: dict[str, Any],
         raise PtmoeError(
             "cu_seq_lens_q parts a row into texts, which would share one prompt: give each a row of its own"
         )
-    taken = inspect.signature(base.forward).parameters
     for name, value in options.items():
-        if name in taken and isinstance(value, Tensor) and value.shape[:2] == input_ids.shape:
+        of_tokens = isinstance(value, Tensor) and value.shape[:2] == input_ids.shape
+        if of_tokens and name in inspect.signature(base.forward).parameters:
             raise PtmoeError(
                 f"{asked} takes no {name}: it has a value for each token of the input and none for the prompt's, and "
                 "does not follow where padding is moved or left out; leave it out"
