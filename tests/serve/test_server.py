@@ -246,6 +246,14 @@ def test_two_limits_of_one_answer_are_refused(address):
     assert got.json()["error"]["param"] == "max_tokens"
 
 
+def test_alternatives_without_log_probabilities_are_refused(address):
+    body = {"model": "routed", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "logprobs": False}
+    for alternatives, status in ((0, 200), (1, 400)):
+        got = httpx.post(f"{address}/v1/chat/completions", json={**body, "top_logprobs": alternatives})
+        assert got.status_code == status
+    assert got.json()["error"]["param"] == "top_logprobs"
+
+
 @pytest.mark.parametrize(("change", "words"), CHAT.values(), ids=CHAT)
 def test_an_error_in_a_conversation_says_where_it_is(address, change, words):
     body = {"model": "routed", "messages": [{"role": "user", **change}]}

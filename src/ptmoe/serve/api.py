@@ -154,7 +154,7 @@ class ChatBody(Parameters):
 
     @model_validator(mode="after")
     def _no_parameter_against_another(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:  # vLLM takes a 0 as well
             raise _not_honoured("top_logprobs", "top_logprobs needs logprobs=true")
         if None not in (limits := {self.max_tokens, self.max_completion_tokens}) and len(limits) > 1:
             raise _not_honoured("max_tokens", "max_tokens and max_completion_tokens are one limit: give one of them")
