@@ -214,6 +214,22 @@ def test_a_fault_ends_the_request_that_caused_it_alone(when):
     assert any(isinstance(answer, list) for answer in got)
 
 
+def test_a_fault_of_the_pass_that_decides_a_near_tie_ends_its_request_alone():
+    model = served(tiny("llama"))
+    engine = LocalEngine(model)
+    engine.margin, read = float("inf"), engine._read  # every token is decided so
+
+    def failing(rows, kept):
+        if len(rows[0].input.embeds) == 6 and len(rows[0].tokens) == 2:
+            raise RuntimeError("out of memory")
+        return read(rows, kept)
+
+    engine._read = failing
+    first, failed, last = answers(engine, *[(row_of(model, tokens(length), BASE), 0.0, {}) for length in (3, 6, 9)])
+    assert [first, last] == [alone(model, tokens(length), BASE) for length in (3, 9)]
+    assert isinstance(failed, EngineError)
+
+
 def test_output_that_is_no_number_ends_its_row_and_leaves_nothing_in_the_cache():
     model = served(tiny("llama"))
     engine = LocalEngine(model)

@@ -257,7 +257,13 @@ class LocalEngine:
                 token = sample(scores, row.sampling, row.generator)
             elif lead < self.margin:
                 self.near_ties += 1
-                scores = self._read([row], kept=0)[1][0]
+                try:
+                    scores = self._read([row], kept=0)[1][0]
+                except Exception as error:
+                    log.exception("a pass that decides a near tie failed")
+                    self._leave(row)
+                    self._end(row, _fault(error))
+                    continue
                 token = int(scores.argmax())
             row.tokens.append(token)
             self._outbox.append((row, described(token, scores, row.sampling.logprobs)))
