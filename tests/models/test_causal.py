@@ -566,7 +566,7 @@ def test_a_deleted_adapter_is_gone_and_the_active_one_cannot_be_deleted():
 
 def test_an_adapter_name_that_cannot_be_used_is_refused():
     model = prompted(tiny_llama(), CONFIGS["PT"])
-    for name in ["", "a.b", "__base__", "default", *dir(torch.nn.ModuleDict())]:
+    for name in ["", "a.b", "__base__", "default", 3, *dir(torch.nn.ModuleDict())]:
         with pytest.raises(PtmoeError, match="adapter"):
             attach(model, CONFIGS["PT"], adapter_name=name)
 

@@ -363,8 +363,9 @@ def test_what_is_no_tensor_or_has_no_token_is_refused_in_words(config):
     with pytest.raises(PtmoeError, match="input_ids is a dict: needs a tensor"):
         model({"input_ids": ROWS[0][None]})
     for call in (model, model.generate):
-        with pytest.raises(PtmoeError, match=r"input_ids has shape \(1, 0\): needs"):
-            call(ROWS[0][None, :0])
+        for empty in (ROWS[0][None, :0], ROWS[0][None][:0]):
+            with pytest.raises(PtmoeError, match=r"input_ids has shape \(\d, \d\): needs"):
+                call(empty)
 
 
 @pytest.mark.parametrize("ends", [None, 7, [7, PAD]])

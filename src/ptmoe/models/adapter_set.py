@@ -79,7 +79,7 @@ class AdapterSet(nn.Module):
             PtmoeError: a name that cannot be used, or adapters that one model cannot hold together.
         """
         # An nn.ModuleDict holds no key that is one of its own attributes, "train" or "training".
-        if not name or "." in name or name == BASE or hasattr(nn.ModuleDict(), name):
+        if not isinstance(name, str) or name in ("", BASE) or "." in name or hasattr(nn.ModuleDict(), name):
             raise PtmoeError(f"adapter name {name!r} cannot be used: choose another word, without dots")
         if name in self.encoders:
             raise PtmoeError(f"adapter {name!r} is there already: choose another name or delete_adapter({name!r})")
@@ -248,8 +248,8 @@ def check_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
     for name, given in {"input_ids": input_ids, **others}.items():
         if given is not None and not isinstance(given, Tensor):
             raise PtmoeError(f"{name} is a {type(given).__name__}: needs a tensor; give other arguments by name")
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise PtmoeError(f"input_ids has shape {tuple(input_ids.shape)}: needs (batch, length), and one token or more")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise PtmoeError(f"input_ids has shape {tuple(input_ids.shape)}: needs (batch, length), neither of them 0")
     for name, other in others.items():
         if other is not None and other.shape != input_ids.shape:
             raise PtmoeError(
