@@ -28,7 +28,8 @@ from ptmoe.models.wrapper import ModelWrapper
 REREADING = {
     **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")),
     **dict.fromkeys(("use_mtp", "token_healing"), False),
-    **{"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0},
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
 }
 
 

@@ -158,11 +158,10 @@ def load_state(optimizer: Any, scheduler: Any, folder: Path, changed: bool) -> N
         for name, value in (tensors | json.loads(metadata["numbers"])).items():
             key, _, entry = name.rpartition(".")
             state.setdefault(int(key) if key.isdigit() else key, {})[entry] = value
-        groups = json.loads(metadata["param_groups"])
-        if changed:
-            groups = _changed(optimizer, groups)
         kind = _kind(optimizer)
         if metadata.get("kind", kind) == kind:  # earlier versions wrote none
+            groups = json.loads(metadata["param_groups"])
+            groups = _changed(optimizer, groups) if changed else groups
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         else:
             warnings.warn(f"the moments of {metadata['kind']} are none of {kind}, which starts afresh", stacklevel=2)
@@ -175,16 +174,18 @@ def load_state(optimizer: Any, scheduler: Any, folder: Path, changed: bool) -> N
             group["lr"] = rate
 
 
+def _class(optimizer: Any) -> type:
+    """Of which it is, within `accelerate`'s."""
+    return type(getattr(optimizer, "optimizer", optimizer))
+
+
 def _kind(optimizer: Any) -> str:
-    """Of which class it is, within `accelerate`'s."""
-    made = type(getattr(optimizer, "optimizer", optimizer))
-    return f"{made.__module__}.{made.__qualname__}"
+    return f"{_class(optimizer).__module__}.{_class(optimizer).__qualname__}"
 
 
 def _changed(optimizer: Any, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """An optimizer's groups with what it has counted in those of a checkpoint, as schedule-free ones do: what is in
     all of its groups, and no argument of its class."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    counted = inner.defaults.keys() - inspect.signature(type(inner)).parameters.keys()
+    counted = optimizer.defaults.keys() - inspect.signature(_class(optimizer)).parameters.keys()
     groups = zip(optimizer.state_dict()["param_groups"], saved, strict=True)
     return [now | {name: before[name] for name in counted & before.keys()} for now, before in groups]

@@ -343,8 +343,8 @@ class PromptTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Passes the epoch on to the batches: `accelerate` wraps them where several processes share them, again in a
-    resumed run, and does not pass it on."""
+    """Passes the epoch on to what decides the order: `accelerate` wraps batches that several processes share, again
+    in a resumed run, and does not pass it on."""
 
     def __init__(self, trainer: PromptTrainer) -> None:
         self.trainer = trainer
